@@ -1,0 +1,168 @@
+"""The run root: every path in one place, atomic writes, the record of code and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from app.config import UserError
+
+REPO_DIR = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch", "torchvision", "ultralytics-opencv-headless", "brevitas", "onnx", "onnxruntime-gpu", "pycocotools", "numpy"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunRoot:
+    """Paths of runs/<name>. Stages talk only through these files."""
+
+    runs_dir: Path
+    name: str
+
+    @property
+    def root(self) -> Path:
+        return self.runs_dir / self.name
+
+    @property
+    def cache_dir(self) -> Path:
+        """Shared by all runs: the drawn coco-subset, YOLO views, Ultralytics' settings."""
+        return self.runs_dir / ".cache"
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def dataset_yaml(self) -> Path:
+        return self.root / "dataset" / "coco.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "dataset" / "provenance.json"
+
+    def variant_dir(self, label: str) -> Path:
+        """Folder of a trained variant; label is fp16 or qat-<scheme>."""
+        return self.root / label
+
+    def trained_labels(self) -> list[str]:
+        """Labels of the variants whose training has finished, fp16 first."""
+        labels = sorted(path.parent.name for path in self.root.glob("*/done.json"))
+        return sorted(labels, key=lambda label: label != "fp16")
+
+    @property
+    def onnx_dir(self) -> Path:
+        return self.root / "onnx"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.md"
+
+    @property
+    def figures_dir(self) -> Path:
+        return self.root / "figures"
+
+
+def open_run(name: str, runs_dir: Path) -> RunRoot:
+    """Checks the name of a run; nothing is created before a stage has something to write."""
+    if not name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name.startswith("."):
+        raise UserError(f"--run '{name}': use letters, digits, '.', '_' and '-' (it becomes a folder under {runs_dir})")
+    return RunRoot(runs_dir, name)
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, flushes it to disk, then renames it over `path`.
+
+    A crash or a full disk leaves the old file whole and no temporary file behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """Reads a JSON file of the run root; `made_by` names the make target that writes it, for the message."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: run 'make {made_by}' first") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: delete it and run 'make {made_by}' again") from error
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_version() -> str:
+    """Git revision with '-dirty' where tracked files differ; in the image the build's revision; else 'unknown'."""
+    if revision := os.environ.get("APP_REVISION"):
+        return revision
+    git = ["git", "-C", str(REPO_DIR), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    result = subprocess.run(git, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Machine and software of this process, for env.json. Imports nothing heavy; the GPU is asked by nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        gpus = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.strip().splitlines()
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        gpus = []
+    lock = REPO_DIR / "requirements.lock"
+    return {
+        "code_version": code_version(),
+        "lock_sha256": sha256(lock) if lock.exists() else None,
+        "image": os.environ.get("APP_IMAGE"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "gpus": gpus,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "command": " ".join([Path(sys.executable).name, "-m", "app", *sys.argv[1:]]),
+        "time_utc": utc_now(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
+    """Enters what a stage did, when and with what into run.json."""
+    record = read_json(run.run_json, "data") if run.run_json.exists() else {"name": run.name, "stages": {}}
+    record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
+    write_json(run.run_json, record)

@@ -9,9 +9,10 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -130,9 +131,15 @@ def code_version() -> str:
 
 def environment() -> dict[str, Any]:
     """Machine and software of this process, for env.json. Imports nothing heavy; the GPU is asked by nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm",
+        "--format=csv,noheader",
+    ]
     try:
-        gpus = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.strip().splitlines()
+        gpus = (
+            subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.strip().splitlines()
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         gpus = []
     lock = REPO_DIR / "requirements.lock"
@@ -166,3 +173,26 @@ def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
     record = read_json(run.run_json, "data") if run.run_json.exists() else {"name": run.name, "stages": {}}
     record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
     write_json(run.run_json, record)
+
+
+def isolate_libraries(cache_dir: Path) -> None:
+    """Points Ultralytics and Matplotlib at the cache folder and takes Ultralytics off the network.
+
+    Must run before the first `import ultralytics`: utils/__init__.py (8.4.190) reads these variables when imported.
+    The link to Matplotlib's own font keeps check_font() from downloading Arial.ttf.
+    """
+    config_dir = (cache_dir / "ultralytics").resolve()
+    font = config_dir / "Ultralytics" / "Arial.ttf"
+    font.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(
+        YOLO_CONFIG_DIR=str(config_dir), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false"
+    )
+    # Brevitas drops the names of a tensor at every quantization; the warning is about naming them.
+    warnings.filterwarnings("ignore", message="Named tensors", category=UserWarning)
+    os.environ.setdefault("MPLCONFIGDIR", str((cache_dir / "matplotlib").resolve()))
+    os.environ.setdefault("USER", "user")  # torchvision asks getpass.getuser(), which fails for a uid without a name
+    spec = util.find_spec("matplotlib")
+    if spec is not None and spec.origin is not None and not font.exists():
+        link = font.with_name(f".Arial.{os.getpid()}")
+        link.symlink_to(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
+        link.replace(font)

@@ -1,0 +1,155 @@
+"""Command line: python -m app STAGE. One process a stage; stages hand over files in the run root and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
+    from app.config import Config
+    from app.run import RunRoot
+
+log = logging.getLogger("app")
+STAGES = {
+    "all": "the main job: data, train fp16, train qat, export, eval, report",
+    "data": "check COCO, make the YOLO view beside the runs, choose a subset",
+    "train": "train one variant from random weights; continues an unfinished training",
+    "export": "trained checkpoints -> ONNX files, each checked against torch",
+    "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
+    "report": "JSON and CSV files of the run -> summary.md",
+    "download-coco": "fetch the official COCO 2017 archives",
+}
+
+
+def main() -> int:
+    """Runs one stage. Exit codes: 0 done, 1 a fault of ours, 2 a mistake of the user's."""
+    args = parse(sys.argv[1:])
+    set_up_terminal()
+    from app.config import UserError
+
+    try:
+        run_stage(args)
+    except UserError as error:
+        log.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted: start the same command again to go on from the last checkpoint")
+        return 128 + signal.SIGINT
+    return 0
+
+
+def set_up_terminal() -> None:
+    """Our own lines, and of the libraries only warnings; a training's log.txt has everything."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
+    logging.basicConfig(format="%(message)s", handlers=[handler])
+    log.setLevel(logging.INFO)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, text in STAGES.items():
+        stage = stages.add_parser(name, help=text, description=text)
+        if name == "download-coco":
+            stage.add_argument(
+                "--to", type=Path, default=Path("data/coco"), help="target folder (default: %(default)s)"
+            )
+            continue
+        stage.add_argument("--run", default="full", help="name of the run, a folder under --runs-dir (default: full)")
+        stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
+        stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
+        stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+        stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
+        if name == "train":
+            stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
+        if name == "eval":
+            stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
+            stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder")
+            stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
+            stage.add_argument("--out", type=Path, help="with --onnx: folder for metrics.json and detections.json")
+            stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
+    return parser.parse_args(argv)
+
+
+def run_stage(args: argparse.Namespace) -> None:
+    """Loads configuration and stage, and runs it; heavy imports happen here."""
+    if args.stage == "download-coco":
+        from app.download import download_coco
+
+        return download_coco(args.to)
+    from app.config import load
+    from app.run import isolate_libraries, open_run
+
+    run = open_run(args.run, args.runs_dir)
+    sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
+    config = load(args.variant if args.stage == "train" else "qat", args.conf, sets)
+    isolate_libraries(run.cache_dir)
+    match args.stage:
+        case "all":
+            run_all(args)
+        case "data":
+            from app.data import prepare
+
+            prepare(config, run, args.force)
+        case "train":
+            run_train(config, run, args.force)
+        case "export":
+            from app.export import export
+
+            export(config, run, args.force)
+        case "eval":
+            run_eval(args, config, run)
+        case "report":
+            from app.report import report
+
+            report(config, run, args.force)
+
+
+def run_train(config: Config, run: RunRoot, force: bool) -> None:
+    """Training makes its dataset ready by itself, so that `make train-qat` is enough on a fresh clone."""
+    from app.data import prepare
+
+    prepare(config, run, force=False)
+    from app.train import train
+
+    train(config, run, force)
+
+
+def run_eval(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
+    from app.config import UserError
+    from app.evaluate import evaluate, evaluate_standalone
+
+    if args.onnx is None:
+        return evaluate(config, run, args.force)
+    if args.coco_dir is None or args.out is None:
+        raise UserError("eval --onnx FILE also needs --coco-dir PATH and --out DIR")
+    evaluate_standalone(config, args.onnx, args.coco_dir, args.split, args.out)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Every stage in a process of its own; the first that fails ends the job with its exit code."""
+    common = ["--run", args.run, "--runs-dir", str(args.runs_dir)]
+    common += [part for file in args.conf for part in ("--conf", str(file))]
+    common += [part for item in args.set for part in ("--set", item)]
+    common += ["--force"] if args.force else []
+    for stage in (
+        ["data"],
+        ["train", "--variant", "fp16"],
+        ["train", "--variant", "qat"],
+        ["export"],
+        ["eval"],
+        ["report"],
+    ):
+        code = subprocess.run([sys.executable, "-m", "app", *stage, *common], check=False).returncode
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

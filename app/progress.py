@@ -1,0 +1,83 @@
+"""Progress of long work: a bar on a terminal; elsewhere a log line a minute and one at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LOG_EVERY_S = 60.0
+REFRESH_S = 0.5
+log = logging.getLogger(__name__)
+
+
+class Meter:
+    """Counts done work and shows count, rate and time left.
+
+    Args:
+        desc: what is being done, a few words.
+        total: how many units there will be.
+        unit: what is counted, plural.
+    """
+
+    def __init__(self, desc: str, total: int, unit: str = "images") -> None:
+        self.desc, self.total, self.unit = desc, total, unit
+        self.done = 0
+        self.start = self.shown = time.monotonic()
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(desc=desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True) if tty else None
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def update(self, count: int = 1, note: Callable[[], str] = str) -> None:
+        """Adds `count` done units; `note` makes the end of the line (loss, memory) and is called only to show it."""
+        self.done += count
+        now = time.monotonic()
+        show = now - self.shown >= (REFRESH_S if self.bar is not None else LOG_EVERY_S)
+        self.shown = now if show else self.shown
+        if self.bar is not None:
+            if show:
+                self.bar.set_postfix_str(note(), refresh=False)
+            self.bar.update(count)
+        elif show and self.done < self.total:
+            log.info(", ".join(part for part in (progress_line(self), note()) if part))
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def track(items: Iterable[T], desc: str, total: int, unit: str = "images") -> Iterator[T]:
+    """Yields `items` unchanged while a Meter shows how far they are; ends with one line."""
+    meter = Meter(desc, total, unit)
+    try:
+        for item in items:
+            yield item
+            meter.update()
+    finally:
+        meter.close()
+    log.info(progress_line(meter))
+
+
+def progress_line(meter: Meter) -> str:
+    """'desc: 12/72 images, 35.2 images/s, 0:02 left' or, when all is done, '... in 0:02'."""
+    seconds = meter.seconds
+    rate = meter.done / seconds if seconds > 0 else 0.0
+    left = clock((meter.total - meter.done) / rate) if rate else "?"
+    tail = f"in {clock(seconds)}" if meter.done >= meter.total else f"{left} left"
+    return f"{meter.desc}: {meter.done:,}/{meter.total:,} {meter.unit}, {rate:.1f} {meter.unit}/s, {tail}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss, or h:mm:ss from an hour on."""
+    minutes, s = divmod(int(seconds + 0.5), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

@@ -1,0 +1,124 @@
+"""Which layer gets how many bits: a table by layer name, applied with Brevitas' own layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from brevitas.nn import QuantConv2d
+from brevitas.quant import Int8WeightPerChannelFloat
+from torch import nn
+
+from app.config import Quant, UserError
+from app.quant.fused import FastQuantConv2d, attach
+
+
+class Int4WeightPerChannel(Int8WeightPerChannelFloat):
+    """Symmetric, narrow (-7..7), one scale per output channel = abs-max / 7 of the weights at every forward."""
+
+    bit_width = 4
+
+
+QUANTIZERS: dict[int, Any] = {4: Int4WeightPerChannel, 8: Int8WeightPerChannelFloat}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose name matches `pattern` (fnmatch) get `bits`; None leaves the layer in float. First match wins."""
+
+    pattern: str
+    bits: int | None
+    why: str
+
+
+DFL = Rule("model.*.dfl.conv", None, "not a learned weight: the fixed integral 0..15 over the box distribution")
+FIRST = Rule("model.0.conv", 8, "first convolution: sees the image")
+LAST = Rule("model.*cv[23].[0-9].2", 8, "last convolution of a head branch: its outputs are boxes and class scores")
+
+SCHEMES: dict[str, tuple[Rule, ...]] = {
+    "w4a16": (DFL, Rule("*", 4, "every learned convolution")),
+    "w4a16-mixed": (DFL, FIRST, LAST, Rule("*", 4, "every other learned convolution")),
+    "w8a16": (DFL, Rule("*", 8, "every learned convolution")),
+}
+
+
+def assign(names: list[str], scheme: str) -> dict[str, Rule]:
+    """Gives each layer the first rule that matches its name.
+
+    Raises:
+        UserError: unknown scheme, a layer without a rule, or a rule that no layer uses.
+    """
+    if scheme not in SCHEMES:
+        raise UserError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
+    rules = SCHEMES[scheme]
+    chosen = {name: next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None) for name in names}
+    if missing := [name for name, rule in chosen.items() if rule is None]:
+        raise UserError(f"scheme {scheme} has no rule for layer {missing[0]}: mend the table in app/quant/schemes.py")
+    used = {name: rule for name, rule in chosen.items() if rule is not None}
+    if idle := [rule.pattern for rule in rules if rule not in used.values()]:
+        raise UserError(
+            f"scheme {scheme}: pattern '{idle[0]}' matches no layer; mend the table in app/quant/schemes.py"
+        )
+    return used
+
+
+def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
+    """Replaces the model's convolutions in place by Brevitas' QuantConv2d; weights, names and state_dict keys stay.
+
+    Returns:
+        the content of quant_config.json: scheme, share of weights by bits, and per layer bits, granularity, quantizer
+        and reason.
+    """
+    convs = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    rules = assign(list(convs), quant.scheme)
+    for name, rule in rules.items():
+        if rule.bits is not None:
+            parent, _, child = name.rpartition(".")
+            layer = FastQuantConv2d if quant.fast_path else QuantConv2d
+            setattr(model.get_submodule(parent), child, _quant_conv(convs[name], QUANTIZERS[rule.bits], layer))
+    if quant.fast_path:
+        attach(model)
+    return {
+        "scheme": quant.scheme,
+        "share_of_learned_weights": _shares(convs, rules),
+        "layers": [_describe(name, convs[name], rule) for name, rule in rules.items()],
+    }
+
+
+def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer: type[QuantConv2d]) -> QuantConv2d:
+    same: dict[str, Any] = {
+        name: getattr(conv, name)
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
+    }
+    quantized = layer(**same, bias=conv.bias is not None, weight_quant=quantizer)
+    quantized.load_state_dict(conv.state_dict())
+    return quantized.to(conv.weight.device)
+
+
+def _shares(convs: dict[str, nn.Conv2d], rules: dict[str, Rule]) -> dict[str, float]:
+    """Share of learned convolution weights by bits, e.g. {'4': 0.98, '8': 0.02}."""
+    learned = [(rule.bits, convs[name].weight.numel()) for name, rule in rules.items() if rule is not DFL]
+    total = sum(count for _, count in learned)
+    return {str(bits): sum(n for b, n in learned if b == bits) / total for bits in sorted({b for b, _ in learned if b})}
+
+
+def _describe(name: str, conv: nn.Conv2d, rule: Rule) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shape": list(conv.weight.shape),
+        "bits": rule.bits,
+        "granularity": "per output channel" if rule.bits else None,
+        "quantizer": QUANTIZERS[rule.bits].__name__ if rule.bits else None,
+        "exempt": rule.bits is None,
+        "why": rule.why,
+    }

@@ -1,0 +1,148 @@
+"""The YOLO view of a COCO folder: links to its images, label files, an index; built once, never inside the dataset."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from app.coco import CLASS_INDEX, Split, read_instances
+from app.config import UserError
+from app.progress import track
+
+VIEW_VERSION = 1
+SPLITS = {"train": "train2017", "val": "val2017"}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a split: path through the view, size in px as (height, width), labels float32 [n,5] with rows
+    class index, then cx, cy, w, h as shares of the image."""
+
+    path: str
+    shape_hw: tuple[int, int]
+    labels: np.ndarray
+
+
+def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> Path:
+    """Folder of the view of exactly this dataset at exactly this place."""
+    key = json.dumps([VIEW_VERSION, str(coco_dir), annotation_sha256], sort_keys=True)
+    return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
+    """Checks every image once and writes links, labels and index; a finished view is left alone.
+
+    Damaged images are recorded, not refused: whether to go on without them is the run's decision.
+
+    Raises:
+        UserError: no space left.
+    """
+    if target_dir.exists():
+        return
+    part_dir = target_dir.with_name(f".{target_dir.name}.{os.getpid()}.part")
+    try:
+        for name in SPLITS.values():
+            split = read_instances(coco_dir / "annotations" / f"instances_{name}.json")
+            _build_split(part_dir, coco_dir, name, split, annotation_sha256[name])
+        part_dir.replace(target_dir)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(target_dir.parent).free / 2**20
+        raise UserError(
+            f"no space left in {target_dir.parent} ({free:.0f} MiB free): the labels need about 1 GiB"
+        ) from error
+    finally:
+        shutil.rmtree(part_dir, ignore_errors=True)
+
+
+def _build_split(root: Path, coco_dir: Path, name: str, split: Split, annotation_sha256: str) -> None:
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    (root / "images" / name).symlink_to(coco_dir / name)
+    label_dir = root / "labels" / name
+    label_dir.mkdir(parents=True)
+    index: dict[str, Any] = {"annotation_sha256": annotation_sha256, "images": []}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        faults = pool.map(lambda image: split.problems.get(image["id"]) or fault(coco_dir / name, image), split.images)
+        for image, problem in track(zip(split.images, faults, strict=True), f"checking {name}", len(split.images)):
+            key = image["id"]
+            index["images"].append({
+                "id": key, "file": image["file_name"], "height": image["height"], "width": image["width"],
+                "n_annotations": split.n_annotations[key], "n_crowd": split.n_crowd[key],
+                "n_degenerate": split.n_degenerate[key], "n_boxes": len(split.boxes[key]), "fault": problem or None,
+            })  # fmt: skip
+            if not problem:
+                label_path = (label_dir / image["file_name"]).with_suffix(".txt")
+                label_path.parent.mkdir(parents=True, exist_ok=True)
+                label_path.write_text(yolo_rows(image, split.boxes[key]), encoding="utf-8")
+    (root / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
+    """COCO boxes [category_id, x, y, w, h] in px -> lines 'class cx cy w h', centre and size as shares of the image."""
+    width, height = image["width"], image["height"]
+    lines = [
+        f"{CLASS_INDEX[int(category)]} {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f}\n"
+        for category, x, y, w, h in boxes
+    ]
+    return "".join(lines)
+
+
+def fault(image_dir: Path, image: dict[str, Any]) -> str:
+    """What is wrong with an image file, or ''. It is decoded in full: a header tells nothing about the pixels behind it.
+
+    The size in the JSON is that of the decoded image, after any EXIF rotation.
+    """
+    path = image_dir / image["file_name"]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if path.suffix.lower() in (".jpg", ".jpeg") and b"\xff\xd9" not in data[-64:]:
+        return "is truncated (no end-of-image marker)"
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    if pixels is None:
+        return "cannot be decoded"
+    height, width = pixels.shape[:2]
+    if (width, height) != (image["width"], image["height"]):
+        return f"has {width} x {height} px, the annotations say {image['width']} x {image['height']}"
+    return ""
+
+
+def read_index(view: Path, split: str) -> list[dict[str, Any]]:
+    """Entries of all listed images of 'train' or 'val', broken ones too, in the order of their ids."""
+    return json.loads((view / f"{SPLITS[split]}.json").read_text(encoding="utf-8"))["images"]
+
+
+def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
+    """The images of a run's 'train' or 'val' with their labels, in the order of their ids."""
+    view = Path(provenance["view_dir"])
+    name = SPLITS[split]
+    chosen = provenance["splits"][split]["image_ids"]
+    wanted = None if chosen is None else set(chosen)
+    entries = [entry for entry in read_index(view, split) if wanted is None or entry["id"] in wanted]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        labels = pool.map(
+            lambda entry: _read_labels((view / "labels" / name / entry["file"]).with_suffix(".txt")), entries
+        )
+        return [
+            Image(str(view / "images" / name / entry["file"]), (entry["height"], entry["width"]), rows)
+            for entry, rows in zip(entries, labels, strict=True)
+        ]
+
+
+def _read_labels(path: Path) -> np.ndarray:
+    values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float32)
+    return values.reshape(-1, 5)

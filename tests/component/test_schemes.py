@@ -1,0 +1,84 @@
+"""Schemes on the real networks: who gets how many bits, and that nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from brevitas.nn import QuantConv2d
+from torch import nn
+
+from app.config import UserError, load
+from app.model import build
+from app.quant.schemes import DFL, SCHEMES, Rule, assign
+
+SIZES = ["n", "m"]
+
+
+def config(variant: str, size: str, *sets: str):  # noqa: ANN201
+    return load(variant, [], [f"model=yolov10{size}.yaml", "quant.fast_path=false", *sets])
+
+
+def test_nothing_is_quantized_in_fp16() -> None:
+    model, quant_config = build(config("fp16", "n"))
+    assert quant_config is None
+    assert not any(isinstance(layer, QuantConv2d) for layer in model.modules())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_w4a16_quantizes_every_learned_convolution_and_exempts_dfl(size: str) -> None:
+    model, quant_config = build(config("qat", size))
+    plain = [name for name, layer in model.named_modules() if type(layer) is nn.Conv2d]
+    assert plain == ["model.23.dfl.conv"]
+    assert quant_config is not None
+    assert quant_config["share_of_learned_weights"] == {"4": 1.0}
+    exempt = [layer for layer in quant_config["layers"] if layer["exempt"]]
+    assert [layer["name"] for layer in exempt] == plain
+    assert "fixed integral" in exempt[0]["why"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mixed_keeps_first_and_last_convolutions_at_8_bits(size: str) -> None:
+    _, quant_config = build(config("qat", size, "quant.scheme=w4a16-mixed"))
+    assert quant_config is not None
+    eight = {layer["name"] for layer in quant_config["layers"] if layer["bits"] == 8}
+    branches = [f"model.23.{head}.{level}.2" for head in ("cv2", "cv3", "one2one_cv2", "one2one_cv3") for level in range(3)]
+    assert eight == {"model.0.conv", *branches}
+    assert 0.9 < quant_config["share_of_learned_weights"]["4"] < 1.0
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
+def test_weights_take_at_most_2_to_the_bits_minus_1_values_a_channel(scheme: str) -> None:
+    model, _ = build(config("qat", "n", f"quant.scheme={scheme}"))
+    levels = {"w4a16": 15, "w8a16": 255}[scheme]
+    for layer in (layer for layer in model.modules() if isinstance(layer, QuantConv2d)):
+        quantized = layer.quant_weight()
+        codes = (quantized.value / quantized.scale).round().flatten(1)
+        assert codes.abs().max() == levels // 2  # the largest weight of a layer uses the last code
+        assert max(len(channel.unique()) for channel in codes) <= levels
+
+
+def test_both_variants_start_from_the_same_weights_under_the_same_names() -> None:
+    fp16, _ = build(config("fp16", "n"))
+    qat, _ = build(config("qat", "n"))
+    a, b = fp16.state_dict(), qat.state_dict()
+    assert list(a) == list(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    other, _ = build(config("fp16", "n", "train.seed=1"))
+    assert not torch.equal(a["model.0.conv.weight"], other.state_dict()["model.0.conv.weight"])
+
+
+def test_pattern_that_matches_no_layer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, "w4a16", (DFL, Rule("model.99.conv", 8, "typo"), Rule("*", 4, "rest")))
+    with pytest.raises(UserError, match=r"pattern 'model\.99\.conv' matches no layer"):
+        assign(["model.0.conv", "model.23.dfl.conv"], "w4a16")
+
+
+def test_layer_without_a_rule_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, "w4a16", (DFL,))
+    with pytest.raises(UserError, match=r"no rule for layer model\.0\.conv"):
+        assign(["model.0.conv", "model.23.dfl.conv"], "w4a16")
+
+
+def test_unknown_scheme_lists_the_known_ones() -> None:
+    with pytest.raises(UserError, match="w4a16, w4a16-mixed, w8a16"):
+        assign(["model.0.conv"], "w2a2")

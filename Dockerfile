@@ -5,11 +5,13 @@ FROM ${BASE_IMAGE}
 
 SHELL ["/bin/sh", "-eu", "-c"]
 
-# make is for the unit test that resolves every target. Versions are the base image's: pinning them would break rebuilds.
+# gcc and the headers are Triton's: it compiles a launcher for each kernel at run time. make is for the unit test that
+# resolves every target. Versions are the base image's: pinned ones would vanish from the mirrors.
 # hadolint ignore=DL3008
 RUN export DEBIAN_FRONTEND=noninteractive; \
     apt-get update; \
-    apt-get install -y --no-install-recommends ca-certificates make python3 python3-venv; \
+    apt-get install -y --no-install-recommends \
+        ca-certificates gcc libc6-dev make python3 python3-dev python3-venv; \
     rm -rf /var/lib/apt/lists/* /var/cache/ldconfig/aux-cache /var/log/apt /var/log/*.log
 
 # Dependencies, a layer that only the lock files change. Secrets exist during this step alone and leave no trace:

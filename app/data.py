@@ -106,8 +106,8 @@ def choose(config: Config, view: Path, coco_dir: Path, split: str) -> dict[str, 
     broken = [entry for entry in entries if entry["fault"]]
     if broken and not config.data.skip_broken:
         raise UserError(
-            f"{len(broken)} of {len(entries):,} images in {coco_dir / SPLITS[split]} cannot be used: {name_faults(broken)}; "
-            "repair them, or go on without with --set data.skip_broken=true"
+            f"{len(broken)} of {len(entries):,} images in {coco_dir / SPLITS[split]} cannot be used: "
+            f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
         )
     sound = [entry for entry in entries if not entry["fault"]]
     wanted = config.data.n_train if split == "train" else config.data.n_val

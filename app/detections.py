@@ -11,11 +11,10 @@ import cv2
 import numpy as np
 
 from app.coco import CATEGORY_IDS
-from app.config import UserError
+from app.config import Eval, UserError
 
 PAD_VALUE = 114
 JPEG_END = b"\xff\xd9"
-UNIT = (np.arange(256) / 255).astype(np.float32)  # rounded once, as dividing a float32 pixel by 255 does
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ def letterbox(image: np.ndarray, imgsz: int) -> tuple[np.ndarray, Placement]:
     p = place(width, height, imgsz)
     if (p.new_width, p.new_height) != (width, height):
         image = cv2.resize(image, (p.new_width, p.new_height), interpolation=cv2.INTER_LINEAR)
-    array = np.full((3, imgsz, imgsz), UNIT[PAD_VALUE], np.float32)
+    array = np.full((3, imgsz, imgsz), PAD_VALUE / np.float32(255), np.float32)
     inside = array[:, p.top : p.top + p.new_height, p.left : p.left + p.new_width]
     for channel in range(3):
-        inside[channel] = UNIT[image[:, :, 2 - channel]]
+        np.divide(image[:, :, 2 - channel], np.float32(255), out=inside[channel])
     return array, p
 
 
@@ -80,23 +79,22 @@ def undo(boxes: np.ndarray, placement: Placement) -> np.ndarray:
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def select(output: np.ndarray, contract: str, conf: float, max_det: int) -> np.ndarray:
+def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
     """One image's output -> detections [n,6] x1,y1,x2,y2 (input px), score, class; best first, scores above conf.
 
     Args:
         output: raw [84,A] or end2end [K,6], as the contract says.
         contract: 'raw' or 'end2end'.
-        conf: scores up to this are dropped.
-        max_det: at most this many rows.
+        settings: scores up to `conf` are dropped, at most `max_det` rows are kept.
 
     Raises:
         UserError: the output holds NaN or infinite values.
     """
-    rows = raw_rows(output, max_det) if contract == "raw" else output
-    rows = rows[np.argsort(-rows[:, 4], kind="stable")[:max_det]]
+    rows = raw_rows(output, settings.max_det) if contract == "raw" else output
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")[: settings.max_det]]
     if not np.isfinite(rows).all():
         raise UserError("the model puts out values that are not finite: it is damaged or its precision overflows")
-    return rows[rows[:, 4] > conf]
+    return rows[rows[:, 4] > settings.conf]
 
 
 def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:

@@ -1,257 +1,168 @@
-"""The evaluator: ONNX files and COCO annotations in, metrics.json and detections.json out. Knows nothing of torch."""
+"""Eval: ONNX files -> COCO numbers and latency. Knows ONNX and COCO, nothing else; the same code for all models."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import itertools
 import json
 import logging
-import random
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-
-from app.coco import N_VAL, read_instances
 from app.config import Config, Eval, UserError
-from app.detections import Letterbox, coco_results, decode, letterbox, read_image
-from app.progress import track
-from app.run import RunRoot, environment, read_json, record_stage, sha256, write_json, write_text
-from app.session import Session, open_session
+from app.pipeline import detect, load_input
+from app.run import RunRoot, environment, read_json, record_stage, sha256, write_atomic, write_json
+from app.runtime import Model, describe_runtime, measure_latency, open_model
+from app.scoring import (
+    Dataset,
+    describe_dataset,
+    first_of,
+    hash_ids,
+    image_files,
+    load_truth,
+    score,
+    standalone_dataset,
+    usable_ids,
+)
 
-log = logging.getLogger(__name__)
+FORMAT_VERSION = 1  # raise it when this code changes what a number means: older metrics.json become stale
 EVALUATOR = "onnxruntime + pycocotools"
-EVALUATOR_VERSION = 1  # raise when a change moves numbers: older results are then stale
-N_DECODERS = 2  # threads that read images ahead; ONNX Runtime has its own
-COCO_NAMES = "AP AP50 AP75 AP_small AP_medium AP_large AR_1 AR_10 AR_100 AR_small AR_medium AR_large".split()
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Images to score: their ids and files, and the annotation file that judges them."""
-
-    title: str
-    image_dir: Path
-    annotation_file: Path
-    annotation_sha256: str
-    split: str
-    n_listed: int
-    files: dict[int, str]  # image id -> file name, in the order of the ids
-
-    @property
-    def ids_sha256(self) -> str:
-        return hashlib.sha256("\n".join(map(str, self.files)).encode()).hexdigest()
+log = logging.getLogger(__name__)
 
 
 def evaluate(config: Config, run: RunRoot, force: bool) -> None:
-    """Scores every ONNX file of a run; what is up to date is left alone.
+    """Scores every exported ONNX file of the run into <label>-coco/ (baseline-coco/ for fp16).
 
     Raises:
-        UserError: nothing exported yet, or a file that does not belong to its record.
+        UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
     """
-    paths = sorted(run.onnx_dir.glob("*.onnx"))
-    if not paths:
-        raise UserError(f"no ONNX files in {run.onnx_dir}: run 'make export' first")
-    dataset = limit(dataset_of_run(read_json(run.provenance, "data")), config.eval.max_images)
-    for path in paths:
-        record = read_json(path.with_suffix(".json"), "export")
-        if record["sha256"] != sha256(path):
-            raise UserError(f"{path} is not the file that its .json describes: run 'make export ARGS=--force'")
-        name = "baseline" if record["label"] == "fp16" else record["label"]
-        out_dir = run.root / f"{name}-coco"
-        if force or not is_current(out_dir, path, dataset, config.eval):
-            metrics = evaluate_file(path, dataset, out_dir, config.eval)
-            record_stage(run, f"eval {record['label']}", {"file": path.name, **metrics["coco"]})
+    files = exported_files(run)
+    dataset, wanted_hash = dataset_of_run(run, config.eval)
+    for label, (onnx_path, record) in files.items():
+        out_dir = run.root / ("baseline-coco" if label == "fp16" else f"{label}-coco")
+        if not force and is_done(out_dir, record["sha256"], wanted_hash):
+            log.info("eval: %s done already", out_dir)
+            continue
+        metrics = evaluate_file(onnx_path, dataset, out_dir, config.eval)
+        record_stage(
+            run, f"eval {label}", {"file": onnx_path.name, "sha256": record["sha256"], "coco": metrics["coco"]}
+        )
 
 
 def evaluate_standalone(config: Config, onnx_path: Path, coco_dir: Path, split: str, out_dir: Path) -> None:
-    """Scores any ONNX file that keeps the contract on a split of a COCO folder."""
-    annotation_file = coco_dir / "annotations" / f"instances_{split}.json"
-    images = read_instances(annotation_file).images
-    official = split == "val2017" and len(images) == N_VAL
-    dataset = Dataset(
-        "COCO 2017" if official else "a COCO-format dataset, not COCO 2017", coco_dir / split, annotation_file,
-        sha256(annotation_file), split, len(images), {image["id"]: image["file_name"] for image in images},
-    )  # fmt: skip
-    evaluate_file(onnx_path, limit(dataset, config.eval.max_images), out_dir, config.eval)
-
-
-def dataset_of_run(provenance: dict[str, Any]) -> Dataset:
-    """The val images that the data stage chose."""
-    val = provenance["splits"]["val"]
-    annotation_file = Path(val["annotation_file"])
-    if not annotation_file.is_file() or sha256(annotation_file) != val["annotation_sha256"]:
-        raise UserError(
-            f"{annotation_file} is missing or has changed since 'make data': run it again with ARGS=--force"
-        )
-    images = read_instances(annotation_file).images
-    chosen = None if val["image_ids"] is None else set(val["image_ids"])
-    files = {image["id"]: image["file_name"] for image in images if chosen is None or image["id"] in chosen}
-    image_dir = Path(provenance["coco_dir"]) / val["name"]
-    return Dataset(
-        provenance["title"], image_dir, annotation_file, val["annotation_sha256"], val["name"], val["n_listed"], files
-    )
-
-
-def limit(dataset: Dataset, max_images: int | None) -> Dataset:
-    """A seeded choice of `max_images` images; everything downstream calls it a subset."""
-    if max_images is None or max_images >= len(dataset.files):
-        return dataset
-    chosen = sorted(random.Random(0).sample(list(dataset.files), max_images))  # noqa: S311
-    return replace(dataset, files={image_id: dataset.files[image_id] for image_id in chosen})
-
-
-def settings_hash(dataset: Dataset, settings: Eval) -> str:
-    facts = [EVALUATOR_VERSION, settings.model_dump(), dataset.annotation_sha256, dataset.ids_sha256]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_current(out_dir: Path, onnx_path: Path, dataset: Dataset, settings: Eval) -> bool:
-    path = out_dir / "metrics.json"
-    if not path.exists():
-        return False
-    old = read_json(path, "eval")
-    if old["model"]["sha256"] == sha256(onnx_path) and old["settings_hash"] == settings_hash(dataset, settings):
-        log.info("eval %s: done already (%s)", old["model"]["label"], path)
-        return True
-    log.info("eval %s: %s is of another file or other settings, scoring again", old["model"]["label"], path)
-    return False
+    """Scores any ONNX file that keeps the contract on a split of a COCO folder; it always scores anew."""
+    evaluate_file(onnx_path, standalone_dataset(coco_dir, split), out_dir, config.eval)
 
 
 def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Eval) -> dict[str, Any]:
-    """Runs a file over all images, scores what it found, measures its latency, and writes both JSON files.
+    """Scores one ONNX file: writes out_dir/detections.json, then out_dir/metrics.json, and returns the metrics.
+
+    The score is computed from what detections.json holds, so that anyone who scores the file gets the same numbers.
 
     Raises:
-        UserError: the file does not keep the contract, the provider cannot be had, or an image is missing.
+        UserError: the model, the annotations or an image is not usable; nothing half-written stays.
     """
-    session = open_session(onnx_path, settings)
-    subset = f"SUBSET of {dataset.n_listed:,} " if len(dataset.files) < dataset.n_listed else ""
-    start = time.perf_counter()
-    results, times = detect(session, dataset, settings, subset)
-    times["total"] = time.perf_counter() - start
-    text = json.dumps(results)
-    coco = score(dataset, json.loads(text))
-    first = dataset.image_dir / next(iter(dataset.files.values()))
+    model = open_model(onnx_path, settings.provider)
+    truth = load_truth(dataset.annotation_file)
+    all_ids = usable_ids(truth, dataset)
+    ids = first_of(all_ids, settings.max_images)
+    images = image_files(truth, dataset, ids)
+    facts = describe_dataset(truth, dataset, ids)
+    latency_ms = measure_latency(model, load_input(images[0], model.imgsz).array, settings)
+    title = f"eval {model.label}" + (" (subset)" if facts["subset"] else "")
+    detections_path, metrics_path = out_dir / "detections.json", out_dir / "metrics.json"
+    time_s: dict[str, float] = {}
+
+    def write(part: Path) -> None:
+        metrics_path.unlink(missing_ok=True)  # it would no longer describe the detections beside it
+        with open(part, "w", encoding="utf-8") as file:
+            time_s.update(detect(model, images, file, settings, title))
+
+    write_atomic(detections_path, write)
     metrics = {
-        "model": session.model_facts,
-        "dataset": {
-            "title": dataset.title, "image_dir": str(dataset.image_dir), "annotation_file": str(dataset.annotation_file),
-            "split": dataset.split, "annotation_sha256": dataset.annotation_sha256, "n_images": len(dataset.files),
-            "n_images_listed": dataset.n_listed, "n_annotations": coco.pop("n_annotations"), "subset": bool(subset),
-            "image_ids_sha256": dataset.ids_sha256,
-            "complete_coco_val": dataset.title == "COCO 2017" and len(dataset.files) == N_VAL,
+        "model": describe_model(model),
+        "dataset": facts,
+        "coco": score(truth, detections_path, ids),
+        "settings": {
+            "conf": settings.conf, "max_det": settings.max_det, "batch": model.batch or settings.batch,
+            "evaluator": EVALUATOR,
         },
-        "coco": coco,
-        "settings": {"conf": settings.conf, "max_det": settings.max_det, "batch": settings.batch, "evaluator": EVALUATOR},
-        "settings_hash": settings_hash(dataset, settings),
-        "runtime": session.runtime_facts,
-        "latency_ms": latency(session, letterbox(read_image(first), session.imgsz)[0], settings),
-        "time_s": {name: round(value, 4) for name, value in times.items()},
-        "n_detections": len(results),
+        "runtime": describe_runtime(model),
+        "latency_ms": latency_ms,
+        "time_s": time_s,
         "environment": environment(),
+        "settings_hash": settings_hash(settings, hash_ids(all_ids), facts["annotation_sha256"]),
     }  # fmt: skip
-    write_text(out_dir / "detections.json", text)
-    write_json(out_dir / "metrics.json", metrics)
-    log.info(
-        "eval %s: AP %.4f, AP50 %.4f on %s%d images of %s, %.1f images/s, latency p50 %.2f ms on %s",
-        metrics["model"]["label"], coco["AP"] or 0.0, coco["AP50"] or 0.0, subset, len(dataset.files), dataset.title,
-        len(dataset.files) / times["total"], metrics["latency_ms"]["p50"], metrics["runtime"]["device"],
-    )  # fmt: skip
+    write_json(metrics_path, metrics)
+    log.info("%s: %s, %s", title, result(metrics), metrics_path)
     return metrics
 
 
-def detect(
-    session: Session, dataset: Dataset, settings: Eval, subset: str
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """All detections as COCO results, and seconds spent in the session and around it.
-
-    Threads decode ahead of the session by a bounded number of images: memory does not grow with the dataset.
-    """
-    results: list[dict[str, Any]] = []
-    times = {"session": 0.0, "waiting_for_images": 0.0, "postprocess": 0.0}
-    n_images = len(dataset.files)
-    batch_size = session.batch or settings.batch
-    desc = f"scoring {session.model_facts['file']} {subset}".strip()
-    progress = track(range(n_images), desc, n_images)
-    clock = time.perf_counter
-    with contextlib.closing(progress):
-        for batch in batched(prefetch(dataset, session.imgsz, 2 * batch_size + N_DECODERS), batch_size, times):
-            start = clock()
-            outputs = session.run(np.stack([tensor for _, tensor, _ in batch]))
-            inferred = clock()
-            for (image_id, _, way), output in zip(batch, outputs, strict=False):
-                detections = decode(output, session.contract, settings.max_det, settings.conf)
-                results += coco_results(image_id, way, detections)
-                next(progress)
-            times["session"] += inferred - start
-            times["postprocess"] += clock() - inferred
-        for _ in progress:  # lets it close its line
-            pass
-    return results, times
+def exported_files(run: RunRoot) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """label -> (ONNX file, its .json), fp16 first; every file is the one that its .json describes."""
+    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(run.onnx_dir.glob("*.onnx")):
+        record = read_json(path.with_suffix(".json"), "export")
+        if record["sha256"] != sha256(path):
+            raise UserError(f"{path} is not the file that its .json describes: run 'make export ARGS=--force'")
+        if record["label"] in files:
+            raise UserError(f"{path} and {files[record['label']][0].name} are both {record['label']}: delete one")
+        files[record["label"]] = (path, record)
+    if not files:
+        raise UserError(f"no ONNX file in {run.onnx_dir}: run 'make export' first")
+    return dict(sorted(files.items(), key=lambda item: item[0] != "fp16"))
 
 
-def prefetch(dataset: Dataset, imgsz: int, n_ahead: int) -> Iterator[tuple[int, np.ndarray, Letterbox]]:
-    """Yields (image id, [3,S,S] float32, way back) in order, decoded by threads at most `n_ahead` images ahead."""
-
-    def load(entry: tuple[int, str]) -> tuple[int, np.ndarray, Letterbox]:
-        return entry[0], *letterbox(read_image(dataset.image_dir / entry[1]), imgsz)
-
-    entries = iter(dataset.files.items())
-    with ThreadPoolExecutor(N_DECODERS) as pool:
-        waiting = [pool.submit(load, entry) for entry in itertools.islice(entries, n_ahead)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(load, entry) for entry in itertools.islice(entries, 1)]
+def dataset_of_run(run: RunRoot, settings: Eval) -> tuple[Dataset, str]:
+    """The val split of the run and the settings_hash that its metrics.json must have."""
+    provenance = read_json(run.provenance, "data")
+    split = provenance["splits"]["val"]
+    annotation_file = Path(split["annotation_file"])
+    if not annotation_file.is_file() or sha256(annotation_file) != split["annotation_sha256"]:
+        raise UserError(f"{annotation_file} is missing or has changed: run 'make data ARGS=--force'")
+    images_dir = Path(provenance["coco_dir"]) / split["name"]
+    dataset = Dataset(images_dir, annotation_file, split["name"], split["image_ids"], provenance["title"])
+    return dataset, settings_hash(settings, split["image_ids_sha256"], split["annotation_sha256"])
 
 
-def batched(images: Iterator[Any], size: int, times: dict[str, float]) -> Iterator[list[Any]]:
-    """Groups images; the time spent waiting for them is added to `times`."""
-    while True:
-        start = time.perf_counter()
-        batch = list(itertools.islice(images, size))
-        times["waiting_for_images"] += time.perf_counter() - start
-        if not batch:
-            return
-        yield batch
+def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> str:
+    """SHA-256 (16 hex digits) over everything but the model that a metrics.json depends on."""
+    parts = [FORMAT_VERSION, settings.model_dump(mode="json"), ids_sha256, annotation_sha256]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def score(dataset: Dataset, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's 12 box numbers over exactly the dataset's images; null where COCOeval has nothing to average (-1)."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        truth = COCO(str(dataset.annotation_file))
-        found = truth.loadRes(results) if results else COCO()
-        judge = COCOeval(truth, found, "bbox")
-        judge.params.imgIds = list(dataset.files)
-        if results:
-            judge.evaluate()
-            judge.accumulate()
-            judge.summarize()
-    log.debug("%s", printed.getvalue())
-    numbers = judge.stats if results else [0.0] * len(COCO_NAMES)
-    coco: dict[str, Any] = {
-        name: None if value < 0 else float(value) for name, value in zip(COCO_NAMES, numbers, strict=True)
+def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
+    """Whether the result is there and is of this model file and these settings; says so where it is stale."""
+    metrics_path = out_dir / "metrics.json"
+    if not metrics_path.exists() or not (out_dir / "detections.json").exists():
+        return False
+    metrics = read_json(metrics_path, "eval")
+    same_model, same_settings = metrics["model"]["sha256"] == model_sha256, metrics["settings_hash"] == wanted_hash
+    if not same_model or not same_settings:
+        other = "model file" if not same_model else "settings or images"
+        log.info("eval: %s is of another %s, scoring again", metrics_path, other)
+    return same_model and same_settings
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    return {
+        "file": model.path.name,
+        "sha256": sha256(model.path),
+        "size_bytes": model.path.stat().st_size,
+        "label": model.label,
+        "scheme": model.scheme,
+        "contract": model.contract,
+        "imgsz": model.imgsz,
     }
-    return coco | {"n_annotations": len(truth.getAnnIds(imgIds=list(dataset.files)))}
 
 
-def latency(session: Session, tensor: np.ndarray, settings: Eval) -> dict[str, Any]:
-    """Milliseconds of one session run at batch 1 (or the file's fixed batch), without pre- and post-processing."""
-    batch = np.stack([tensor] * (session.batch or 1))
-    for _ in range(settings.latency_warmup):
-        session.run(batch)
-    samples = []
-    for _ in range(settings.latency_runs):
-        start = time.perf_counter()
-        session.run(batch)
-        samples.append((time.perf_counter() - start) * 1e3)
-    p50, p90, p99 = np.percentile(samples, (50, 90, 99)).round(4).tolist()
-    facts = {"batch": len(batch), "warmup": settings.latency_warmup, "runs": settings.latency_runs}
-    return {**facts, "mean": round(float(np.mean(samples)), 4), "p50": p50, "p90": p90, "p99": p99}
+def result(metrics: dict[str, Any]) -> str:
+    """AP, AP50, images, speed and latency in one line."""
+    coco, dataset, seconds = metrics["coco"], metrics["dataset"], metrics["time_s"]
+    ap, ap50 = ("-" if coco[name] is None else f"{coco[name]:.4f}" for name in ("AP", "AP50"))
+    of = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
+    rate = dataset["n_images"] / seconds["total"]
+    latency = metrics["latency_ms"]
+    return (
+        f"AP {ap}, AP50 {ap50}, {dataset['n_images']:,} images{of}, {rate:.1f} images/s, "
+        f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}"
+    )

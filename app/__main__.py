@@ -22,6 +22,7 @@ STAGES = {
     "export": "trained checkpoints -> ONNX files, each checked against torch",
     "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
     "report": "JSON and CSV files of the run -> summary.md",
+    "bench": "what a training step costs: fp16, qat, qat through plain Brevitas, side by side",
     "download-coco": "fetch the official COCO 2017 archives",
 }
 
@@ -68,6 +69,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
         if name == "train":
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
+        if name == "bench":
+            stage.add_argument("what", nargs="?", choices=("step",), default="step")
+            stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
+            stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
+            stage.add_argument("--rounds", type=int, default=7, help="turns of every arm (default: %(default)s)")
+            stage.add_argument("--steps", type=int, default=5, help="steps of a turn (default: %(default)s)")
         if name == "eval":
             stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
             stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder")
@@ -93,6 +100,11 @@ def run_stage(args: argparse.Namespace) -> None:
     match args.stage:
         case "all":
             run_all(args)
+        case "bench":
+            from app.bench import Sizes, bench_step
+
+            device = [f"train.device={'0' if args.device == 'cuda' else args.device}"] if args.device else []
+            bench_step(run, args.conf, [*args.set, *device], Sizes(args.batch, args.rounds, args.steps))
         case "data":
             from app.data import prepare
 

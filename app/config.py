@@ -6,10 +6,10 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 BUILTIN_DATASET = "coco-subset"
@@ -44,7 +44,7 @@ class Train(Section):
     deterministic: bool
     amp: bool
     workers: int = Field(ge=0)
-    device: str = Field(pattern=r"^(auto|cpu|\d+)$")
+    device: Annotated[str, BeforeValidator(str)] = Field(pattern=r"^(auto|cpu|\d+)$")  # YAML reads 0 as a number
     cache: bool
     bn_batches: int = Field(ge=0)
 

@@ -130,16 +130,19 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
 
     largest_seen = tl.zeros([BLOCK], tl.float32)
     poison = tl.zeros([BLOCK], tl.float32)  # 0, or NaN once an element is infinite or NaN
-    for i in range(0, length, BLOCK):
+    i = 0  # while: the interpreter of Triton 3.6 cannot count to a loaded number (numpy 2.4)
+    while i < length:
         weight = tl.load(flat + start + i + lanes, mask=i + lanes < length, other=0.0)
         largest_seen = tl.maximum(largest_seen, tl.abs(weight))
         poison += weight * 0.0
+        i += BLOCK
     absmax = tl.max(largest_seen, axis=0) + tl.sum(poison, axis=0)
     scale = _scale(absmax, largest)
 
     first = tl.full([BLOCK], _NO_ELEMENT, tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, length, BLOCK):
+    i = 0
+    while i < length:
         k = i + lanes
         mask = k < length
         weight = tl.load(flat + start + k, mask=mask, other=0.0)
@@ -147,6 +150,7 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
         is_max = mask & (tl.abs(weight) == absmax)
         first = tl.minimum(first, tl.where(is_max, k % n_inner * stride + k // n_inner, _NO_ELEMENT))
         count += is_max.to(tl.int32)
+        i += BLOCK
     tl.store(absmax_out + row, absmax)
     tl.store(pick_out + row, tl.where(per_tensor == 1, tl.sum(count, axis=0), tl.min(first, axis=0)))
 
@@ -166,17 +170,20 @@ def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
 
     of_scale = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, length, BLOCK):
+    i = 0
+    while i < length:
         k = i + lanes
         weight = tl.load(flat + start + k, mask=k < length, other=0.0)
         grad = tl.load(grads + start + k, mask=k < length, other=0.0).to(tl.float32)
         ratio = tl.math.div_rn(weight, scale)
         of_scale += grad * (ratio + _ROUND - _ROUND) - grad * scale * tl.math.div_rn(ratio, scale)
+        i += BLOCK
     share = tl.math.div_rn(tl.sum(of_scale, axis=0), largest)
     if per_tensor == 1:
         share = tl.math.div_rn(share, pick.to(tl.float32))
 
-    for i in range(0, length, BLOCK):
+    i = 0
+    while i < length:
         k = i + lanes
         mask = k < length
         weight = tl.load(flat + start + k, mask=mask, other=0.0)
@@ -185,3 +192,4 @@ def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):
         from_scale = tl.where(weight > 0, share, tl.where(weight < 0, -share, 0.0))
         straight = tl.math.div_rn(grad * scale, scale)
         tl.store(out + start + k, straight + tl.where(is_max, from_scale, 0.0), mask=mask)
+        i += BLOCK

@@ -1,0 +1,164 @@
+"""Benches: what a training step costs, measured side by side in one run."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from ultralytics.cfg import get_cfg
+from ultralytics.utils.torch_utils import ModelEMA, autocast
+
+from app.config import Config, UserError, load
+from app.model import build
+from app.run import RunRoot, environment, write_json
+from app.summary import markdown_table
+
+log = logging.getLogger(__name__)
+# Arms of the step bench: name -> variant and settings.
+ARMS = {
+    "fp16": ("fp16", []),
+    "qat": ("qat", ["quant.fast_path=true"]),
+    "qat, plain Brevitas": ("qat", ["quant.fast_path=false"]),
+}
+N_BOXES = 8  # objects an image, about COCO's mean
+WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: batch sizes, rounds in which every arm has its turn, and steps of a turn."""
+
+    batches: list[int]
+    n_rounds: int
+    n_steps: int
+
+
+class Arm:
+    """One variant with everything that a training step touches."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.device = device
+        self.amp = config.train.amp and device.type == "cuda"
+        model: Any = build(config)[0]
+        model.args = get_cfg(overrides={"model": config.model, "amp": self.amp})
+        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self.model = model.to(device, memory_format=memory_format).train()
+        weights = [p for name, p in model.named_parameters() if p.requires_grad and ".dfl" not in name]
+        self.optimizer = torch.optim.SGD(weights, lr=1e-4, momentum=0.937, nesterov=True)
+        self.scaler = GradScaler("cuda", enabled=self.amp)
+        self.ema = ModelEMA(self.model)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        """One training step as Ultralytics' trainer makes it, without its loader and its logging (8.4.190)."""
+        with autocast(self.amp, device=self.device.type):
+            loss = self.model(batch)[0].sum()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model)
+
+    def time_steps(self, batch: dict[str, torch.Tensor], n_steps: int) -> float:
+        """Milliseconds a step."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(n_steps):
+            self.step(batch)
+        synchronize(self.device)
+        return (time.perf_counter() - start) * 1e3 / n_steps
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def synthetic_batch(n_images: int, imgsz: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Noise images [N,3,S,S] 0..1 and N_BOXES boxes each, in the layout of Ultralytics' loader."""
+    generator = torch.Generator().manual_seed(0)
+    n_boxes = n_images * N_BOXES
+    batch = {
+        "img": torch.rand(n_images, 3, imgsz, imgsz, generator=generator),
+        "batch_idx": torch.arange(n_images).repeat_interleave(N_BOXES).float(),
+        "cls": torch.randint(0, 80, (n_boxes, 1), generator=generator).float(),
+        "bboxes": torch.rand(n_boxes, 4, generator=generator) * 0.3 + 0.2,
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def bench_step(run: RunRoot, overlays: list[Path], sets: list[str], sizes: Sizes) -> None:
+    """Times whole training steps of all arms in turns; prints medians, ratios to FP16 and peak memory.
+
+    Raises:
+        UserError: train.device names a GPU that is not there.
+    """
+    configs = {name: load(variant, overlays, [*sets, *extra]) for name, (variant, extra) in ARMS.items()}
+    t = configs["fp16"].train
+    device = torch.device("cuda" if torch.cuda.is_available() and t.device != "cpu" else "cpu")
+    if t.device not in ("auto", "cpu") and device.type == "cpu":
+        raise UserError(f"train.device={t.device}: torch sees no GPU; use train.device=cpu")
+    torch.backends.cudnn.deterministic = t.deterministic
+    rows = []
+    for n_images in sizes.batches:
+        batch = synthetic_batch(n_images, t.imgsz, device)
+        peaks = {name: peak_memory(config, device, batch) for name, config in configs.items()}
+        arms = {name: Arm(config, device) for name, config in configs.items()}
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        for arm in arms.values():
+            arm.time_steps(batch, WARMUP_STEPS)
+        for _ in range(sizes.n_rounds):
+            for name, arm in arms.items():
+                times[name].append(arm.time_steps(batch, sizes.n_steps))
+        rows += [step_row(n_images, name, times, peaks) for name in arms]
+        log.info("batch %d done", n_images)
+    result = {
+        "model": configs["fp16"].model, "imgsz": t.imgsz, "device": device_name(device),
+        "amp": t.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label, "rounds": sizes.n_rounds, "steps": sizes.n_steps, "rows": rows,
+        "environment": environment(),
+    }  # fmt: skip
+    write_json(run.root / "bench-step.json", result)
+    show_steps(result)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def peak_memory(config: Config, device: torch.device, batch: dict[str, torch.Tensor]) -> float:
+    """GiB that torch allocates at most while one arm alone trains; 0 on the CPU, where it is not counted."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    Arm(config, device).time_steps(batch, WARMUP_STEPS)
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def step_row(n_images: int, name: str, times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
+    """Median of the rounds, and median of the ratios to FP16 round by round, so that drift cancels."""
+    ratios = [mine / base for mine, base in zip(times[name], times["fp16"], strict=True)]
+    return {
+        "batch": n_images, "arm": name, "ms": statistics.median(times[name]), "min_ms": min(times[name]),
+        "max_ms": max(times[name]), "ratio": statistics.median(ratios), "peak_gib": peaks[name],
+        "peak_ratio": peaks[name] / peaks["fp16"] if peaks["fp16"] else None,
+    }  # fmt: skip
+
+
+def show_steps(result: dict[str, Any]) -> None:
+    cells = [["batch", "arm", "ms a step", "min", "max", "to FP16", "peak GiB", "to FP16"]]
+    for row in result["rows"]:
+        memory = [f"{row['peak_gib']:.2f}", f"{row['peak_ratio']:.3f}"] if row["peak_ratio"] else ["-", "-"]
+        times = [f"{row[key]:.1f}" for key in ("ms", "min_ms", "max_ms")]
+        cells.append([str(row["batch"]), row["arm"], *times, f"{row['ratio']:.3f}", *memory])
+    precision = "FP16 autocast" if result["amp"] else "float32"
+    log.info("%s, %d px, %s, %s", result["model"], result["imgsz"], precision, result["device"])
+    for line in markdown_table(cells):
+        log.info("%s", line)

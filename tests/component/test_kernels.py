@@ -1,0 +1,65 @@
+"""Triton's kernels in Triton's interpreter, against the torch version that is bit-equal to Brevitas.
+
+The interpreter has to be chosen before Triton is imported, so the test runs this file as a script.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from test_fused import exactly, small_weights
+
+from app.quant.fused import _EachInTurn, _Together
+from app.quant.kernels import Layout, Spec
+
+# The kernel adds up the scale's gradient in another order than torch. The sum of up to 1,100 terms of size 1 / scale
+# cancels partly; it reaches only the elements that are the absmax.
+SUM_RTOL = 1e-5
+
+
+def test_kernels_equal_the_torch_version_in_the_interpreter() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def compare_kernels() -> None:
+    """Forward and straight-through gradients are equal; where |w| is the absmax, up to the order of one sum."""
+    bad = torch.randn(4, 2, 3, 3)
+    bad[0, 0, 0, 0], bad[1, 1, 1, 1], bad[2] = float("nan"), float("inf"), 1e30
+    more_than_a_block = torch.randn(2, 1100, 1, 1)
+    specs = [Spec(largest, per_tensor) for per_tensor in (False, True) for largest in (7, 127, 7, 127, 7)]
+    for order in (torch.contiguous_format, torch.channels_last):
+        one_scale_kind = [w.to(memory_format=order) for w in (*small_weights(), more_than_a_block, bad)]
+        weights = [w.clone().requires_grad_() for w in one_scale_kind * 2]
+        for dtype in (torch.float32, torch.float16):
+            torch.manual_seed(4)
+            theirs = _EachInTurn.apply(specs, dtype, *weights)
+            ours = _Together.apply(Layout(weights, specs), dtype, *weights)
+            exactly(ours, theirs)
+            assert [a.stride() for a in ours] == [b.stride() for b in weights]
+            upstream = [
+                torch.randn(value.shape).to(dtype) for value in ours
+            ]  # contiguous for channels_last weights too
+            gradients = (
+                torch.autograd.grad(out[1:], weights, upstream[1:], allow_unused=True) for out in (ours, theirs)
+            )
+            compare_gradients(weights, *gradients)
+
+
+def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> None:
+    assert ours[0] is None
+    assert theirs[0] is None
+    for weight, actual, expected in zip(weights[1:], ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=SUM_RTOL, atol=SUM_RTOL, equal_nan=True)
+        is_max = weight.abs() == weight.abs().amax((1, 2, 3), keepdim=True)
+        exactly(actual[~is_max], expected[~is_max])
+
+
+if __name__ == "__main__":
+    compare_kernels()

@@ -121,7 +121,8 @@ def bench_step(run: RunRoot, overlays: list[Path], sets: list[str], sizes: Sizes
         log.info("batch %d done", n_images)
     result = {
         "model": configs["fp16"].model, "imgsz": t.imgsz, "device": device_name(device),
-        "amp": t.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label, "rounds": sizes.n_rounds, "steps": sizes.n_steps, "rows": rows,
+        "amp": t.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label, "rounds": sizes.n_rounds,
+        "steps": sizes.n_steps, "rows": rows,
         "environment": environment(),
     }  # fmt: skip
     write_json(run.root / "bench-step.json", result)

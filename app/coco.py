@@ -38,6 +38,7 @@ CLASS_INDEX = {number: index for index, number in enumerate(CATEGORY_IDS)}
 
 N_TRAIN, N_VAL = 118_287, 5_000  # images listed in the official train2017 and val2017
 LARGEST_ID = 2**53  # beyond, a float64 cannot hold an id exactly; COCOeval keeps ids in float64 arrays
+NOT_COCO = "give an instances file of COCO 2017, or of a dataset in its layout and categories"
 BOX_TOLERANCE_PX = 1.0  # annotators' boxes may pass the border by a rounding
 
 
@@ -69,10 +70,14 @@ def read_instances(file: Path) -> Split:
     names = set()
     for image in tree["images"]:
         _check_image(file, image)
-        if image["id"] in images or image["file_name"] in names:
-            raise UserError(f"{file}: image id {image['id']} or file name {image['file_name']} is listed twice")
+        label_name = PurePosixPath(image["file_name"]).with_suffix("")  # a.jpg and a.png would share a label file
+        if image["id"] in images or label_name in names:
+            raise UserError(
+                f"{file}: image id {image['id']} or file name {image['file_name']} is listed twice: "
+                "mend the annotations"
+            )
         images[image["id"]] = image
-        names.add(image["file_name"])
+        names.add(label_name)
     split = Split(
         file, [images[key] for key in sorted(images)], {key: [] for key in images}, dict.fromkeys(images, 0),
         dict.fromkeys(images, 0), dict.fromkeys(images, 0), {},
@@ -90,29 +95,39 @@ def _read_json(file: Path) -> dict[str, Any]:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing: COCO_DIR must hold train2017/, val2017/ and annotations/") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file} is not readable JSON ({error}): unpack the official annotations again") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
-            raise UserError(f"{file} has no list '{key}': it is not an instances file of COCO")
+            raise UserError(f"{file} has no list '{key}': {NOT_COCO}")
     if not tree["images"]:
-        raise UserError(f"{file} lists no images")
+        raise UserError(f"{file} lists no images: {NOT_COCO}")
     return tree
 
 
 def _check_categories(file: Path, categories: list[Any]) -> None:
-    ids = {category.get("id") for category in categories if isinstance(category, dict)}
-    if unknown := ids - set(CATEGORY_IDS):
-        raise UserError(f"{file}: category ids {sorted(map(str, unknown))[:5]} are not among the 80 official COCO ids")
+    """Unknown ids mean another dataset; so do known ids with other names, whose boxes would train the wrong class."""
+    for category in categories:
+        number = category.get("id") if isinstance(category, dict) else None
+        if not _is_id(number) or number not in CLASS_INDEX:
+            raise UserError(f"{file}: category id {number!r} is not among the 80 official COCO ids: {NOT_COCO}")
+        official = NAMES[CLASS_INDEX[number]]
+        if category.get("name") != official:
+            raise UserError(
+                f"{file}: category {number} is '{category.get('name')}', in COCO it is '{official}': {NOT_COCO}"
+            )
 
 
 def _check_image(file: Path, image: Any) -> None:
     if not isinstance(image, dict) or not {"id", "file_name", "width", "height"} <= set(image):
         raise UserError(f"{file}: an image entry lacks id, file_name, width or height: {str(image)[:80]}")
     if not _is_id(image["id"]):
-        raise UserError(f"{file}: image id {image['id']!r} is not a whole number from 0 to 2^53")
-    if not all(isinstance(image[key], int) and image[key] > 0 for key in ("width", "height")):
-        raise UserError(f"{file}: image {image['file_name']} has size {image['width']} x {image['height']}")
+        raise UserError(f"{file}: image id {image['id']!r} is not a whole number from 0 to 2^53: {NOT_COCO}")
+    name = image["file_name"]
+    if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
+        raise UserError(f"{file}: image id {image['id']} has file name {name!r}: {NOT_COCO}")
+    if not all(_is_id(image[key]) and image[key] > 0 for key in ("width", "height")):
+        raise UserError(f"{file}: image {name} has size {image['width']} x {image['height']}: mend the annotations")
 
 
 def _is_id(value: Any) -> bool:
@@ -122,12 +137,16 @@ def _is_id(value: Any) -> bool:
 def _add_annotation(split: Split, images: dict[int, dict[str, Any]], annotation: Any, number: int) -> None:
     """Counts one annotation and keeps its box, clipped to the image."""
     if not isinstance(annotation, dict) or not {"image_id", "category_id", "bbox"} <= set(annotation):
-        raise UserError(f"{split.file}: annotation {number} lacks image_id, category_id or bbox")
+        raise UserError(f"{split.file}: annotation {number} lacks image_id, category_id or bbox: {NOT_COCO}")
     image_id, category = annotation["image_id"], annotation["category_id"]
-    if image_id not in images:
-        raise UserError(f"{split.file}: annotation {annotation.get('id', number)} is for unknown image id {image_id!r}")
-    if category not in CLASS_INDEX:
-        raise UserError(f"{split.file}: annotation {annotation.get('id', number)} has unknown category id {category!r}")
+    if not _is_id(image_id) or image_id not in images:
+        raise UserError(
+            f"{split.file}: annotation {annotation.get('id', number)} is for unknown image id {image_id!r}: {NOT_COCO}"
+        )
+    if not _is_id(category) or category not in CLASS_INDEX:
+        raise UserError(
+            f"{split.file}: annotation {annotation.get('id', number)} has unknown category id {category!r}: {NOT_COCO}"
+        )
     split.n_annotations[image_id] += 1
     if annotation.get("iscrowd"):
         split.n_crowd[image_id] += 1

@@ -6,6 +6,7 @@ It is for showing that the whole job runs and learns, on any machine, in minutes
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,18 @@ def draw_coco_subset(target_dir: Path, n_train: int = 256, n_val: int = 64, seed
     The same arguments give the same annotations and, with the locked OpenCV, the same JPEG bytes. It is drawn beside
     its place and renamed, so a half-drawn dataset never carries the name.
     """
-    if (target_dir / "annotations" / "instances_val2017.json").exists():
+    if target_dir.exists():
         return
-    part_dir = target_dir.with_name(f".{target_dir.name}.part")
-    shutil.rmtree(part_dir, ignore_errors=True)
-    _draw_split(part_dir, "train2017", range(1, n_train + 1), seed)
-    _draw_split(part_dir, "val2017", range(n_train + 1, n_train + n_val + 1), seed)
-    part_dir.replace(target_dir)
+    part_dir = target_dir.with_name(f".{target_dir.name}.{os.getpid()}.part")
+    try:
+        _draw_split(part_dir, "train2017", range(1, n_train + 1), seed)
+        _draw_split(part_dir, "val2017", range(n_train + 1, n_train + n_val + 1), seed)
+        part_dir.rename(target_dir)
+    except OSError:
+        if not target_dir.exists():  # else another process was faster, with the same drawing
+            raise
+    finally:
+        shutil.rmtree(part_dir, ignore_errors=True)
 
 
 def _draw_split(root: Path, split: str, image_ids: range, seed: int) -> None:
@@ -51,7 +57,9 @@ def _draw_split(root: Path, split: str, image_ids: range, seed: int) -> None:
         rng = np.random.default_rng([seed, image_id])
         pixels, objects = _draw_image(rng, position)
         file_name = f"{image_id:012d}.jpg"
-        cv2.imwrite(str(image_dir / file_name), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+        # Not cv2.imwrite: on a full disk it only returns False.
+        jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+        (image_dir / file_name).write_bytes(jpeg.tobytes())
         height, width = pixels.shape[:2]
         images.append({"id": image_id, "file_name": file_name, "width": width, "height": height, "license": 1})
         for entry in objects:

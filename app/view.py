@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from app.coco import CLASS_INDEX, Split, read_instances
 from app.config import UserError
 from app.progress import track
 
-VIEW_VERSION = 1
+VIEW_VERSION = 2
 SPLITS = {"train": "train2017", "val": "val2017"}
-log = logging.getLogger(__name__)
+JPEG_SUFFIXES, JPEG_END = (".jpg", ".jpeg"), b"\xff\xd9"
+N_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -41,31 +43,50 @@ def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str])
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
+    """Turns 'no space left' inside the block into a UserError that names the folder, its free space and the need."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise UserError(f"no space left in {folder} ({free:,.0f} MiB free): {need}") from error
+
+
+def is_current(view: Path, coco_dir: Path) -> bool:
+    """Whether the view is there and its damaged images are still damaged: a repaired one asks for a new view."""
+    if not view.exists():
+        return False
+    entries = [(coco_dir / name, entry) for split, name in SPLITS.items() for entry in read_index(view, split)]
+    return not any(
+        entry["damaged"] and not fault(folder / entry["file"], entry["width"], entry["height"])
+        for folder, entry in entries
+    )
+
+
 def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
-    """Checks every image once and writes links, labels and index; a finished view is left alone.
+    """Checks every image once and writes links, labels and index; a view that is there is replaced.
 
     Damaged images are recorded, not refused: whether to go on without them is the run's decision.
-
-    Raises:
-        UserError: no space left.
     """
-    if target_dir.exists():
-        return
     part_dir = target_dir.with_name(f".{target_dir.name}.{os.getpid()}.part")
+    old_dir = target_dir.with_name(f".{target_dir.name}.{os.getpid()}.old")
     try:
         for name in SPLITS.values():
             split = read_instances(coco_dir / "annotations" / f"instances_{name}.json")
             _build_split(part_dir, coco_dir, name, split, annotation_sha256[name])
-        part_dir.replace(target_dir)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(target_dir.parent).free / 2**20
-        raise UserError(
-            f"no space left in {target_dir.parent} ({free:.0f} MiB free): the labels need about 1 GiB"
-        ) from error
+        with contextlib.suppress(FileNotFoundError):
+            target_dir.rename(old_dir)
+        try:
+            part_dir.rename(target_dir)
+        except OSError:
+            if not target_dir.exists():  # else another process was faster, with the same view
+                raise
     finally:
         shutil.rmtree(part_dir, ignore_errors=True)
+        shutil.rmtree(old_dir, ignore_errors=True)
 
 
 def _build_split(root: Path, coco_dir: Path, name: str, split: Split, annotation_sha256: str) -> None:
@@ -74,20 +95,30 @@ def _build_split(root: Path, coco_dir: Path, name: str, split: Split, annotation
     label_dir = root / "labels" / name
     label_dir.mkdir(parents=True)
     index: dict[str, Any] = {"annotation_sha256": annotation_sha256, "images": []}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        faults = pool.map(lambda image: split.problems.get(image["id"]) or fault(coco_dir / name, image), split.images)
-        for image, problem in track(zip(split.images, faults, strict=True), f"checking {name}", len(split.images)):
+    pool = ThreadPoolExecutor(N_THREADS)
+    try:
+        faults = pool.map(lambda image: _fault_in(coco_dir / name, image, split.problems), split.images)
+        for image, found in track(zip(split.images, faults, strict=True), f"checking {name}", len(split.images)):
             key = image["id"]
+            problem = split.problems.get(key)
             index["images"].append({
                 "id": key, "file": image["file_name"], "height": image["height"], "width": image["width"],
                 "n_annotations": split.n_annotations[key], "n_crowd": split.n_crowd[key],
-                "n_degenerate": split.n_degenerate[key], "n_boxes": len(split.boxes[key]), "fault": problem or None,
+                "n_degenerate": split.n_degenerate[key], "n_boxes": len(split.boxes[key]),
+                "fault": problem or found or None, "damaged": bool(found),
             })  # fmt: skip
-            if not problem:
+            if not problem and not found:
                 label_path = (label_dir / image["file_name"]).with_suffix(".txt")
                 label_path.parent.mkdir(parents=True, exist_ok=True)
                 label_path.write_text(yolo_rows(image, split.boxes[key]), encoding="utf-8")
+    finally:
+        pool.shutdown(cancel_futures=True)  # else an interrupted pass would first read all the other images
     (root / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _fault_in(image_dir: Path, image: dict[str, Any], problems: dict[int, str]) -> str:
+    """Fault of the image file; '' too where the annotations are at fault already: such a name may lead anywhere."""
+    return "" if image["id"] in problems else fault(image_dir / image["file_name"], image["width"], image["height"])
 
 
 def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
@@ -100,24 +131,26 @@ def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
     return "".join(f"{c} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for c, cx, cy, w, h in rows)
 
 
-def fault(image_dir: Path, image: dict[str, Any]) -> str:
+def fault(path: Path, width: int, height: int) -> str:
     """What is wrong with an image file, or ''. It is decoded in full: a header says nothing of the pixels.
 
-    The size in the JSON is that of the decoded image, after any EXIF rotation.
+    width and height in px are those of the annotations; they mean the decoded image, after any EXIF rotation.
     """
-    path = image_dir / image["file_name"]
     try:
         data = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if path.suffix.lower() in (".jpg", ".jpeg") and b"\xff\xd9" not in data[-64:]:
-        return "is truncated (no end-of-image marker)"
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    # OpenCV decodes a cut JPEG without an error and fills the rest with grey.
+    if path.suffix.lower() in JPEG_SUFFIXES and not data.rstrip(b"\0").endswith(JPEG_END):
+        return "is cut off or damaged (a JPEG must end in FF D9)"
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error:  # for example more pixels than OpenCV takes
+        pixels = None
     if pixels is None:
         return "cannot be decoded"
-    height, width = pixels.shape[:2]
-    if (width, height) != (image["width"], image["height"]):
-        return f"has {width} x {height} px, the annotations say {image['width']} x {image['height']}"
+    if pixels.shape[:2] != (height, width):
+        return f"has {pixels.shape[1]} x {pixels.shape[0]} px, the annotations say {width} x {height}"
     return ""
 
 
@@ -133,7 +166,7 @@ def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
     chosen = provenance["splits"][split]["image_ids"]
     wanted = None if chosen is None else set(chosen)
     entries = [entry for entry in read_index(view, split) if wanted is None or entry["id"] in wanted]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(N_THREADS) as pool:
         labels = pool.map(
             lambda entry: _read_labels((view / "labels" / name / entry["file"]).with_suffix(".txt")), entries
         )

@@ -14,7 +14,7 @@ from app.quant.schemes import DFL, SCHEMES, Rule, assign
 SIZES = ["n", "m"]
 
 
-def config(variant: str, size: str, *sets: str):  # noqa: ANN201
+def config(variant: str, size: str, *sets: str):
     return load(variant, [], [f"model=yolov10{size}.yaml", "quant.fast_path=false", *sets])
 
 
@@ -41,7 +41,8 @@ def test_mixed_keeps_first_and_last_convolutions_at_8_bits(size: str) -> None:
     _, quant_config = build(config("qat", size, "quant.scheme=w4a16-mixed"))
     assert quant_config is not None
     eight = {layer["name"] for layer in quant_config["layers"] if layer["bits"] == 8}
-    branches = [f"model.23.{head}.{level}.2" for head in ("cv2", "cv3", "one2one_cv2", "one2one_cv3") for level in range(3)]
+    heads = ("cv2", "cv3", "one2one_cv2", "one2one_cv3")
+    branches = [f"model.23.{head}.{level}.2" for head in heads for level in range(3)]
     assert eight == {"model.0.conv", *branches}
     assert 0.9 < quant_config["share_of_learned_weights"]["4"] < 1.0
 

@@ -13,7 +13,8 @@ OVERLAYS = sorted(set(CONF_DIR.glob("*.yaml")) - {CONF_DIR / "base.yaml"})
 # YOLOv5's hyp.scratch, all its keys: each one is either used or has a reason in no_counterpart.
 ORIGINAL_KEYS = (
     "lr0 lrf momentum weight_decay warmup_epochs warmup_momentum warmup_bias_lr box cls cls_pw obj obj_pw iou_t "
-    "anchor_t fl_gamma hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic mixup copy_paste"
+    "anchor_t fl_gamma hsv_h hsv_s hsv_v degrees translate scale shear perspective flipud fliplr mosaic mixup "
+    "copy_paste"
 ).split()
 
 

@@ -32,14 +32,22 @@ def main() -> int:
     args = parse(sys.argv[1:])
     set_up_terminal()
     from app.config import UserError
+    from app.guard import GuardStop
+    from app.interrupt import Interrupted
 
     try:
         run_stage(args)
     except UserError as error:
         log.error("error: %s", error)
         return 2
+    except Interrupted as stop:
+        log.error("stopped by %s, everything is saved: the same command goes on from here", stop)
+        return 128 + stop.signal
+    except GuardStop as stop:
+        log.error("%s", stop)
+        return 1
     except KeyboardInterrupt:
-        log.error("interrupted: start the same command again to go on from the last checkpoint")
+        log.error("interrupted: the same command starts this stage again, or goes on from the last checkpoint")
         return 128 + signal.SIGINT
     return 0
 
@@ -61,6 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             stage.add_argument(
                 "--to", type=Path, default=Path("data/coco"), help="target folder (default: %(default)s)"
             )
+            stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
             continue
         stage.add_argument("--run", default="full", help="name of the run, a folder under --runs-dir (default: full)")
         stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
@@ -89,7 +98,7 @@ def run_stage(args: argparse.Namespace) -> None:
     if args.stage == "download-coco":
         from app.download import download_coco
 
-        return download_coco(args.to)
+        return download_coco(args.to, args.keep_archives)
     from app.config import load
     from app.run import isolate_libraries, open_run
 
@@ -150,17 +159,25 @@ def run_all(args: argparse.Namespace) -> None:
     common += [part for file in args.conf for part in ("--conf", str(file))]
     common += [part for item in args.set for part in ("--set", item)]
     common += ["--force"] if args.force else []
-    for stage in (
-        ["data"],
-        ["train", "--variant", "fp16"],
-        ["train", "--variant", "qat"],
-        ["export"],
-        ["eval"],
-        ["report"],
-    ):
-        code = subprocess.run([sys.executable, "-m", "app", *stage, *common], check=False).returncode
+    variants = [["train", "--variant", variant] for variant in ("fp16", "qat")]
+    for stage in (["data"], *variants, ["export"], ["eval"], ["report"]):
+        code = run_process([sys.executable, "-m", "app", *stage, *common])
         if code:
             sys.exit(code)
+
+
+def run_process(command: list[str]) -> int:
+    """Runs a stage to its end; signals are passed on to it, once each, and it decides what to save.
+
+    Returns:
+        its exit code; 128 + signal where it was killed.
+    """
+    child = subprocess.Popen(command, start_new_session=True)  # else a terminal's Ctrl-C would reach it a second time
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        passed = signal.SIGTERM if number == signal.SIGHUP else number
+        signal.signal(number, lambda *_, passed=passed: child.send_signal(passed))
+    code = child.wait()
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,6 +36,7 @@ NAMES: list[str] = [category["name"] for category in CATEGORIES]
 CLASS_INDEX = {number: index for index, number in enumerate(CATEGORY_IDS)}
 
 N_TRAIN, N_VAL = 118_287, 5_000  # images listed in the official train2017 and val2017
+ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 LARGEST_ID = 2**53  # beyond, a float64 cannot hold an id exactly; COCOeval keeps ids in float64 arrays
 NOT_COCO = "give an instances file of COCO 2017, or of a dataset in its layout and categories"
 BOX_TOLERANCE_PX = 1.0  # annotators' boxes may pass the border by a rounding
@@ -85,8 +85,13 @@ def read_instances(file: Path) -> Split:
     for image_id, image in images.items():
         if PurePosixPath(image["file_name"]).is_absolute() or ".." in PurePosixPath(image["file_name"]).parts:
             split.problems[image_id] = "its file name leaves the image folder"
+    annotation_ids: set[int] = set()
     for number, annotation in enumerate(tree["annotations"]):
-        _add_annotation(split, images, annotation, number)
+        _check_annotation(file, annotation, number, images)
+        if annotation["id"] in annotation_ids:
+            raise UserError(f"{file}: annotation id {annotation['id']} is given twice: number the annotations from 1")
+        annotation_ids.add(annotation["id"])
+        _add_annotation(split, images[annotation["image_id"]], annotation)
     return split
 
 
@@ -128,48 +133,68 @@ def _check_image(file: Path, image: Any) -> None:
         raise UserError(f"{file}: image id {image['id']} has file name {name!r}: {NOT_COCO}")
     if not all(_is_id(image[key]) and image[key] > 0 for key in ("width", "height")):
         raise UserError(f"{file}: image {name} has size {image['width']} x {image['height']}: mend the annotations")
+    stem = PurePosixPath(name).stem  # which Ultralytics and others take for the id
+    if stem.isdecimal() and (stem.lstrip("0") or "0") != str(image["id"]):
+        raise UserError(f"{file}: image id {image['id']} has the file name {name}: mend the ids")
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_ID
 
 
-def _add_annotation(split: Split, images: dict[int, dict[str, Any]], annotation: Any, number: int) -> None:
-    """Counts one annotation and keeps its box, clipped to the image."""
-    if not isinstance(annotation, dict) or not {"image_id", "category_id", "bbox"} <= set(annotation):
-        raise UserError(f"{split.file}: annotation {number} lacks image_id, category_id or bbox: {NOT_COCO}")
-    image_id, category = annotation["image_id"], annotation["category_id"]
+def _check_annotation(file: Path, annotation: Any, number: int, images: dict[int, dict[str, Any]]) -> None:
+    if not isinstance(annotation, dict) or not set(ANNOTATION_KEYS) <= set(annotation):
+        raise UserError(f"{file}: annotation {number} lacks one of {', '.join(ANNOTATION_KEYS)}: {NOT_COCO}")
+    key, image_id, category = annotation["id"], annotation["image_id"], annotation["category_id"]
+    if not _is_id(key) or key == 0:  # COCOeval (pycocotools 2.0.11) marks a match by this id and reads 0 as none
+        raise UserError(f"{file}: annotation id {key!r} is not a whole number from 1 to 2^53: number them from 1")
     if not _is_id(image_id) or image_id not in images:
-        raise UserError(
-            f"{split.file}: annotation {annotation.get('id', number)} is for unknown image id {image_id!r}: {NOT_COCO}"
-        )
+        raise UserError(f"{file}: annotation {key} is for unknown image id {image_id!r}: {NOT_COCO}")
     if not _is_id(category) or category not in CLASS_INDEX:
-        raise UserError(
-            f"{split.file}: annotation {annotation.get('id', number)} has unknown category id {category!r}: {NOT_COCO}"
-        )
+        raise UserError(f"{file}: annotation {key} has unknown category id {category!r}: {NOT_COCO}")
+    if annotation["iscrowd"] not in (0, 1):
+        raise UserError(f"{file}: annotation {key} has iscrowd {annotation['iscrowd']!r}, not 0 or 1: {NOT_COCO}")
+
+
+def _add_annotation(split: Split, image: dict[str, Any], annotation: dict[str, Any]) -> None:
+    """Counts one annotation and keeps its box, clipped to the image."""
+    image_id = image["id"]
     split.n_annotations[image_id] += 1
-    if annotation.get("iscrowd"):
+    if annotation["iscrowd"]:
         split.n_crowd[image_id] += 1
-        return
-    box, fault = _clip(annotation["bbox"], images[image_id]["width"], images[image_id]["height"])
-    if fault:
-        split.problems.setdefault(image_id, f"annotation {annotation.get('id', number)}: {fault}")
-    elif box is None:
-        split.n_degenerate[image_id] += 1
-    else:
-        split.boxes[image_id].append([category, *box])
+    if fault := _box_fault(annotation["bbox"], annotation["area"], image["width"], image["height"]):
+        split.problems.setdefault(image_id, f"annotation {annotation['id']}: {fault}")
+    elif not annotation["iscrowd"]:
+        box = _clip(annotation["bbox"], image["width"], image["height"])
+        if box is None:
+            split.n_degenerate[image_id] += 1
+        else:
+            split.boxes[image_id].append([annotation["category_id"], *box])
 
 
-def _clip(bbox: Any, width: int, height: int) -> tuple[list[float] | None, str]:
-    """COCO box x,y,w,h in px -> (clipped box or None where it has no area, fault)."""
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(v, int | float) for v in bbox):
-        return None, f"bbox {bbox!r} is not four numbers"
-    x, y, w, h = map(float, bbox)
-    if not all(map(math.isfinite, (x, y, w, h))) or w < 0 or h < 0:
-        return None, f"bbox {bbox} is not finite or has a negative size"
+def _box_fault(bbox: Any, area: Any, width: int, height: int) -> str:
+    """What is wrong with an annotation's box x,y,w,h in px and its area in px^2, or ''."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        return f"bbox {bbox!r} is not four finite numbers"
+    if not _is_number(area) or area < 0:
+        return f"area {area!r} is not a finite number from 0 on"
+    x, y, w, h = bbox
+    if w < 0 or h < 0:
+        return f"bbox {bbox} has a negative size"
     t = BOX_TOLERANCE_PX
     if x < -t or y < -t or x + w > width + t or y + h > height + t:
-        return None, f"bbox {bbox} lies outside its image of {width} x {height}"
+        return f"bbox {bbox} lies outside its image of {width} x {height}"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a float holds it; NaN and infinity, which Python's JSON reader lets pass, compare as false."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST_ID
+
+
+def _clip(bbox: list[float], width: int, height: int) -> list[float] | None:
+    """The part of a box x,y,w,h (px) inside its image; None where it has no area."""
+    x, y, w, h = map(float, bbox)
     x2, y2 = min(x + w, width), min(y + h, height)
     x, y = max(x, 0.0), max(y, 0.0)
-    return ([x, y, x2 - x, y2 - y] if x2 > x and y2 > y else None), ""
+    return [x, y, x2 - x, y2 - y] if x2 > x and y2 > y else None

@@ -15,7 +15,7 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 # Where a run is computed does not change what is computed; a run may continue on other hardware settings.
-MACHINE_KEYS = ("train.workers", "train.device", "train.cache")
+MACHINE_KEYS = ("train.workers", "train.device", "train.cache", "train.save_every_s")
 
 
 class UserError(Exception):
@@ -47,6 +47,10 @@ class Train(Section):
     device: Annotated[str, BeforeValidator(str)] = Field(pattern=r"^(auto|cpu|\d+)$")  # YAML reads 0 as a number
     cache: bool
     bn_batches: int = Field(ge=0)
+    val_every: int = Field(gt=0)
+    save_every_s: float = Field(gt=0)
+    ema_decay: float = Field(ge=0, lt=1)
+    ema_tau: float = Field(gt=0)
 
 
 class Hyp(Section):
@@ -78,17 +82,35 @@ class Hyp(Section):
 
 
 class Quant(Section):
-    scheme: Literal["w4a16", "w4a16-mixed", "w8a16"]
+    scheme: Literal["w4a16-decoupled", "w4a16", "w4a16-mixed", "w8a16"]
     fast_path: bool
+    # Off here too: what was trained before an option existed was trained without it.
+    learned_scale: bool = False
+    warmup_epochs: int = Field(0, ge=0)
+    warmup_bits: Literal["float", 8] = "float"
+    dampening: float = Field(0.0, ge=0)
+    freeze_threshold: float = Field(0.0, ge=0, lt=1)
+    freeze_momentum: float = Field(0.01, gt=0, le=1)
+    correction_epochs: Literal[0, 1] = 0
+    correction_lr: float = Field(0.001, gt=0)
+
+
+class Guard(Section):
+    collapse: Literal["off", "warn", "stop"]
+    share: float = Field(gt=0, lt=1)
+    divergence: Literal["off", "warn", "stop"]
+    n_validations: int = Field(gt=0)
 
 
 class Export(Section):
     opset: Literal[13, 14, 15, 16, 17, 18]
     dynamic: bool
+    contracts: Annotated[list[Literal["raw", "end2end"]], Field(min_length=1)]
+    optimize: bool
 
 
 class Eval(Section):
-    provider: Literal["auto", "cpu", "cuda"]
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"]
     batch: int = Field(gt=0)
     conf: float = Field(ge=0, lt=1)
     max_det: int = Field(gt=0)
@@ -99,6 +121,9 @@ class Eval(Section):
 
 class Report(Section):
     min_ap50: float | None = Field(ge=0, le=1)
+    min_share_of_best: float = Field(ge=0, le=1)
+    gallery_images: int = Field(ge=0)
+    gallery_seed: int = Field(ge=0)
 
 
 class Config(Section):
@@ -111,6 +136,7 @@ class Config(Section):
     hyp: Hyp
     no_counterpart: dict[str, tuple[float, str]]
     quant: Quant | None
+    guard: Guard
     export: Export
     eval: Eval
     report: Report
@@ -199,7 +225,7 @@ def _describe(problem: Any) -> str:
 def known_keys() -> set[str]:
     """All dotted keys of Config, sections included."""
     keys = set(Config.model_fields)
-    for section in (Data, Train, Hyp, Quant, Export, Eval, Report):
+    for section in (Data, Train, Hyp, Quant, Guard, Export, Eval, Report):
         keys |= {f"{section.__name__.lower()}.{field}" for field in section.model_fields}
     return keys
 

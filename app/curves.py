@@ -8,28 +8,34 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from app.run import write_atomic, write_text
 
-# Validated states: column suffix -> line style and name. Colour-blind readers tell them by style.
-STATES = {"raw": (":", "raw"), "ema": ("--", "EMA"), "ema_bn": ("-", "EMA + BN re-estimated")}
+Rows = list[dict[str, float]]
+# Validated states: column suffix -> line style, width, name. Colour tells the variant, style the state.
+STATES = {"raw": (":", 1.2, "raw"), "ema": ("--", 1.2, "EMA"), "ema_bn": ("-", 2.0, "EMA + BN re-estimated (scored)")}
+# Okabe & Ito's colours, told apart by colour-blind readers, without those that vanish on white or near-black.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+NEUTRAL = "#808080"
 AP_LABEL = "AP of the trainer's validator"
 LOSS_LABEL = "loss (box + cls + dfl, both heads)"
 
 
-def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    """Rows of equal keys as CSV, atomically."""
+def write_rows(path: Path, rows: Rows) -> None:
+    """Rows as CSV, atomically; a cell stays empty where a row lacks the key (an epoch that was not validated)."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> Rows:
     with open(path, encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def train_loss(row: dict[str, float]) -> float:
@@ -37,44 +43,60 @@ def train_loss(row: dict[str, float]) -> float:
     return sum(value for name, value in row.items() if name.startswith("train/"))
 
 
-def curve_figure(rows: list[dict[str, float]]) -> Figure:
+def curve_figure(rows: Rows) -> Figure:
     """One training: train and validation loss on the left, AP of the three validated states on the right."""
-    epochs = [row["epoch"] for row in rows]
-    figure, loss_axes, ap_axes = two_axes()
-    loss_axes.plot(epochs, [train_loss(row) for row in rows], label="train")
-    loss_axes.plot(epochs, [row["val_loss/ema_bn"] for row in rows], "--", label="val, EMA + BN re-estimated")
-    for state, (style, name) in STATES.items():
-        ap_axes.plot(epochs, [row[f"AP/{state}"] for row in rows], style, label=name)
-    return finish(figure)
+    return overlay_figure({"": rows})
 
 
-def overlay_figure(variants: dict[str, list[dict[str, float]]]) -> Figure:
-    """All variants of a run on the same axes: losses left, AP of the scored state right."""
+def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None = None) -> Figure:
+    """All variants on the same axes: losses left, AP of the three validated states right.
+
+    Args:
+        variants: label -> rows; a label is written beside its colour.
+        reference: epoch -> AP of a published training, drawn as far as the variants reach.
+    """
     figure, loss_axes, ap_axes = two_axes()
-    for label, rows in variants.items():
-        epochs = [row["epoch"] for row in rows]
-        (line,) = loss_axes.plot(epochs, [train_loss(row) for row in rows], label=f"{label} train")
-        val = [row["val_loss/ema_bn"] for row in rows]
-        loss_axes.plot(epochs, val, "--", color=line.get_color(), label=f"{label} val")
-        ap_axes.plot(epochs, [row["AP/ema_bn"] for row in rows], color=line.get_color(), label=f"{label} EMA + BN")
-        ap_axes.plot(epochs, [row["AP/raw"] for row in rows], ":", color=line.get_color(), label=f"{label} raw")
-    return finish(figure)
+    last_epoch = max(rows[-1]["epoch"] for rows in variants.values())
+    marker = "o" if last_epoch == 1 else ""  # a line of one point shows nothing
+    for rows, colour in zip(variants.values(), COLOURS, strict=False):
+        loss_axes.plot([row["epoch"] for row in rows], list(map(train_loss, rows)), ":", marker=marker, color=colour)
+        validated = [row for row in rows if "AP/ema_bn" in row]
+        epochs = [row["epoch"] for row in validated]
+        loss_axes.plot(epochs, [row["val_loss/ema_bn"] for row in validated], marker=marker, color=colour)
+        for state, (style, width, _) in STATES.items():
+            aps = [row[f"AP/{state}"] for row in validated]
+            ap_axes.plot(epochs, aps, style, marker=marker, color=colour, linewidth=width)
+    known = {epoch: ap for epoch, ap in (reference or {}).items() if epoch <= last_epoch}
+    if known:
+        ap_axes.plot(list(known), list(known.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
+    ap_axes.set_ylim(bottom=0)
+    explain(figure, list(variants))
+    return figure
+
+
+def explain(figure: Figure, labels: list[str]) -> None:
+    """Legends under the axes: variants by colour, states by style; nothing is drawn over the lines."""
+    colours = [(name, colour) for name, colour in zip(labels, COLOURS, strict=False) if name]
+    variants = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours]
+    losses = [("-", 1.5, "val, EMA + BN re-estimated"), (":", 1.5, "train")]
+    states = list(STATES.values())[::-1]
+    for axes, styles in zip(figure.axes, (losses, states), strict=True):
+        lines = [Line2D([], [], color=NEUTRAL, ls=style, lw=width, label=name) for style, width, name in styles]
+        lines += axes.get_legend_handles_labels()[0]
+        n_rows = max(len(variants), len(lines))
+        columns = [side + [Line2D([], [], alpha=0, label=" ")] * (n_rows - len(side)) for side in (variants, lines)]
+        handles = [handle for column in columns for handle in column]
+        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
 def two_axes() -> tuple[Figure, Axes, Axes]:
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     loss_axes, ap_axes = figure.subplots(1, 2)
-    loss_axes.set(xlabel="epoch", ylabel=LOSS_LABEL)
-    ap_axes.set(xlabel="epoch", ylabel=AP_LABEL)
-    return figure, loss_axes, ap_axes
-
-
-def finish(figure: Figure) -> Figure:
-    for axes in figure.axes:
-        axes.legend()
+    for axes, label in ((loss_axes, LOSS_LABEL), (ap_axes, AP_LABEL)):
+        axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
+    return figure, loss_axes, ap_axes
 
 
 def save_png(figure: Figure, path: Path) -> None:

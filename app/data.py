@@ -38,7 +38,7 @@ def prepare(config: Config, run: RunRoot, force: bool) -> None:
     with explain_full_disk(run.cache_dir, "the labels of all of COCO take about 1 GiB in 123,000 files; make room"):
         if config.data.coco_dir == BUILTIN_DATASET:
             draw_coco_subset(coco_dir)
-        digests = {name: sha256(path) for name, path in annotation_files(coco_dir).items()}
+        digests = hash_annotations(coco_dir)
         view = view_dir(run.cache_dir.resolve(), coco_dir, digests)
         if recorded and recorded["view_dir"] == str(view) and view.exists():
             log.info("data: done already (%s)", describe(recorded))
@@ -82,6 +82,14 @@ def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[s
                     f"{run.root} was made with another {new['name']} of {provenance['coco_dir']} "
                     f"({key} {old[key][:8]} -> {new[key][:8]}): {OTHER_RUN}"
                 )
+
+
+def hash_annotations(coco_dir: Path) -> dict[str, str]:
+    """Split name -> SHA-256 of its annotation file."""
+    try:
+        return {name: sha256(path) for name, path in annotation_files(coco_dir).items()}
+    except PermissionError as error:
+        raise UserError(f"{error.filename} may not be read by this user: change its permissions") from error
 
 
 def annotation_files(coco_dir: Path) -> dict[str, Path]:

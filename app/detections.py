@@ -14,6 +14,9 @@ from app.coco import CATEGORY_IDS
 from app.config import Eval, UserError
 
 PAD_VALUE = 114
+# For contract nms, as `yolo val` does it (ultralytics/utils/nms.py and cfg/default.yaml, 8.4.190).
+NMS_IOU = 0.7
+N_NMS_CANDIDATES = 30_000
 JPEG_END = b"\xff\xd9"
 
 
@@ -83,18 +86,39 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
     """One image's output -> detections [n,6] x1,y1,x2,y2 (input px), score, class; best first, scores above conf.
 
     Args:
-        output: raw [84,A] or end2end [K,6], as the contract says.
-        contract: 'raw' or 'end2end'.
+        output: raw and nms [84,A] or end2end [K,6], as the contract says.
+        contract: 'raw', 'end2end' or 'nms'.
         settings: scores up to `conf` are dropped, at most `max_det` rows are kept.
 
     Raises:
         UserError: the output holds NaN or infinite values.
     """
-    rows = raw_rows(output, settings.max_det) if contract == "raw" else output
+    if contract == "end2end":
+        rows = output
+    else:
+        rows = raw_rows(output, settings.max_det) if contract == "raw" else suppressed_rows(output, settings.conf)
     rows = rows[np.argsort(-rows[:, 4], kind="stable")[: settings.max_det]]
     if not np.isfinite(rows).all():
         raise UserError("the model puts out values that are not finite: it is damaged or its precision overflows")
     return rows[rows[:, 4] > settings.conf]
+
+
+def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
+    """raw layout [84,A] of a one2many head -> rows [n,6] after non-maximum suppression within each class.
+
+    An anchor counts once for every class above `conf`, as in `yolo val` (multi_label).
+    """
+    if not np.isfinite(output).all():
+        return np.full((1, 6), np.nan, np.float32)  # `select` names the fault
+    classes, anchors = np.nonzero(output[4:] > conf)
+    scores = output[4:][classes, anchors]
+    best = np.argsort(-scores, kind="stable")[:N_NMS_CANDIDATES]
+    classes, anchors, scores = classes[best], anchors[best], scores[best]
+    cx, cy, w, h = output[:4, anchors]
+    xywh = np.stack([cx - w / 2, cy - h / 2, w, h], axis=1).astype(np.float64)
+    kept = np.array(cv2.dnn.NMSBoxesBatched(xywh, scores, classes.astype(np.int32), conf, NMS_IOU), dtype=int)
+    corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=1)
+    return np.concatenate([corners, scores[:, None], classes[:, None]], axis=1, dtype=np.float32)[kept]
 
 
 def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:

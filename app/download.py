@@ -1,0 +1,245 @@
+"""Fetches the official COCO 2017 archives: resumed after a break, checked, unpacked beside their place."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import itertools
+import logging
+import math
+import os
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from app.config import UserError
+from app.progress import track
+from app.view import FULL_DISK_ERRNOS, explain_full_disk
+
+log = logging.getLogger(__name__)
+BLOCK_BYTES = 2**20
+TIMEOUT_S = 60.0  # without a byte
+RETRY_WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # between tries that bring nothing new; then it ends
+DISK_REMEDY = "make room and start the same command again, it goes on from there"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One official archive. All its members lie in `folder`; n_unpacked_bytes is what they take, rounded up."""
+
+    url: str
+    n_bytes: int
+    md5: str
+    folder: str
+    n_unpacked_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+# Small ones first. Plain http: the certificate of this host is another's; what arrives is checked by its MD5.
+ARCHIVES = (
+    Archive(
+        "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+        252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", "annotations", 900_000_000,
+    ),
+    Archive(
+        "http://images.cocodataset.org/zips/val2017.zip",
+        815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", "val2017", 850_000_000,
+    ),
+    Archive(
+        "http://images.cocodataset.org/zips/train2017.zip",
+        19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", 20_000_000_000,
+    ),
+)  # fmt: skip
+
+
+def download_coco(target_dir: Path, keep_archives: bool = False, archives: tuple[Archive, ...] = ARCHIVES) -> None:
+    """Fills `target_dir` with the folders of `archives`; a folder that is there is left alone.
+
+    A folder gets its name only when it is complete, and only then its archive is removed.
+
+    Raises:
+        UserError: no space, no connection, a wrong or unsafe archive, or another download into the same folder.
+    """
+    missing = [archive for archive in archives if not _is_there(target_dir / archive.folder)]
+    for archive in archives:
+        if archive not in missing:
+            log.info("%s is there already", target_dir / archive.folder)
+    if not missing:
+        return
+    check_space(missing, target_dir, keep_archives)
+    with _only_one(target_dir), explain_full_disk(target_dir, DISK_REMEDY):
+        for archive in missing:
+            zip_path = fetch(archive, target_dir)
+            unpack(zip_path, target_dir / archive.folder)
+            if not keep_archives:
+                zip_path.unlink()
+
+
+def _is_there(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_space(missing: list[Archive], target_dir: Path, keep_archives: bool) -> None:
+    """Refuses to start where the most that is needed at any moment does not fit."""
+    used = peak = 0
+    for archive in missing:
+        path = target_dir / archive.name
+        used += archive.n_bytes + archive.n_unpacked_bytes - max(_size(path), _size(_part(path)))
+        peak = max(peak, used)
+        used -= 0 if keep_archives else archive.n_bytes
+    existing = next(folder for folder in (target_dir, *target_dir.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < peak:
+        names = ", ".join(archive.name for archive in missing)
+        raise UserError(
+            f"not enough space for {names} in {target_dir}: {peak / 2**30:,.1f} GiB needed to download and unpack, "
+            f"{free / 2**30:,.1f} GiB free: make room, or give another folder with --to DIR"
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+@contextlib.contextmanager
+def _only_one(target_dir: Path) -> Iterator[None]:
+    """Holds a lock on the folder: two writers would spoil each other's archives."""
+    try:
+        target_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(target_dir / ".download.lock", "w")  # noqa: SIM115  closed by the block below
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {target_dir} ({error.strerror}): give a folder of yours with --to DIR"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another download into {target_dir} is running: let it finish, or stop it") from error
+        yield
+
+
+def fetch(archive: Archive, target_dir: Path) -> Path:
+    """The checked archive. What an earlier download left is gone on with, a half archive of the user's too."""
+    path = target_dir / archive.name
+    part_path = _part(path)
+    if path.exists():
+        path.replace(part_path)
+    _receive_all(archive, part_path)
+    _check_md5(archive, part_path)
+    return part_path.replace(path)
+
+
+def _receive_all(archive: Archive, part_path: Path) -> None:
+    """Asks again until the file is as long as it should be; tries that bring nothing new are counted."""
+    if _size(part_path) > archive.n_bytes:
+        part_path.unlink()
+    longest, waits_s = _size(part_path), iter(RETRY_WAITS_S)
+    while _size(part_path) < archive.n_bytes:
+        reason = _receive(archive, part_path)
+        if _size(part_path) > longest:
+            longest, waits_s = _size(part_path), iter(RETRY_WAITS_S)
+        if _size(part_path) < archive.n_bytes:
+            wait_s = next(waits_s, None)
+            if wait_s is None:
+                raise UserError(
+                    f"{archive.url} cannot be fetched ({reason}), gave up after {len(RETRY_WAITS_S) + 1} tries: "
+                    "check the network and start the same command again, it goes on from there"
+                )
+            log.info("%s: %s; trying again in %g s", archive.name, reason, wait_s)
+            time.sleep(wait_s)
+
+
+def _receive(archive: Archive, part_path: Path) -> str:
+    """One request for the bytes that are missing, appended to the file; returns why it ended before the last one."""
+    have = _size(part_path)
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    request = urllib.request.Request(archive.url, headers=headers)  # noqa: S310  the table above has http only
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, open(part_path, "ab") as file:  # noqa: S310
+            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # the whole file: this server knows no Range
+                file.truncate(0)
+                have = 0
+            n_blocks = math.ceil((archive.n_bytes - have) / BLOCK_BYTES)
+            blocks = itertools.islice(iter(partial(response.read, BLOCK_BYTES), b""), n_blocks)
+            for block in track(blocks, archive.name, n_blocks, "MiB"):
+                file.write(block)
+    except urllib.error.HTTPError as error:
+        if error.code in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.FORBIDDEN, http.HTTPStatus.GONE):
+            raise UserError(
+                f"{archive.url}: the server answers {error.code} {error.reason}: check the network and its proxy"
+            ) from error
+        return f"the server answers {error.code} {error.reason}"
+    except urllib.error.URLError as error:
+        return f"no connection ({error.reason})"
+    except http.client.HTTPException as error:
+        return f"the connection broke ({error!r})"
+    except OSError as error:
+        if error.filename or error.errno in FULL_DISK_ERRNOS:
+            raise
+        return f"the connection broke ({error})"
+    return "the connection ended early"
+
+
+def _check_md5(archive: Archive, path: Path) -> None:
+    """A wrong archive is deleted: the next start fetches it anew."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        blocks = iter(partial(file.read, BLOCK_BYTES), b"")
+        for block in track(blocks, f"checking {archive.name}", math.ceil(_size(path) / BLOCK_BYTES), "MiB"):
+            digest.update(block)
+    if digest.hexdigest() != archive.md5:
+        path.unlink()
+        raise UserError(
+            f"{archive.url}: what came is not the official archive (MD5 {digest.hexdigest()}, should be {archive.md5}) "
+            "and was deleted: start the same command again to fetch it anew"
+        )
+
+
+def unpack(zip_path: Path, folder: Path) -> None:
+    """Unpacks an archive whose members all lie in `folder`'s name; starts over where an earlier try was broken off.
+
+    Raises:
+        UserError: a member is a link or would land outside the folder, or the archive is damaged.
+    """
+    part_dir = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part_dir, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(zip_path) as archive:
+            members = archive.infolist()
+            for member in members:
+                _check_member(zip_path, member, folder.name)
+            for member in track(members, f"unpacking {zip_path.name}", len(members), "files"):
+                archive.extract(member, part_dir)
+        os.sync()  # the archive goes next: first its content must be on the disk
+        (part_dir / folder.name).rename(folder)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{zip_path} is damaged ({error}): delete it and start the same command again") from error
+    finally:
+        shutil.rmtree(part_dir, ignore_errors=True)
+
+
+def _check_member(zip_path: Path, member: zipfile.ZipInfo, folder_name: str) -> None:
+    parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if not parts or parts[0] != folder_name or ".." in parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise UserError(
+            f"{zip_path}: member '{member.filename}' is a link or lies outside {folder_name}/, nothing was unpacked: "
+            "delete the archive and take the official one"
+        )

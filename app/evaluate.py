@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from app.config import Config, Eval, UserError
-from app.pipeline import detect, load_input
+from app.pipeline import detect, measure_latency
 from app.run import RunRoot, environment, read_json, record_stage, sha256, write_atomic, write_json
-from app.runtime import Model, describe_runtime, measure_latency, open_model
+from app.runtime import Model, describe_runtime, open_model
 from app.scoring import (
     Dataset,
     describe_dataset,
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(config: Config, run: RunRoot, force: bool) -> None:
-    """Scores every exported ONNX file of the run into <label>-coco/ (baseline-coco/ for fp16).
+    """Scores every exported ONNX file of the run, each into its own folder (see `folder_of`).
 
     Raises:
         UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
@@ -38,7 +38,7 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
     files = exported_files(run)
     dataset, wanted_hash = dataset_of_run(run, config.eval)
     for label, (onnx_path, record) in files.items():
-        out_dir = run.root / ("baseline-coco" if label == "fp16" else f"{label}-coco")
+        out_dir = run.root / folder_of(label)
         if not force and is_done(out_dir, record["sha256"], wanted_hash):
             log.info("eval: %s done already", out_dir)
             continue
@@ -46,6 +46,14 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
         record_stage(
             run, f"eval {label}", {"file": onnx_path.name, "sha256": record["sha256"], "coco": metrics["coco"]}
         )
+
+
+def folder_of(label: str) -> str:
+    """Label of a file -> folder of its result: fp16 -> baseline-coco, fp16-half -> baseline-half-coco, else LABEL-coco.
+
+    Labels are qat-w4a16 for the QCDQ file and qat-w4a16-int4 for the native one; end2end files end in -end2end.
+    """
+    return (f"baseline{label.removeprefix('fp16')}" if label.startswith("fp16") else label) + "-coco"
 
 
 def evaluate_standalone(config: Config, onnx_path: Path, coco_dir: Path, split: str, out_dir: Path) -> None:
@@ -67,7 +75,7 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
     ids = first_of(all_ids, settings.max_images)
     images = image_files(truth, dataset, ids)
     facts = describe_dataset(truth, dataset, ids)
-    latency_ms = measure_latency(model, load_input(images[0], model.imgsz).array, settings)
+    latency_ms = measure_latency(model, images[0], settings)
     title = f"eval {model.label}" + (" (subset)" if facts["subset"] else "")
     detections_path, metrics_path = out_dir / "detections.json", out_dir / "metrics.json"
     time_s: dict[str, float] = {}
@@ -150,6 +158,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "size_bytes": model.path.stat().st_size,
         "label": model.label,
         "scheme": model.scheme,
+        "precision": model.precision,
         "contract": model.contract,
         "imgsz": model.imgsz,
     }

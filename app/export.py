@@ -1,223 +1,286 @@
-"""Export: checkpoint -> ONNX with the `raw` contract, checked against torch on real images before it gets its name."""
+"""Export: checkpoint -> ONNX files, each checked against torch on real images before it gets its name."""
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from brevitas.export import export_onnx_qcdq
 from brevitas.nn import QuantConv2d
-from onnx import numpy_helper
+from onnx import ModelProto
 from torch import nn
 from torch.jit._trace import TracerWarning
 from ultralytics.nn.tasks import DetectionModel
 
 from app.coco import NAMES
-from app.config import Config, UserError, config_hash
+from app.config import Config, Export, UserError, config_hash
 from app.detections import letterbox, read_image
 from app.model import load_scored
+from app.onnx_files import optimize, set_facts, tidy, to_half, to_int4
+from app.onnx_gates import Truth, check_codes, check_file, check_half, check_parity, check_same_output
 from app.run import RunRoot, code_version, read_json, record_stage, sha256, write_atomic, write_json
 from app.view import read_split
 
 log = logging.getLogger(__name__)
 N_PARITY_IMAGES = 8
-# Float32 on both sides, in another order of summation: what is seen is 3e-5 px and 1e-6; ten times that is a fault.
-BOX_TOLERANCE_PX = 1e-2
-SCORE_TOLERANCE = 1e-4
+DERIVED_FROM = {"fp16": "fp32", "int4": "qcdq"}  # precision of a file -> that of the file it is made of
+LABEL_ENDINGS = {"fp32": "", "qcdq": "", "fp16": "-half", "int4": "-int4"}
+# The facts of the .json that are in the file's metadata too.
+METADATA = (
+    "contract", "label", "variant", "scheme", "precision", "model", "imgsz", "config_hash", "code_version",
+    "checkpoint_sha256",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained variant: the model in eval mode, what it is, and what its files must compute."""
+
+    label: str
+    model: DetectionModel
+    config: Config
+    epoch: int
+    checkpoint_sha256: str
+    truth: Truth
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """In the order in which they can be made. A scheme without a 4-bit layer has no INT4 file."""
+        if self.config.quant is None:
+            return ("fp32", "fp16")
+        return ("qcdq", "int4") if 4 in self.truth.layers_by_bits else ("qcdq",)
 
 
 def export(config: Config, run: RunRoot, force: bool) -> None:
     """Exports every trained variant of the run; what is up to date with its checkpoint is left alone.
 
     Raises:
-        UserError: nothing trained yet.
-        RuntimeError: a gate failed; no file was left.
+        UserError: nothing trained yet, a checkpoint of another model, or files of another checkpoint without `force`.
+        RuntimeError: a gate failed; the file was not written.
     """
     labels = run.trained_labels()
     if not labels:
         raise UserError(f"no finished training under {run.root}: run 'make train-fp16 train-qat' first")
     for label in labels:
-        export_variant(config, run, label, force)
+        trained = load_trained(run, label)
+        for contract in config.export.contracts:
+            for precision in trained.precisions:
+                export_file(config.export, run, trained, (precision, contract), force)
+    write_overview(run)
 
 
-def export_variant(config: Config, run: RunRoot, label: str, force: bool) -> None:
-    """Writes onnx/<model>-<...>.onnx and the .json beside it for one trained variant."""
-    checkpoint_path = run.variant_dir(label) / "weights" / "best.pt"
-    model, trained, checkpoint = load_scored(checkpoint_path)
-    path = run.onnx_dir / file_name(trained)
-    record_path = path.with_suffix(".json")
-    wanted = {"checkpoint_sha256": sha256(checkpoint_path), "export": config.export.model_dump()}
-    if not force and path.exists() and record_path.exists():
-        record = read_json(record_path, "export")
-        if all(record[key] == value for key, value in wanted.items()) and record["sha256"] == sha256(path):
-            log.info("export %s: done already (%s)", label, path)
-            return
-    record = describe(trained, label, wanted) | {"epoch": checkpoint["epoch"] + 1}
-    images = parity_images(run, trained.train.imgsz)
-    select_one2one(model, config.export.dynamic)
+def load_trained(run: RunRoot, label: str) -> Trained:
+    """Loads best.pt of one variant and computes with torch what its files must give.
+
+    Raises:
+        UserError: the checkpoint is not readable, or is of another variant than the folder says.
+    """
+    path = run.variant_dir(label) / "weights" / "best.pt"
+    model, config, checkpoint = load_scored(path)
+    if config.label != label:
+        raise UserError(f"{path} is a checkpoint of {config.label}, not of {label}: put the right file back or retrain")
+    bits = Counter(int(layer.weight_quant.bit_width()) for layer in quantized_layers(one_head(model, "raw")))
+    truth = torch_truth(model, parity_images(run, config.train.imgsz), dict(bits))
+    return Trained(label, model, config, checkpoint["epoch"] + 1, sha256(path), truth)
+
+
+def quantized_layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, QuantConv2d)]
+
+
+def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
+    """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1."""
+    chosen = read_split(read_json(run.provenance, "data"), "val")[:N_PARITY_IMAGES]
+    return np.stack([letterbox(read_image(Path(image.path)), imgsz)[0] for image in chosen])
+
+
+def torch_truth(model: DetectionModel, images: np.ndarray, layers_by_bits: dict[int, int]) -> Truth:
+    raw = one_head(model, "raw")
+    with torch.no_grad():
+        outputs = [raw(torch.from_numpy(image[None])).numpy() for image in images]
+    return Truth(images, np.concatenate(outputs), layers_by_bits)
+
+
+def one_head(model: DetectionModel, contract: str) -> DetectionModel:
+    """A copy whose only branch is one2one; raw: [N,84,A] cx,cy,w,h in px, then 80 probabilities; end2end: [N,K,6].
+
+    Published YOLOv10 numbers, training's validation and the evaluator all use this branch. v10Detect decodes cv2/cv3
+    to xywh without top-k where there is no one2one branch, and the one2one branch to x1,y1,x2,y2 with top-k where
+    cv2 is None (ultralytics/nn/modules/head.py Detect.forward and Detect.end2end, 8.4.190).
+    """
+    model = copy.deepcopy(model)
+    layers: Any = model.model
+    head = layers[-1]
+    if contract == "raw":
+        head.cv2, head.cv3 = head.one2one_cv2, head.one2one_cv3
+        head.one2one_cv2 = head.one2one_cv3 = None
+    else:
+        head.cv2 = head.cv3 = None
+    head.export, head.format, head.shape = True, "onnx", None
+    return model
+
+
+def export_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str, str], force: bool) -> None:
+    """Writes one ONNX file and its .json; `kind` is precision and contract.
+
+    Raises:
+        UserError: there is a file of another checkpoint or other settings, and no `force`.
+    """
+    precision, contract = kind
+    path = run.onnx_dir / file_name(trained.config, precision, contract)
+    wanted = {"checkpoint_sha256": trained.checkpoint_sha256, "export": file_settings(settings)}
+    if not force and is_done(path, wanted):
+        log.info("export %s: done already (%s)", trained.label, path)
+        return
+    record = describe(trained, kind) | wanted
 
     def write(part: Path) -> None:
-        to_onnx(model, images[:1], part, config)
-        finish_graph(part, record)
-        record["parity"] = check_parity(model, images, part, config.export.dynamic)
-        record["quantized_layers"] = check_codes(model, part)
+        graph = make_graph(settings, run, trained, kind)
+        set_facts(graph, {key: record[key] for key in METADATA} | {"names": NAMES})
+        onnx.save(graph, part)
+        record["gates"] = check(part, run, trained, kind)
+        record["nodes"] = dict(Counter(node.op_type for node in graph.graph.node).most_common())
+        record["opset"] = graph.opset_import[0].version
 
+    for old_path in (path.with_suffix(".json"), path):  # what fails a gate leaves no file, not even the one before
+        old_path.unlink(missing_ok=True)
     write_atomic(path, write)
-    graph = onnx.load(path, load_external_data=False).graph
-    record |= {"nodes": dict(Counter(node.op_type for node in graph.node).most_common())}
     record |= {"file": path.name, "sha256": sha256(path), "size_bytes": path.stat().st_size}
-    write_json(record_path, record)
-    record_stage(run, f"export {label}", {"file": path.name, "sha256": record["sha256"]})
-    parity = record["parity"]
+    write_json(path.with_suffix(".json"), record)
+    record_stage(run, f"export {record['label']}", {"file": path.name, "sha256": record["sha256"]})
+    parity = record["gates"]["parity"]
     log.info(
         "export %s: %s, %.2f MB, off torch by at most %.1e px and %.1e in score on %d images",
-        label, path, record["size_bytes"] / 1e6, parity["max_box_px"], parity["max_score"], parity["n_images"],
+        record["label"], path, record["size_bytes"] / 1e6, parity["max_box_px"], parity["max_score"],
+        parity["n_images"],
     )  # fmt: skip
 
 
-def file_name(trained: Config) -> str:
-    stem = Path(trained.model).stem
-    return f"{stem}-{trained.quant.scheme}-qcdq-qat.onnx" if trained.quant else f"{stem}-baseline-fp32.onnx"
+def file_name(config: Config, precision: str, contract: str) -> str:
+    """yolov10m-baseline-fp32.onnx, yolov10m-w4a16-qcdq-qat.onnx; end2end files end in -end2end."""
+    stem = Path(config.model).stem
+    name = f"{stem}-{config.quant.scheme}-{precision}-qat" if config.quant else f"{stem}-baseline-{precision}"
+    return f"{name}.onnx" if contract == "raw" else f"{name}-{contract}.onnx"
 
 
-def describe(trained: Config, label: str, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The facts about a file that its metadata and its .json share."""
+def file_settings(settings: Export) -> dict[str, Any]:
+    """What a single file depends on: not which other files are made."""
+    return settings.model_dump(exclude={"contracts"})
+
+
+def is_done(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the file is there and as wanted; one without a .json is left over from an interrupted export.
+
+    Raises:
+        UserError: the file is of another checkpoint or other settings: a finished result is not overwritten unasked.
+    """
+    record_path = path.with_suffix(".json")
+    if not path.exists() or not record_path.exists():
+        return False
+    record = read_json(record_path, "export")
+    if differs := [key for key, value in wanted.items() if record.get(key) != value]:
+        raise UserError(f"{path} was made with another {' and '.join(differs)}: overwrite it with --force")
+    if record["sha256"] != sha256(path):
+        raise UserError(f"{path} is not the file that its .json describes: overwrite it with --force")
+    return True
+
+
+def describe(trained: Trained, kind: tuple[str, str]) -> dict[str, Any]:
+    """The facts about a file that are known before it is made."""
+    precision, contract = kind
+    config = trained.config
     return {
-        "label": label,
-        "variant": trained.variant,
-        "scheme": trained.quant.scheme if trained.quant else None,
-        "precision": "qcdq" if trained.quant else "fp32",
-        "model": Path(trained.model).stem,
-        "contract": "raw",
+        "label": trained.label + LABEL_ENDINGS[precision] + ("" if contract == "raw" else f"-{contract}"),
+        "variant": config.variant,
+        "scheme": config.quant.scheme if config.quant else None,
+        "precision": precision,
+        "model": Path(config.model).stem,
+        "contract": contract,
         "input": {"name": "images", "layout": "NCHW", "type": "float32", "color": "RGB", "range": [0, 1], "pad": 114},
-        "imgsz": trained.train.imgsz,
+        "imgsz": config.train.imgsz,
         "n_classes": len(NAMES),
-        "config_hash": config_hash(trained),
+        "config_hash": config_hash(config),
         "code_version": code_version(),
-        **wanted,
+        "epoch": trained.epoch,
     }
 
 
-def select_one2one(model: DetectionModel, dynamic: bool) -> None:
-    """Makes the one2one branch the only one, so that the output is [N,84,A]: cx,cy,w,h in px, then 80 probabilities.
-
-    Published YOLOv10 numbers, training's validation and the evaluator all use this branch. Without a one2one branch
-    v10Detect decodes cv2/cv3 to xywh without top-k (ultralytics/nn/modules/head.py Detect.forward, 8.4.190).
-    """
-    layers: Any = model.model
-    head = layers[-1]
-    head.cv2, head.cv3 = head.one2one_cv2, head.one2one_cv3
-    head.one2one_cv2 = head.one2one_cv3 = None
-    head.export, head.format, head.dynamic = True, "onnx", dynamic
-
-
-def parity_images(run: RunRoot, imgsz: int) -> torch.Tensor:
-    """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1."""
-    chosen = read_split(read_json(run.provenance, "data"), "val")[:N_PARITY_IMAGES]
-    arrays = [letterbox(read_image(Path(image.path)), imgsz)[0] for image in chosen]
-    return torch.from_numpy(np.stack(arrays))
+def make_graph(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str, str]) -> ModelProto:
+    """FP32 and QCDQ files are traced from torch; FP16 and INT4 files are made of those, read back from disk."""
+    precision, contract = kind
+    if precision in DERIVED_FROM:
+        source = onnx.load(run.onnx_dir / file_name(trained.config, DERIVED_FROM[precision], contract))
+        return to_half(source) if precision == "fp16" else to_int4(source)
+    path = run.onnx_dir / f".{trained.label}-{contract}.traced"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        trace(settings, one_head(trained.model, contract), path, kind, trained.truth.images)
+        graph = onnx.load(path)
+    finally:
+        path.unlink(missing_ok=True)
+    tidy(graph)
+    return optimize(graph) if settings.optimize else graph
 
 
-def to_onnx(model: nn.Module, example: torch.Tensor, path: Path, config: Config) -> None:
+def trace(settings: Export, model: nn.Module, path: Path, kind: tuple[str, str], images: np.ndarray) -> None:
     """TorchScript exporter for both variants; Brevitas adds its QCDQ nodes where there are quantized layers.
 
-    dynamo=True would leave FP32 weights behind QuantizeLinear (Brevitas 0.13.4). BatchNorm is not fused before.
+    dynamo=True would leave FP32 weights behind QuantizeLinear (Brevitas 0.13.4). No layer is fused before.
     """
-    settings: dict[str, Any] = {
-        "input_names": ["images"], "output_names": ["raw"], "opset_version": config.export.opset, "dynamo": False,
+    precision, contract = kind
+    arguments: dict[str, Any] = {
+        "input_names": ["images"], "output_names": [contract], "opset_version": settings.opset, "dynamo": False,
     }  # fmt: skip
-    if config.export.dynamic:
-        settings["dynamic_axes"] = {"images": {0: "batch", 2: "height", 3: "width"}, "raw": {0: "batch", 2: "anchors"}}
+    if settings.dynamic:
+        arguments["dynamic_axes"] = {"images": {0: "batch"}, contract: {0: "batch"}}
+    example = torch.from_numpy(images[:1])
     with torch.no_grad(), warnings.catch_warnings():
         # Known and harmless here: the TorchScript exporter is deprecated, and tracing fixes the input size on purpose.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", TracerWarning)
-        if is_quantized(model):
-            export_onnx_qcdq(model, args=example, export_path=str(path), **settings)
+        if precision == "qcdq":
+            export_onnx_qcdq(model, args=example, export_path=str(path), **arguments)
         else:
-            torch.onnx.export(model, (example,), str(path), **settings)
+            torch.onnx.export(model, (example,), str(path), **arguments)
 
 
-def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(layer, QuantConv2d) for layer in model.modules())
-
-
-def finish_graph(path: Path, record: dict[str, Any]) -> None:
-    """Constant weights instead of overridable inputs, metadata, and the full checker."""
-    model = onnx.load(path)
-    weights = {initializer.name for initializer in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
-    keys = ("contract", "label", "variant", "scheme", "precision", "model", "imgsz", "config_hash", "code_version")
-    facts = {key: record[key] for key in (*keys, "checkpoint_sha256")} | {"names": NAMES}
-    for key, value in facts.items():
-        if value is None:  # no scheme
-            continue
-        model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
-
-
-def check_parity(model: nn.Module, images: torch.Tensor, path: Path, dynamic: bool) -> dict[str, Any]:
-    """Runs torch and ONNX Runtime (CPU, graph optimisation off and on) on the same images.
+def check(part: Path, run: RunRoot, trained: Trained, kind: tuple[str, str]) -> dict[str, Any]:
+    """All gates of one file, with what they measured.
 
     Raises:
-        RuntimeError: a box or score is further off than its tolerance.
+        RuntimeError: a gate failed.
     """
-    batches = [images] if dynamic else list(images.split(1))
-    with torch.no_grad():
-        expected = np.concatenate([model(batch).numpy() for batch in batches])
-    worst = {"n_images": len(images), "max_box_px": 0.0, "max_score": 0.0}
-    for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
-        options = ort.SessionOptions()
-        options.graph_optimization_level = level
-        options.log_severity_level = 3  # without a GPU the CUDA build warns about device discovery
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        got = np.concatenate([np.asarray(session.run(None, {"images": batch.numpy()})[0]) for batch in batches])
-        off = np.abs(got - expected)
-        worst["max_box_px"] = max(worst["max_box_px"], float(off[:, :4].max()))
-        worst["max_score"] = max(worst["max_score"], float(off[:, 4:].max()))
-    if not (worst["max_box_px"] <= BOX_TOLERANCE_PX and worst["max_score"] <= SCORE_TOLERANCE):
-        raise RuntimeError(
-            f"{path.name} differs from torch by {worst['max_box_px']:.2e} px (allowed {BOX_TOLERANCE_PX}) and "
-            f"{worst['max_score']:.2e} in score (allowed {SCORE_TOLERANCE}); no file was written"
-        )
-    return worst
+    precision, contract = kind
+    gates: dict[str, Any] = {"checker": check_file(part)}
+    if precision in ("qcdq", "int4"):
+        gates["codes"] = check_codes(part, trained.truth.layers_by_bits)
+    if precision == "fp16":
+        gates["half"] = check_half(part)
+    if precision == "int4":
+        reference_path = run.onnx_dir / file_name(trained.config, "qcdq", contract)
+        gates["bit_equal"] = check_same_output(part, reference_path, trained.truth.images)
+    gates["parity"] = check_parity(part, trained.truth, contract, precision)
+    return gates
 
 
-def check_codes(model: nn.Module, path: Path) -> dict[str, int]:
-    """Compares the quantized weights in the graph with those of the model, and their codes with their bits.
-
-    Returns:
-        number of layers by bits, e.g. {'4': 106}.
-
-    Raises:
-        RuntimeError: a code beyond the clip, or another number of quantized layers than the model has.
-    """
-    graph = onnx.load(path).graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    constants |= {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-    clips = {node.output[0]: node for node in graph.node if node.op_type == "Clip"}
-    found: Counter[int] = Counter()
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            codes, low, high = (
-                numpy_helper.to_array(constants[name]).astype(int) for name in clips[node.input[0]].input
-            )
-            if codes.min() < low or codes.max() > high or low != -high:
-                raise RuntimeError(f"{path.name}: {node.name} holds codes beyond {low}..{high}")
-            found[int(high + 1).bit_length()] += 1
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, QuantConv2d)]
-    expected = Counter(int(layer.weight_quant.bit_width()) for layer in layers)
-    if found != expected:
-        raise RuntimeError(f"{path.name}: quantized layers by bits {dict(found)}, the model has {dict(expected)}")
-    return {str(bits): count for bits, count in found.items()}
+def write_overview(run: RunRoot) -> None:
+    """onnx/export.json: every file of the run with its size, its ratio to the FP32 file and its gates."""
+    records = [read_json(path.with_suffix(".json"), "export") for path in sorted(run.onnx_dir.glob("*.onnx"))]
+    full = {record["contract"]: record["size_bytes"] for record in records if record["precision"] == "fp32"}
+    files = {
+        record["file"]: {
+            "label": record["label"], "size_bytes": record["size_bytes"],
+            "ratio_to_fp32": record["size_bytes"] / full[record["contract"]] if record["contract"] in full else None,
+            "gates": record["gates"],
+        }
+        for record in records
+    }  # fmt: skip
+    write_json(run.onnx_dir / "export.json", files)

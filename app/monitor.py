@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ultralytics.utils import LOGGER, ops
 from ultralytics.utils.plotting import plot_images
 
-from app.curves import curve_figure, write_rows
+from app.curves import curve_figure, train_loss, write_rows
 from app.progress import Meter, clock
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
@@ -53,18 +52,23 @@ class Monitor:
         self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10)
         self.writer.add_text("config", f"```yaml\n{(out_dir / 'config.yaml').read_text(encoding='utf-8')}\n```")
         self.run_start = time.monotonic()
-        self.n_epochs_here = 0
+        self.n_epochs_here = self.n_pictures = 0
 
     def start_epoch(self, epoch: int, n_epochs: int, n_images: int) -> None:
-        """`epoch` counts from 0."""
-        self.epoch, self.n_epochs, self.n_images = epoch, n_epochs, n_images
-        self.epoch_start = time.monotonic()
+        """`epoch` counts from 0; n_images are still to be trained in it."""
+        self.epoch, self.n_epochs = epoch, n_epochs
+        self.epoch_start = self.saved = time.monotonic()
         self.meter = Meter(f"{self.label} epoch {epoch + 1}/{n_epochs}", n_images)
 
-    def step(self, n_images: int, losses: dict[str, torch.Tensor], memory_gib: float) -> None:
-        """`losses` are the running means of the epoch; they are read from the GPU only when a line is shown."""
-        left = self.n_images - self.meter.done
-        self.meter.update(min(n_images, left), lambda: f"loss {_total(losses):.3f}, {memory_gib:.1f} GiB")
+    def step(self, n_images: int, losses: Callable[[], dict[str, float]], memory_gib: float) -> None:
+        """`losses` gives the running means of the epoch; it is called only when a line is shown."""
+        self.meter.update(n_images, lambda: f"loss {sum(losses().values()):.3f}, {memory_gib:.1f} GiB")
+
+    def save_due(self, every_s: float) -> bool:
+        """Whether so many seconds have passed since the epoch's start or since this was last true."""
+        due = time.monotonic() - self.saved >= every_s
+        self.saved = time.monotonic() if due else self.saved
+        return due
 
     def end_train_pass(self) -> None:
         self.meter.close()
@@ -75,7 +79,7 @@ class Monitor:
         return {
             "time/train_s": round(self.train_s, 3),
             "time/epoch_s": round(time.monotonic() - self.epoch_start, 3),
-            "time/images_per_s": round(self.n_images / self.train_s, 2),
+            "time/images_per_s": round(self.meter.done / self.train_s, 2),
         }
 
     def end_epoch(self, rows: list[dict[str, float]], validator: Any, best: tuple[float, int]) -> None:
@@ -85,24 +89,22 @@ class Monitor:
         for name, value in row.items():
             if name != "epoch":
                 self.writer.add_scalar(name, value, self.epoch + 1)
-        if (self.epoch + 1) % math.ceil(self.n_epochs / N_PICTURES) == 0 or self.epoch + 1 == self.n_epochs:
-            self.writer.add_image("val/predictions", draw_predictions(validator), self.epoch + 1, dataformats="HWC")
-            self.writer.add_figure("loss_curve", curve_figure(rows), self.epoch + 1)
+        n_done, validated = self.epoch + 1, "AP/ema_bn" in row
+        if validated and (n_done // max(self.n_epochs // N_PICTURES, 1) > self.n_pictures or n_done == self.n_epochs):
+            self.n_pictures = n_done // max(self.n_epochs // N_PICTURES, 1)
+            self.writer.add_image("val/predictions", draw_predictions(validator), n_done, dataformats="HWC")
+            self.writer.add_figure("loss_curve", curve_figure(rows), n_done)
         self.n_epochs_here += 1
-        left = (time.monotonic() - self.run_start) / self.n_epochs_here * (self.n_epochs - self.epoch - 1)
-        losses = sum(value for name, value in row.items() if name.startswith("train/"))
+        left = (time.monotonic() - self.run_start) / self.n_epochs_here * (self.n_epochs - n_done)
+        aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row) if validated else "no AP"
+        best_text = f" (best {best[0]:.3f} at {best[1]})" if best[1] else ""
         log.info(
-            "%s epoch %d/%d: loss %.3f, AP raw %.3f, EMA %.3f, EMA+BN %.3f (best %.3f at %d), %.0f images/s, %s left",
-            self.label, self.epoch + 1, self.n_epochs, losses, row["AP/raw"], row["AP/ema"], row["AP/ema_bn"], *best,
-            row["time/images_per_s"], clock(left),
+            "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left",
+            self.label, n_done, self.n_epochs, train_loss(row), aps, best_text, row["time/images_per_s"], clock(left),
         )  # fmt: skip
 
     def close(self) -> None:
         self.writer.close()
-
-
-def _total(losses: dict[str, torch.Tensor]) -> float:
-    return sum(float(value) for value in losses.values())
 
 
 def draw_predictions(validator: Any) -> Any:

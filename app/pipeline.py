@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -104,3 +104,32 @@ def load_input(image: ImageFile, imgsz: int) -> Input:
         )
     array, placement = letterbox(pixels, imgsz)
     return Input(image.id, array, placement, time.perf_counter() - start)
+
+
+def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str, Any]:
+    """Times one image after another, apart from throughput: batch 1, or the file's own batch where that is fixed.
+
+    Returns:
+        batch, warmup and runs (counts); mean, p50, p90 and p99 of session.run alone (ms), and under `with_processing`
+        of decoding, letterbox, session.run and the choice of detections together.
+    """
+    first = load_input(image, model.imgsz)
+    inputs = np.repeat(first.array[None], model.batch or 1, axis=0)
+    session_ms, whole_ms = [], []
+    for _ in range(settings.latency_warmup + settings.latency_runs):
+        begin = time.perf_counter()
+        one = load_input(image, model.imgsz)
+        inputs[0] = one.array
+        start = time.perf_counter()
+        output = model.run(inputs)[0]
+        end = time.perf_counter()
+        results(image.id, select(output, model.contract, settings), one.placement)
+        whole_ms.append((time.perf_counter() - begin) * 1e3)
+        session_ms.append((end - start) * 1e3)
+    counts = {"batch": len(inputs), "warmup": settings.latency_warmup, "runs": settings.latency_runs}
+    n = settings.latency_warmup
+    return {**counts, **percentiles(session_ms[n:]), "with_processing": percentiles(whole_ms[n:])}
+
+
+def percentiles(times_ms: list[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(times_ms))} | {f"p{q}": float(np.percentile(times_ms, q)) for q in (50, 90, 99)}

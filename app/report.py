@@ -1,60 +1,77 @@
-"""Report: the JSON and CSV files of a run -> summary.md, figures, and the table on the screen."""
+"""Report: the JSON and CSV files of a run -> summary.md, summary.html, figures, and the table on the screen."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
-from app.config import Config, UserError, read_yaml, validate
-from app.curves import overlay_figure, read_rows, save_png
-from app.run import RunRoot, read_json, record_stage, write_text
-from app.summary import number, summary, table
+from app.analysis import analyse
+from app.config import Config, Report, UserError
+from app.evidence import BASELINE_DIR, Evidence, gather
+from app.figures import by_class, by_size, curves, precision_recall
+from app.findings import QUANTIZED, findings, measured_alike
+from app.gallery import gallery
+from app.page import page
+from app.run import RunRoot, record_stage, write_json, write_text
+from app.summary import summary, tables
+from app.tables import number
 
 log = logging.getLogger(__name__)
 
 
 def report(config: Config, run: RunRoot, force: bool) -> None:
-    """Writes summary.md and figures/; logs the table. It is made anew each time, so `force` changes nothing here.
+    """Writes report.json, summary.md, summary.html and figures/; logs the table. It is made anew each time, so `force`
+    changes nothing here. What a partial run lacks is named on the page and logged.
 
     Raises:
-        UserError: nothing was scored yet.
-        SystemExit: (1) a variant stays below report.min_ap50.
+        UserError: there is no such run.
+        SystemExit: (1) report.min_ap50 is set and a variant stays below it, or none was scored.
     """
-    scored = read_metrics(run)
-    if not scored:
-        raise UserError(f"no metrics.json under {run.root}: run 'make eval' first")
-    trained = {label: validate(read_yaml(run.variant_dir(label) / "config.yaml")) for label in run.trained_labels()}
-    figures = draw_figures(run, list(trained))
-    text = summary(run, scored, trained, figures)
+    evidence = gather(run)
+    found = findings(evidence, config.report)
+    write_json(run.root / "report.json", found)
+    figures = make_figures(evidence, config.report)
+    text = summary(evidence, found, figures)
     write_text(run.summary, text)
+    write_text(run.summary.with_suffix(".html"), page(text, run.root, run.name))
     record_stage(run, "report", {"file": run.summary.name})
-    for line in [*table(scored), "", f"report: {run.summary}"]:
+    for line in [*tables(evidence.scored, found), "", *(f"missing: {line}" for line in evidence.missing)]:
         log.info("%s", line)
-    check_min_ap50(scored, config.report.min_ap50)
+    log.info("report: %s", run.summary)
+    check_min_ap50(evidence, config.report.min_ap50)
 
 
-def read_metrics(run: RunRoot) -> list[dict[str, Any]]:
-    """All metrics.json of the run; fp16 first, then by label and file."""
-    found = [read_json(path, "eval") | {"dir": path.parent.name} for path in run.root.glob("*-coco/metrics.json")]
-    return sorted(found, key=lambda m: (m["model"]["label"] != "fp16", m["model"]["label"], m["model"]["file"]))
+def make_figures(evidence: Evidence, settings: Report) -> list[str]:
+    """Draws figures/*.png and writes figures/analysis.json; returns the Markdown blocks, in the order of the page."""
+    run = evidence.run
+    blocks = curves(evidence, run.figures_dir)
+    if not evidence.scored:
+        return blocks
+    group = measured_alike(evidence.scored)[0]
+    blocks.append(by_size(group, run.figures_dir))
+    try:
+        facts, truth = analyse(evidence, group)
+    except UserError as error:
+        left_out = "Left out: precision over recall, AP by class and the gallery of images"
+        return [*blocks, f"{left_out}, because {str(error).replace(f'{run.root}/', '')}."]
+    blocks.append(precision_recall(group, facts, run.figures_dir))
+    if group[0]["dir"] == BASELINE_DIR:
+        quantized = [m for m in group if m["model"]["label"].startswith(QUANTIZED)]
+        blocks += [by_class(m, group[0], facts, run.figures_dir) for m in quantized]
+        if settings.gallery_images:
+            blocks += [gallery(run, (group[0], m), facts, truth, settings) for m in quantized]
+    write_json(run.figures_dir / "analysis.json", facts)
+    return blocks
 
 
-def check_min_ap50(scored: list[dict[str, Any]], minimum: float | None) -> None:
+def check_min_ap50(evidence: Evidence, minimum: float | None) -> None:
     if minimum is None:
         return
-    low = [m for m in scored if not (m["coco"]["AP50"] or 0.0) >= minimum]
-    for metrics in low:
-        ap50 = number(metrics["coco"]["AP50"])
-        log.error("failed: %s reaches AP50 %s, report.min_ap50 asks for %.2f", metrics["model"]["label"], ap50, minimum)
-    if low:
+    low = [m for m in evidence.scored if not (m["coco"]["AP50"] or 0.0) >= minimum]
+    for m in low:
+        ap50 = number(m["coco"]["AP50"])
+        log.error("failed: %s reaches AP50 %s, report.min_ap50 asks for %.2f", m["model"]["label"], ap50, minimum)
+    if not evidence.scored:
+        log.error("failed: nothing was scored, report.min_ap50 asks for %.2f", minimum)
+    if low or not evidence.scored:
         sys.exit(1)
-
-
-def draw_figures(run: RunRoot, labels: list[str]) -> list[str]:
-    """figures/curves.png over all trained variants; returns the names of the files."""
-    if not labels:
-        return []
-    variants = {label: read_rows(run.variant_dir(label) / "results.csv") for label in labels}
-    save_png(overlay_figure(variants), run.figures_dir / "curves.png")
-    return ["curves.png"]

@@ -1,4 +1,4 @@
-"""ONNX Runtime: opens a model with the provider asked for, checks its contract, runs it, times it. No torch."""
+"""ONNX Runtime: opens a model with the provider asked for, runs it, says which nodes ran where. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import platform
-import time
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore - compiled, without stubs
 
-from app.coco import NAMES
-from app.config import Eval, UserError
+from app.config import UserError
+from app.contract import Promise, read_promise, refuse_foreign_data, shape_fits, wanted_shape
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-CONTRACTS = ("raw", "end2end")
-N_CLASSES = len(NAMES)
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+# TF32 rounds inputs to 10 bits: detections would differ from the CPU's, between machines and from the QDQ codes.
+OPTIONS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, TENSORRT: {"trt_fp16_enable": "0"}, CPU: {}}
+# What a provider does not take falls to the next of its list.
+FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU], TENSORRT: [TENSORRT, CUDA, CPU]}
 BROKEN_FILE = (
     ort_errors.Fail, ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.InvalidArgument,
     ort_errors.NotImplemented,
@@ -31,15 +34,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """An open ONNX file that keeps the contract. `batch` is the fixed batch size, None where it is free."""
+    """An open ONNX file that keeps its contract."""
 
     path: Path
     session: ort.InferenceSession
-    input_name: str
-    contract: str
-    imgsz: int
-    batch: int | None
+    promise: Promise
     metadata: dict[str, str]
+
+    @property
+    def contract(self) -> str:
+        return self.promise.contract
+
+    @property
+    def imgsz(self) -> int:
+        return self.promise.imgsz
+
+    @property
+    def batch(self) -> int | None:
+        """The fixed batch size, None where it is free."""
+        return self.promise.batch
 
     @property
     def label(self) -> str:
@@ -47,9 +60,14 @@ class Model:
 
     @property
     def scheme(self) -> str | None:
-        """Metadata values are JSON where they are no plain text: the baseline's scheme reads 'null'."""
+        """Metadata values are JSON where they are no plain text: the baseline's scheme may read 'null'."""
         scheme = self.metadata.get("scheme", "null")
         return None if scheme == "null" else scheme
+
+    @property
+    def precision(self) -> str | None:
+        """fp32, fp16, qcdq or int4; None where the file does not say."""
+        return self.metadata.get("precision")
 
     @property
     def provider(self) -> str:
@@ -61,51 +79,40 @@ class Model:
         Raises:
             UserError: the output has another shape than the contract says.
         """
-        output = np.asarray(self.session.run(None, {self.input_name: images})[0])
+        output = np.asarray(self.session.run(None, {self.promise.input_name: images})[0])
         if len(output) != len(images) or not shape_fits(self.contract, list(output.shape)):
             raise UserError(
-                f"{self.path}: {self.contract} output has the shape {list(output.shape)}, {wanted_shape(self)}"
+                f"{self.path}: {self.contract} output has the shape {list(output.shape)}, {wanted_shape(self.contract)}"
             )
         return output
 
 
 def open_model(path: Path, provider: str) -> Model:
-    """Opens an ONNX file and checks that it keeps one of the two contracts.
+    """Opens an ONNX file and checks that it keeps one of the contracts.
 
     Args:
-        path: the file; its metadata_props must say `contract`, and `imgsz` where height and width are free.
-        provider: 'auto', 'cpu' or 'cuda'.
+        path: the file; its metadata is ours, or that of Ultralytics' exporter.
+        provider: 'auto', 'cpu', 'cuda' or 'tensorrt'.
 
     Raises:
         UserError: no such file, not an ONNX model, another contract or class list, provider not usable.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run 'make export' first")
-    session = open_session(path, choose_provider(provider))
+    refuse_foreign_data(path)
+    session = open_session(path, choose_provider(provider), ort.SessionOptions())
     metadata = dict(session.get_modelmeta().custom_metadata_map)
-    if metadata.get("contract") not in CONTRACTS:
-        raise UserError(
-            f"{path}: metadata 'contract' is {metadata.get('contract', 'missing')}, it must be raw or end2end: "
-            "export it with 'make export'"
-        )
-    names = metadata.get("names")
-    if names is not None and names != json.dumps(NAMES):
-        raise UserError(f"{path}: metadata 'names' are not the {N_CLASSES} COCO classes in their order: another model")
-    model = Model(path, session, *check_input(path, session, metadata), metadata)
-    check_output(model)
-    return model
+    return Model(path, session, read_promise(path, session, metadata), metadata)
 
 
-def open_session(path: Path, provider: str) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
     options.intra_op_num_threads = n_cores()
     # The CUDA build warns about device discovery where there is no GPU; errors still show.
     options.log_severity_level = 3
     ort.set_default_logger_severity(3)
-    if provider == CUDA:
+    if provider != CPU:
         ort.preload_dlls()  # finds cuBLAS and cuDNN in torch's wheels without importing torch
-    # TF32 rounds inputs to 10 bits: detections would differ from the CPU's, between machines and from the QDQ codes.
-    wanted: list[Any] = [(CUDA, {"use_tf32": "0"}), CPU] if provider == CUDA else [CPU]
+    wanted: list[Any] = [(name, OPTIONS[name]) for name in FALL_BACKS[provider]]
     try:
         session = ort.InferenceSession(str(path), options, providers=wanted)
     except BROKEN_FILE as error:
@@ -115,10 +122,27 @@ def open_session(path: Path, provider: str) -> ort.InferenceSession:
         ) from error
     if session.get_providers()[0] != provider:
         raise UserError(
-            f"ONNX Runtime gave {session.get_providers()[0]} instead of {provider} (CUDA or cuDNN libraries missing?): "
+            f"ONNX Runtime gave {session.get_providers()[0]} instead of {provider} (its libraries missing?): "
             "mend the installation or use --set eval.provider=cpu"
         )
     return session
+
+
+def nodes_by_provider(model: Model, images: np.ndarray) -> dict[str, list[str]]:
+    """Provider -> 'OpType name' of the nodes that it ran for images [N,3,S,S], from ONNX Runtime's own profile."""
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = open_session(model.path, model.provider, options)
+        session.run(None, {model.promise.input_name: images})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    found: dict[str, list[str]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            node = f"{event['args']['op_name']} {event['name'].removesuffix('_kernel_time')}"
+            found.setdefault(event["args"]["provider"], []).append(node)
+    return found
 
 
 def first_line(error: Exception) -> str:
@@ -126,11 +150,16 @@ def first_line(error: Exception) -> str:
 
 
 def choose_provider(wanted: str) -> str:
-    """'auto', 'cpu' or 'cuda' -> name of the execution provider; onnxruntime-gpu lists CUDA even without a GPU."""
-    usable = CUDA in ort.get_available_providers() and gpu_name() is not None
-    if wanted == "cuda" and not usable:
-        raise UserError("eval.provider=cuda: no usable GPU here: use --set eval.provider=cpu, in Docker ACCEL=gpu")
-    return CUDA if usable and wanted != "cpu" else CPU
+    """'auto', 'cpu', 'cuda' or 'tensorrt' -> name of the execution provider; auto is cuda where it can be used.
+
+    onnxruntime-gpu lists CUDA and TensorRT even where there is no GPU.
+    """
+    has_gpu = gpu_name() is not None
+    if wanted == "auto":
+        return CUDA if has_gpu and CUDA in ort.get_available_providers() else CPU
+    if wanted != "cpu" and not (has_gpu and PROVIDERS[wanted] in ort.get_available_providers()):
+        raise UserError(f"eval.provider={wanted}: no usable GPU here: use --set eval.provider=cpu, in Docker ACCEL=gpu")
+    return PROVIDERS[wanted]
 
 
 def gpu_name() -> str | None:
@@ -159,71 +188,20 @@ def n_cores() -> int:
 
 def n_decoders(model: Model) -> int:
     """Threads that read images: all cores when a GPU computes, else so few that ONNX Runtime keeps its own."""
-    return min(16, n_cores()) if model.provider == CUDA else max(1, n_cores() // 8)
+    return max(1, n_cores() // 8) if model.provider == CPU else min(16, n_cores())
 
 
 def describe_runtime(model: Model) -> dict[str, Any]:
+    """What ran the model. `nodes_on_cpu` names what a GPU provider left to the CPU; None where all is on the CPU."""
+    images = np.zeros((model.batch or 1, 3, model.imgsz, model.imgsz), np.float32)
+    on_cpu = None if model.provider == CPU else sorted(nodes_by_provider(model, images).get(CPU, []))
+    if on_cpu:
+        log.warning("%s: %d nodes run on the CPU: %s", model.path.name, len(on_cpu), ", ".join(on_cpu))
     return {
         "onnxruntime": ort.__version__,
         "provider": model.provider,
-        "device": gpu_name() if model.provider == CUDA else cpu_name(),
+        "device": cpu_name() if model.provider == CPU else gpu_name(),
         "intra_op_threads": n_cores(),
+        "n_nodes_on_cpu": None if on_cpu is None else len(on_cpu),
+        "nodes_on_cpu": on_cpu,
     }
-
-
-def check_input(
-    path: Path, session: ort.InferenceSession, metadata: dict[str, str]
-) -> tuple[str, str, int, int | None]:
-    """Returns input name, contract, imgsz in px and the fixed batch size or None."""
-    inputs = session.get_inputs()
-    if [i.name for i in inputs] != ["images"] or inputs[0].type != "tensor(float)":
-        found = ", ".join(f"{i.name} {i.type}" for i in inputs)
-        raise UserError(
-            f"{path}: inputs are {found}; the contract is one input 'images', tensor(float), also in FP16 files"
-        )
-    shape = inputs[0].shape
-    imgsz = int(metadata["imgsz"]) if metadata.get("imgsz", "").isdigit() else None
-    fixed = {side for side in shape[2:] if isinstance(side, int)}
-    if len(shape) != 4 or shape[1] != 3 or len(fixed | ({imgsz} - {None})) != 1:
-        raise UserError(
-            f"{path}: input shape {shape}, metadata imgsz {imgsz}; the contract is [N,3,imgsz,imgsz], square"
-        )
-    batch = shape[0] if isinstance(shape[0], int) else None
-    return inputs[0].name, metadata["contract"], imgsz or fixed.pop(), batch
-
-
-def check_output(model: Model) -> None:
-    outputs = model.session.get_outputs()
-    shapes = [output.shape for output in outputs]
-    if len(outputs) != 1 or outputs[0].type != "tensor(float)" or not shape_fits(model.contract, shapes[0]):
-        types = ", ".join(output.type for output in outputs)
-        raise UserError(f"{model.path}: outputs are {shapes} {types}, {wanted_shape(model)}")
-
-
-def shape_fits(contract: str, shape: list[Any]) -> bool:
-    """Sides that are free (names or None in ONNX) fit anything."""
-    side, size = (1, 4 + N_CLASSES) if contract == "raw" else (2, 6)
-    return len(shape) == 3 and (shape[side] == size or not isinstance(shape[side], int))
-
-
-def wanted_shape(model: Model) -> str:
-    shape = f"[N,{4 + N_CLASSES},A]" if model.contract == "raw" else "[N,300,6]"
-    return f"the contract '{model.contract}' is one float32 output {shape}: a model of other classes or another task"
-
-
-def measure_latency(model: Model, image: np.ndarray, settings: Eval) -> dict[str, Any]:
-    """Times session.run alone on one preprocessed image [3,H,W]: batch 1, or the file's own where that is fixed.
-
-    Returns:
-        batch, warmup and runs (counts), mean, p50, p90 and p99 (ms per run).
-    """
-    images = np.repeat(image[None], model.batch or 1, axis=0)
-    times_ms = []
-    for _ in range(settings.latency_warmup + settings.latency_runs):
-        start = time.perf_counter()
-        model.session.run(None, {model.input_name: images})
-        times_ms.append((time.perf_counter() - start) * 1e3)
-    timed = np.array(times_ms[settings.latency_warmup :])
-    percentiles = {f"p{q}": float(np.percentile(timed, q)) for q in (50, 90, 99)}
-    counts = {"batch": len(images), "warmup": settings.latency_warmup, "runs": settings.latency_runs}
-    return {**counts, "mean": float(timed.mean()), **percentiles}

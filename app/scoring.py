@@ -133,6 +133,7 @@ def describe_dataset(truth: COCO, dataset: Dataset, image_ids: list[int]) -> dic
         "n_images_listed": n_listed,
         "n_annotations": len(truth.getAnnIds(imgIds=image_ids)),
         "subset": len(image_ids) < n_listed,
+        "image_ids": image_ids if len(image_ids) < n_listed else None,
         "image_ids_sha256": hash_ids(image_ids),
         "complete_coco_val": official and len(image_ids) == n_listed == N_VAL,
     }

@@ -1,264 +1,144 @@
-"""The page of the report: every number on it is read from a JSON or CSV of the run."""
+"""The page of the report, as Markdown: verdict first; every number is read from a JSON or CSV of the run."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import yaml
+from app.appendix import appendix
+from app.evidence import COCO_NAMES, Evidence
+from app.findings import QUANTIZED, Metrics, measured_alike
+from app.tables import markdown_table, number, plain, signed
 
-from app.config import Config, difference, flatten
-from app.curves import read_rows, train_loss
-from app.run import RunRoot, read_json
-
-COCO_NAMES = (
-    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
-)  # fmt: skip
-ENVIRONMENT_KEYS = (
-    "code_version", "lock_sha256", "image", "python", "platform", "cpu_count", "gpus",
-    "device", "amp", "deterministic", "seed", "workers",
-)  # fmt: skip
-MISSING = "-"
+Findings = dict[str, Any]
+ANOTHER_METER = "Set apart: measured otherwise, not to be compared with the rows above. "
 
 
-def summary(run: RunRoot, scored: list[dict[str, Any]], trained: dict[str, Config], figures: list[str]) -> str:
-    """The whole Markdown page."""
-    provenance = read_json(run.provenance, "data")
+def summary(evidence: Evidence, found: Findings, figures: list[str]) -> str:
+    """The whole page; `figures` are blocks of Markdown."""
     parts = [
-        f"# What 4-bit weights cost: run `{run.name}`",
-        "\n\n".join(verdict(scored)), "\n".join(table(scored)),
-        *caveats(scored, provenance),
-        *(f"![{Path(name).stem}](figures/{name})" for name in figures),
-        "## All COCO numbers", "\n".join(coco_table(scored)),
-        "## Training", "\n".join(training_table(run, list(trained))),
-        "## Dataset", "\n".join(dataset_lines(provenance)),
-        "## Difference between the variants", "\n".join(difference_table(trained)),
-        "## Hyper-parameters", settings_block(trained),
-        "## Environment", "\n".join(environment_table(run, trained, scored)),
-        "## Where things are", "\n".join(pointers(run, list(trained), scored)),
-        "## Reproduce", "```\n" + "\n".join(commands(run, list(trained), scored)) + "\n```",
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+        f"# What 4-bit weights cost: run `{evidence.run.name}`",
+        "\n\n".join([*verdict(found), *health_lines(found)]),
+        *section("## Missing in this run", [f"- {plain(line)}" for line in evidence.missing]),
+        "\n".join(tables(evidence.scored, found)),
+        *section("## Read this before you compare", [f"- {line}" for line in caveats(evidence, found)]),
+        *section("## Pictures", ["\n\n".join(figures)] if figures else []),
+        *section("## All COCO numbers", coco_tables(evidence.scored, found)),
+        *appendix(evidence, found),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def verdict(scored: list[dict[str, Any]]) -> list[str]:
-    """Sentences that answer the question, from rows of one meter only."""
-    base = next((m for m in scored if m["model"]["label"] == "fp16"), None)
+def section(title: str, lines: list[str]) -> list[str]:
+    return [title, "\n".join(lines)] if lines else []
+
+
+def verdict(found: Findings) -> list[str]:
+    """A sentence for every quantized variant; only rows of one table are ever set against each other."""
     lines = []
-    for m in (m for m in scored if m["model"]["label"] != "fp16"):
-        if base is None or meter(m) != meter(base) or m["coco"]["AP"] is None or base["coco"]["AP"] is None:
-            lines.append(
-                f"**{m['model']['label']}: no verdict**, there is no FP16 baseline measured on the same images."
-            )
-            continue
-        ap, ap0 = m["coco"]["AP"], base["coco"]["AP"]
-        ratio = m["model"]["size_bytes"] / base["model"]["size_bytes"]
-        lines.append(
-            f"**{m['model']['label']}: AP {ap:.4f} against {ap0:.4f} of the FP16 training, {ap - ap0:+.4f}** "
-            f"({sample(m)}). The file has {megabytes(m)} MB against {megabytes(base)} MB, {ratio:.2f} of it."
+    for group in found["groups"]:
+        for row in group["rows"]:
+            if row["label"].startswith(QUANTIZED):
+                lines.append(_sentence(row, group))
+    return lines or ["**No verdict:** no quantized variant was scored."]
+
+
+def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
+    base = group["rows"][0]
+    if row["AP_difference"] is None:
+        return (
+            f"**{row['label']}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
+            f"same way ({describe(group['measured'])})."
         )
-    return lines or ["**No verdict:** only one variant was scored; train and score the other one too."]
-
-
-def meter(metrics: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be equal for two rows to share a table: same images, same annotations, same thresholds."""
-    dataset, settings = metrics["dataset"], metrics["settings"]
     return (
-        dataset["annotation_sha256"],
-        dataset["image_ids_sha256"],
-        settings["conf"],
-        settings["max_det"],
-        settings["evaluator"],
+        f"**{row['label']}: AP {number(row['AP'])} against {number(base['AP'])} of the FP16 training, "
+        f"{signed(row['AP_difference'])}** ({sample(group['measured'])}). The file has {row['size_mb']:.2f} MB "
+        f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it."
     )
 
 
-def table(scored: list[dict[str, Any]]) -> list[str]:
-    """One Markdown table for every group of rows that were measured alike, each under a line that says what it is."""
+def health_lines(found: Findings) -> list[str]:
+    if not found["health"]:
+        return []
+    share = found["settings"]["min_share_of_best"]
+    told = "; ".join(f"{label} {_health(judged, share)}" for label, judged in found["health"].items())
+    return [f"**Training:** {told}."]
+
+
+def _health(judged: dict[str, Any], share: float) -> str:
+    lowest, epoch, after = judged["lowest_share"], judged["lowest_epoch"], judged["warmup_epochs"]
+    if not judged["finite"]:
+        return "is **not healthy**, results.csv holds NaN or infinity"
+    if judged["healthy"] is None:
+        return "cannot be judged, too few epochs after warm-up"
+    if judged["healthy"]:
+        return f"is healthy, its AP stayed above {share:g} of its running best (lowest {lowest:.3f} at epoch {epoch})"
+    return f"is **not healthy**, its AP fell to {lowest:.3f} of its running best at epoch {epoch} (warm-up: {after})"
+
+
+def tables(scored: list[Metrics], found: Findings) -> list[str]:
+    """One table for every group of rows measured alike, each under a line that says how."""
     lines: list[str] = []
-    for key in dict.fromkeys(meter(m) for m in scored):
-        group = [m for m in scored if meter(m) == key]
-        lines += ["", f"{sample(group[0])}:", "", *rows(group)] if lines else [f"{sample(group[0])}:", "", *rows(group)]
+    for metrics, group in zip(measured_alike(scored), found["groups"], strict=True):
+        lines += ["", ANOTHER_METER + describe(group["measured"]), ""] if lines else [describe(group["measured"]), ""]
+        lines += _rows(metrics, group["rows"])
     return lines
 
 
-def sample(metrics: dict[str, Any]) -> str:
-    """'built-in coco-subset, val2017, 64 images' with SUBSET where it is not the whole split."""
-    dataset = metrics["dataset"]
-    whole = (
-        f"SUBSET of {dataset['n_images']:,} of {dataset['n_images_listed']:,} images"
-        if dataset["subset"]
-        else f"{dataset['n_images']:,} images"
+def sample(measured: dict[str, Any]) -> str:
+    """'built-in coco-subset, val2017, 64 images', with SUBSET where images were left out."""
+    images = f"{measured['n_images']:,} images"
+    if measured["subset"]:
+        images = f"SUBSET of {measured['n_images']:,} of {measured['n_images_listed']:,} images"
+    return f"{measured['title']}, {measured['split']}, {images}"
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """Everything that makes two rows comparable, in one line."""
+    return (
+        f"{sample(measured)}, {measured['imgsz']} px, {measured['evaluator']}, score from {measured['conf']:g}, "
+        f"at most {measured['max_det']} boxes an image, annotations `{measured['annotations']}`, "
+        f"images `{measured['images']}`:"
     )
-    return f"{dataset['title']}, {dataset['split']}, {whole}, {metrics['settings']['evaluator']}"
 
 
-def rows(group: list[dict[str, Any]]) -> list[str]:
-    cells = [["variant", "AP", "AP50", "size MB", "latency p50 ms", "provider"]]
-    for m in group:
-        latency = m["latency_ms"]["p50"]
+def _rows(metrics: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
+    cells = [["variant", "AP", "difference", "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
+    for m, row in zip(metrics, rows, strict=True):
         cells.append([
-            m["model"]["label"], number(m["coco"]["AP"]), number(m["coco"]["AP50"]), megabytes(m),
-            f"{latency:.2f}", m["runtime"]["provider"].removesuffix("ExecutionProvider"),
+            row["label"], number(row["AP"]), signed(row["AP_difference"]), number(m["coco"]["AP50"]),
+            f"{row['size_mb']:.2f}", f"{m['latency_ms']['p50']:.2f}", f"{m['latency_ms']['p90']:.2f}",
+            m["runtime"]["provider"].removesuffix("ExecutionProvider"), m["model"]["file"],
         ])  # fmt: skip
     return markdown_table(cells)
 
 
-def markdown_table(cells: list[list[str]]) -> list[str]:
-    """Aligned, so that it reads well on a terminal too; the first column is text, the others are right-aligned."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for first, *others in [cells[0], rule, *cells[1:]]:
-        padded = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-        lines.append("| " + " | ".join(padded) + " |")
-    return lines
-
-
-def number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.4f}"
-
-
-def megabytes(metrics: dict[str, Any]) -> str:
-    return f"{metrics['model']['size_bytes'] / 1e6:.2f}"
-
-
-def caveats(scored: list[dict[str, Any]], provenance: dict[str, Any]) -> list[str]:
+def caveats(evidence: Evidence, found: Findings) -> list[str]:
     """What the numbers do not say."""
-    lines = ["One training each (n=1): a difference smaller than the spread between seeds says nothing."]
-    if not all(m["dataset"]["complete_coco_val"] for m in scored):
-        lines.append(
-            f"Measured on {provenance['title']}, not on the 5,000 images of COCO val2017: compare the rows with each "
-            "other, never with published numbers."
-        )
+    if not evidence.scored:
+        return found["doubts"]
+    lines = [
+        "One training each (n=1): a difference smaller than the spread between seeds says nothing.",
+        *found["doubts"],
+    ]
+    if not all(m["dataset"]["complete_coco_val"] for m in evidence.scored):
+        lines.append("Not measured on the whole of COCO val2017: never compare these numbers with published ones.")
+    timed = evidence.scored[0]["latency_ms"]
+    device = evidence.scored[0]["runtime"]["device"]
     lines.append(
-        "Latency is batch 1 in ONNX Runtime on the machine below. It dequantizes integer weights and computes in "
-        "float, so it says nothing about int4 hardware."
+        f"Latency: one image at a time (batch {timed['batch']}), {timed['runs']} runs after {timed['warmup']} to warm "
+        f"up, network only, ONNX Runtime on {device}. ONNX Runtime turns the integer weights into floats and computes "
+        "in float: a quantized file is not faster here, and this says nothing about int4 hardware."
     )
-    return ["\n".join(f"- {line}" for line in lines)]
-
-
-def coco_table(scored: list[dict[str, Any]]) -> list[str]:
-    return markdown_table(
-        [
-            ["", *(m["dir"] for m in scored)],
-            *([name, *(number(m["coco"][name]) for m in scored)] for name in COCO_NAMES),
-        ]
+    lines.append(
+        "Size is the ONNX file on disk. QCDQ files keep one byte a weight, so their size does not show the 4 bits."
     )
+    return lines
 
 
-def training_table(run: RunRoot, labels: list[str]) -> list[str]:
-    """Last and best epoch of each training, the three validated states apart."""
-    cells = [
-        [
-            "variant",
-            "epochs",
-            "best epoch",
-            "AP raw",
-            "AP EMA",
-            "AP EMA+BN",
-            "train loss",
-            "val loss",
-            "images/s",
-            "hours",
-        ]
-    ]
-    for label in labels:
-        history = read_rows(run.variant_dir(label) / "results.csv")
-        best = max(history, key=lambda row: row["AP/ema_bn"])
-        hours = sum(row["time/epoch_s"] for row in history) / 3600
-        cells.append([
-            label, str(len(history)), str(int(best["epoch"])), number(best["AP/raw"]), number(best["AP/ema"]),
-            number(best["AP/ema_bn"]), f"{train_loss(best):.3f}", f"{best['val_loss/ema_bn']:.3f}",
-            f"{sum(row['time/images_per_s'] for row in history) / len(history):.1f}", f"{hours:.2f}",
-        ])  # fmt: skip
-    note = (
-        "At the best epoch, by the trainer's own validator, which treats crowds and rounding otherwise than COCO does."
-    )
-    return [note, "", *markdown_table(cells)]
-
-
-def dataset_lines(provenance: dict[str, Any]) -> list[str]:
-    cells = [
-        [
-            "split",
-            "images used",
-            "listed",
-            "skipped as broken",
-            "annotations",
-            "crowd",
-            "without objects",
-            "annotation sha256",
-        ]
-    ]
-    for split in provenance["splits"].values():
-        counts = ("n_images", "n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects")
-        cells.append([split["name"], *(f"{split[name]:,}" for name in counts), split["annotation_sha256"][:16]])
-    subset = any(split["subset"] for split in provenance["splits"].values())
-    choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json." if subset else ""
-    return [f"{provenance['title']} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
-
-
-def difference_table(trained: dict[str, Config]) -> list[str]:
-    """Every key in which two trained variants differ: `variant` and `quant.*`, or the comparison is not fair."""
-    labels = list(trained)
-    if len(labels) < 2:
-        return ["Only one variant was trained."]
-    keys = sorted({key for label in labels[1:] for key in difference(trained[labels[0]], trained[label])})
-    flats = {label: flatten(config) for label, config in trained.items()}
-    return markdown_table(
-        [["key", *labels], *([key, *(str(flats[label].get(key, MISSING)) for label in labels)] for key in keys)]
-    )
-
-
-def settings_block(trained: dict[str, Config]) -> str:
-    if not trained:
-        return "Nothing was trained in this run."
-    config = next(iter(trained.values())).model_dump(mode="json")
-    shown = {name: config[name] for name in ("model", "data", "train", "hyp")}
-    return "```yaml\n" + yaml.safe_dump(shown, sort_keys=False) + "```"
-
-
-def environment_table(run: RunRoot, trained: dict[str, Config], scored: list[dict[str, Any]]) -> list[str]:
-    """Machine and software of each training and scoring."""
-    columns = {f"train {label}": read_json(run.variant_dir(label) / "env.json", "train") for label in trained}
-    columns |= {f"eval {m['model']['label']}": m["environment"] for m in scored}
-    keys = (
-        "code_version",
-        "lock_sha256",
-        "image",
-        "python",
-        "platform",
-        "cpu_count",
-        "gpus",
-        "device",
-        "amp",
-        "deterministic",
-        "seed",
-        "workers",
-    )
-    cells = [["", *columns]]
-    cells += [[key, *(str(env.get(key, MISSING)) for env in columns.values())] for key in keys]
-    packages = list(next(iter(columns.values()))["packages"])
-    cells += [[name, *(str(env["packages"].get(name, MISSING)) for env in columns.values())] for name in packages]
-    return markdown_table(cells)
-
-
-def pointers(run: RunRoot, labels: list[str], scored: list[dict[str, Any]]) -> list[str]:
-    """Paths relative to the run root, so that the folder can be moved."""
-    lines = []
-    files = ("results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "env.json", "log.txt")
-    for label in labels:
-        links = ", ".join(f"[{name}]({label}/{name})" for name in files)
-        lines.append(f"- {label}: {links}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`")
-    for m in scored:
-        file, digest = m["model"]["file"], m["model"]["sha256"]
-        metrics = f"[metrics.json]({m['dir']}/metrics.json)"
-        lines.append(f"- {m['model']['label']}: `onnx/{file}`, sha256 `{digest}`, {metrics}")
-    return [*lines, "- dataset: [provenance.json](dataset/provenance.json); the run: [run.json](run.json)"]
-
-
-def commands(run: RunRoot, labels: list[str], scored: list[dict[str, Any]]) -> list[str]:
-    """The commands that made these numbers, as they were run."""
-    made = [read_json(run.variant_dir(label) / "env.json", "train")["command"] for label in labels]
-    return list(dict.fromkeys([*made, *(m["environment"]["command"] for m in scored)]))
+def coco_tables(scored: list[Metrics], found: Findings) -> list[str]:
+    lines: list[str] = []
+    for metrics, group in zip(measured_alike(scored), found["groups"], strict=True):
+        lines += ["", ANOTHER_METER + describe(group["measured"]), ""] if lines else []
+        cells = [[name, *(number(m["coco"][name]) for m in metrics)] for name in COCO_NAMES]
+        lines += markdown_table([["", *(m["dir"] for m in metrics)], *cells])
+    return lines

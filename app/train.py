@@ -42,7 +42,7 @@ def train(config: Config, run: RunRoot, force: bool) -> None:
         log.info("train %s: %s", config.label, trainer.headline())
         trainer.train()
     write_loss_curve(out_dir)
-    facts = {"epochs": trainer.epoch + 1, "best_ap": trainer.best_fitness, "config_hash": config_hash(config)}
+    facts = {"epochs": config.train.epochs, "best_ap": trainer.best_fitness, "config_hash": config_hash(config)}
     record_stage(run, f"train {config.label}", facts)
     write_json(done_json, {**facts, "best_sha256": sha256(trainer.best), "time_utc": utc_now()})
 
@@ -51,7 +51,7 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
     """Compares with the configuration that a folder was trained with, as far as training depends on it."""
     if not snapshot.exists():
         return
-    later_stages = tuple(key for key in flatten(config) if key.split(".")[0] in ("export", "eval", "report"))
+    later_stages = tuple(key for key in flatten(config) if key.split(".")[0] in ("guard", "export", "eval", "report"))
     differences = difference(validate(read_yaml(snapshot)), config, ignore=(*MACHINE_KEYS, *later_stages))
     if differences:
         shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differences.items())

@@ -2,76 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 import os
-import time
 from collections.abc import Iterator
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ultralytics.data.build import build_dataloader
-from ultralytics.data.dataset import YOLODataset
-from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap_model
 
-from app.config import read_yaml, validate
+from app.config import UserError, read_yaml, validate
+from app.guard import judge
+from app.interrupt import Interrupt
+from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import build, load_checkpoint, save_checkpoint, scored_state
 from app.monitor import Monitor
-from app.quant.stabilise import reestimate_batchnorm
+from app.quant.health import WINDOW_STEPS, Oscillations
+from app.quant.stabilise import exempt_scales_from_decay, stabilisers
 from app.run import read_json, write_json
-from app.view import read_split
+from app.validation import Validator, examine, score_states
 
 log = logging.getLogger(__name__)
-# The three validated states, in the order they are scored. The last one picks best.pt and is exported.
-STATES = ("raw", "ema", "ema_bn")
-# Scores recorded for every state: our name -> key of Ultralytics' validator.
-SCORES = {"AP": "metrics/mAP50-95(B)", "AP50": "metrics/mAP50(B)"}
-LOSSES = ("val/box_loss", "val/cls_loss", "val/dfl_loss")
-
-
-class CocoDataset(YOLODataset):
-    """YOLODataset whose labels come from the checked view.
-
-    Ultralytics' own scan would pickle a cache beside the labels, drop images silently and rewrite JPEGs in place
-    (ultralytics/data/utils.py check_image, 8.4.190).
-    """
-
-    def __init__(self, *args: Any, provenance: dict[str, Any], split: str, **kwargs: Any) -> None:
-        self._view = (provenance, split)
-        super().__init__(*args, **kwargs)
-
-    def get_labels(self) -> list[dict[str, Any]]:
-        """One dict an image in the layout of BaseDataset.get_labels; boxes are xywh, normalised."""
-        images = read_split(*self._view)
-        self.im_files = [image.path for image in images]
-        return [
-            {
-                "im_file": image.path, "shape": image.shape_hw, "segments": [], "keypoints": None,
-                "cls": image.labels[:, :1], "bboxes": image.labels[:, 1:], "normalized": True, "bbox_format": "xywh",
-            }
-            for image in images
-        ]  # fmt: skip
-
-
-class Validator(DetectionValidator):
-    """Scores the model that the trainer holds out, and keeps the first batch for TensorBoard."""
-
-    def get_model(self, model: Any, trainer: Any = None) -> Any:
-        return trainer.held_out
-
-    def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
-        if self.batch_i == 0:
-            self.first_batch = (preds, batch)
-        super().update_metrics(preds, batch)
 
 
 class Trainer(DetectionTrainer):
-    """Both variants. Differs from Ultralytics' trainer in the network it builds, the data it reads without scanning,
-    the three states it validates, and checkpoints that are plain state_dicts and resume at the next epoch.
+    """Both variants. Network, data, optimizer, schedule, EMA and validator are Ultralytics'; the loop is ours.
+
+    Ultralytics' loop (engine/trainer.py _do_train, 8.4.190) reads the loss from the GPU at every step, halves the batch
+    without being asked when memory runs out, and cannot begin inside an epoch. Steps, schedule and warm-up are the same
+    here; besides, an epoch ends with an optimizer step, so that no half-accumulated gradient outlives a checkpoint.
 
     The configuration comes from save_dir/config.yaml, so that a process that only knows `overrides` can build it.
     """
@@ -82,11 +48,13 @@ class Trainer(DetectionTrainer):
     validator: Any
     held_out: Any
     loss: torch.Tensor
-    tloss: dict[str, torch.Tensor]
+    loss_items: dict[str, torch.Tensor]
     train_loader: Any
     scaler: Any
     optimizer: Any
     amp: Any
+    epochs: int
+    lf: Any
     fitness: float
 
     def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
@@ -95,14 +63,17 @@ class Trainer(DetectionTrainer):
         super().__init__(cfg, overrides, _callbacks)
         if self.device.type == "cpu":  # Ultralytics leaves one core idle (select_device: NUM_THREADS), 8.4.190
             torch.set_num_threads(os.cpu_count() or 1)
+        init_seeds(self.config.train.seed, deterministic=self.config.train.deterministic)
         self.provenance = read_json(Path(self.args.data).parent / "provenance.json", "data")
         self.rows: list[dict[str, float]] = []
-        self.best_epoch = 0
+        self.best_epoch = self.batch_in_epoch = 0
+        self.last_step = -1
+        self.loss_sum: Any = 0.0
+        self.scored: dict[str, torch.Tensor] = {}
+        self.codes_before = torch.zeros(0, dtype=torch.int8)
+        self.bn_images: list[torch.Tensor] = []
+        self.interrupt = Interrupt()
         self.monitor = Monitor(out_dir, self.config.label)
-        self.add_callback("on_train_epoch_start", Trainer._start_epoch)
-        self.add_callback("on_train_batch_end", Trainer._end_batch)
-        self.add_callback("on_train_epoch_end", Trainer._end_train_pass)
-        self.add_callback("teardown", lambda trainer: trainer.monitor.close())
 
     def facts(self) -> dict[str, Any]:
         """What training really used, for env.json."""
@@ -120,6 +91,11 @@ class Trainer(DetectionTrainer):
             f"{self.provenance['title']}, {t.epochs} epochs, batch {t.batch}, {t.imgsz} px, {precision}, {self.device}"
         )
 
+    @property
+    def net(self) -> Any:
+        """The network without DistributedDataParallel around it."""
+        return unwrap_model(self.model)
+
     # --- what is trained on what -------------------------------------------------------------------------------------
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
@@ -129,114 +105,240 @@ class Trainer(DetectionTrainer):
             write_json(self.save_dir / "quant_config.json", quant_config)
         return model
 
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        dataset = self.build_dataset(dataset_path, mode, batch_size)
+        pin_memory = self.device.type == "cuda"
+        if mode == "train":
+            return train_loader(dataset, self.args.workers, pin_memory)
+        return build_dataloader(dataset, batch_size, self.args.workers, shuffle=False, rank=rank, device=self.device)
+
+    def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(model, *args, **kwargs)
+        exempt_scales_from_decay(optimizer, model)
+        return optimizer
+
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CocoDataset:
         augment = mode == "train"
         return CocoDataset(
             img_path=img_path, imgsz=self.args.imgsz, batch_size=batch, augment=augment, hyp=self.args,
             rect=not augment, cache=self.args.cache or None, stride=32, pad=0.0 if augment else 0.5, task="detect",
-            prefix=f"{mode}: ", data=self.data, provenance=self.provenance, split=mode,
+            prefix=f"{mode}: ", data=self.data, provenance=self.provenance, split=mode, seed=self.args.seed,
         )  # fmt: skip
 
     def get_validator(self) -> Validator:
         return Validator(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
 
-    # --- validation in three states ----------------------------------------------------------------------------------
+    # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def validate(self) -> tuple[dict[str, float], float]:
-        """Scores raw weights, their EMA, and the EMA with re-estimated BatchNorm; the last one is the fitness.
+    def _do_train(self) -> None:
+        """Trains from the last checkpoint to the last epoch.
 
-        Fitness is AP (mAP50-95) of Ultralytics' validator on the one2one head.
+        Raises:
+            UserError: GPU memory does not suffice.
+            Interrupted: a signal came; everything is saved.
         """
-        held_out = self.held_out = deepcopy(self.ema.ema)
-        metrics: dict[str, float] = {}
-        for state in STATES:
-            source = unwrap_model(self.model) if state == "raw" else self.ema.ema
-            held_out.load_state_dict(source.state_dict())
-            if state == "ema_bn":
-                start = time.monotonic()
-                reestimate_batchnorm(held_out, self._bn_batches())
-                metrics["time/bn_reestimation_s"] = round(time.monotonic() - start, 3)
-            scores = self.validator(self)
-            metrics |= {f"{name}/{state}": scores[key] for name, key in SCORES.items()}
-            metrics[f"val_loss/{state}"] = sum(scores[key] for key in LOSSES)
-        scores.pop("fitness")
-        self.fitness = scores["metrics/mAP50-95(B)"]
-        if self.best_fitness is None or self.fitness > self.best_fitness:
-            self.best_fitness, self.best_epoch = self.fitness, self.epoch + 1
-        return {**scores, **metrics}, self.fitness
+        with self.interrupt:
+            self._setup_train()
+            try:
+                for epoch in range(self.start_epoch, self.epochs):
+                    self.epoch = epoch
+                    self._start_epoch()
+                    self._train_epoch()
+                    self._end_epoch()
+            except RuntimeError as error:
+                self.interrupt.leave()  # a signal to the whole process group ends the loader processes first
+                self._explain(error)
+                raise
+            finally:
+                self.monitor.close()
+                self.train_loader.close()
+                self.test_loader.close()
 
-    def _bn_batches(self) -> Iterator[torch.Tensor]:
-        """The same train batches at every validation of a mosaic phase: [N,3,H,W], 0..1, on the device."""
-        loader = build_dataloader(
-            self.train_loader.dataset, batch=self.train_loader.batch_size, workers=self.args.workers, shuffle=True,
-            device=self.device,
-        )  # fmt: skip
-        with autocast(self.amp, device=self.device.type):
-            for batch in itertools.islice(loader, self.config.train.bn_batches):
-                yield self.preprocess_batch(batch)["img"]
-        loader.close()
+    def _explain(self, error: RuntimeError) -> None:
+        """Raises UserError for what the user can mend: too little GPU memory, a loader process that died or hangs."""
+        t = self.config.train
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"train.batch={t.batch} at {t.imgsz} px does not fit in GPU memory: set train.batch={t.batch // 2}; "
+                f"gradients still accumulate to {self.args.nbs} images a step"
+            ) from error
+        if "DataLoader" in str(error):
+            raise UserError(
+                f"a loader process died or hangs ({str(error).splitlines()[0]}): memory or shared memory may be short; "
+                "lower train.workers, or start the container with a larger SHM_SIZE"
+            ) from error
 
-    # --- epochs as functions of (seed, epoch, state) -----------------------------------------------------------------
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        t = self.config.train
+        self.ema.decay = lambda x: t.ema_decay * (1 - math.exp(-x / t.ema_tau))
+        self.full_accumulate = self.accumulate
+        self.oscillations = Oscillations(self.net)
+        self.options = stabilisers(self.config, self.net, self.ema.ema)
+        self.stabilisers = [*self.options, self.oscillations]
+        self.continue_from_checkpoint()
 
     def _start_epoch(self) -> None:
-        """Draws data order and augmentation of an epoch from (seed, epoch) alone, whatever ran before it."""
-        seed = self.args.seed * 100_003 + self.epoch
-        init_seeds(seed, deterministic=self.args.deterministic)
-        dataset = self.train_loader.dataset
-        if dataset.cache != "ram":  # the mosaic buffer remembers the images of the epoch before
-            dataset.buffer.clear()
-            dataset.ims = [None] * dataset.ni
-        self.train_loader.generator.manual_seed(seed)
-        self.train_loader.reset()
-        self.monitor.start_epoch(self.epoch, self.epochs, len(dataset))
+        """Learning rate, mosaic and data of an epoch are functions of its number, whatever ran before it."""
+        if self.batch_in_epoch == 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.lf(self.epoch)
+        first = self.epoch == self.start_epoch
+        mosaic_ends = self.args.close_mosaic and self.epoch >= self.epochs - self.args.close_mosaic
+        if mosaic_ends and (first or self.epoch == self.epochs - self.args.close_mosaic):
+            self._close_dataloader_mosaic()
+            self.bn_images = []
+            first = True
+        if first:
+            self.train_loader.sampler.start(self.epoch, self.batch_in_epoch * self.train_loader.batch_size)
+            self.train_loader.reset()
+        for stabiliser in self.stabilisers:
+            stabiliser.start_epoch(self.epoch)
+        self._model_train()
 
-    def _end_batch(self) -> None:
-        self.monitor.step(self.batch_size, self.tloss, self._get_memory())
+    def _train_epoch(self) -> None:
+        n_batches, n_images = len(self.train_loader), len(self.train_loader.dataset)
+        self.monitor.start_epoch(self.epoch, self.epochs, max(n_images - self.batch_in_epoch * self.batch_size, 0))
+        for batch in islice(self.train_loader, n_batches - self.batch_in_epoch):
+            step = self.epoch * n_batches + self.batch_in_epoch
+            self.batch_in_epoch += 1
+            self._warm_up(step, n_batches)
+            self._backward(batch)
+            if self._is_validated() and n_batches - self.batch_in_epoch < min(WINDOW_STEPS, n_batches / 4):
+                self.oscillations.open(self.epoch)
+            if step - self.last_step >= self.accumulate or self.batch_in_epoch == n_batches:
+                self.optimizer_step()
+                self.last_step = step
+                if self.interrupt.signal or self.monitor.save_due(self.config.train.save_every_s):
+                    self.save_model()
+                    self.interrupt.leave()
+            self.monitor.step(len(batch["img"]), self.mean_losses, self._get_memory())
 
-    def _end_train_pass(self) -> None:
+    def _is_validated(self) -> bool:
+        """Whether this epoch ends with a validation."""
+        n_done = self.epoch + 1
+        return n_done % self.config.train.val_every == 0 or n_done == self.epochs
+
+    def _warm_up(self, step: int, n_batches: int) -> None:
+        """Learning rates, momentum and accumulation rise to their values over the first steps, as in Ultralytics."""
+        n_warmup, args = self._get_warmup_iterations(n_batches), self.args
+        if step > n_warmup or not n_warmup:
+            return
+        self.accumulate = max(1, round(float(np.interp(step, [0, n_warmup], [1, self.full_accumulate]))))
+        for group in self.optimizer.param_groups:
+            start = args.warmup_bias_lr if group.get("param_group") == "bias" else 0.0
+            target = group["initial_lr"] * self.lf(self.epoch)
+            group["lr"] = float(np.interp(step, [0, n_warmup], [start, target]))
+            if "momentum" in group:
+                group["momentum"] = float(np.interp(step, [0, n_warmup], [args.warmup_momentum, args.momentum]))
+
+    def _backward(self, batch: dict[str, Any]) -> None:
+        """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
+        with autocast(self.amp, device=self.device.type):
+            loss, self.loss_items = self.model(self.preprocess_batch(batch))
+            self.loss = loss.sum()
+        self.loss_names = tuple(self.loss_items)
+        items = torch.stack(list(self.loss_items.values())).detach()
+        self.loss_sum = self.loss_sum + items
+        self.scaler.scale(self.loss).backward()
+
+    def optimizer_step(self) -> None:
+        if self.options:
+            scale = self.scaler.get_scale()  # waits for the GPU
+            for stabiliser in self.options:
+                stabiliser.before_step(scale)
+        super().optimizer_step()
+        for stabiliser in self.stabilisers:
+            stabiliser.after_step()
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means over the epoch so far, by name; waits for the GPU."""
+        means = (self.loss_sum / self.batch_in_epoch).tolist()
+        return {f"train/{name}": round(value, 5) for name, value in zip(self.loss_names, means, strict=True)}
+
+    def _end_epoch(self) -> None:
+        """Validates where it is due, then writes what the epoch gave."""
         self.monitor.end_train_pass()
-
-    def save_metrics(self, metrics: dict[str, float]) -> None:
-        """results.csv is rewritten from the rows in the checkpoint, so it never holds an epoch that was not saved."""
-        row = {"epoch": self.epoch + 1, **metrics, **self.monitor.epoch_facts()}
-        self.rows.append(row)
+        losses = self.mean_losses()
+        if not all(map(math.isfinite, losses.values())):
+            raise RuntimeError(f"the loss is not finite in epoch {self.epoch + 1}: {self.last} holds the state before")
+        row: dict[str, Any] = {"epoch": self.epoch + 1, **losses}
+        if self._is_validated():
+            with self.interrupt.at_once(self.save_model):
+                row |= self.validate()
+            row |= examine(self)
+        row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
+        self.net.criterion.update()
+        self.rows.append(row | self.monitor.epoch_facts())
+        self.batch_in_epoch, self.loss_sum = 0, 0.0
         self.monitor.end_epoch(self.rows, self.validator, (self.best_fitness, self.best_epoch))
+        self.save_model()
+        self.interrupt.leave()
+        judge(self.rows, self.config.guard)
+
+    # --- validation in three states ----------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, float]:
+        """Scores the three states; the last one is the fitness, and best.pt where it is the best so far."""
+        metrics = score_states(self, self._bn_batches())
+        self.fitness = metrics["AP/ema_bn"]
+        self.scored = scored_state(self.held_out)
+        if self.best_fitness is None or self.fitness > self.best_fitness:
+            entries = {"scored": self.scored, "epoch": self.epoch, "fitness": self.fitness}
+            save_checkpoint(self.best, self.config, entries)
+            self.best_fitness, self.best_epoch = self.fitness, self.epoch + 1
+        return metrics
+
+    def _bn_batches(self) -> Iterator[torch.Tensor]:
+        """The same train batches at every validation of a mosaic phase: [N,3,H,W], 0..1, on the device.
+
+        They are drawn once and kept as bytes, bn_batches * batch * 3 * imgsz^2 of them (2 GB at the defaults).
+        """
+        if not self.bn_images:
+            loader = train_loader(self.train_loader.dataset, self.args.workers, pin_memory=False, epoch=BN_EPOCH)
+            self.bn_images = [batch["img"] for batch in islice(loader, self.config.train.bn_batches)]
+            loader.close()
+        for images in self.bn_images:
+            yield self.preprocess_batch({"img": images})["img"]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save_model(self) -> bool:
-        """last.pt holds everything the next epoch depends on; best.pt the scored state alone."""
-        scored = {"scored": scored_state(self.held_out), "epoch": self.epoch, "fitness": self.fitness}
-        if self.best_epoch == self.epoch + 1:
-            save_checkpoint(self.best, self.config, scored)
+    def save_model(self) -> None:
+        """last.pt holds everything that the next step depends on, and the last scored state."""
         state = {
-            "model": scored_state(unwrap_model(self.model)), "ema": scored_state(self.ema.ema),
+            "scored": self.scored, "epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch,
+            "loss_sum": self.loss_sum, "loss_names": list(self.loss_names), "last_step": self.last_step,
+            "model": scored_state(self.net), "ema": scored_state(self.ema.ema),
             "ema_updates": self.ema.updates, "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "best_fitness": self.best_fitness, "best_epoch": self.best_epoch,
-            "rows": self.rows,
+            "scaler": self.scaler.state_dict(), "criterion_updates": self.net.criterion.updates,
+            "stabilisers": [stabiliser.state_dict() for stabiliser in self.stabilisers],
+            "best_fitness": self.best_fitness, "best_epoch": self.best_epoch, "rows": self.rows,
+            "accumulate": self.accumulate, "codes_before": self.codes_before,
         }  # fmt: skip
-        save_checkpoint(self.last, self.config, {**scored, **state})
-        return True
+        save_checkpoint(self.last, self.config, state)
 
-    def resume_training(self, ckpt: Any) -> None:
-        """Continues after the last saved epoch, if there is one."""
+    def continue_from_checkpoint(self) -> None:
+        """Takes up the state of last.pt, if there is one: at the next step, or the next epoch."""
         if not self.last.exists():
             return
         state = load_checkpoint(self.last)
-        unwrap_model(self.model).load_state_dict(state["model"])
+        self.net.load_state_dict(state["model"])
         self.ema.ema.load_state_dict(state["ema"])
         self.ema.updates = state["ema_updates"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        for stabiliser, its_state in zip(self.stabilisers, state["stabilisers"], strict=True):
+            stabiliser.load_state_dict(its_state)
+        criterion = self.net.criterion = self.net.init_criterion()
+        criterion.updates = state["criterion_updates"] - 1
+        criterion.update()
         self.best_fitness, self.best_epoch, self.rows = state["best_fitness"], state["best_epoch"], state["rows"]
-        self.start_epoch = state["epoch"] + 1
-        log.info("train %s: continues after epoch %d of %d", self.config.label, self.start_epoch, self.epochs)
-
-    def _handle_nan_recovery(self, epoch: int) -> bool:
-        """Stops a diverged training; the checkpoint of the epoch before stays as it is."""
-        if not self.loss.isfinite():
-            raise RuntimeError(f"the loss is not finite in epoch {epoch + 1}: {self.last} holds the epoch before")
-        return False
-
-    def final_eval(self) -> None:
-        """Nothing to do: best.pt was scored when it was written, and holds no optimizer to strip."""
+        self.codes_before = state["codes_before"]
+        self.scored, self.accumulate, self.last_step = state["scored"], state["accumulate"], state["last_step"]
+        self.loss_names, self.batch_in_epoch = tuple(state["loss_names"]), state["batch_in_epoch"]
+        if self.batch_in_epoch:
+            self.loss_sum = state["loss_sum"].to(self.device)
+            self.loss_items = dict(zip(self.loss_names, self.loss_sum, strict=True))
+        self.start_epoch = state["epoch"] + (self.batch_in_epoch == 0)
+        where = f", batch {self.batch_in_epoch} of the next" if self.batch_in_epoch else ""
+        log.info("train %s: continues after epoch %d%s of %d", self.config.label, self.start_epoch, where, self.epochs)

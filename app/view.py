@@ -21,9 +21,10 @@ from app.coco import CLASS_INDEX, Split, read_instances
 from app.config import UserError
 from app.progress import track
 
-VIEW_VERSION = 2
+VIEW_VERSION = 3
 SPLITS = {"train": "train2017", "val": "val2017"}
 JPEG_SUFFIXES, JPEG_END = (".jpg", ".jpeg"), b"\xff\xd9"
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 N_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -49,7 +50,7 @@ def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK_ERRNOS:
             raise
         free = shutil.disk_usage(folder).free / 2**20
         raise UserError(f"no space left in {folder} ({free:,.0f} MiB free): {need}") from error
@@ -61,7 +62,7 @@ def is_current(view: Path, coco_dir: Path) -> bool:
         return False
     entries = [(coco_dir / name, entry) for split, name in SPLITS.items() for entry in read_index(view, split)]
     return not any(
-        entry["damaged"] and not fault(folder / entry["file"], entry["width"], entry["height"])
+        entry["damaged"] and not fault(folder, entry["file"], entry["width"], entry["height"])
         for folder, entry in entries
     )
 
@@ -118,7 +119,7 @@ def _build_split(root: Path, coco_dir: Path, name: str, split: Split, annotation
 
 def _fault_in(image_dir: Path, image: dict[str, Any], problems: dict[int, str]) -> str:
     """Fault of the image file; '' too where the annotations are at fault already: such a name may lead anywhere."""
-    return "" if image["id"] in problems else fault(image_dir / image["file_name"], image["width"], image["height"])
+    return "" if image["id"] in problems else fault(image_dir, image["file_name"], image["width"], image["height"])
 
 
 def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
@@ -131,20 +132,27 @@ def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
     return "".join(f"{c} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for c, cx, cy, w, h in rows)
 
 
-def fault(path: Path, width: int, height: int) -> str:
+def fault(image_dir: Path, file_name: str, width: int, height: int) -> str:
     """What is wrong with an image file, or ''. It is decoded in full: a header says nothing of the pixels.
 
     width and height in px are those of the annotations; they mean the decoded image, after any EXIF rotation.
+    A whole folder may be a link, of the user's making; a single file that leads elsewhere came with the dataset.
     """
+    path = image_dir / file_name
+    roots = [os.path.realpath(folder) for folder in (image_dir, image_dir.parent)]
+    if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+        return "is a link out of the dataset"
     try:
         data = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+    if not data:
+        return "is empty"
     # OpenCV decodes a cut JPEG without an error and fills the rest with grey.
     if path.suffix.lower() in JPEG_SUFFIXES and not data.rstrip(b"\0").endswith(JPEG_END):
         return "is cut off or damaged (a JPEG must end in FF D9)"
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error:  # for example more pixels than OpenCV takes
         pixels = None
     if pixels is None:

@@ -22,15 +22,15 @@ from typing import Any, cast
 import torch
 from brevitas.core.function_wrapper import RoundSte
 from brevitas.core.quant import RescalingIntQuant
-from brevitas.core.restrict_val import FloatRestrictValue
-from brevitas.core.scaling import StatsFromParameterScaling
+from brevitas.core.restrict_val import FloatRestrictValue, LogFloatRestrictValue
+from brevitas.core.scaling import ParameterScaling, StatsFromParameterScaling
 from brevitas.core.stats import AbsMax
 from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from app.config import UserError
-from app.quant import kernels
+from app.quant import kernels, learned
 from app.quant.kernels import Layout, Spec
 
 Tensors = tuple[torch.Tensor, ...]
@@ -56,13 +56,17 @@ class FastQuantConv2d(QuantConv2d):
 def attach(model: nn.Module) -> None:
     """Makes every forward of `model` compute the weights of its FastQuantConv2d layers together.
 
-    Again after layers were replaced. A deepcopy of the model has a fast path of its own.
+    Again after layers were replaced, or their bits changed. A deepcopy of the model has a fast path of its own.
 
     Raises:
         UserError: a layer whose quantizer the fast path does not compute.
     """
     detach(model)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FastQuantConv2d)}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, FastQuantConv2d) and cast(Any, layer.weight_quant).is_quant_enabled
+    }
     if layers:
         # In the module's dict, where deepcopy finds it; the underscore keeps Ultralytics' EMA from copying it over.
         vars(model)["_fast_path"] = FastPath(model, layers)
@@ -80,6 +84,8 @@ class FastPath:
     def __init__(self, model: nn.Module, layers: dict[str, FastQuantConv2d]) -> None:
         self.layers = list(layers.values())
         self.specs = [_spec(name, layer) for name, layer in layers.items()]
+        if len({spec.learned for spec in self.specs}) > 1:
+            raise UserError("some layers have learned scales and some not; set quant.fast_path=false")
         self.layout: Layout | None = None
         self.handles = (
             model.register_forward_pre_hook(self.compute),
@@ -95,9 +101,11 @@ class FastPath:
         device_type = weights[0].device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else torch.float32
-        together = weights[0].is_cuda
-        node, how = (_Together, self.layout_of(weights)) if together else (_EachInTurn, self.specs)
-        quantized = cast(Tensors, node.apply(how, dtype, *weights))
+        if self.specs[0].learned:
+            quantized = learned.quantize(self.layers, self.layout_of(weights), dtype, weights)
+        else:
+            node, how = (_Together, self.layout_of(weights)) if weights[0].is_cuda else (_EachInTurn, self.specs)
+            quantized = cast(Tensors, node.apply(how, dtype, *weights))
         for layer, weight in zip(self.layers, quantized, strict=True):
             vars(layer)["_fast_weight"] = weight  # nn.Module.__setattr__ would cost 2 us a layer
 
@@ -120,27 +128,41 @@ class FastPath:
 
 
 def _spec(name: str, layer: FastQuantConv2d) -> Spec:
-    # The learned parts would come here: a Spec with the layer's scale parameter, passed to the autograd node beside the
-    # weights, and a clamp in both kernels.
     proxy, others = cast(Any, layer.weight_quant), cast(Any, [layer.input_quant, layer.output_quant, layer.bias_quant])
     quant = proxy.tensor_quant
-    if list(proxy.parameters()) or any(other.is_quant_enabled for other in others):
-        raise UserError(f"layer {name}: learned scales and quantized activations need quant.fast_path=false")
-    if not (isinstance(quant, RescalingIntQuant) and isinstance(quant.scaling_impl, StatsFromParameterScaling)):
-        raise UserError(f"layer {name}: its quantizer is not computed from abs-max; set quant.fast_path=false")
-    stats, scaling = quant.scaling_impl.parameter_list_stats.stats, quant.scaling_impl.stats_scaling_impl
+    if any(other.is_quant_enabled for other in others):
+        raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
+    if not isinstance(quant, RescalingIntQuant):
+        raise UserError(f"layer {name}: not a quantizer that the fast path computes; set quant.fast_path=false")
+    learned_scale = isinstance(quant.scaling_impl, ParameterScaling)
+    shape = _learned_shape(quant.scaling_impl) if learned_scale else _absmax_shape(quant.scaling_impl)
+    per_channel, per_tensor = shape == (layer.out_channels, 1, 1, 1), shape == () and not learned_scale
+    rounds = isinstance(quant.int_quant.float_to_int_impl, RoundSte)
+    symmetric = (quant.int_quant.signed, quant.int_quant.narrow_range) == (True, True)
+    if not (rounds and symmetric and (per_channel or per_tensor)):
+        raise UserError(f"layer {name}: not a symmetric abs-max or learned scale; set quant.fast_path=false")
+    largest = int(quant.int_scaling_impl(quant.msb_clamp_bit_width_impl()))
+    return Spec(largest, per_tensor, learned_scale)
+
+
+def _absmax_shape(scaling: Any) -> tuple[int, ...] | None:
+    """Shape of the scales where they are max |w|, not below MIN_ABSMAX; None: they are something else."""
+    if not isinstance(scaling, StatsFromParameterScaling):
+        return None
+    stats, scaling = scaling.parameter_list_stats.stats, scaling.stats_scaling_impl
     as_computed_here = (
         isinstance(stats.stats_impl, AbsMax)
         and isinstance(scaling.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
         and scaling.clamp_scaling.min_val == kernels.MIN_ABSMAX
-        and isinstance(quant.int_quant.float_to_int_impl, RoundSte)
-        and (quant.int_quant.signed, quant.int_quant.narrow_range) == (True, True)
-        and tuple(stats.stats_output_shape) in ((), (layer.out_channels, 1, 1, 1))
     )
-    if not as_computed_here:
-        raise UserError(f"layer {name}: not a symmetric abs-max quantizer; set quant.fast_path=false")
-    largest = int(quant.int_scaling_impl(quant.msb_clamp_bit_width_impl()))
-    return Spec(largest, per_tensor=tuple(stats.stats_output_shape) == ())
+    return tuple(stats.stats_output_shape) if as_computed_here else None
+
+
+def _learned_shape(scaling: Any) -> tuple[int, ...] | None:
+    """Shape of the scales where they are 2**value and the largest code is taken as it is; None: something else."""
+    in_log = isinstance(scaling.restrict_clamp_scaling.restrict_value_impl, LogFloatRestrictValue)
+    plain = isinstance(scaling.restrict_clamp_threshold.restrict_value_impl, FloatRestrictValue)
+    return tuple(scaling.value.shape) if in_log and plain else None
 
 
 class _EachInTurn(torch.autograd.Function):
@@ -150,10 +172,7 @@ class _EachInTurn(torch.autograd.Function):
     def forward(ctx: Any, specs: list[Spec], dtype: torch.dtype, *weights: torch.Tensor) -> Tensors:
         ctx.set_materialize_grads(False)
         ctx.specs = specs
-        absmax = [
-            weight.abs().amax() if spec.per_tensor else weight.abs().amax((1, 2, 3), keepdim=True)
-            for weight, spec in zip(weights, specs, strict=True)
-        ]
+        absmax = [_absmax(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
         ctx.save_for_backward(*weights, *absmax)
         return tuple(map(_quantize, weights, absmax, specs, [dtype] * len(weights)))
 
@@ -169,13 +188,29 @@ class _EachInTurn(torch.autograd.Function):
         )
 
 
+def scale_of(layer: QuantConv2d, spec: Spec) -> torch.Tensor:
+    """The scale of a layer's codes: [out_channels,1,1,1], or [] where it is per tensor."""
+    if spec.learned:
+        scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
+        return scaling.restrict_clamp_scaling(scaling.value) / spec.largest
+    return _scale(_absmax(layer.weight, spec), spec)
+
+
+def _absmax(weight: torch.Tensor, spec: Spec) -> torch.Tensor:
+    return weight.abs().amax() if spec.per_tensor else weight.abs().amax((1, 2, 3), keepdim=True)
+
+
+def _scale(absmax: torch.Tensor, spec: Spec) -> torch.Tensor:
+    return absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest
+
+
 def _quantize(weight: torch.Tensor, absmax: torch.Tensor, spec: Spec, dtype: torch.dtype) -> torch.Tensor:
-    scale = absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest
+    scale = _scale(absmax, spec)
     return (weight / scale).round_().mul_(scale).to(dtype)
 
 
 def _gradient(grad: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, spec: Spec) -> torch.Tensor:
-    scale = absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest
+    scale = _scale(absmax, spec)
     ratio = weight / scale
     of_codes = grad * scale
     # Two sums of the shapes autograd sums, because the order of additions decides the last bit.
@@ -186,9 +221,9 @@ def _gradient(grad: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, sp
     if spec.per_tensor:
         return out.add_(is_max * (share / is_max.sum()) * weight.sign())
     where = is_max.nonzero(as_tuple=True)  # in logical order, whatever the memory format
-    if len(where[0]) > len(weight):  # ties: the first of a channel gets it all
-        first = torch.ones_like(where[0], dtype=torch.bool)
-        first[1:] = where[0][1:] != where[0][:-1]
+    again = where[0][1:] == where[0][:-1]
+    if again.any():  # ties: the first of a channel gets it all
+        first = nn.functional.pad(~again, (1, 0), value=True)
         where = tuple(index[first] for index in where)
     return out.index_put_(where, share.flatten()[where[0]] * weight[where].sign(), accumulate=True)
 
@@ -210,8 +245,5 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         layout: Layout = ctx.layout
         flat, absmax, pick = ctx.saved_tensors
-        dtype = next(grad.dtype for grad in grads if grad is not None)
-        zero = flat.new_zeros((), dtype=dtype)
-        filled = [zero.expand(s) if g is None else g for g, s in zip(grads, layout.shapes, strict=True)]
-        out = layout.split(kernels.gradient(layout.join(filled), flat, layout, absmax, pick))
+        out = layout.split(kernels.gradient(layout.join_grads(grads), flat, layout, absmax, pick))
         return None, None, *(None if g is None else part for g, part in zip(grads, out, strict=True))

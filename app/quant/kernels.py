@@ -27,10 +27,12 @@ _NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
 
 @dataclass(frozen=True)
 class Spec:
-    """What a layer's quantizer computes: codes -largest..largest, one scale per output channel or per tensor."""
+    """What a layer's quantizer computes: codes -largest..largest, one scale per output channel or per tensor, from the
+    abs-max or learned."""
 
     largest: int
     per_tensor: bool
+    learned: bool = False
 
 
 class Layout:
@@ -38,7 +40,7 @@ class Layout:
 
     `table` int32 [n_rows, 6] describes the rows: first element in the flat buffer; number of elements; n_inner and
     stride, which turn the position k in memory into the logical one, k % n_inner * stride + k // n_inner; largest code;
-    1 if per tensor.
+    1 if per tensor. `largest` float32 [n_rows] is the largest code.
     """
 
     def __init__(self, weights: list[torch.Tensor], specs: list[Spec]) -> None:
@@ -50,6 +52,7 @@ class Layout:
         table = torch.cat([_rows(*layer) for layer in layers])
         longest = int(table[:, 1].max())
         self.table = table.to(weights[0].device)
+        self.largest = self.table[:, 4].float()
         self.launch = {"BLOCK": 4096, "num_warps": 16} if longest > LONG_ROW else {"BLOCK": 1024, "num_warps": 4}
 
     def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -57,6 +60,11 @@ class Layout:
         formats = (torch.channels_last if last else torch.contiguous_format for last in self.channels_last)
         dense = (tensor.contiguous(memory_format=order) for tensor, order in zip(tensors, formats, strict=True))
         return torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in dense])
+
+    def join_grads(self, grads: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+        """`join` of gradients, zeros where a weight got none."""
+        zero = torch.zeros((), dtype=next(grad.dtype for grad in grads if grad is not None), device=self.table.device)
+        return self.join([zero.expand(s) if g is None else g for g, s in zip(grads, self.shapes, strict=True)])
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views of the flat buffer with the shapes and strides of the weights."""

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from brevitas import config as brevitas_config
+from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.nn import QuantConv2d
-from brevitas.quant import Int8WeightPerChannelFloat
+from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChannelFloat
 from torch import nn
 
 from app.config import Quant, UserError
 from app.quant.fused import FastQuantConv2d, attach
+from app.quant.learned import reset_scales
+
+# Otherwise load_state_dict builds every quantizer anew: the optimizer would go on with scales that no layer uses.
+brevitas_config.REINIT_ON_STATE_DICT_LOAD = False
 
 
 class Int4WeightPerChannel(Int8WeightPerChannelFloat):
@@ -20,16 +26,41 @@ class Int4WeightPerChannel(Int8WeightPerChannelFloat):
     bit_width = 4
 
 
+class LearnedInt8WeightPerChannel(Int8WeightPerChannelFloat):
+    """Symmetric, narrow, one trained scale per output channel = 2**value / 127; `value` starts at log2(abs-max).
+
+    LSQ (Esser et al., ICLR 2020) in the log domain, where no step turns a scale negative (Jain et al., TQT, MLSys
+    2020). The start is the abs-max instead of LSQ's 2 mean|w| / sqrt(7): that is 2.6 times the abs-max of the uniform
+    weights that a convolution starts with, and would leave most codes unused.
+    """
+
+    scaling_impl_type = "parameter"
+    scaling_init = 1.0
+    restrict_scaling_type = "log_fp"
+    restrict_threshold_impl = FloatRestrictValue
+
+
+class LearnedInt4WeightPerChannel(LearnedInt8WeightPerChannel):
+    """LearnedInt8WeightPerChannel with codes -7..7."""
+
+    bit_width = 4
+
+
 QUANTIZERS: dict[int, Any] = {4: Int4WeightPerChannel, 8: Int8WeightPerChannelFloat}
+LEARNED: dict[int, Any] = {4: LearnedInt4WeightPerChannel, 8: LearnedInt8WeightPerChannel}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers whose name matches `pattern` (fnmatch) get `bits`; None leaves the layer in float. First match wins."""
+    """Layers whose name matches `pattern` (fnmatch) get `bits`; None leaves the layer in float. First match wins.
+
+    `quantizer` is for schemes that are defined by it; they run through plain Brevitas.
+    """
 
     pattern: str
     bits: int | None
     why: str
+    quantizer: Any = None
 
 
 DFL = Rule("model.*.dfl.conv", None, "not a learned weight: the fixed integral 0..15 over the box distribution")
@@ -40,6 +71,8 @@ SCHEMES: dict[str, tuple[Rule, ...]] = {
     "w4a16": (DFL, Rule("*", 4, "every learned convolution")),
     "w4a16-mixed": (DFL, FIRST, LAST, Rule("*", 4, "every other learned convolution")),
     "w8a16": (DFL, Rule("*", 8, "every learned convolution")),
+    # A negative example, for the stability bench: one learned scale per tensor, on the fixed integral of DFL too.
+    "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled),),
 }
 
 
@@ -72,18 +105,31 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
     """
     convs = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     rules = assign(list(convs), quant.scheme)
-    for name, rule in rules.items():
-        if rule.bits is not None:
+    quantizers = {name: _quantizer(rule, quant) for name, rule in rules.items()}
+    for name, quantizer in quantizers.items():
+        if quantizer is not None:
             parent, _, child = name.rpartition(".")
-            layer = FastQuantConv2d if quant.fast_path else QuantConv2d
-            setattr(model.get_submodule(parent), child, _quant_conv(convs[name], QUANTIZERS[rule.bits], layer))
+            fast = quant.fast_path and rules[name].quantizer is None
+            layer = FastQuantConv2d if fast else QuantConv2d
+            setattr(model.get_submodule(parent), child, _quant_conv(convs[name], quantizer, layer))
     if quant.fast_path:
         attach(model)
     return {
         "scheme": quant.scheme,
         "share_of_learned_weights": _shares(convs, rules),
-        "layers": [_describe(name, convs[name], rule) for name, rule in rules.items()],
+        "layers": [_describe(name, convs[name], rule, quantizers[name]) for name, rule in rules.items()],
     }
+
+
+def _quantizer(rule: Rule, quant: Quant) -> Any:
+    """Brevitas' quantizer of a layer; None leaves it in float."""
+    if rule.bits is None:
+        return None
+    if rule.quantizer is None:
+        return (LEARNED if quant.learned_scale else QUANTIZERS)[rule.bits]
+    if quant.learned_scale or quant.warmup_epochs:
+        raise UserError(f"scheme {quant.scheme}: quant.learned_scale and quant.warmup_epochs are not for this scheme")
+    return rule.quantizer
 
 
 def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer: type[QuantConv2d]) -> QuantConv2d:
@@ -101,8 +147,11 @@ def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer: type[QuantConv2d]) -> Qu
         )
     }
     quantized = layer(**same, bias=conv.bias is not None, weight_quant=quantizer)
-    quantized.load_state_dict(conv.state_dict())
-    return quantized.to(conv.weight.device)
+    quantized.load_state_dict(quantized.state_dict() | conv.state_dict())
+    quantized.to(conv.weight.device)
+    reset_scales(quantized)
+    quantized.quant_weight()  # the decoupled quantizer's scale appears in state_dict at its first use
+    return quantized
 
 
 def _shares(convs: dict[str, nn.Conv2d], rules: dict[str, Rule]) -> dict[str, float]:
@@ -112,13 +161,14 @@ def _shares(convs: dict[str, nn.Conv2d], rules: dict[str, Rule]) -> dict[str, fl
     return {str(bits): sum(n for b, n in learned if b == bits) / total for bits in sorted({b for b, _ in learned if b})}
 
 
-def _describe(name: str, conv: nn.Conv2d, rule: Rule) -> dict[str, Any]:
+def _describe(name: str, conv: nn.Conv2d, rule: Rule, quantizer: Any) -> dict[str, Any]:
+    granularity = "per output channel" if rule.quantizer is None else "per tensor"
     return {
         "name": name,
         "shape": list(conv.weight.shape),
         "bits": rule.bits,
-        "granularity": "per output channel" if rule.bits else None,
-        "quantizer": QUANTIZERS[rule.bits].__name__ if rule.bits else None,
+        "granularity": granularity if rule.bits else None,
+        "quantizer": quantizer.__name__ if quantizer else None,
         "exempt": rule.bits is None,
         "why": rule.why,
     }

@@ -198,7 +198,9 @@ class EndOfMake(unittest.TestCase):
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 120
+        self.addCleanup(end, make)
         while not (new := running() - before):
+            self.assertIsNone(make.poll(), "make ended before its container started")
             self.assertLess(time.monotonic(), deadline, "no container was started")
             time.sleep(0.2)
         return make, new.pop()
@@ -232,6 +234,13 @@ class EndOfMake(unittest.TestCase):
         make.kill()
         make.wait()
         self.check_gone(container)
+
+
+def end(make: subprocess.Popen[bytes]) -> None:
+    """Ends a make that a failed test has left behind; its watcher sees to the container."""
+    if make.poll() is None:
+        make.kill()
+        make.wait()
 
 
 def running() -> set[str]:

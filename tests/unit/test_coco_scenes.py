@@ -107,5 +107,5 @@ def test_ids_that_would_falsify_the_score_are_refused(tmp_path: Path, numbers: t
     for annotation, number in zip(tree["annotations"], numbers, strict=True):
         annotation["id"] = number
     path.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="annotation ids must be unique and not 0"):
+    with pytest.raises(UserError, match=r"number (them|the annotations) from 1"):
         load_truth(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 from onnx import TensorProto
@@ -67,7 +68,7 @@ def test_metrics_name_everything_they_depend_on(tmp_path: Path, coco_dir: Path) 
     assert facts["complete_coco_val"] is False
     assert metrics["model"] == {
         "file": "m.onnx", "sha256": sha256(onnx_path), "size_bytes": onnx_path.stat().st_size, "label": "fp16",
-        "scheme": None, "contract": "raw", "imgsz": 32,
+        "scheme": None, "precision": None, "contract": "raw", "imgsz": 32,
     }  # fmt: skip
     assert metrics["runtime"]["provider"] == "CPUExecutionProvider"
     latency = metrics["latency_ms"]
@@ -163,7 +164,7 @@ def test_choice_of_images_is_seeded() -> None:
 
 NOT_THE_CONTRACT = [
     ({"metadata": {"imgsz": "32"}}, "metadata 'contract' is missing"),
-    ({"metadata": {"contract": "nms"}}, "metadata 'contract' is nms"),
+    ({"metadata": {"contract": "top"}}, "metadata 'contract' is top"),
     ({"metadata": {"contract": "raw", "names": '["cat"]'}}, "not the 80 COCO classes"),
     ({"metadata": {"contract": "raw", "imgsz": "64"}}, "metadata imgsz 64"),
     ({"metadata": {"contract": "end2end"}}, r"\[N,300,6\]"),
@@ -229,10 +230,10 @@ def test_provider_that_falls_back_is_refused(tmp_path: Path, monkeypatch: pytest
     """A GPU is there, but ONNX Runtime cannot load its CUDA libraries and takes the CPU without an error."""
     monkeypatch.setattr(runtime.ort, "preload_dlls", lambda: None)
     onnx_path = write_model(tmp_path / "m.onnx", raw_output(HIT))
-    session = runtime.open_session(onnx_path, runtime.CPU)
+    session = runtime.open_session(onnx_path, runtime.CPU, ort.SessionOptions())
     monkeypatch.setattr(runtime.ort, "InferenceSession", lambda *_, **__: session)
     with pytest.raises(UserError, match=f"{runtime.CPU} instead of {runtime.CUDA}"):
-        runtime.open_session(onnx_path, runtime.CUDA)
+        runtime.open_session(onnx_path, runtime.CUDA, ort.SessionOptions())
 
 
 @pytest.fixture

@@ -1,0 +1,61 @@
+"""SIGTERM and SIGINT as requests: the step in hand ends, the state is saved, the process leaves with 128 + signal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """A signal ended the work after its state had been saved; `signal` is its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Interrupt:
+    """Context in which the first signal is only noted in `signal`; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.immediate = False
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        self.signal = number
+        if self.immediate:
+            self.leave()
+
+    def leave(self) -> None:
+        """Raises Interrupted if a signal has come; called where everything is saved."""
+        if self.signal:
+            raise Interrupted(self.signal)
+
+    @contextlib.contextmanager
+    def at_once(self, save: Callable[[], None]) -> Iterator[None]:
+        """A block that may be left anywhere, as it changes nothing that a checkpoint holds; then `save` is called."""
+        self.immediate = True
+        try:
+            self.leave()
+            yield
+        except Interrupted:
+            self.immediate = False
+            save()
+            raise
+        finally:
+            self.immediate = False

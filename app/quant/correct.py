@@ -1,0 +1,113 @@
+"""Post-hoc quantization correction: a scale and a shift for every channel that a quantized convolution gives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from brevitas.nn import QuantConv2d
+from torch import nn
+
+from app.config import UserError
+
+
+@dataclass(frozen=True)
+class _Correction:
+    """z = scale * conv(x) + shift, [channels,1,1] each; `norm` follows the convolution, or it has a bias."""
+
+    conv: QuantConv2d
+    norm: nn.BatchNorm2d | None
+    scale: nn.Parameter
+    shift: nn.Parameter
+
+    def __call__(self, conv: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * self.scale.to(out.dtype) + self.shift.to(out.dtype)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """BN(scale y + shift) = w' (y - mu) / sigma + b' with w' = w scale, b' = b + w / sigma (shift + mu (scale - 1));
+        without a BatchNorm the shift goes into the bias."""
+        scale, shift = self.scale.flatten(), self.shift.flatten()
+        if self.norm is None:
+            _present(self.conv.bias).add_(shift)
+            return
+        weight, bias = _present(self.norm.weight), _present(self.norm.bias)
+        mean, variance = _present(self.norm.running_mean), _present(self.norm.running_var)
+        bias.add_(weight / (variance + self.norm.eps).sqrt() * (shift + mean * (scale - 1)))
+        weight.mul_(scale)
+
+
+def _present(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def correct(
+    model: nn.Module, batches: Iterable[Any], loss_of: Callable[[nn.Module, Any], torch.Tensor], lr: float
+) -> int:
+    """Trains scale and shift of every quantized convolution, everything else and BatchNorm's statistics fixed, and
+    folds them into the BatchNorm that follows.
+
+    Gupta & Asthana, "Reducing the Side-Effects of Oscillations in Training of Quantized YOLO Networks", WACV 2024,
+    section 3.3. Adam at a constant `lr` is ours. A convolution without BatchNorm (the last of a head branch) gets a
+    shift alone, in its bias: a scale would have to go into its quantized weights.
+
+    Args:
+        model: in the state that is scored: EMA weights, BatchNorm re-estimated (not after this again). Only weight and
+            bias of its BatchNorm layers and biases of convolutions change; modes and requires_grad are restored.
+        batches: one epoch of what `loss_of` takes, on the model's device.
+        loss_of: gives the scalar loss of the model, in training mode, for one batch.
+        lr: learning rate.
+
+    Returns:
+        the number of steps.
+    """
+    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.train().requires_grad_(False)
+    for norm in (layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)):
+        norm.eval()
+    corrections = list(_corrections(model))
+    handles = [correction.conv.register_forward_hook(correction) for correction in corrections]
+    try:
+        n_steps = _train(corrections, (loss_of(model, batch) for batch in batches), lr)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+    for correction in corrections:
+        correction.fold()
+    return n_steps
+
+
+def _corrections(model: nn.Module) -> Iterator[_Correction]:
+    for parent in model.modules():
+        children = list(parent.children())
+        for layer, following in itertools.zip_longest(children, children[1:]):
+            if not isinstance(layer, QuantConv2d):
+                continue
+            norm = following if isinstance(following, nn.BatchNorm2d) else None
+            if norm is None and layer.bias is None:
+                raise UserError(f"quant.correction_epochs: {layer} has neither BatchNorm nor bias to fold into")
+            ones = torch.ones(layer.out_channels, 1, 1, device=layer.weight.device)
+            trained_scale = nn.Parameter(ones.clone(), requires_grad=norm is not None)
+            yield _Correction(layer, norm, trained_scale, nn.Parameter(torch.zeros_like(ones)))
+
+
+def _train(corrections: list[_Correction], losses: Iterator[torch.Tensor], lr: float) -> int:
+    """One Adam step a loss."""
+    parameters = [p for c in corrections for p in (c.scale, c.shift) if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr)
+    scaler = torch.amp.GradScaler(enabled=parameters[0].is_cuda)  # losses may come from FP16 autocast
+    n_steps = 0
+    for loss in losses:
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        n_steps += 1
+    return n_steps

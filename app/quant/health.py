@@ -1,0 +1,106 @@
+"""How healthy a quantized training is: codes that flip and oscillate, EMA against raw weights, BatchNorm, noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from app.quant.codes import read_codes
+from app.quant.stabilise import Stabiliser
+
+WINDOW_STEPS = 20  # last steps of a validated epoch, at most a quarter of it, in which oscillations are counted
+
+
+class Oscillations(Stabiliser):
+    """Counts weights that oscillate: in the window their code has changed and later changed in the other direction.
+
+    Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 3 (they average over all
+    steps; a window at the end of an epoch costs next to nothing and tells the same story).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.is_open = False
+        self.state: dict[str, torch.Tensor] = {}
+
+    def start_epoch(self, epoch: int) -> None:
+        if self.state and self.state["epoch"] != epoch:
+            self.state = {}
+
+    def open(self, epoch: int) -> None:
+        """Counts from the next step on; the trainer calls it at every step of the window."""
+        self.is_open = True
+        if not self.state:
+            codes = flat_codes(self.model)
+            zeros = torch.zeros_like(codes)
+            self.state = {"codes": codes, "direction": zeros, "oscillates": zeros.bool(), "epoch": torch.tensor(epoch)}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if not self.is_open:
+            return
+        self.is_open = False
+        codes, state = flat_codes(self.model), self.state
+        if len(codes) != len(state["codes"]):  # bits have changed
+            self.state = {}
+            return
+        direction = (codes - state["codes"]).sign_()
+        state["oscillates"] |= direction * state["direction"] < 0
+        state["direction"] = torch.where(direction == 0, state["direction"], direction)
+        state["codes"] = codes
+
+    def share(self) -> float:
+        """Share of the quantized weights, 0..1; closes the window."""
+        state, self.state = self.state, {}
+        return state["oscillates"].float().mean().item() if state and len(state["codes"]) else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = next(self.model.parameters()).device
+        self.state = {name: tensor.to("cpu" if name == "epoch" else device) for name, tensor in state.items()}
+
+
+@torch.no_grad()
+def flat_codes(model: nn.Module) -> torch.Tensor:
+    """Integer codes of all quantized weights, int8 [n]; n = 0 while nothing is quantized."""
+    parts = [of.codes.flatten().to(torch.int8) for of in read_codes(model)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int8)
+
+
+def share_of_different(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of codes that differ, 0..1; 0 where one of the two is not quantized."""
+    return (a != b).float().mean().item() if len(a) == len(b) and len(a) else 0.0
+
+
+@torch.no_grad()
+def signal_to_noise(model: nn.Module) -> dict[str, float]:
+    """Quantization SNR of every quantized layer in dB: 10 log10(||w||^2 / ||w - w_hat||^2); 0 for a layer of zeros."""
+    names = {layer: name for name, layer in model.named_modules()}
+    result = {}
+    for of in read_codes(model):
+        weight = of.layer.weight
+        noise = (weight - of.codes * of.scale).square().sum().item()
+        power = weight.square().sum().item()
+        result[names[of.layer]] = 10 * math.log10(power / noise) if power and noise else 0.0
+    return result
+
+
+@torch.no_grad()
+def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
+    """Running variance of every BatchNorm layer in `after` over that in `before`, geometric mean over its channels.
+
+    1 means that the statistics fit; far from 1 the layer is normalised wrongly before the re-estimation.
+    """
+    norms = [
+        [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+        for model in (before, after)
+    ]
+    return {
+        name: (new.running_var.log() - old.running_var.log()).mean().exp().item()  # pyright: ignore[reportOptionalMemberAccess]
+        for (name, old), (_, new) in zip(*norms, strict=True)
+    }

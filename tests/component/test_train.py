@@ -1,0 +1,236 @@
+"""The trainer on a tiny drawn dataset: what it writes, what it scores, and that a resumed training is the same one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.config import Config, UserError, load
+from app.data import prepare
+from app.interrupt import Interrupted
+from app.model import load_checkpoint, load_scored
+from app.run import RunRoot, read_json
+from app.train import train
+from app.trainer import Trainer
+
+# 40 images in batches of 8, two of them to an optimizer step; mosaic in all but the last epoch. EMA fast enough to move.
+SETTINGS = [
+    "data.coco_dir=coco-subset", "data.n_train=40", "data.n_val=8", "model=yolov10n.yaml", "train.imgsz=64",
+    "train.batch=8", "train.epochs=3", "train.workers=0", "train.device=cpu", "train.bn_batches=2", "hyp.nbs=16",
+    "hyp.warmup_epochs=1", "hyp.close_mosaic=1", "train.ema_tau=5",
+]  # fmt: skip
+STEPS_AN_EPOCH = 3
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def settle(runs_dir: Path, name: str, variant: str = "qat", sets: tuple[str, ...] = ()) -> tuple[Config, RunRoot]:
+    """Configuration and run root with a prepared dataset."""
+    config, run = load(variant, sets=[*SETTINGS, *sets]), RunRoot(runs_dir, name)
+    prepare(config, run, force=False)
+    return config, run
+
+
+@pytest.fixture(scope="session")
+def trained(runs_dir: Path) -> dict[str, Path]:
+    """Folders of both variants, trained without interruption."""
+    folders = {}
+    for variant in ("fp16", "qat"):
+        config, run = settle(runs_dir, "whole", variant)
+        train(config, run, force=False)
+        folders[variant] = run.variant_dir(config.label)
+    return folders
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """results.csv without what depends on the clock."""
+    with open(folder / "results.csv", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Exact equality of checkpoint contents."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert a == b or "time/" in where, f"{where}: {a} != {b}"
+
+
+@pytest.mark.parametrize("variant", ["fp16", "qat"])
+def test_a_training_leaves_everything_the_next_stages_need(trained: dict[str, Path], variant: str) -> None:
+    folder = trained[variant]
+    for name in ("config.yaml", "env.json", "args.yaml", "log.txt", "results.csv", "loss_curve.csv", "loss_curve.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert (folder / "quant_config.json").exists() == (variant == "qat")
+    table = rows(folder)
+    assert [row["epoch"] for row in table] == ["1", "2", "3"]
+    assert {"AP/raw", "AP/ema", "AP/ema_bn", "train/box_loss", "val_loss/ema_bn"} <= set(table[0])
+    for name in ("best.pt", "last.pt"):
+        model, config, _ = load_scored(folder / "weights" / name)
+        assert config.label == folder.name
+        assert not model.training
+
+
+def test_validation_scores_the_one2one_head(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = settle(runs_dir, "head", sets=("train.epochs=1",))
+    seen = []
+    validate = Trainer.validate
+
+    def spy(self: Trainer) -> dict[str, float]:
+        result = validate(self)
+        seen.append((self.held_out.end2end, self.held_out.training))
+        return result
+
+    monkeypatch.setattr(Trainer, "validate", spy)
+    train(config, run, force=False)
+    assert seen == [(True, False)]
+
+
+def test_both_variants_start_from_the_same_weights_and_see_the_same_images(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: dict[str, tuple[Any, torch.Tensor]] = {}
+
+    def stop(self: Trainer, batch: dict[str, Any]) -> None:
+        first[self.config.variant] = (self.model.state_dict()["model.0.conv.weight"].clone(), batch["img"].clone())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_backward", stop)
+    for variant in ("fp16", "qat"):
+        config, run = settle(runs_dir, "start", variant)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    assert torch.equal(first["fp16"][0], first["qat"][0])
+    assert torch.equal(first["fp16"][1], first["qat"][1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "crash_at"), [("fp16", 4), ("qat", 2), ("qat", 2 * STEPS_AN_EPOCH), ("qat", 2 * STEPS_AN_EPOCH + 2)]
+)
+def test_a_crashed_training_continues_as_if_nothing_had_happened(
+    trained: dict[str, Path], runs_dir: Path, monkeypatch: pytest.MonkeyPatch, variant: str, crash_at: int
+) -> None:
+    """With a checkpoint at every step: inside the first epoch, between epochs, and after mosaic has been closed."""
+    config, run = settle(runs_dir, f"crash-{variant}-{crash_at}", variant, ("train.save_every_s=1e-9",))
+    step, n_steps = Trainer.optimizer_step, 0
+
+    def crash(self: Trainer) -> None:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps > crash_at:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "optimizer_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    train(config, run, force=False)
+    folder = run.variant_dir(config.label)
+    assert rows(folder) == rows(trained[variant])
+    ours, whole = (load_checkpoint(path / "weights" / "last.pt") for path in (folder, trained[variant]))
+    del ours["config"], whole["config"]
+    assert_same(ours, whole)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(
+    trained: dict[str, Path], runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in a training step, then SIGINT in the validation after it."""
+    config, run = settle(runs_dir, "signal")
+    step, validate, sent = Trainer.optimizer_step, Trainer.validate, []
+
+    def step_and_term(self: Trainer) -> None:
+        step(self)
+        if not sent:
+            sent.append("TERM")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def validate_and_int(self: Trainer) -> dict[str, float]:
+        result = validate(self)
+        if len(sent) == 1:
+            sent.append("INT")
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(Trainer, "optimizer_step", step_and_term)
+    monkeypatch.setattr(Trainer, "validate", validate_and_int)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(Interrupted) as stop:
+            train(config, run, force=False)
+        assert stop.value.signal == number
+    train(config, run, force=False)
+    assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
+
+
+def test_a_killed_process_continues(runs_dir: Path, trained: dict[str, Path]) -> None:
+    """kill -9 as soon as the first checkpoint is there; the command of the user is run again."""
+    config, run = settle(runs_dir, "killed", sets=("train.save_every_s=1e-9",))
+    sets = [part for item in (*SETTINGS, "train.save_every_s=1e-9") for part in ("--set", item)]
+    command = [sys.executable, "-m", "app", "train", "--variant", "qat", "--run", "killed", "--runs-dir", str(runs_dir)]
+    last = run.variant_dir(config.label) / "weights" / "last.pt"
+    with subprocess.Popen([*command, *sets], stderr=subprocess.DEVNULL) as process:
+        while not last.exists() and process.poll() is None:
+            pass
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    train(config, run, force=False)
+    assert rows(last.parent.parent) == rows(trained["qat"])
+
+
+def test_a_finished_training_is_left_alone_and_another_configuration_is_refused(
+    trained: dict[str, Path], runs_dir: Path
+) -> None:
+    config, run = settle(runs_dir, "whole")
+    before = (trained["qat"] / "weights" / "last.pt").stat().st_mtime_ns
+    train(config, run, force=False)
+    assert (trained["qat"] / "weights" / "last.pt").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"hyp\.lr0: 0\.01 -> 0\.1.*RUN=name"):
+        train(load("qat", sets=[*SETTINGS, "hyp.lr0=0.1"]), run, force=False)
+
+
+def test_validation_may_be_rarer_than_epochs(runs_dir: Path) -> None:
+    config, run = settle(runs_dir, "rare", sets=("train.val_every=2",))
+    train(config, run, force=False)
+    aps = [row["AP/ema_bn"] for row in rows(run.variant_dir(config.label))]
+    assert [bool(ap) for ap in aps] == [False, True, True]
+    assert read_json(run.variant_dir(config.label) / "done.json", "train")["epochs"] == 3
+
+
+def test_reestimated_batchnorm_is_what_is_scored(trained: dict[str, Path]) -> None:
+    checkpoint = load_checkpoint(trained["qat"] / "weights" / "last.pt")
+    name = "model.0.bn.running_mean"
+    assert not torch.equal(checkpoint["scored"][name], checkpoint["ema"][name])
+    assert torch.equal(checkpoint["scored"]["model.0.conv.weight"], checkpoint["ema"]["model.0.conv.weight"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other"])
+def test_a_damaged_or_foreign_checkpoint_is_named(trained: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    data = (trained["qat"] / "weights" / "best.pt").read_bytes()
+    path = tmp_path / "best.pt"
+    if damage == "other":
+        torch.save({"model": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"no checkpoint")
+    with pytest.raises(UserError, match=r"best\.pt is not"):
+        load_checkpoint(path)

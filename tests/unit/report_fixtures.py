@@ -1,0 +1,123 @@
+"""A small finished run root with fixed numbers, built in code, for the tests of the report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from app.config import load
+from app.curves import write_rows
+from app.evidence import COCO_NAMES
+from app.run import RunRoot
+
+NAMES = ("lock", "train", "val", "ids", "fp16", "qat", "fp16 checkpoint", "qat checkpoint")
+SHA = {name: hashlib.sha256(name.encode()).hexdigest() for name in NAMES}
+PACKAGES = {"torch": "2.10.0", "onnxruntime-gpu": "1.26.0"}
+EPOCH_APS = (0.10, 0.30, 0.41, 0.40)
+
+
+def environment(command: str, **more: Any) -> dict[str, Any]:
+    return {
+        "code_version": "0123456789ab", "lock_sha256": SHA["lock"], "image": None, "python": "3.12.3",
+        "platform": "Linux-test", "cpu_count": 2, "gpus": [], "packages": PACKAGES,
+        "command": f"python -m app {command} --run small", "time_utc": "2026-01-02T03:04:05Z", **more,
+    }  # fmt: skip
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def history(shift: float) -> list[dict[str, float]]:
+    """Four epochs; `shift` moves the AP."""
+    rows = []
+    for epoch, ap in enumerate(EPOCH_APS, 1):
+        row = {"epoch": epoch, "train/box_loss": 4.0 / epoch, "train/cls_loss": 3.0 / epoch}
+        for i, state in enumerate(("raw", "ema", "ema_bn")):
+            row |= {f"AP/{state}": ap + shift + 0.01 * i, f"val_loss/{state}": 6.0 / epoch + 0.1}
+        rows.append(row | {"time/epoch_s": 90.0, "time/images_per_s": 20.0 + epoch})
+    return rows
+
+
+def train_variant(run: RunRoot, label: str, shift: float, checkpoint: str) -> None:
+    config = load("fp16" if label == "fp16" else "qat", sets=["train.epochs=4", "hyp.warmup_epochs=1"])
+    folder = run.variant_dir(label)
+    folder.mkdir(parents=True)
+    tree = config.model_dump(mode="json")
+    tree["quant"] = tree["quant"] and {"scheme": "w4a16", "fast_path": True}  # fixed, whatever keys quant gets
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    write_rows(folder / "results.csv", history(shift))
+    facts = {"device": "cpu", "amp": False, "deterministic": True, "seed": 0, "workers": 0}
+    write(folder / "env.json", environment(f"train --variant {config.variant}", **facts))
+    write(folder / "done.json", {"epochs": 4, "best_ap": 0.41, "best_sha256": checkpoint})
+    if config.quant:
+        layers = [layer("model.0.conv", 4, ""), layer("model.23.dfl.conv", 32, "a fixed integral")]
+        write(
+            folder / "quant_config.json", {"scheme": "w4a16", "layers": layers, "share_of_learned_weights": {"4": 1.0}}
+        )
+
+
+def layer(name: str, bits: int, why_exempt: str) -> dict[str, Any]:
+    granularity, quantizer = "per output channel", "Int4WeightPerChannel"
+    facts = {"bits": bits, "granularity": granularity, "quantizer": quantizer}
+    return {"name": name, "exempt": bool(why_exempt), "why": why_exempt or "learned", **facts}
+
+
+def export_file(run: RunRoot, label: str, file: str, checkpoint: str) -> None:
+    layers = {} if label == "fp16" else {"4": 1}
+    digest = SHA["fp16" if label == "fp16" else "qat"]
+    record = {"label": label, "file": file, "sha256": digest, "size_bytes": 3, "checkpoint_sha256": checkpoint}
+    write(run.onnx_dir / f"{Path(file).stem}.json", record | {"quantized_layers": layers})
+
+
+def metrics(label: str, file: str, digest: str, ap: float, size_bytes: int) -> dict[str, Any]:
+    """A metrics.json as the evaluator writes it; tests change single keys."""
+    values = [ap, ap + 0.2, ap + 0.02, ap - 0.2, ap, None, *(ap + 0.05 * i for i in range(5)), None]
+    return {
+        "model": {"file": file, "sha256": digest, "size_bytes": size_bytes, "label": label, "imgsz": 64},
+        "dataset": {
+            "title": "small set", "split": "val2017", "annotation_sha256": SHA["val"], "n_images": 1200,
+            "n_images_listed": 1200, "subset": False, "image_ids_sha256": SHA["ids"], "complete_coco_val": False,
+        },
+        "coco": dict(zip(COCO_NAMES, values, strict=True)),
+        "settings": {"conf": 0.001, "max_det": 300, "batch": 1, "evaluator": "onnxruntime + pycocotools"},
+        "runtime": {"onnxruntime": "1.26.0", "provider": "CPUExecutionProvider", "device": "test CPU"},
+        "latency_ms": {"batch": 1, "warmup": 3, "runs": 20, "mean": 3.5, "p50": 3.25, "p90": 3.75, "p99": 4.5},
+        "time_s": {"total": 1.0, "session": 0.5},
+        "environment": environment("eval"),
+    }  # fmt: skip
+
+
+def provenance() -> dict[str, Any]:
+    counts = {"n_broken": 0, "n_crowd": 2, "n_without_objects": 1, "subset": False, "image_ids": None}
+    splits = {
+        name: {
+            "name": f"{name}2017", "annotation_file": f"/nowhere/instances_{name}2017.json",
+            "n_listed": n, "n_images": n, "n_annotations": 3 * n, "annotation_sha256": SHA[name],
+            "image_ids_sha256": SHA["ids"], **counts,
+        }
+        for name, n in (("train", 5678), ("val", 1200))
+    }  # fmt: skip
+    return {"title": "small set", "coco_dir": "/nowhere", "seed": 0, "splits": splits}
+
+
+def build_run(runs_dir: Path, name: str = "small") -> RunRoot:
+    """A run of fp16 and qat-w4a16, trained, exported and scored; its dataset is not there."""
+    run = RunRoot(runs_dir, name)
+    write(run.run_json, {"name": name, "stages": {}})
+    write(run.provenance, provenance())
+    train_variant(run, "fp16", 0.02, SHA["fp16 checkpoint"])
+    train_variant(run, "qat-w4a16", 0.0, SHA["qat checkpoint"])
+    export_file(run, "fp16", "net-baseline-fp32.onnx", SHA["fp16 checkpoint"])
+    export_file(run, "qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat checkpoint"])
+    write(
+        run.root / "baseline-coco/metrics.json", metrics("fp16", "net-baseline-fp32.onnx", SHA["fp16"], 0.4321, 9284375)
+    )
+    quantized = metrics("qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat"], 0.4198, 2663676)
+    write(run.root / "qat-w4a16-coco/metrics.json", quantized)
+    return run

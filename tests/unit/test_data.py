@@ -1,0 +1,269 @@
+"""The data stage: labels by hand, a view built once, the dataset left alone, the choice of images, provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from data_fixtures import annotation_file, edit, listing, run_data, write_dataset, write_image
+
+import app.data
+import app.view
+from app.coco import CATEGORIES, NAMES
+from app.config import UserError
+from app.run import RunRoot, open_run, read_json
+from app.view import read_split
+
+HALF_DIGIT = 5e-7  # label files have six decimals
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def coco_dir(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "coco")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunRoot:
+    return open_run("r", tmp_path / "runs")
+
+
+def provenance_of(run: RunRoot) -> dict[str, Any]:
+    return read_json(run.provenance, "data")
+
+
+def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        pytest.fail("the view was built again")
+
+    monkeypatch.setattr(app.data, "build_view", fail)
+
+
+def test_labels_are_right_by_hand(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    first, second = read_split(provenance_of(run), "train")
+    assert (Path(first.path).name, first.shape_hw) == ("000000000001.jpg", (30, 40))
+    # person [4,3,10,6] in 40 x 30: centre 9/40, 6/30; toothbrush [20,15,20,15.5] reaches 30.5 and is cut at 30
+    expected = [[0, 9 / 40, 6 / 30, 10 / 40, 6 / 30], [79, 30 / 40, 22.5 / 30, 20 / 40, 15 / 30]]
+    np.testing.assert_allclose(first.labels, expected, atol=HALF_DIGIT)
+    assert second.labels.shape == (0, 5)  # a crowd and a box without area give no label
+    (only,) = read_split(provenance_of(run), "val")
+    np.testing.assert_allclose(only.labels, [[53, 0.5, 0.5, 0.5, 0.5]], atol=HALF_DIGIT)
+
+
+def test_files_for_the_trainer(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    dataset = yaml.safe_load(run.dataset_yaml.read_text())
+    assert list(dataset["names"].values()) == NAMES
+    lines = Path(dataset["train"]).read_text().splitlines()
+    assert [Path(line).resolve() for line in lines] == sorted((coco_dir / "train2017").iterdir())
+    labels = [Path(line.replace("/images/", "/labels/")).with_suffix(".txt") for line in lines]
+    assert labels[0].read_text() == "0 0.225000 0.200000 0.250000 0.200000\n79 0.750000 0.750000 0.500000 0.500000\n"
+    assert labels[1].read_text() == ""
+
+
+def test_provenance_says_what_is_there(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    provenance = provenance_of(run)
+    assert provenance["title"] == "a COCO-format dataset, not COCO 2017"
+    train = provenance["splits"]["train"]
+    counts = ("n_listed", "n_images", "n_broken", "n_annotations", "n_crowd", "n_degenerate_boxes", "n_without_objects")
+    assert [train[key] for key in counts] == [2, 2, 0, 4, 1, 1, 1]
+    content = annotation_file(coco_dir).read_bytes()
+    assert train["annotation_sha256"] == hashlib.sha256(content).hexdigest()
+    assert train["image_ids_sha256"] == hashlib.sha256(b"1\n2").hexdigest()
+    assert (train["subset"], train["image_ids"]) == (False, None)
+
+
+def test_second_run_of_the_stage_says_done(
+    coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_data(run, coco_dir)
+    before = listing(run.root)
+    forbid_building(monkeypatch)
+    caplog.set_level(logging.INFO, "app")
+    run_data(run, coco_dir)
+    assert caplog.messages[-1].startswith("data: done already (a COCO-format dataset, not COCO 2017, train2017: 2 im")
+    assert listing(run.root) == before
+
+
+def test_another_run_reuses_the_view(coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_data(run, coco_dir)
+    view = Path(provenance_of(run)["view_dir"])
+    before = listing(view)
+    forbid_building(monkeypatch)
+    other = open_run("other", run.runs_dir)
+    run_data(other, coco_dir, "data.n_train=1")
+    assert provenance_of(other)["view_dir"] == str(view)
+    assert listing(view) == before
+
+
+def test_force_builds_the_view_again(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    index_path = Path(provenance_of(run)["view_dir"]) / "train2017.json"
+    index_path.write_text("spoiled")
+    run_data(run, coco_dir, force=True)
+    assert len(json.loads(index_path.read_text())["images"]) == 2
+
+
+def test_dataset_folder_is_never_written(coco_dir: Path, run: RunRoot) -> None:
+    folders = [coco_dir, *(path for path in coco_dir.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    before = listing(coco_dir)
+    run_data(run, coco_dir)
+    run_data(run, coco_dir, force=True)
+    assert listing(coco_dir) == before
+    for folder in folders:
+        folder.chmod(0o755)
+
+
+def test_choice_of_images_is_seeded_recorded_and_stable(tmp_path: Path) -> None:
+    chosen = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = open_run(name, tmp_path / "runs")
+        run_data(run, "coco-subset", "data.n_train=20", "data.n_val=5", f"data.seed={seed}")
+        chosen[name] = provenance_of(run)["splits"]
+    # random.Random(0).sample of ids 1..256 and 257..320; other numbers here mean other images in old runs
+    assert chosen["a"]["val"]["image_ids"] == [262, 290, 306, 310, 319]
+    assert chosen["a"] == chosen["b"]
+    assert chosen["a"]["train"]["image_ids"] != chosen["c"]["train"]["image_ids"]
+    assert (chosen["a"]["train"]["n_images"], chosen["a"]["train"]["subset"]) == (20, True)
+    listed = open_run("a", tmp_path / "runs").provenance.with_name("train.txt").read_text().split()
+    assert [int(Path(line).stem) for line in listed] == chosen["a"]["train"]["image_ids"]
+
+
+def test_broken_images_are_counted_and_left_out(coco_dir: Path, run: RunRoot) -> None:
+    (coco_dir / "train2017" / "000000000001.jpg").unlink()
+    run_data(run, coco_dir, "data.skip_broken=true")
+    train = provenance_of(run)["splits"]["train"]
+    assert (train["n_listed"], train["n_images"], train["n_broken"], train["n_annotations"]) == (2, 1, 1, 2)
+    assert train["broken"] == [{"file": "000000000001.jpg", "reason": "cannot be read (No such file or directory)"}]
+    assert [Path(found.path).name for found in read_split(provenance_of(run), "train")] == ["000000000002.jpg"]
+
+
+def test_repaired_image_is_noticed(coco_dir: Path, run: RunRoot) -> None:
+    path = coco_dir / "train2017" / "000000000001.jpg"
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"000000000001\.jpg is empty"):
+        run_data(run, coco_dir)
+    write_image(path, (40, 30))
+    run_data(run, coco_dir)
+    assert provenance_of(run)["splits"]["train"]["n_images"] == 2
+
+
+def test_all_images_broken(coco_dir: Path, run: RunRoot) -> None:
+    (coco_dir / "val2017" / "000000000003.jpg").unlink()
+    with pytest.raises(UserError, match="no image of val2017 can be used"):
+        run_data(run, coco_dir, "data.skip_broken=true")
+    assert not run.root.exists()
+
+
+def test_other_settings_are_refused_with_the_difference(coco_dir: Path, run: RunRoot, tmp_path: Path) -> None:
+    run_data(run, coco_dir)
+    before = listing(run.root)
+    with pytest.raises(UserError) as error:
+        run_data(run, coco_dir, "data.n_train=1", "data.skip_broken=true")
+    assert str(error.value) == (
+        f"{run.root} was made with other data settings (data.n_train: None -> 1, data.skip_broken: False -> True): "
+        "take another RUN=name, or start the run over with ARGS=--force"
+    )
+    with pytest.raises(UserError, match=r"data\.coco_dir: .*coco -> .*other"):
+        run_data(run, tmp_path / "other")
+    assert listing(run.root) == before
+
+
+def test_same_folder_under_another_name_is_no_difference(
+    coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_data(run, coco_dir)
+    monkeypatch.chdir(coco_dir.parent)
+    forbid_building(monkeypatch)
+    run_data(run, "coco")
+
+
+def test_changed_annotations_are_refused(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    edit(coco_dir, lambda tree: tree["annotations"].pop())
+    with pytest.raises(UserError, match=r"made with another train2017 of .*annotation_sha256 \w{8} -> \w{8}.*RUN=name"):
+        run_data(run, coco_dir)
+    run_data(run, coco_dir, force=True)
+    assert provenance_of(run)["splits"]["train"]["n_annotations"] == 3
+
+
+def test_moved_dataset_goes_on(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    old = provenance_of(run)
+    coco_dir.rename(coco_dir.with_name("moved"))
+    coco_dir.symlink_to("moved")  # the settings name the same path
+    run_data(run, coco_dir)
+    assert provenance_of(run)["coco_dir"] == str(coco_dir.with_name("moved"))
+    assert provenance_of(run)["splits"]["train"]["image_ids_sha256"] == old["splits"]["train"]["image_ids_sha256"]
+
+
+def test_names_in_other_scripts_and_in_folders_work(coco_dir: Path, run: RunRoot) -> None:
+    name = "straße/猫 é.jpg"
+    (coco_dir / "train2017" / "straße").mkdir()
+    (coco_dir / "train2017" / "000000000001.jpg").rename(coco_dir / "train2017" / name)
+    edit(coco_dir, lambda tree: tree["images"][0].update(file_name=name))
+    run_data(run, coco_dir)
+    first = read_split(provenance_of(run), "train")[0]
+    assert Path(first.path).read_bytes() == (coco_dir / "train2017" / name).read_bytes()
+    assert first.labels.shape == (2, 5)
+
+
+def test_links_inside_the_dataset_and_a_linked_split_work(coco_dir: Path, run: RunRoot) -> None:
+    (coco_dir / "val2017").rename(coco_dir.parent / "elsewhere")
+    (coco_dir / "val2017").symlink_to(coco_dir.parent / "elsewhere")
+    path = coco_dir / "train2017" / "000000000001.jpg"
+    path.rename(coco_dir / "kept.jpg")
+    path.symlink_to(coco_dir / "kept.jpg")
+    run_data(run, coco_dir)
+    assert provenance_of(run)["splits"]["val"]["n_broken"] == 0
+
+
+def test_only_the_categories_in_use_may_be_listed(coco_dir: Path, run: RunRoot) -> None:
+    edit(coco_dir, lambda tree: tree.update(categories=CATEGORIES[:3]))
+    run_data(run, coco_dir)
+    assert provenance_of(run)["splits"]["train"]["n_annotations"] == 4
+
+
+def full_disk(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_full_disk_while_the_view_is_built(coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app.view, "yolo_rows", full_disk)  # stands for the write of a label file
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 3 * 2**20))
+    with pytest.raises(UserError, match=r"no space left in .*\.cache \(3 MiB free\): .*make room"):
+        run_data(run, coco_dir)
+    assert not run.root.exists()
+    assert list(run.runs_dir.glob(".cache/views/*")) == []
+
+
+def test_full_disk_at_the_last_file(coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(UserError, match="no space left"):
+            run_data(run, coco_dir)
+    assert [path for path in run.root.rglob("*") if path.is_file()] == []
+    run_data(run, coco_dir)
+    assert run.provenance.exists()
+
+
+def test_file_the_user_may_not_read(coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(app.data, "sha256", fail)
+    with pytest.raises(UserError, match=r"instances_train2017\.json may not be read by this user: change its perm"):
+        run_data(run, coco_dir)

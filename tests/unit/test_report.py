@@ -1,0 +1,293 @@
+"""The report: golden page, every number from a file, nothing invented for a broken run, one table one meter."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config import Config, UserError, load
+from app.report import report
+from app.run import RunRoot
+from tests.unit.report_fixtures import SHA, build_run, export_file, metrics, write
+
+GOLDEN = Path(__file__).with_name("golden_summary.md")
+# A number that stands alone: not part of a name such as AP50, w4a16, val2017, conf/smoke.yaml or a hash.
+NUMBER = re.compile(r"(?<![\w./-])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/-]|\.\w)")
+
+
+@pytest.fixture
+def config() -> Config:
+    return load("qat")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunRoot:
+    return build_run(tmp_path)
+
+
+def page(config: Config, run: RunRoot) -> str:
+    report(config, run, force=False)
+    return run.summary.read_text(encoding="utf-8")
+
+
+def edit(path: Path, dotted: str, value: Any) -> None:
+    """Changes one key of a JSON file."""
+    tree = json.loads(path.read_text())
+    *parents, last = dotted.split(".")
+    inner = tree
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    write(path, tree)
+
+
+def test_page_equals_golden_file(config: Config, run: RunRoot) -> None:
+    """To renew the file after a wanted change: copy the page that the failure names over it, and read the diff."""
+    text = page(config, run)
+    made = run.runs_dir / "golden_summary.md"
+    made.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8"), f"the new page is {made}"
+
+
+def numbers_in_files(root: Path) -> tuple[set[float], set[str]]:
+    """All numbers of the JSON and CSV files below `root`, and the number words inside their strings."""
+    values: set[float] = set()
+    words: set[str] = set()
+
+    def take(value: Any) -> None:
+        if isinstance(value, dict):
+            [take(item) for pair in value.items() for item in pair]
+        elif isinstance(value, list):
+            [take(item) for item in value]
+        elif isinstance(value, str):
+            words.update(NUMBER.findall(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            values.add(float(value))
+
+    for path in root.rglob("*.json"):
+        take(json.loads(path.read_text()))
+    for path in root.rglob("*.csv"):
+        with open(path, newline="") as file:
+            values.update(float(cell) for row in csv.DictReader(file) for cell in row.values())
+    return values, words
+
+
+def numbers_without_source(text: str, root: Path) -> list[str]:
+    """Numbers of the page that no file holds, rounded as the page rounds."""
+    values, words = numbers_in_files(root)
+    found = [token.rstrip(",") for token in NUMBER.findall(text)]
+    return [token for token in found if token not in words and not any(is_rounded(token, v) for v in values)]
+
+
+def is_rounded(token: str, value: float) -> bool:
+    plain = token.replace(",", "")
+    if "e" in plain:
+        return float(plain) == value
+    digits = len(plain.partition(".")[2])
+    return math.isfinite(value) and f"{value:.{digits}f}" == f"{float(plain):.{digits}f}"
+
+
+def test_every_number_is_in_a_json_or_csv(config: Config, run: RunRoot) -> None:
+    text = page(config, run)
+    assert len(NUMBER.findall(text)) > 100
+    assert numbers_without_source(text, run.root) == []
+
+
+@pytest.mark.parametrize("number", ["0.4321", "-0.0123", "1,200", "2.66", "3.25"])
+def test_a_number_from_nowhere_is_seen(config: Config, run: RunRoot, number: str) -> None:
+    text = page(config, run)
+    assert number in text
+    other = number[:-1] + str((int(number[-1]) + 3) % 10)
+    assert other in numbers_without_source(text.replace(number, other), run.root)
+
+
+def test_derived_numbers(config: Config, run: RunRoot) -> None:
+    page(config, run)
+    base, row = json.loads((run.root / "report.json").read_text())["groups"][0]["rows"]
+    assert base["AP_difference"] is None
+    assert row["AP_difference"] == pytest.approx(0.4198 - 0.4321)
+    assert row["size_share"] == pytest.approx(2663676 / 9284375)
+
+
+STAGES = {
+    "data": ("dataset/provenance.json", "data: dataset/provenance.json is missing"),
+    "no fp16": ("fp16", "train: fp16 was not trained"),
+    "no qat": ("qat-w4a16", "train: no QAT variant was trained"),
+    "unfinished": ("qat-w4a16/done.json", "train: qat-w4a16 has not finished, 4 of 4 epochs"),
+    "no curve": ("fp16/results.csv", "train: fp16 cannot be read"),
+    "no machine": ("fp16/env.json", "train: fp16/env.json is missing"),
+    "export": ("onnx", "export: no ONNX file of qat-w4a16"),
+    "no baseline score": ("baseline-coco", "eval: fp16 was exported but not scored"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lost", "line"), STAGES.values(), ids=STAGES)
+def test_partial_run_says_what_is_missing(config: Config, run: RunRoot, lost: str, line: str) -> None:
+    path = run.root / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = page(config, run)
+    assert f"- {line}" in text
+    assert str(run.root) not in text
+    assert numbers_without_source(text, run.root) == []
+
+
+@pytest.mark.parametrize("name", ["dataset/provenance.json", "fp16/env.json", "baseline-coco/metrics.json"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"model": {}}'])
+def test_broken_file_is_named(config: Config, run: RunRoot, name: str, content: str) -> None:
+    (run.root / name).write_text(content)
+    assert re.search(rf"^- \w+: {name} (is not valid JSON|lacks )", page(config, run), re.MULTILINE)
+
+
+def test_nothing_but_the_folder(config: Config, tmp_path: Path) -> None:
+    run = RunRoot(tmp_path, "empty")
+    run.root.mkdir()
+    text = page(config, run)
+    assert "**No verdict:**" in text
+    for stage in ("data", "train", "eval"):
+        assert f"- {stage}: " in text
+    assert "## Environment" not in text
+
+
+def test_no_such_run(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nosuch does not exist"):
+        report(config, RunRoot(tmp_path, "nosuch"), force=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_baseline_no_verdict(config: Config, run: RunRoot) -> None:
+    shutil.rmtree(run.root / "baseline-coco")
+    text = page(config, run)
+    assert "**qat-w4a16: no verdict**" in text
+    assert "against" not in text.partition("##")[0]
+
+
+def test_stale_files_are_named(config: Config, run: RunRoot) -> None:
+    export_file(run, "fp16", "net-baseline-fp32.onnx", "f" * 64)
+    edit(run.root / "qat-w4a16-coco/metrics.json", "model.sha256", "e" * 64)
+    text = page(config, run)
+    assert "- export: net-baseline-fp32.onnx is not of the best checkpoint" in text
+    assert "- eval: qat-w4a16-coco/metrics.json is of an older net-w4a16-qcdq-qat.onnx" in text
+
+
+METERS = {
+    "subset": {"dataset.subset": True, "dataset.n_images": 100, "dataset.image_ids_sha256": "0" * 64},
+    "dataset": {"dataset.annotation_sha256": "0" * 64},
+    "images": {"dataset.image_ids_sha256": "0" * 64},
+    "threshold": {"settings.conf": 0.25},
+    "detections": {"settings.max_det": 100},
+    "evaluator": {"settings.evaluator": "another"},
+    "input size": {"model.imgsz": 32},
+}
+
+
+@pytest.mark.parametrize("changes", METERS.values(), ids=METERS)
+def test_rows_measured_otherwise_are_set_apart(config: Config, run: RunRoot, changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        edit(run.root / "qat-w4a16-coco/metrics.json", key, value)
+    text = page(config, run)
+    assert "**qat-w4a16: no verdict**" in text
+    assert text.count("Set apart: measured otherwise") == 2  # the table of results and that of all COCO numbers
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert not ("net-baseline-fp32.onnx |" in table and "net-w4a16-qcdq-qat.onnx |" in table)
+        assert not ("baseline-coco" in table.partition("\n")[0] and "qat-w4a16-coco" in table.partition("\n")[0])
+
+
+def test_subset_is_labelled(config: Config, run: RunRoot) -> None:
+    for name in ("baseline-coco", "qat-w4a16-coco"):
+        edit(run.root / name / "metrics.json", "dataset.subset", True)
+        edit(run.root / name / "metrics.json", "dataset.n_images", 100)
+    text = page(config, run)
+    assert text.count("SUBSET of 100 of 1,200 images") == 2  # verdict and table
+
+
+def test_ptq_row(config: Config, run: RunRoot) -> None:
+    ptq = metrics("ptq-w4a16", "net-w4a16-qcdq-ptq.onnx", SHA["qat"], 0.2198, 2663676)
+    write(run.root / "ptq-w4a16-coco/metrics.json", ptq)
+    text = page(config, run)
+    assert "**ptq-w4a16: AP 0.2198 against 0.4321 of the FP16 training, -0.2123**" in text
+
+
+def test_unmeasurable_is_a_dash(config: Config, run: RunRoot) -> None:
+    edit(run.root / "qat-w4a16-coco/metrics.json", "coco.AP", None)
+    text = page(config, run)
+    assert "no verdict**, AP -" in text
+    assert "None" not in text
+
+
+def write_aps(run: RunRoot, aps: list[float]) -> None:
+    path = run.variant_dir("fp16") / "results.csv"
+    with open(path, newline="") as file:
+        template = next(csv.DictReader(file))
+    rows = [template | {"epoch": epoch, "AP/ema_bn": ap} for epoch, ap in enumerate(aps, 1)]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(template))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+HEALTH = {
+    "steady": ([0.1, 0.2, 0.3, 0.3], "fp16 is healthy, its AP stayed above 0.9 of its running best (lowest 1.000 at"),
+    "fell": ([0.1, 0.2, 0.4, 0.1], "fp16 is **not healthy**, its AP fell to 0.250 of its running best at epoch 4"),
+    "came back": ([0.1, 0.4, 0.2, 0.5], "fp16 is **not healthy**, its AP fell to 0.500 of its running best at epoch 3"),
+    "best in warm-up": ([0.4, 0.2, 0.4, 0.4], "fp16 is **not healthy**, its AP fell to 0.500"),
+    "just above": ([0.1, 0.4, 0.37, 0.4], "fp16 is healthy"),
+    "nan": ([0.1, 0.2, float("nan"), 0.3], "fp16 is **not healthy**, results.csv holds NaN"),
+    "one epoch": ([0.1], "fp16 cannot be judged, too few epochs"),
+    "always zero": ([0.0, 0.0, 0.0], "fp16 cannot be judged"),
+}
+
+
+@pytest.mark.parametrize(("aps", "said"), HEALTH.values(), ids=HEALTH)
+def test_health(config: Config, run: RunRoot, aps: list[float], said: str) -> None:
+    write_aps(run, aps)  # warm-up is epoch 1
+    assert said in page(config, run)
+
+
+def test_a_fall_during_warm_up_does_not_count(config: Config, run: RunRoot) -> None:
+    path = run.variant_dir("fp16") / "config.yaml"
+    path.write_text(path.read_text().replace("warmup_epochs: 1.0", "warmup_epochs: 2.5"))
+    write_aps(run, [0.4, 0.1, 0.2, 0.4])
+    assert "fp16 is healthy, its AP stayed above 0.9 of its running best (lowest 1.000 at epoch 4)" in page(config, run)
+
+
+def test_doubts(config: Config, run: RunRoot) -> None:
+    edit(run.variant_dir("fp16") / "env.json", "code_version", "abc-dirty")
+    path = run.variant_dir("qat-w4a16") / "config.yaml"
+    path.write_text(path.read_text().replace("imgsz: 640", "imgsz: 320"))
+    text = page(config, run)
+    assert "qat-w4a16 was trained with another configuration than fp16: train.imgsz." in text
+    assert "trained with different code" in text
+    assert "uncommitted changes" in text
+
+
+def gate(tmp_path: Path, minimum: float) -> int | str | None:
+    try:
+        report(load("qat", sets=[f"report.min_ap50={minimum}"]), build_run(tmp_path), force=False)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_gate_passes(tmp_path: Path) -> None:
+    assert gate(tmp_path, 0.61) == 0
+
+
+def test_gate_names_the_variant(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        assert gate(tmp_path, 0.62) == 1
+    assert "qat-w4a16 reaches AP50 0.6198" in caplog.text
+
+
+def test_gate_fails_without_a_score(tmp_path: Path) -> None:
+    run = RunRoot(tmp_path, "empty")
+    run.root.mkdir()
+    with pytest.raises(SystemExit):
+        report(load("qat", sets=["report.min_ap50=0"]), run, force=False)

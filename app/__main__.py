@@ -20,6 +20,7 @@ STAGES = {
     "data": "check COCO, make the YOLO view beside the runs, choose a subset",
     "train": "train one variant from random weights; continues an unfinished training",
     "export": "trained checkpoints -> ONNX files, each checked against torch",
+    "ptq": "the trained fp16 baseline, quantized without training -> checkpoints and ONNX files beside the others",
     "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
     "report": "JSON and CSV files of the run -> summary.md",
     "bench": "what a training step costs: fp16, qat, qat through plain Brevitas, side by side",
@@ -79,11 +80,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "train":
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
         if name == "bench":
-            stage.add_argument("what", nargs="?", choices=("step",), default="step")
+            stage.add_argument("what", nargs="?", choices=("step", "train", "stability"), default="step")
             stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
             stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
-            stage.add_argument("--rounds", type=int, default=7, help="turns of every arm (default: %(default)s)")
-            stage.add_argument("--steps", type=int, default=5, help="steps of a turn (default: %(default)s)")
+            stage.add_argument("--rounds", type=int, help="step, train: turns of every arm (default: 7, 2)")
+            stage.add_argument("--steps", type=int, default=5, help="step: steps of a turn (default: %(default)s)")
+            stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
+            stage.add_argument("--arms", nargs="+", help="stability: some of its arms (default: all)")
+            stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
+            stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
+            stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
+        if name == "ptq":
+            stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
         if name == "eval":
             stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
             stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder")
@@ -104,16 +112,14 @@ def run_stage(args: argparse.Namespace) -> None:
 
     run = open_run(args.run, args.runs_dir)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
+    sets += [f"quant.scheme={args.scheme}"] if args.stage == "ptq" and args.scheme else []
     config = load(args.variant if args.stage == "train" else "qat", args.conf, sets)
     isolate_libraries(run.cache_dir)
     match args.stage:
         case "all":
             run_all(args)
         case "bench":
-            from app.bench import Sizes, bench_step
-
-            device = [f"train.device={'0' if args.device == 'cuda' else args.device}"] if args.device else []
-            bench_step(run, args.conf, [*args.set, *device], Sizes(args.batch, args.rounds, args.steps))
+            run_bench(args, run)
         case "data":
             from app.data import prepare
 
@@ -124,12 +130,35 @@ def run_stage(args: argparse.Namespace) -> None:
             from app.export import export
 
             export(config, run, args.force)
+        case "ptq":
+            from app.ptq import ptq
+
+            ptq(config, run, args.force)
         case "eval":
             run_eval(args, config, run)
         case "report":
             from app.report import report
 
             report(config, run, args.force)
+
+
+def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
+    sets = [*args.set, *([f"train.device={'0' if args.device == 'cuda' else args.device}"] if args.device else [])]
+    match args.what:
+        case "step":
+            from app.bench.step import Sizes, bench_step
+
+            bench_step(run, args.conf, sets, Sizes(args.batch, args.rounds or 7, args.steps))
+        case "train":
+            from app.bench.train import Turns, bench_train
+
+            bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs))
+        case "stability":
+            from app.bench.stability import ARMS, Plan, bench_stability
+            from app.config import CONF_DIR
+
+            overlays = [CONF_DIR / "stability.yaml", *args.conf]
+            bench_stability(run, overlays, sets, Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs))
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:

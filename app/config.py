@@ -82,17 +82,17 @@ class Hyp(Section):
 
 
 class Quant(Section):
-    scheme: Literal["w4a16-decoupled", "w4a16", "w4a16-mixed", "w8a16"]
+    scheme: Literal["w4a16", "w4a16-mixed", "w8a16", "w4a16-dfl", "w4a16-per-tensor", "w4a16-decoupled"]
     fast_path: bool
     # Off here too: what was trained before an option existed was trained without it.
     learned_scale: bool = False
-    warmup_epochs: int = Field(0, ge=0)
+    warmup_epochs: int = Field(default=0, ge=0)
     warmup_bits: Literal["float", 8] = "float"
-    dampening: float = Field(0.0, ge=0)
-    freeze_threshold: float = Field(0.0, ge=0, lt=1)
-    freeze_momentum: float = Field(0.01, gt=0, le=1)
+    dampening: float = Field(default=0.0, ge=0)
+    freeze_threshold: float = Field(default=0.0, ge=0, lt=1)
+    freeze_momentum: float = Field(default=0.01, gt=0, le=1)
     correction_epochs: Literal[0, 1] = 0
-    correction_lr: float = Field(0.001, gt=0)
+    correction_lr: float = Field(default=0.001, gt=0)
 
 
 class Guard(Section):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from app.config import UserError
 
@@ -28,21 +29,17 @@ class _Correction:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """BN(scale y + shift) = w' (y - mu) / sigma + b' with w' = w scale, b' = b + w / sigma (shift + mu (scale - 1));
-        without a BatchNorm the shift goes into the bias."""
+        """BN(scale y + shift) = w' (y - mu) / sigma + b', w' = w scale, b' = b + w / sigma (shift + mu (scale - 1)).
+
+        Without a BatchNorm the shift goes into the bias.
+        """
         scale, shift = self.scale.flatten(), self.shift.flatten()
         if self.norm is None:
-            _present(self.conv.bias).add_(shift)
+            cast(torch.Tensor, self.conv.bias).add_(shift)
             return
-        weight, bias = _present(self.norm.weight), _present(self.norm.bias)
-        mean, variance = _present(self.norm.running_mean), _present(self.norm.running_var)
-        bias.add_(weight / (variance + self.norm.eps).sqrt() * (shift + mean * (scale - 1)))
-        weight.mul_(scale)
-
-
-def _present(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
-    return tensor
+        mean, variance = cast(Any, self.norm.running_mean), cast(Any, self.norm.running_var)
+        self.norm.bias.add_(self.norm.weight / (variance + self.norm.eps).sqrt() * (shift + mean * (scale - 1)))
+        self.norm.weight.mul_(scale)
 
 
 def correct(
@@ -102,7 +99,7 @@ def _train(corrections: list[_Correction], losses: Iterator[torch.Tensor], lr: f
     """One Adam step a loss."""
     parameters = [p for c in corrections for p in (c.scale, c.shift) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr)
-    scaler = torch.amp.GradScaler(enabled=parameters[0].is_cuda)  # losses may come from FP16 autocast
+    scaler = GradScaler(enabled=parameters[0].is_cuda)  # losses may come from FP16 autocast
     n_steps = 0
     for loss in losses:
         optimizer.zero_grad()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from brevitas import config as brevitas_config
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.nn import QuantConv2d
-from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChannelFloat
+from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
 from torch import nn
 
 from app.config import Quant, UserError
@@ -26,6 +26,12 @@ class Int4WeightPerChannel(Int8WeightPerChannelFloat):
     bit_width = 4
 
 
+class Int4WeightPerTensor(Int8WeightPerTensorFloat):
+    """Int4WeightPerChannel with one scale for the whole layer."""
+
+    bit_width = 4
+
+
 class LearnedInt8WeightPerChannel(Int8WeightPerChannelFloat):
     """Symmetric, narrow, one trained scale per output channel = 2**value / 127; `value` starts at log2(abs-max).
 
@@ -35,7 +41,7 @@ class LearnedInt8WeightPerChannel(Int8WeightPerChannelFloat):
     """
 
     scaling_impl_type = "parameter"
-    scaling_init = 1.0
+    scaling_init = cast(Any, 1.0)
     restrict_scaling_type = "log_fp"
     restrict_threshold_impl = FloatRestrictValue
 
@@ -54,13 +60,14 @@ LEARNED: dict[int, Any] = {4: LearnedInt4WeightPerChannel, 8: LearnedInt8WeightP
 class Rule:
     """Layers whose name matches `pattern` (fnmatch) get `bits`; None leaves the layer in float. First match wins.
 
-    `quantizer` is for schemes that are defined by it; they run through plain Brevitas.
+    `quantizer` is for schemes that are defined by it; without `fast` they run through plain Brevitas.
     """
 
     pattern: str
     bits: int | None
     why: str
     quantizer: Any = None
+    fast: bool = True
 
 
 DFL = Rule("model.*.dfl.conv", None, "not a learned weight: the fixed integral 0..15 over the box distribution")
@@ -71,8 +78,11 @@ SCHEMES: dict[str, tuple[Rule, ...]] = {
     "w4a16": (DFL, Rule("*", 4, "every learned convolution")),
     "w4a16-mixed": (DFL, FIRST, LAST, Rule("*", 4, "every other learned convolution")),
     "w8a16": (DFL, Rule("*", 8, "every learned convolution")),
-    # A negative example, for the stability bench: one learned scale per tensor, on the fixed integral of DFL too.
-    "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled),),
+    # For the stability bench. One ingredient of w4a16 less: DFL not exempt; one scale a layer.
+    "w4a16-dfl": (Rule("*", 4, "every convolution, DFL too"),),
+    "w4a16-per-tensor": (DFL, Rule("*", 4, "every learned convolution", Int4WeightPerTensor)),
+    # The earlier recipe, a negative example: one learned scale per tensor, on the fixed integral of DFL too.
+    "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled, fast=False),),
 }
 
 
@@ -109,8 +119,7 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
     for name, quantizer in quantizers.items():
         if quantizer is not None:
             parent, _, child = name.rpartition(".")
-            fast = quant.fast_path and rules[name].quantizer is None
-            layer = FastQuantConv2d if fast else QuantConv2d
+            layer = FastQuantConv2d if quant.fast_path and rules[name].fast else QuantConv2d
             setattr(model.get_submodule(parent), child, _quant_conv(convs[name], quantizer, layer))
     if quant.fast_path:
         attach(model)

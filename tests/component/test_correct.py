@@ -1,4 +1,4 @@
-"""Post-hoc correction: it lowers the loss, folds exactly, and touches nothing but BatchNorm's affine part and biases."""
+"""Post-hoc correction lowers the loss, folds exactly, and touches only BatchNorm's affine part and biases."""
 
 from __future__ import annotations
 

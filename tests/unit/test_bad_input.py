@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_input_cases import BOXES, CASES, FILES, Case
+from bad_annotation_cases import Case
+from bad_input_cases import BOXES, CASES, FILES
 from data_fixtures import listing, run_data, write_dataset
 
 from app.config import UserError
@@ -99,3 +100,9 @@ def test_unknown_stage_names_the_stages(tmp_path: Path) -> None:
     assert code == 2
     assert "invalid choice: 'trian' (choose from 'all', 'data', 'train'" in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_download_of_what_is_there_ends_well(coco_dir: Path, tmp_path: Path) -> None:
+    code, stderr = app(tmp_path, "download-coco", "--to", str(coco_dir), "--keep-archives")
+    names = ("annotations", "val2017", "train2017")
+    assert (code, stderr) == (0, "".join(f"{coco_dir / name} is there already\n" for name in names))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
-import re
 import shutil
 import socket
 import stat
@@ -14,60 +14,16 @@ import time
 import zipfile
 from collections import namedtuple
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from download_server import Server
 
 from app import download
 from app.config import UserError
 from app.download import ARCHIVES, Archive, download_coco
 
 Usage = namedtuple("Usage", "total used free")
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `files`. It breaks a connection after so many bytes as the next entry of `cuts` says."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.ranges: list[str | None] = []
-        self.cuts: list[int] = []
-        self.statuses: list[int] = []
-        self.knows_range = True
-
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/zips/{name}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        wanted = self.headers["Range"]
-        self.server.ranges.append(wanted)
-        if self.server.statuses:
-            self.send_error(self.server.statuses.pop(0))
-            return
-        body = self.server.files[self.path.rpartition("/")[2]]
-        start = 0
-        if wanted and self.server.knows_range:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        end = start + self.server.cuts.pop(0) if self.server.cuts else len(body)
-        self.wfile.write(body[start:end])
-        self.close_connection = True
-
-    def log_message(self, *args: object) -> None:
-        """The requests are in Server.ranges."""
 
 
 @pytest.fixture
@@ -202,6 +158,15 @@ def test_wrong_archive_is_named_and_deleted(server: Server, tmp_path: Path) -> N
     server.files["val2017.zip"] = right
     download_coco(tmp_path, archives=(archive,))
     assert tree(tmp_path) == VAL_FILES
+
+
+def test_no_more_is_taken_than_the_archive_has(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(download, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(download, "_check_md5", lambda archive, path: sizes.append(path.stat().st_size))
+    archive = dataclasses.replace(serve(server, "val2017", VAL), n_bytes=128)
+    download.fetch(archive, tmp_path)
+    assert sizes == [128]
 
 
 def link(name: str) -> zipfile.ZipInfo:

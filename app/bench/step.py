@@ -1,4 +1,4 @@
-"""Benches: what a training step costs, measured side by side in one run."""
+"""What a training step costs: FP16, QAT and QAT through plain Brevitas in turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ultralytics.utils.torch_utils import ModelEMA, autocast
 from app.config import Config, UserError, load
 from app.model import build
 from app.run import RunRoot, environment, write_json
-from app.summary import markdown_table
+from app.tables import markdown_table
 
 log = logging.getLogger(__name__)
 # Arms of the step bench: name -> variant and settings.

@@ -1,0 +1,185 @@
+"""Does the evaluated model stay as healthy as the trained one? Small trainings that differ in one ingredient each.
+
+Every arm is the product's own train stage in a process of its own; several share the GPU. A call ends when all are done
+or its time is up, and the next call of the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.config import Config, load
+from app.curves import read_rows
+from app.data import prepare
+from app.run import RunRoot, environment, write_json
+from app.tables import markdown_table
+
+log = logging.getLogger(__name__)
+# Arm -> variant and settings. That EMA and re-estimation are left out needs no arm: every arm scores all three states.
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "fp16": ("fp16", []),
+    "w4a16": ("qat", []),
+    "w4a16-mixed": ("qat", ["quant.scheme=w4a16-mixed"]),
+    "earlier recipe": ("qat", ["quant.scheme=w4a16-decoupled", "quant.fast_path=false"]),
+    "DFL not exempt": ("qat", ["quant.scheme=w4a16-dfl"]),
+    "per tensor": ("qat", ["quant.scheme=w4a16-per-tensor"]),
+    "learned scale": ("qat", ["quant.learned_scale=true"]),
+    "dampening": ("qat", ["quant.dampening=1e-3"]),
+    "8-bit warm-up": ("qat", ["quant.warmup_epochs=20", "quant.warmup_bits=8"]),
+}
+STATES = ("raw", "ema", "ema_bn")
+GRACE_S = 30.0  # for saving when the time is up
+N_SETTLE = 2  # validations before the running best counts: AP starts at zero
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call does: arms by name, seeds, seconds until it saves and returns, trainings at a time."""
+
+    arms: list[str]
+    seeds: list[int]
+    for_s: float
+    n_jobs: int
+
+
+def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) -> None:
+    """Trains all arms, prints their table; run.root holds one run root an arm and seed, and bench-stability.json."""
+    jobs = {
+        (arm, seed): settings(arm, seed, overlays, sets) for seed in plan.seeds for arm in plan.arms
+    }  # fmt: skip
+    for job, (variant, arm_sets) in jobs.items():
+        prepare(load(variant, overlays, arm_sets), root_of(run, *job), force=False)
+    train_all(run, overlays, jobs, plan)
+    rows = [row for job, of in jobs.items() if (row := read_arm(run, job, load(of[0], overlays, of[1])))]
+    result = {
+        "settings": sets, "overlays": [str(path) for path in overlays], "rows": rows, "environment": environment()
+    }  # fmt: skip
+    write_json(run.root / "bench-stability.json", result)
+    show(rows)
+
+
+def settings(arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tuple[str, list[str]]:
+    variant, own = ARMS[arm]
+    return variant, [*sets, *own, f"train.seed={seed}"]
+
+
+def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
+    """Run root of one training; the cache of views is shared."""
+    return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(' ', '_')}-{seed}")
+
+
+def train_all(
+    run: RunRoot, overlays: list[Path], jobs: dict[tuple[str, int], tuple[str, list[str]]], plan: Plan
+) -> None:
+    """Runs the train stage of every job that is not done, n_jobs at a time, until the time is up."""
+    deadline = time.monotonic() + plan.for_s
+    waiting = [job for job, (variant, sets) in jobs.items() if not is_done(run, job, load(variant, overlays, sets))]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    while (waiting or running) and time.monotonic() < deadline:
+        while waiting and len(running) < plan.n_jobs:
+            job = waiting.pop(0)
+            running[job] = start(run, job, overlays, jobs[job])
+        time.sleep(0.5)
+        for job in [job for job, process in running.items() if process.poll() is not None]:
+            code = running.pop(job).returncode
+            log.info("%s, seed %d: %s", *job, "done" if code == 0 else f"ended with exit code {code}")
+    for process in running.values():
+        process.send_signal(signal.SIGTERM)
+    for process in running.values():
+        process.wait(GRACE_S)
+    if waiting or running:
+        log.info("time is up, %d trainings are not done: the same command goes on", len(waiting) + len(running))
+
+
+def start(
+    run: RunRoot, job: tuple[str, int], overlays: list[Path], of: tuple[str, list[str]]
+) -> subprocess.Popen[bytes]:
+    root = root_of(run, *job)
+    command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", of[0], "--run", root.name]
+    command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
+    command += [part for item in of[1] for part in ("--set", item)]
+    with open(root.root / "bench.log", "ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def is_done(run: RunRoot, job: tuple[str, int], config: Config) -> bool:
+    return (root_of(run, *job).variant_dir(config.label) / "done.json").exists()
+
+
+def read_arm(run: RunRoot, job: tuple[str, int], config: Config) -> dict[str, Any] | None:
+    """What one training gave so far, from its results.csv; None before the first validation."""
+    path = root_of(run, *job).variant_dir(config.label) / "results.csv"
+    rows = [row for row in read_rows(path) if "AP/ema_bn" in row] if path.exists() else []
+    if not rows:
+        return None
+    curves = {state: [row[f"AP/{state}"] for row in rows] for state in STATES}
+    return {
+        "arm": job[0], "seed": job[1], "epochs": int(rows[-1]["epoch"]), "of_epochs": config.train.epochs,
+        "epoch": [int(row["epoch"]) for row in rows], "AP": curves,
+        "lowest_share_of_best": {state: lowest_share(curve) for state, curve in curves.items()},
+        "val_loss": rows[-1]["val_loss/ema_bn"],
+    }  # fmt: skip
+
+
+def lowest_share(aps: list[float]) -> float | None:
+    """Smallest AP / best AP so far, after the first N_SETTLE validations; None while there are no more."""
+    shares = [ap / max(aps[: i + 1]) for i, ap in enumerate(aps) if i >= N_SETTLE and max(aps[: i + 1]) > 0]
+    return min(shares, default=None)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One row an arm: means over its seeds, each with its spread; the share of FP16 compares equal epochs."""
+    cells = [
+        [
+            "arm",
+            "seeds",
+            "epochs",
+            "AP raw",
+            "AP EMA",
+            "AP EMA+BN",
+            "of FP16",
+            "lowest share of best: raw",
+            "EMA",
+            "EMA+BN",
+        ]
+    ]
+    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
+    for arm, of in by_arm.items():
+        epochs = min(row["epochs"] for row in of)
+        finals = {state: [at(row, state, epochs) for row in of] for state in STATES}
+        lows = [min((row["lowest_share_of_best"][state] or 0.0 for row in of), default=0.0) for state in STATES]
+        cells.append([
+            arm, str(len(of)), str(epochs), *(spread(finals[state]) for state in STATES),
+            share_of_fp16(of, by_arm.get("fp16", [])), *(f"{low:.2f}" for low in lows),
+        ])  # fmt: skip
+    for line in markdown_table(cells):
+        log.info("%s", line)
+
+
+def at(row: dict[str, Any], state: str, epoch: int) -> float:
+    """AP of a state at the last validation up to `epoch`."""
+    return row["AP"][state][sum(1 for each in row["epoch"] if each <= epoch) - 1]
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and half the range of several seeds."""
+    half = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{half}"
+
+
+def share_of_fp16(of: list[dict[str, Any]], fp16: list[dict[str, Any]]) -> str:
+    """Mean scored AP over FP16's mean scored AP, both at the last epoch that all of them have reached."""
+    if not fp16:
+        return "-"
+    epoch = min(row["epochs"] for row in (*of, *fp16))
+    ours, base = (statistics.fmean(at(row, "ema_bn", epoch) for row in rows) for rows in (of, fp16))
+    return f"{ours / base:.3f} at {epoch}" if base else "-"

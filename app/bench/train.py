@@ -1,0 +1,94 @@
+"""Images a second of whole training loops: stock Ultralytics, our FP16 and our QAT on the same data, in turns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.config import Config, load
+from app.curves import read_rows
+from app.data import prepare
+from app.run import RunRoot, environment, read_json, write_json, write_text
+from app.tables import markdown_table
+
+log = logging.getLogger(__name__)
+ARMS = ("stock", "fp16", "qat")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How long is measured: `rounds` turns of every arm, each of `epochs`, the first of which does not count."""
+
+    rounds: int
+    epochs: int
+
+
+def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turns) -> None:
+    """Trains each arm in a process of its own, in turns; prints the medians over epochs, validation left out."""
+    sets = [*sets, f"train.epochs={turns.epochs + 1}", f"train.val_every={turns.epochs + 1}", "hyp.close_mosaic=0"]
+    config = load("qat", overlays, sets)
+    prepare(config, run, force=False)
+    rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for turn in range(turns.rounds):
+        for arm in ARMS:
+            rates[arm] += measure(run, arm, overlays, sets)[1:]
+            log.info("turn %d, %s: %.0f images/s", turn + 1, arm, statistics.median(rates[arm]))
+    t = config.train
+    result = {
+        "model": config.model, "imgsz": t.imgsz, "batch": t.batch, "workers": t.workers, "cache": t.cache,
+        "deterministic": t.deterministic, "scheme": config.label, "images_per_s": rates, "environment": environment(),
+    }  # fmt: skip
+    write_json(run.root / "bench-train.json", result)
+    show(result)
+
+
+def measure(run: RunRoot, arm: str, overlays: list[Path], sets: list[str]) -> list[float]:
+    """Images/s of every epoch of one training."""
+    if arm == "stock":
+        return measure_stock(run, load("fp16", overlays, sets))
+    config = load(arm, overlays, sets)
+    root = RunRoot(run.runs_dir, run.name)
+    command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", arm, "--run", root.name, "--force"]
+    command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
+    command += [part for item in sets for part in ("--set", item)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return [row["time/images_per_s"] for row in read_rows(root.variant_dir(config.label) / "results.csv")]
+
+
+def measure_stock(run: RunRoot, config: Config) -> list[float]:
+    """The same recipe through Ultralytics' own trainer; its label scan writes into a copy of the view's labels."""
+    stock_dir = run.root / "stock"
+    shutil.rmtree(stock_dir, ignore_errors=True)
+    view = Path(read_json(run.provenance, "data")["view_dir"])
+    shutil.copytree(view, stock_dir / "view", symlinks=True)
+    dataset_yaml = run.dataset_yaml.read_text(encoding="utf-8")
+    for split in ("train", "val"):
+        listed = (run.dataset_yaml.parent / f"{split}.txt").read_text(encoding="utf-8")
+        write_text(stock_dir / f"{split}.txt", listed.replace(str(view), str((stock_dir / "view").resolve())))
+    dataset_yaml = dataset_yaml.replace(str(run.dataset_yaml.parent.resolve()), str(stock_dir.resolve()))
+    write_text(stock_dir / "coco.yaml", dataset_yaml)
+    write_text(stock_dir / "config.json", json.dumps(config.model_dump(mode="json")))
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)], check=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return json.loads((stock_dir / "images_per_s.json").read_text(encoding="utf-8"))
+
+
+def show(result: dict[str, Any]) -> None:
+    medians = {arm: statistics.median(rates) for arm, rates in result["images_per_s"].items()}
+    cells = [["loop", "images/s", "lowest", "highest", "to stock", "to our fp16"]]
+    for arm, rates in result["images_per_s"].items():
+        numbers = [f"{value:.0f}" for value in (medians[arm], min(rates), max(rates))]
+        ratios = [f"{medians[arm] / medians[base]:.3f}" for base in ("stock", "fp16")]
+        cells.append([{"stock": "stock yolo train", "fp16": "our fp16", "qat": "our qat"}[arm], *numbers, *ratios])
+    log.info("%s, %d px, batch %d, %d workers", *(result[key] for key in ("model", "imgsz", "batch", "workers")))
+    for line in markdown_table(cells):
+        log.info("%s", line)

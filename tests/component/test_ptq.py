@@ -1,0 +1,68 @@
+"""PTQ of a tiny run: two checkpoints and two ONNX files, scored by eval like any other; weights untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from export_run import config_of, make_run
+
+from app.config import UserError
+from app.evaluate import exported_files
+from app.model import load_checkpoint, load_scored
+from app.ptq import ptq
+from app.run import RunRoot, read_json
+
+SETS = ("quant.scheme=w4a16-mixed", "train.batch=2", "train.bn_batches=2")
+LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
+    run = make_run(tmp_path_factory.mktemp("ptq"), *SETS, variants=("fp16",))
+    ptq(config_of(run, "qat", *SETS), run, force=False)
+    return run
+
+
+def scored(run: RunRoot, label: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(run.variant_dir(label) / "weights" / "best.pt")["scored"]
+
+
+def test_weights_are_those_of_the_baseline_and_only_bn_differs(run: RunRoot) -> None:
+    baseline, plain, reestimated = (scored(run, label) for label in ("fp16", *LABELS))
+    assert list(baseline) == list(plain) == list(reestimated)
+    assert all(torch.equal(baseline[key], plain[key]) for key in baseline)
+    changed = {key.rpartition(".")[2] for key in plain if not torch.equal(plain[key], reestimated[key])}
+    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> None:
+    files = exported_files(run)
+    assert list(files) == LABELS
+    for ending, (path, record) in zip(("", "-bn"), files.values(), strict=True):
+        assert path.name == f"yolov10n-w4a16-mixed-qcdq-ptq{ending}.onnx"
+        assert (record["variant"], record["scheme"], record["precision"]) == ("ptq", "w4a16-mixed", "qcdq")
+        assert {"codes", "parity"} <= record["gates"].keys()
+    assert set(read_json(run.onnx_dir / "export.json", "export")) == {path.name for path, _ in files.values()}
+    _, config, _ = load_scored(run.variant_dir(LABELS[0]) / "weights" / "best.pt")
+    assert config.quant is not None
+    assert config.quant.scheme == "w4a16-mixed"
+
+
+def test_second_time_leaves_everything_and_another_baseline_is_refused(run: RunRoot) -> None:
+    config = config_of(run, "qat", *SETS)
+    before = {path: path.stat().st_mtime_ns for path in Path(run.root).rglob("*ptq*/**/*") if path.is_file()}
+    ptq(config, run, force=False)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    best = run.variant_dir("fp16") / "weights" / "best.pt"
+    checkpoint = load_checkpoint(best)
+    torch.save({**checkpoint, "epoch": 7}, best)
+    with pytest.raises(UserError, match="--force"):
+        ptq(config, run, force=False)
+
+
+def test_without_a_baseline_it_says_what_to_do(tmp_path: Path) -> None:
+    empty = RunRoot(tmp_path, "empty")
+    with pytest.raises(UserError, match="train-fp16"):
+        ptq(config_of(empty, "qat"), empty, force=False)

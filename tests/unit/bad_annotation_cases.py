@@ -1,0 +1,170 @@
+"""The part of the table of bad inputs where an annotation file as a whole is refused; see bad_input_cases.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_fixtures import annotation_file, edit, write_tree
+
+NOT_COCO = "give an instances file of COCO 2017, or of a dataset in its layout and categories"
+TRAIN_JSON = "COCO/annotations/instances_train2017.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to spoil the folder of data_fixtures, the line expected, and settings that go with it."""
+
+    name: str
+    spoil: Callable[[Path], object]
+    line: str
+    sets: tuple[str, ...] = ()
+
+
+def text(content: str) -> Callable[[Path], object]:
+    return lambda coco_dir: annotation_file(coco_dir).write_text(content)
+
+
+def tree(content: Any) -> Callable[[Path], object]:
+    return lambda coco_dir: write_tree(coco_dir, "train2017", content)
+
+
+def first(kind: str, **changes: Any) -> Callable[[Path], object]:
+    """Changes keys of the first image, annotation or category of train2017."""
+    return lambda coco_dir: edit(coco_dir, lambda found: found[kind][0].update(changes))
+
+
+def without(kind: str, key: str) -> Callable[[Path], object]:
+    return lambda coco_dir: edit(coco_dir, lambda found: found[kind][0].pop(key))
+
+
+def twice(kind: str, **changes: Any) -> Callable[[Path], object]:
+    """Lists the first entry once more, with other values for some keys."""
+    return lambda coco_dir: edit(coco_dir, lambda found: found[kind].append(found[kind][0] | changes))
+
+
+JSON = [
+    Case(
+        "annotation file empty", text(""),
+        f"{TRAIN_JSON} is not readable JSON (Expecting value: line 1 column 1 (char 0)): "
+        "unpack the official annotations again",
+    ),
+    Case(
+        "annotation file cut off", text('{"images": [{"id": 1'),
+        f"{TRAIN_JSON} is not readable JSON (Expecting ',' delimiter: line 1 column 21 (char 20)): "
+        "unpack the official annotations again",
+    ),
+    Case(
+        "annotation file is not UTF-8", lambda coco: annotation_file(coco).write_bytes(b'{"images": "\xff"}'),
+        f"{TRAIN_JSON} is not readable JSON ('utf-8' codec can't decode byte 0xff in position 12: invalid start byte): "
+        "unpack the official annotations again",
+    ),
+    Case("JSON of another kind", tree([1, 2]), f"{TRAIN_JSON} has no list 'images': {NOT_COCO}"),
+    Case(
+        "captions instead of instances", tree({"images": [{}], "annotations": []}),
+        f"{TRAIN_JSON} has no list 'categories': {NOT_COCO}",
+    ),
+    Case(
+        "annotations are no list", tree({"images": [{}], "annotations": {}, "categories": []}),
+        f"{TRAIN_JSON} has no list 'annotations': {NOT_COCO}",
+    ),
+    Case(
+        "no images listed", tree({"images": [], "annotations": [], "categories": []}),
+        f"{TRAIN_JSON} lists no images: {NOT_COCO}",
+    ),
+]  # fmt: skip
+
+CATEGORIES = [
+    Case(
+        "category id that COCO has not", first("categories", id=12),
+        f"{TRAIN_JSON}: category id 12 is not among the 80 official COCO ids: {NOT_COCO}",
+    ),
+    Case(
+        "category id is text", first("categories", id="1"),
+        f"{TRAIN_JSON}: category id '1' is not among the 80 official COCO ids: {NOT_COCO}",
+    ),
+    Case(
+        "category with another name", first("categories", name="pedestrian"),
+        f"{TRAIN_JSON}: category 1 is 'pedestrian', in COCO it is 'person': {NOT_COCO}",
+    ),
+    Case(
+        "annotation of an unknown category", first("annotations", category_id=12),
+        f"{TRAIN_JSON}: annotation 1 has unknown category id 12: {NOT_COCO}",
+    ),
+    Case(
+        "annotation whose category is a float", first("annotations", category_id=1.0),
+        f"{TRAIN_JSON}: annotation 1 has unknown category id 1.0: {NOT_COCO}",
+    ),
+]  # fmt: skip
+
+IDS = [
+    Case(
+        "image id listed twice", twice("images", file_name="x.jpg"),
+        f"{TRAIN_JSON}: image id 1 or file name x.jpg is listed twice: mend the annotations",
+    ),
+    Case(
+        "file name listed twice", lambda coco: edit(coco, lambda found: [
+            found["images"][0].update(file_name="same.jpg"), found["images"][1].update(file_name="same.png")
+        ]),
+        f"{TRAIN_JSON}: image id 2 or file name same.png is listed twice: mend the annotations",
+    ),
+    Case(
+        "image id too large for a float", first("images", id=2**53 + 1),
+        f"{TRAIN_JSON}: image id 9007199254740993 is not a whole number from 0 to 2^53: {NOT_COCO}",
+    ),
+    Case(
+        "image id is a float", first("images", id=1.5),
+        f"{TRAIN_JSON}: image id 1.5 is not a whole number from 0 to 2^53: {NOT_COCO}",
+    ),
+    Case(
+        "image id is true", first("images", id=True),
+        f"{TRAIN_JSON}: image id True is not a whole number from 0 to 2^53: {NOT_COCO}",
+    ),
+    Case(
+        "image id is text", first("images", id="1"),
+        f"{TRAIN_JSON}: image id '1' is not a whole number from 0 to 2^53: {NOT_COCO}",
+    ),
+    Case(
+        "image id is negative", first("images", id=-1),
+        f"{TRAIN_JSON}: image id -1 is not a whole number from 0 to 2^53: {NOT_COCO}",
+    ),
+    Case(
+        "number in the file name is not the id", first("images", file_name="000000000007.jpg"),
+        f"{TRAIN_JSON}: image id 1 has the file name 000000000007.jpg: mend the ids",
+    ),
+    Case(
+        "annotation of an unknown image", first("annotations", image_id=77),
+        f"{TRAIN_JSON}: annotation 1 is for unknown image id 77: {NOT_COCO}",
+    ),
+    Case(
+        "annotation id given twice", twice("annotations"),
+        f"{TRAIN_JSON}: annotation id 1 is given twice: number the annotations from 1",
+    ),
+    Case(
+        "annotation id 0", first("annotations", id=0),
+        f"{TRAIN_JSON}: annotation id 0 is not a whole number from 1 to 2^53: number them from 1",
+    ),
+    Case(
+        "annotation without area", without("annotations", "area"),
+        f"{TRAIN_JSON}: annotation 0 lacks one of id, image_id, category_id, bbox, area, iscrowd: {NOT_COCO}",
+    ),
+    Case(
+        "iscrowd is neither 0 nor 1", first("annotations", iscrowd="no"),
+        f"{TRAIN_JSON}: annotation 1 has iscrowd 'no', not 0 or 1: {NOT_COCO}",
+    ),
+    Case(
+        "image entry without a size", without("images", "width"),
+        f"{TRAIN_JSON}: an image entry lacks id, file_name, width or height: "
+        "{'id': 1, 'file_name': '000000000001.jpg', 'height': 30}",
+    ),
+    Case(
+        "image of no width", first("images", width=0),
+        f"{TRAIN_JSON}: image 000000000001.jpg has size 0 x 30: mend the annotations",
+    ),
+    Case(
+        "line break in a file name", first("images", file_name="a\nb.jpg"),
+        f"{TRAIN_JSON}: image id 1 has file name 'a\\nb.jpg': {NOT_COCO}",
+    ),
+]  # fmt: skip

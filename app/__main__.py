@@ -59,6 +59,8 @@ def set_up_terminal() -> None:
     handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
     logging.basicConfig(format="%(message)s", handlers=[handler])
     log.setLevel(logging.INFO)
+    # Imported by Brevitas; without a GPU it warns that there is none, which is no news to whoever has none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -80,7 +82,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "train":
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
         if name == "bench":
-            stage.add_argument("what", nargs="?", choices=("step", "train", "stability"), default="step")
+            stage.add_argument("what", nargs="?", choices=("step", "train", "profile", "stability"), default="step")
             stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
             stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
             stage.add_argument("--rounds", type=int, help="step, train: turns of every arm (default: 7, 2)")
@@ -153,6 +155,10 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
             from app.bench.train import Turns, bench_train
 
             bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs))
+        case "profile":
+            from app.bench.profile import bench_profile
+
+            bench_profile(run, args.conf, sets)
         case "stability":
             from app.bench.stability import ARMS, Plan, bench_stability
             from app.config import CONF_DIR

@@ -100,9 +100,9 @@ def f1(scorer: COCOeval, ids: list[int]) -> dict[str, Any]:
     return {"best_f1": float(curve[best]), "best_score": threshold, "f1_by_image": by_image}
 
 
-def matches(cells: Iterable[dict[str, Any] | None], ids: list[int]) -> tuple[dict[int, np.ndarray], dict[int, int]]:
+def matches(cells: Iterable[Any], ids: list[int]) -> tuple[dict[int, np.ndarray], dict[int, int]]:
     """COCOeval's evalImgs -> per image: rows [score, 1 if correct else 0] [n,2], and the number of objects."""
-    hits = {image_id: [np.zeros((0, 2))] for image_id in ids}
+    hits: dict[int, list[np.ndarray]] = {image_id: [np.zeros((0, 2))] for image_id in ids}
     n_objects = dict.fromkeys(ids, 0)
     for cell in cells:
         if cell is None:

@@ -40,7 +40,7 @@ def training_table(evidence: Evidence, found: dict[str, Any]) -> list[str]:
     for label, t in found["trainings"].items():
         unfinished = "" if label in evidence.finished else f" of {t['epochs_planned']}, unfinished"
         cells.append([
-            label, f"{t['epochs']}{unfinished}", str(t["best_epoch"]), *(number(ap) for ap in t["AP"].values()),
+            label, f"{t['epochs']}{unfinished}", _value(t["best_epoch"]), *(number(ap) for ap in t["AP"].values()),
             number(t["train_loss"], 3), number(t["val_loss"], 3), f"{t['images_per_s']:.1f}", f"{t['hours']:.2f}",
         ])  # fmt: skip
     note = (

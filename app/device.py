@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 
 from app.config import Config, UserError
 
-PREFETCH_BATCHES = 4  # batches each loader process keeps ahead (ultralytics/data/build.py build_dataloader, 8.4.190)
+# Each loader process of training keeps 4 batches ahead, each one of validation 2 of double size; both stay alive
+# (ultralytics/data/build.py build_dataloader and engine/trainer.py, 8.4.190).
+BATCHES_PER_WORKER = 4 + 2 * 2
 
 
 def check_device(config: Config) -> str:
@@ -34,25 +37,36 @@ def check_device(config: Config) -> str:
 
 
 def check_arch(capability: tuple[int, int], archs: list[str], torch_version: str) -> None:
-    """A CUDA binary of major version X runs on X.y with y at least its own minor; PTX of any older one compiles."""
+    """A CUDA binary sm_XY runs on major version X from minor Y on; PTX compute_XY compiles on XY and everything newer.
+
+    Raises:
+        UserError: `archs` (as torch lists them, e.g. sm_90, sm_120, compute_120) hold nothing for this GPU.
+    """
     major, minor = capability
-    binaries = [arch.removeprefix("sm_") for arch in archs if arch.startswith("sm_")]
-    runs = any(int(arch[:-1]) == major and int(arch[-1]) <= minor for arch in binaries if arch.isdigit())
-    has_ptx = any(arch.startswith("compute_") for arch in archs)
-    if not runs and not has_ptx:
+    if not any(_runs(arch, major, minor) for arch in archs):
         raise UserError(
             f"this GPU is sm_{major}{minor}, but torch {torch_version} holds only {' '.join(archs)}: "
             "rebuild the image with a torch that lists it (README, 'GPU architectures')"
         )
 
 
+def _runs(arch: str, major: int, minor: int) -> bool:
+    kind, _, number = arch.partition("_")
+    if not number.isdigit():  # sm_90a and the like run on that one chip alone; torch lists them beside the plain one
+        return False
+    built_for = divmod(int(number), 10)
+    if kind == "compute":
+        return built_for <= (major, minor)
+    return built_for[0] == major and built_for[1] <= minor
+
+
 def check_shared_memory(config: Config, shm_dir: Path) -> None:
     """Loader processes hand batches over through shared memory; too little of it kills them with a bus error."""
     t = config.train
-    need = t.workers * PREFETCH_BATCHES * t.batch * 3 * t.imgsz**2
+    need = t.workers * BATCHES_PER_WORKER * t.batch * 3 * t.imgsz**2
     total = shutil.disk_usage(shm_dir).total if shm_dir.exists() else need
     if total < need:
         raise UserError(
             f"shared memory {shm_dir}: {total / 2**30:.1f} GiB, {t.workers} loader processes need {need / 2**30:.1f}: "
-            "start the container with SHM_SIZE=16g, or lower train.workers"
+            f"start the container with SHM_SIZE={math.ceil(need / 2**30)}g, or lower train.workers"
         )

@@ -47,6 +47,11 @@ class Training:
     done: dict[str, Any] | None
     quant_config: dict[str, Any] | None
 
+    @property
+    def validated(self) -> Rows:
+        """The epochs after which the training was validated."""
+        return [row for row in self.history if "AP/ema_bn" in row]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -160,7 +165,7 @@ def _finished(folder: Path) -> bool:
 
 
 def _records(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -> list[dict[str, Any]]:
-    paths = sorted(run.onnx_dir.glob("*.json"))
+    paths = sorted(path for path in run.onnx_dir.glob("*.json") if path.name != "export.json")
     records = list(filter(None, (_read(run, path, "export", RECORD_KEYS, missing) for path in paths)))
     for record in records:
         training = trainings.get(record["label"])

@@ -10,8 +10,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from app.curves import COLOURS, NEUTRAL, overlay_figure
+from app.curves import COLOURS, NEUTRAL, Rows, overlay_figure
 from app.evidence import Evidence
 from app.findings import Metrics
 from app.run import write_atomic
@@ -49,7 +50,7 @@ def save(figure: Figure, path: Path) -> None:
     write_atomic(path, lambda part: figure.savefig(part, format=path.suffix[1:], dpi=120))
 
 
-def style(paper: str, ink: str) -> dict[str, Any]:
+def style(paper: str, ink: str) -> dict[Any, Any]:
     inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
         "figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper, "grid.color": NEUTRAL,
@@ -69,13 +70,49 @@ def curves(evidence: Evidence, figures_dir: Path) -> list[str]:
     return [draw(figures_dir, "curves.png", text, lambda: overlay_figure(variants, reference))]
 
 
+def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
+    """Shares of weights that flip and oscillate, and the quantization noise, over the epochs; where recorded."""
+    variants = {label: training.validated for label, training in evidence.trainings.items()}
+    variants = {label: rows for label, rows in variants.items() if rows and "health/oscillating" in rows[0]}
+    if not variants:
+        return []
+    text = (
+        "**Codes and noise of the quantized weights.** Shares of all quantized weights (solid: oscillating at the end "
+        "of the epoch, dashed: flipped since the validation before, dotted: EMA code differs from the raw one), and the "
+        "signal-to-noise ratio of quantization (solid: mean of the layers, dotted: worst layer)."
+    )
+    return [draw(figures_dir, "quantizer-health.png", text, lambda: health_figure(variants))]
+
+
+def health_figure(variants: dict[str, Rows]) -> Figure:
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    shares, noise = figure.subplots(1, 2)
+    panels = {
+        shares: {"oscillating": "-", "flipped": "--", "ema_differs": ":"},
+        noise: {"snr_mean_db": "-", "snr_min_db": ":"},
+    }
+    for axes, lines in panels.items():
+        for (label, rows), colour in zip(variants.items(), COLOURS[1:], strict=False):  # the first colour is fp16's
+            for name, line in lines.items():
+                known = [row for row in rows if f"health/{name}" in row]
+                epochs, values = [row["epoch"] for row in known], [row[f"health/{name}"] for row in known]
+                axes.plot(epochs, values, line, marker=".", color=colour, label=label if line == "-" else None)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    shares.set_ylabel("share of the quantized weights")
+    noise.set_ylabel("SNR of quantization in dB")
+    return legend_below(figure)
+
+
 def is_whole_coco(provenance: dict[str, Any]) -> bool:
     return provenance["title"] == "COCO 2017" and not any(s["subset"] for s in provenance["splits"].values())
 
 
 def by_size(group: list[Metrics], figures_dir: Path) -> str:
     """Grouped bars of AP over all, small, medium and large objects."""
-    text = "**AP by object size.** None: the dataset has no object of that size."
+    text = "**AP by object size.** Where it says none, the dataset has no such object."
     return draw(figures_dir, "sizes.png", text, lambda: size_figure(group))
 
 

@@ -11,6 +11,7 @@ from app.evidence import BASELINE_DIR, Evidence, Training, differing
 
 Metrics = dict[str, Any]
 QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
+REPACKED = ("-int4", "-end2end")  # endings of labels whose file holds the weights of another one
 FAIR_DIFFERENCES = ("variant", "quant")  # keys in which the configs of the variants may differ
 
 
@@ -42,6 +43,11 @@ def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:
     """Groups of equal meter; the group with the baseline first, then those with more images."""
     groups = [[m for m in scored if meter(m) == key] for key in dict.fromkeys(meter(m) for m in scored)]
     return sorted(groups, key=lambda g: (g[0]["dir"] != BASELINE_DIR, -g[0]["dataset"]["n_images"]))
+
+
+def is_quantized(label: str) -> bool:
+    """Whether a label is a quantized model of its own: not fp16, and no other packing of one."""
+    return label.startswith(QUANTIZED) and not label.endswith(REPACKED)
 
 
 def describe_meter(m: Metrics) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def health(training: Training, min_share: float) -> dict[str, Any]:
     best, lowest, lowest_epoch = 0.0, None, None
     after = math.ceil(training.config["hyp"]["warmup_epochs"])
     n_judged = 0
-    for row in training.history:
+    for row in training.validated:
         ap = row["AP/ema_bn"]
         best = max(best, ap)
         if row["epoch"] > after and best > 0:
@@ -109,15 +115,17 @@ def finite(value: float) -> float | None:
 
 
 def speed(training: Training) -> dict[str, Any]:
+    """The best epoch of a training, and how long it took; None where no epoch was validated."""
     history = training.history
-    best = max(history, key=lambda row: row["AP/ema_bn"] if math.isfinite(row["AP/ema_bn"]) else -1.0)
+    scores = [finite(row["AP/ema_bn"]) or 0.0 for row in training.validated]
+    best = training.validated[scores.index(max(scores))] if scores else None
     return {
         "epochs": len(history),
         "epochs_planned": training.config["train"]["epochs"],
-        "best_epoch": int(best["epoch"]),
-        "AP": {state: finite(best[f"AP/{state}"]) for state in STATES},
-        "train_loss": finite(train_loss(best)),
-        "val_loss": finite(best["val_loss/ema_bn"]),
+        "best_epoch": int(best["epoch"]) if best else None,
+        "AP": {state: finite(best[f"AP/{state}"]) if best else None for state in STATES},
+        "train_loss": finite(train_loss(best)) if best else None,
+        "val_loss": finite(best["val_loss/ema_bn"]) if best else None,
         "images_per_s": sum(row["time/images_per_s"] for row in history) / len(history),
         "hours": sum(row["time/epoch_s"] for row in history) / 3600,
     }

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import onnx
 import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 
 from app.coco import NAMES
 from app.config import Config, Export, Quant, UserError
-from app.detections import letterbox, read_image
 from app.device import check_device
 from app.export import (
     METADATA,
@@ -32,13 +32,13 @@ from app.export import (
     torch_truth,
     write_overview,
 )
+from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import load_scored, save_checkpoint, scored_state
 from app.onnx_files import set_facts
 from app.progress import track
 from app.quant.schemes import quantize
 from app.quant.stabilise import reestimate_batchnorm
 from app.run import RunRoot, read_json, record_stage, sha256, write_atomic, write_json
-from app.view import read_split
 
 log = logging.getLogger(__name__)
 KIND = ("qcdq", "raw")  # precision and contract of the files
@@ -67,7 +67,8 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
             log.info("ptq %s: done already (%s)", label, onnx_path)
             continue
         if ending:
-            reestimate(model, quantized, run, check_device(config))
+            machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
+            reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         path = run.variant_dir(label) / "weights" / "best.pt"
         write_json(run.variant_dir(label) / "quant_config.json", quant_config)
         save_checkpoint(path, quantized, {"scored": scored_state(model), "epoch": checkpoint["epoch"], **wanted})
@@ -75,22 +76,32 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     write_overview(run)
 
 
-def reestimate(model: DetectionModel, config: Config, run: RunRoot, device: str) -> None:
-    """Replaces BatchNorm's statistics by those over train.bn_batches batches of train images, on the device."""
+def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) -> None:
+    """Replaces BatchNorm's statistics by those over train.bn_batches train batches, the same and augmented the same as
+    those that the baseline's own were re-estimated on after `epoch` (from 0)."""
+    device = check_device(config)
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
     with torch.no_grad():
-        reestimate_batchnorm(model.to(place), (batch.to(place) for batch in train_batches(config, run)))
+        reestimate_batchnorm(model.to(place), (images.to(place) / 255 for images in train_batches(config, run, epoch)))
     model.to("cpu")
 
 
-def train_batches(config: Config, run: RunRoot) -> Iterator[torch.Tensor]:
-    """A seeded choice of train images, letterboxed as for scoring and not augmented: [N,3,imgsz,imgsz] float32 0..1."""
-    t = config.train
-    images = read_split(read_json(run.provenance, "data"), "train")
-    chosen = random.Random(t.seed).sample(images, min(len(images), t.batch * t.bn_batches))  # noqa: S311
-    batches = [chosen[start : start + t.batch] for start in range(0, len(chosen), t.batch)]
-    for batch in track(batches, "ptq BatchNorm", len(batches), "batches"):
-        yield torch.from_numpy(np.stack([letterbox(read_image(Path(image.path)), t.imgsz)[0] for image in batch]))
+def train_batches(config: Config, run: RunRoot, epoch: int) -> Iterator[torch.Tensor]:
+    """uint8 [N,3,imgsz,imgsz]."""
+    t, data = config.train, check_det_dataset(str(run.dataset_yaml))
+    hyp = cast(Any, get_cfg(overrides=config.hyp.model_dump()))
+    dataset = CocoDataset(
+        img_path=data["train"], imgsz=t.imgsz, batch_size=t.batch, augment=True, hyp=hyp, rect=False, cache=None,
+        stride=32, pad=0.0, task="detect", data=data, seed=t.seed, split="train",
+        provenance=read_json(run.provenance, "data"),
+    )  # fmt: skip
+    if epoch >= t.epochs - config.hyp.close_mosaic:
+        dataset.close_mosaic(hyp)
+    loader = train_loader(dataset, t.workers, pin_memory=False, epoch=BN_EPOCH)
+    n_batches = min(t.bn_batches, len(loader))
+    for batch in track(islice(loader, n_batches), "ptq BatchNorm", n_batches, "batches"):
+        yield batch["img"]
+    loader.close()
 
 
 def load_quantized(run: RunRoot, label: str) -> Trained:

@@ -8,8 +8,8 @@ import sys
 from app.analysis import analyse
 from app.config import Config, Report, UserError
 from app.evidence import BASELINE_DIR, Evidence, gather
-from app.figures import by_class, by_size, curves, precision_recall
-from app.findings import QUANTIZED, findings, measured_alike
+from app.figures import by_class, by_size, curves, precision_recall, quantizer_health
+from app.findings import findings, is_quantized, measured_alike
 from app.gallery import gallery
 from app.page import page
 from app.run import RunRoot, record_stage, write_json, write_text
@@ -44,7 +44,7 @@ def report(config: Config, run: RunRoot, force: bool) -> None:
 def make_figures(evidence: Evidence, settings: Report) -> list[str]:
     """Draws figures/*.png and writes figures/analysis.json; returns the Markdown blocks, in the order of the page."""
     run = evidence.run
-    blocks = curves(evidence, run.figures_dir)
+    blocks = [*curves(evidence, run.figures_dir), *quantizer_health(evidence, run.figures_dir)]
     if not evidence.scored:
         return blocks
     group = measured_alike(evidence.scored)[0]
@@ -56,7 +56,7 @@ def make_figures(evidence: Evidence, settings: Report) -> list[str]:
         return [*blocks, f"{left_out}, because {str(error).replace(f'{run.root}/', '')}."]
     blocks.append(precision_recall(group, facts, run.figures_dir))
     if group[0]["dir"] == BASELINE_DIR:
-        quantized = [m for m in group if m["model"]["label"].startswith(QUANTIZED)]
+        quantized = [m for m in group if is_quantized(m["model"]["label"])]
         blocks += [by_class(m, group[0], facts, run.figures_dir) for m in quantized]
         if settings.gallery_images:
             blocks += [gallery(run, (group[0], m), facts, truth, settings) for m in quantized]

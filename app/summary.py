@@ -6,7 +6,7 @@ from typing import Any
 
 from app.appendix import appendix
 from app.evidence import COCO_NAMES, Evidence
-from app.findings import QUANTIZED, Metrics, measured_alike
+from app.findings import Metrics, is_quantized, measured_alike
 from app.tables import markdown_table, number, plain, signed
 
 Findings = dict[str, Any]
@@ -37,7 +37,7 @@ def verdict(found: Findings) -> list[str]:
     lines = []
     for group in found["groups"]:
         for row in group["rows"]:
-            if row["label"].startswith(QUANTIZED):
+            if is_quantized(row["label"]):
                 lines.append(_sentence(row, group))
     return lines or ["**No verdict:** no quantized variant was scored."]
 
@@ -52,8 +52,16 @@ def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
     return (
         f"**{row['label']}: AP {number(row['AP'])} against {number(base['AP'])} of the FP16 training, "
         f"{signed(row['AP_difference'])}** ({sample(group['measured'])}). The file has {row['size_mb']:.2f} MB "
-        f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it."
+        f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it.{_packed(row, group)}"
     )
+
+
+def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
+    """The size of the same weights as native INT4, where that file was scored too."""
+    for other in group["rows"]:
+        if other["label"] == f"{row['label']}-int4":
+            return f" Packed as native INT4: {other['size_mb']:.2f} MB, {other['size_share']:.2f} of it."
+    return ""
 
 
 def health_lines(found: Findings) -> list[str]:

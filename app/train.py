@@ -37,7 +37,7 @@ def train(config: Config, run: RunRoot, force: bool) -> None:
     read_json(run.provenance, "data")
     write_text(out_dir / "config.yaml", dump(config))
     with log_file(out_dir / "log.txt"):
-        trainer = Trainer(overrides=_ultralytics_args(config, run, device))
+        trainer = Trainer(overrides=ultralytics_args(config, run, device))
         write_json(out_dir / "env.json", {**environment(), **trainer.facts()})
         log.info("train %s: %s", config.label, trainer.headline())
         trainer.train()
@@ -61,7 +61,7 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
         )
 
 
-def _ultralytics_args(config: Config, run: RunRoot, device: str) -> dict[str, Any]:
+def ultralytics_args(config: Config, run: RunRoot, device: str) -> dict[str, Any]:
     """Arguments of Ultralytics' trainer. nms=False makes its validation score the one2one head."""
     t = config.train
     return {

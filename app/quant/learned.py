@@ -48,10 +48,13 @@ def reset_scales(model: nn.Module) -> None:
 
 def quantize(layers: list[Any], layout: Layout, dtype: torch.dtype, weights: list[torch.Tensor]) -> Tensors:
     """Fake-quantized weights in `dtype`, with gradients for the weights and the layers' scale parameters."""
-    values = torch.cat([cast(nn.Parameter, scale_parameter(layer)).flatten() for layer in layers])
+    values = [cast(nn.Parameter, scale_parameter(layer)) for layer in layers]
     restrict = layers[0].weight_quant.tensor_quant.scaling_impl.restrict_clamp_scaling
-    node = _Together if values.is_cuda else _EachInTurn
-    return cast(Tensors, node.apply(layout, dtype, restrict(values) / layout.largest, *weights))
+    if weights[0].is_cuda:
+        node, limits = _Together, restrict(torch.cat([value.flatten() for value in values]))
+    else:  # a CPU's last bit of 2**v depends on where v lies in its tensor
+        node, limits = _EachInTurn, torch.cat([restrict(value).flatten() for value in values])
+    return cast(Tensors, node.apply(layout, dtype, limits / layout.largest, *weights))
 
 
 class _EachInTurn(torch.autograd.Function):

@@ -156,7 +156,9 @@ def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer: type[QuantConv2d]) -> Qu
         )
     }
     quantized = layer(**same, bias=conv.bias is not None, weight_quant=quantizer)
-    quantized.load_state_dict(quantized.state_dict() | conv.state_dict())
+    quantized.weight.data.copy_(conv.weight.data)
+    if quantized.bias is not None and conv.bias is not None:
+        quantized.bias.data.copy_(conv.bias.data)
     quantized.to(conv.weight.device)
     reset_scales(quantized)
     quantized.quant_weight()  # the decoupled quantizer's scale appears in state_dict at its first use
@@ -177,7 +179,7 @@ def _describe(name: str, conv: nn.Conv2d, rule: Rule, quantizer: Any) -> dict[st
         "shape": list(conv.weight.shape),
         "bits": rule.bits,
         "granularity": granularity if rule.bits else None,
-        "quantizer": quantizer.__name__ if quantizer else None,
+        "quantizer": None if quantizer is None else quantizer.__name__,
         "exempt": rule.bits is None,
         "why": rule.why,
     }

@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from app.config import UserError
 from app.quant.fused import FastQuantConv2d, attach, detach
+from app.quant.learned import reset_scales, scale_parameter
+from app.quant.schemes import LEARNED
 
 PX = 64
 
@@ -34,6 +36,8 @@ QUANTIZERS = {
     "8 channel": Int8WeightPerChannelFloat,
     "4 tensor": Int4PerTensor,
     "8 tensor": Int8WeightPerTensorFloat,
+    "4 channel learned": LEARNED[4],
+    "8 channel learned": LEARNED[8],
 }
 
 
@@ -48,6 +52,9 @@ class Weights(nn.Module):
             layer = FastQuantConv2d(n_in, n_out, tuple(kernel), bias=False, weight_quant=quantizer)
             layer.weight.data = weight.detach().clone()
             self.layers.append(layer)
+            if (scale := scale_parameter(layer)) is not None:
+                reset_scales(layer)
+                scale.data[::2] -= 1.0  # every other channel is clipped at half its abs-max
         attach(self)
 
     def forward(self) -> list[torch.Tensor]:
@@ -61,7 +68,7 @@ def exactly(actual: Any, expected: Any) -> None:
 def compare(model: Weights, dtype: torch.dtype = torch.float32) -> None:
     """Weights, codes and gradients of the fast path and of Brevitas must be equal."""
     torch.manual_seed(0)
-    latent = [layer.weight for layer in model.layers]
+    latent = list(model.parameters())
     quantized = [layer.quant_weight() for layer in model.layers]
     plain = [tensor.value.to(dtype) for tensor in quantized]
     fast = model()
@@ -141,9 +148,23 @@ def test_any_numbers_equal_brevitas_and_zeros_stay_zeros(numbers: list[float], q
     per_channel = model()[0].flatten(1)
     if "channel" in quantizer:
         finite = weight.flatten(1).isfinite().all(1)
+        if "learned" in quantizer:  # a NaN or infinite weight at the start has given the scale
+            assert not per_channel[~finite].isfinite().all(1).any()
+        else:
+            assert per_channel[~finite].isnan().all()
         assert per_channel[finite].isfinite().all()  # a bad channel spoils no other one
-        assert per_channel[~finite].isnan().all()
         assert not per_channel[(weight == 0).flatten(1).all(1)].any()
+
+
+def test_a_tie_beside_a_channel_of_nan_equals_brevitas() -> None:
+    weight = torch.tensor([[0.0, 1.0, 0.5], [2.0, -2.0, 0.1], [0.0, float("nan"), 0.0]]).view(3, 3, 1, 1)
+    compare(Weights([weight], Int4PerChannel))
+
+
+def test_learned_and_other_scales_in_one_model_are_refused() -> None:
+    layers = [FastQuantConv2d(4, 4, 3, weight_quant=quantizer) for quantizer in (LEARNED[4], Int4PerChannel)]
+    with pytest.raises(UserError, match="some layers have learned scales"):
+        attach(nn.Sequential(*layers))
 
 
 # --- in a model ------------------------------------------------------------------------------------------------------
@@ -174,13 +195,15 @@ def step(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]
     return out.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_yolov10n_step_equals_brevitas() -> None:
+@pytest.mark.parametrize("learned", ["false", "true"])
+def test_yolov10n_step_equals_brevitas(learned: str) -> None:
     from app.config import load
     from app.model import build
 
     results = []
     for fast_path in ("true", "false"):
         sets = ["model=yolov10n.yaml", "quant.scheme=w4a16-mixed", f"quant.fast_path={fast_path}"]
+        sets += [f"quant.learned_scale={learned}"]
         model, _ = build(load("qat", [], sets))
         assert any(isinstance(layer, FastQuantConv2d) for layer in model.modules()) == (fast_path == "true")
         out = model(torch.rand(2, 3, PX, PX, generator=torch.Generator().manual_seed(0)))
@@ -270,7 +293,7 @@ def test_ddp_gradients_reach_the_parameters(tmp_path: Path) -> None:
     exactly({name: parameter.grad for name, parameter in model.named_parameters()}, expected[1])
 
 
-def test_learned_scale_is_refused_by_name() -> None:
+def test_other_quantizer_is_refused_by_name() -> None:
     layer = FastQuantConv2d(4, 4, 3, weight_quant=Int4WeightPerTensorFloatDecoupled)
     with pytest.raises(UserError, match=r"layer 0: .*quant\.fast_path=false"):
         attach(nn.Sequential(layer))

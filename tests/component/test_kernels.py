@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from test_fused import exactly, small_weights
 
+from app.quant import learned
 from app.quant.fused import _EachInTurn, _Together
 from app.quant.kernels import Layout, Spec
 
@@ -52,6 +53,29 @@ def compare_kernels() -> None:
             compare_gradients(weights, *gradients)
 
 
+def compare_learned() -> None:
+    """As compare_kernels, for learned scales: the gradient of a scale is equal up to the order of its sum."""
+    bad = torch.randn(4, 2, 3, 3)
+    bad[0, 0, 0, 0], bad[1, 1, 1, 1], bad[2] = float("nan"), float("inf"), 1e30
+    more_than_a_block = torch.randn(2, 1100, 1, 1)
+    for order in (torch.contiguous_format, torch.channels_last):
+        weights = [w.to(memory_format=order).requires_grad_() for w in (*small_weights(), more_than_a_block, bad)]
+        specs = [Spec(largest, False, True) for largest in (7, 127, 7, 127, 7)]
+        layout = Layout([w.detach() for w in weights], specs)
+        clipped = torch.cat([w.detach().abs().nan_to_num(1.0, 1.0).amax((1, 2, 3)) * 0.6 for w in weights])
+        scales = (clipped.clamp_min(1e-10) / layout.largest).requires_grad_()
+        for dtype in (torch.float32, torch.float16):
+            torch.manual_seed(4)
+            both = [node.apply(layout, dtype, scales, *weights) for node in (learned._Together, learned._EachInTurn)]
+            exactly(*both)
+            upstream = [torch.randn(value.shape).to(dtype) for value in both[0]]
+            inputs = (scales, *weights)
+            ours, theirs = (torch.autograd.grad(out[1:], inputs, upstream[1:], allow_unused=True) for out in both)
+            torch.testing.assert_close(ours[0], theirs[0], rtol=SUM_RTOL, atol=SUM_RTOL, equal_nan=True)
+            exactly(ours[1:], theirs[1:])
+            assert ours[1] is None
+
+
 def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> None:
     assert ours[0] is None
     assert theirs[0] is None
@@ -63,3 +87,4 @@ def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> No
 
 if __name__ == "__main__":
     compare_kernels()
+    compare_learned()

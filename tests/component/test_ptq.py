@@ -8,6 +8,7 @@ import pytest
 import torch
 from export_run import config_of, make_run
 
+from app import onnx_gates
 from app.config import UserError
 from app.evaluate import exported_files
 from app.model import load_checkpoint, load_scored
@@ -15,13 +16,17 @@ from app.ptq import ptq
 from app.run import RunRoot, read_json
 
 SETS = ("quant.scheme=w4a16-mixed", "train.batch=2", "train.bn_batches=2")
+# An untrained network magnifies rounding: float32 is up to 0.12 px and 6e-4 off float64 in this one, fp16 baseline too.
+UNTRAINED = onnx_gates.Tolerance(box_px=1.0, score=0.01)
 LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
     run = make_run(tmp_path_factory.mktemp("ptq"), *SETS, variants=("fp16",))
-    ptq(config_of(run, "qat", *SETS), run, force=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_gates, "FLOAT32", UNTRAINED)
+        ptq(config_of(run, "qat", *SETS), run, force=False)
     return run
 
 
@@ -34,13 +39,14 @@ def test_weights_are_those_of_the_baseline_and_only_bn_differs(run: RunRoot) -> 
     assert list(baseline) == list(plain) == list(reestimated)
     assert all(torch.equal(baseline[key], plain[key]) for key in baseline)
     changed = {key.rpartition(".")[2] for key in plain if not torch.equal(plain[key], reestimated[key])}
-    assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+    assert changed == {"running_mean", "running_var"}
 
 
 def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> None:
     files = exported_files(run)
-    assert list(files) == LABELS
-    for ending, (path, record) in zip(("", "-bn"), files.values(), strict=True):
+    assert sorted(files) == LABELS
+    for label, (path, record) in files.items():
+        ending = label.removeprefix(LABELS[0])
         assert path.name == f"yolov10n-w4a16-mixed-qcdq-ptq{ending}.onnx"
         assert (record["variant"], record["scheme"], record["precision"]) == ("ptq", "w4a16-mixed", "qcdq")
         assert {"codes", "parity"} <= record["gates"].keys()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnxruntime as ort
 import pytest
 import torch
+from brevitas.export import export_onnx_qcdq
 from brevitas.nn import QuantConv2d
 from torch import nn
 
 from app.config import UserError, load
-from app.model import build
-from app.quant.schemes import DFL, SCHEMES, Rule, assign
+from app.model import build, load_scored, save_checkpoint, scored_state
+from app.quant.learned import learned_layers
+from app.quant.schemes import DFL, SCHEMES, Rule, assign, quantize
 
 SIZES = ["n", "m"]
+LOG_ROUNDING = 2e-6  # 2**log2(x) in float32, for x down to 1e-3
+SUM_TOLERANCE = 1e-5  # float32 sums of at most 27 products of size 1, in another order
 
 
 def config(variant: str, size: str, *sets: str):
@@ -66,6 +73,56 @@ def test_both_variants_start_from_the_same_weights_under_the_same_names() -> Non
     assert all(torch.equal(a[key], b[key]) for key in a)
     other, _ = build(config("fp16", "n", "train.seed=1"))
     assert not torch.equal(a["model.0.conv.weight"], other.state_dict()["model.0.conv.weight"])
+
+
+def test_decoupled_is_the_earlier_recipe_on_every_convolution_through_plain_brevitas() -> None:
+    model, quant_config = build(config("qat", "n", "quant.scheme=w4a16-decoupled", "quant.fast_path=true"))
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    assert {type(layer) for layer in convolutions} == {QuantConv2d}
+    assert quant_config is not None
+    assert {layer["quantizer"] for layer in quant_config["layers"]} == {"Int4WeightPerTensorFloatDecoupled"}
+    assert {layer["granularity"] for layer in quant_config["layers"]} == {"per tensor"}
+    scales = [key for key in model.state_dict() if key.endswith("scaling_impl.value")]
+    assert len(scales) == len(convolutions)  # from the start, so that an EMA copy averages them
+    dfl = model.model[23].dfl.conv
+    assert not torch.equal(dfl.quant_weight().value.flatten(), torch.arange(16.0))
+
+
+def test_learned_scales_start_as_abs_max_and_survive_a_checkpoint(tmp_path: Path) -> None:
+    settings = config("qat", "n", "quant.learned_scale=true")
+    model, quant_config = build(settings)
+    plain, _ = build(config("qat", "n"))
+    for name, layer in learned_layers(model).items():
+        scale, absmax = layer.quant_weight().scale, plain.get_submodule(name).quant_weight().scale
+        torch.testing.assert_close(scale, absmax, rtol=LOG_ROUNDING, atol=0.0)
+    assert quant_config is not None
+    names = {layer["quantizer"] for layer in quant_config["layers"]}
+    assert names == {"LearnedInt4WeightPerChannel", None}
+    for layer in learned_layers(model).values():
+        layer.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.3)
+    save_checkpoint(tmp_path / "best.pt", settings, {"scored": scored_state(model), "epoch": 0})
+    loaded, _, _ = load_scored(tmp_path / "best.pt")
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(images)[0], model.eval()(images)[0], rtol=0, atol=0)
+
+
+def test_learned_scales_export_to_qcdq(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
+    quant = config("qat", "n", "quant.learned_scale=true", "quant.scheme=w8a16").quant
+    assert quant is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SCHEMES, "w8a16", (Rule("*", 4, "all"),))
+        quantize(model, quant)
+    for layer in learned_layers(model).values():
+        layer.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.7)  # many weights are clipped
+    images = torch.rand(1, 3, 8, 8)
+    path = tmp_path / "learned.onnx"
+    export_onnx_qcdq(model.eval(), args=images, export_path=str(path), opset_version=17, dynamo=False)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    expected = model(images).detach()
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=SUM_TOLERANCE, atol=SUM_TOLERANCE)
 
 
 def test_pattern_that_matches_no_layer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

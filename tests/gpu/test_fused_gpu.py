@@ -21,6 +21,8 @@ from ultralytics.utils import DEFAULT_CFG
 from app.config import load
 from app.model import build
 from app.quant.fused import FastQuantConv2d, attach
+from app.quant.learned import reset_scales
+from app.quant.schemes import LearnedInt4WeightPerChannel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,6 +48,11 @@ class Int4PerTensor(Int8WeightPerTensorFloat):
     bit_width = 4
 
 
+KINDS = [
+    Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat, LearnedInt4WeightPerChannel
+]  # fmt: skip
+
+
 class Weights(nn.Module):
     """A model whose forward gives what its layers would convolve with."""
 
@@ -56,8 +63,9 @@ class Weights(nn.Module):
         self.layers = nn.ModuleList(layers)
         for layer, shape in zip(layers, shapes, strict=True):
             layer.weight.data = torch.randn(shape) * 0.1
-        layers[0].weight.data[0] = 0.0  # a dead channel
-        layers[0].weight.data[1, 0] = -3.0  # tied maxima
+        layers[1].weight.data[0] = 0.0  # a dead channel
+        layers[1].weight.data[1, 0] = -3.0  # tied maxima
+        reset_scales(self)
         attach(self)
 
     def forward(self) -> list[torch.Tensor]:
@@ -66,7 +74,7 @@ class Weights(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kind", [Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("size", ["n", "m"])
 def test_equals_brevitas(size: str, kind: Any, order: torch.memory_format, dtype: torch.dtype) -> None:
     convs = DetectionModel(f"yolov10{size}.yaml", verbose=False).modules()

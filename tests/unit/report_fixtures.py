@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from app.config import load
 from app.curves import write_rows
 from app.evidence import COCO_NAMES
-from app.run import RunRoot
+from app.run import RunRoot, sha256
+from app.scoring import Dataset, describe_dataset, load_truth, score
+from tests.unit.eval_fixtures import truth_box, write_annotations
 
 NAMES = ("lock", "train", "val", "ids", "fp16", "qat", "fp16 checkpoint", "qat checkpoint")
 SHA = {name: hashlib.sha256(name.encode()).hexdigest() for name in NAMES}
@@ -121,3 +124,39 @@ def build_run(runs_dir: Path, name: str = "small") -> RunRoot:
     quantized = metrics("qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat"], 0.4198, 2663676)
     write(run.root / "qat-w4a16-coco/metrics.json", quantized)
     return run
+
+
+TRUTH = {1: [(1, [10, 10, 20, 20])], 2: [(3, [5, 5, 30, 20])], 3: [], 4: [(1, [20, 8, 16, 30])]}  # category, box in px
+FOUND = {"baseline-coco": (1, 4), "qat-w4a16-coco": (2, 4)}  # images whose object each variant finds exactly
+
+
+def add_dataset(run: RunRoot, folder: Path) -> None:
+    """Gives the run a val split of four drawn images and detections that fit: qat loses image 1 and gains image 2."""
+    annotations = [truth_box(image_id, box, category) for image_id, rows in TRUTH.items() for category, box in rows]
+    sizes = dict.fromkeys(TRUTH, (64, 48))
+    file = write_annotations(folder / "annotations/instances_val2017.json", sizes, annotations)
+    (folder / "val2017").mkdir()
+    for image_id, size in sizes.items():
+        Image.new("RGB", size, (40 * image_id, 90, 120)).save(folder / f"val2017/{image_id:012d}.png")
+    tree = provenance()
+    split = tree["splits"]["val"]
+    split |= {"annotation_file": str(file), "annotation_sha256": sha256(file), "n_listed": 4, "n_images": 4}
+    write(run.provenance, tree | {"coco_dir": str(folder)})
+    for name, images in FOUND.items():
+        rows = [
+            {"image_id": image_id, "category_id": category, "bbox": box, "score": 0.5 + image_id / 16}
+            for image_id in images
+            for category, box in TRUTH[image_id]
+        ]
+        score_detections(run.root / name, rows, Dataset(folder / "val2017", file, "val2017", None, "small set"))
+
+
+def score_detections(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> None:
+    """Writes detections.json and enters what COCOeval says of it into metrics.json."""
+    write(folder / "detections.json", rows)
+    truth = load_truth(dataset.annotation_file)
+    metrics_path = folder / "metrics.json"
+    tree = json.loads(metrics_path.read_text())
+    tree["dataset"] |= describe_dataset(truth, dataset, sorted(truth.imgs))
+    tree["coco"] = score(truth, folder / "detections.json", sorted(truth.imgs))
+    write(metrics_path, tree)

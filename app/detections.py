@@ -116,7 +116,8 @@ def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
     classes, anchors, scores = classes[best], anchors[best], scores[best]
     cx, cy, w, h = output[:4, anchors]
     xywh = np.stack([cx - w / 2, cy - h / 2, w, h], axis=1).astype(np.float64)
-    kept = np.array(cv2.dnn.NMSBoxesBatched(xywh, scores, classes.astype(np.int32), conf, NMS_IOU), dtype=int)
+    suppress: Any = cv2.dnn.NMSBoxesBatched  # takes arrays, whatever OpenCV's stubs say
+    kept = np.array(suppress(xywh, scores, classes.astype(np.int32), conf, NMS_IOU), dtype=int)
     corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=1)
     return np.concatenate([corners, scores[:, None], classes[:, None]], axis=1, dtype=np.float32)[kept]
 

@@ -25,7 +25,7 @@ from app.config import Config, Export, UserError, config_hash
 from app.detections import letterbox, read_image
 from app.model import load_scored
 from app.onnx_files import optimize, set_facts, tidy, to_half, to_int4
-from app.onnx_gates import Truth, check_codes, check_file, check_half, check_parity, check_same_output
+from app.onnx_gates import Tolerance, Truth, check_codes, check_file, check_half, check_parity, check_same_output
 from app.run import RunRoot, code_version, read_json, record_stage, sha256, write_atomic, write_json
 from app.view import read_split
 
@@ -104,9 +104,14 @@ def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
 
 def torch_truth(model: DetectionModel, images: np.ndarray, layers_by_bits: dict[int, int]) -> Truth:
     raw = one_head(model, "raw")
-    with torch.no_grad():
-        outputs = [raw(torch.from_numpy(image[None])).numpy() for image in images]
-    return Truth(images, np.concatenate(outputs), layers_by_bits)
+
+    def outputs(onednn: bool) -> np.ndarray:
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+            return np.concatenate([raw(torch.from_numpy(image[None])).numpy() for image in images])
+
+    first = outputs(onednn=True)
+    off = np.abs(first - outputs(onednn=False))
+    return Truth(images, first, layers_by_bits, Tolerance(float(off[:, :4].max()), float(off[:, 4:].max())))
 
 
 def one_head(model: DetectionModel, contract: str) -> DetectionModel:

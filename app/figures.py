@@ -78,8 +78,8 @@ def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
         return []
     text = (
         "**Codes and noise of the quantized weights.** Shares of all quantized weights (solid: oscillating at the end "
-        "of the epoch, dashed: flipped since the validation before, dotted: EMA code differs from the raw one), and the "
-        "signal-to-noise ratio of quantization (solid: mean of the layers, dotted: worst layer)."
+        "of the epoch, dashed: flipped since the validation before, dotted: EMA code differs from the raw one), and "
+        "the signal-to-noise ratio of quantization (solid: mean of the layers, dotted: worst layer)."
     )
     return [draw(figures_dir, "quantizer-health.png", text, lambda: health_figure(variants))]
 

@@ -75,8 +75,7 @@ def optimize(model: ModelProto) -> ModelProto:
     for weight in weights:
         value = helper.make_tensor_value_info(weight.dequantize.output[0], TensorProto.FLOAT, weight.codes.shape)
         work.graph.input.append(value)
-    slim = onnxslim.slim(onnx.shape_inference.infer_shapes(work, strict_mode=True))
-    assert isinstance(slim, ModelProto)  # None only where a target file is named
+    slim: Any = onnxslim.slim(onnx.shape_inference.infer_shapes(work, strict_mode=True))
     outputs = {weight.dequantize.output[0] for weight in weights}
     for value in [value for value in slim.graph.input if value.name in outputs]:
         slim.graph.input.remove(value)
@@ -114,7 +113,9 @@ def to_int4(model: ModelProto) -> ModelProto:
     packed = version_converter.convert_version(model, INT4_OPSET)
     packed.ir_version = INT4_IR
     tensors = {tensor.name: tensor for tensor in packed.graph.initializer}
-    for weight in [weight for weight in quant_weights(packed) if weight.bits == 4 and weight.clip]:
+    for weight in list(quant_weights(packed)):
+        if weight.bits != 4 or weight.clip is None:
+            continue
         node = weight.dequantize
         if len(node.input) > 2 and numpy_helper.to_array(tensors[node.input[2]]).any():
             raise RuntimeError(f"{node.name}: its zero point is not 0, which native INT4 files here do not hold")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ class Trainer(DetectionTrainer):
         init_seeds(self.config.train.seed, deterministic=self.config.train.deterministic)
         # Deterministic mode also fills every new tensor with NaN, to show reads of unwritten memory; at 640 px that is
         # a second pass of writes over all activations.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
         self.provenance = read_json(Path(self.args.data).parent / "provenance.json", "data")
         self.rows: list[dict[str, float]] = []
         self.best_epoch = self.batch_in_epoch = 0
@@ -123,7 +123,7 @@ class Trainer(DetectionTrainer):
             return optimizer
         own = ("fused", "foreach")
         groups = [{key: value for key, value in group.items() if key not in own} for group in optimizer.param_groups]
-        return type(optimizer)(groups, fused=True)
+        return cast(Any, type(optimizer))(groups, fused=True)
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CocoDataset:
         augment = mode == "train"

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from app.config import dump, load
@@ -29,6 +29,8 @@ class Enough(Exception):
 
 class Profiled(Trainer):
     """The product's trainer with a name on each phase of a step; ends after the recorded ones."""
+
+    profile: profile
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         with record_function(PHASES[1]):

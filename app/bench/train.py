@@ -75,10 +75,8 @@ def measure_stock(run: RunRoot, config: Config) -> list[float]:
     dataset_yaml = dataset_yaml.replace(str(run.dataset_yaml.parent.resolve()), str(stock_dir.resolve()))
     write_text(stock_dir / "coco.yaml", dataset_yaml)
     write_text(stock_dir / "config.json", json.dumps(config.model_dump(mode="json")))
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)], check=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return json.loads((stock_dir / "images_per_s.json").read_text(encoding="utf-8"))
 
 

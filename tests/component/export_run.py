@@ -9,12 +9,21 @@ import torch
 
 from app.config import Config, dump, load
 from app.data import prepare
+from app.export import parity_images
 from app.model import build, save_checkpoint, scored_state
 from app.run import RunRoot, write_json, write_text
 from app.synthetic import draw_coco_subset
 
 IMGSZ = 96
-SETS = ["model=yolov10n.yaml", f"train.imgsz={IMGSZ}", "eval.provider=cpu", "eval.latency_warmup=0", "eval.latency_runs=1"]
+SETS = [
+    "model=yolov10n.yaml",
+    f"train.imgsz={IMGSZ}",
+    "eval.provider=cpu",
+    "eval.latency_warmup=0",
+    "eval.latency_runs=1",
+]
+
+
 def config_of(run: RunRoot, variant: str, *sets: str) -> Config:
     return load(variant, [], [*SETS, f"data.coco_dir={run.runs_dir / 'coco'}", *sets])
 
@@ -32,24 +41,24 @@ def make_run(runs_dir: Path, *sets: str, variants: tuple[str, ...] = ("fp16", "q
 
 def write_checkpoint(run: RunRoot, config: Config, variant_dir: Path) -> None:
     model, _ = build(config)
-    enliven(model, config.train.imgsz)
+    enliven(model, torch.from_numpy(parity_images(run, config.train.imgsz)))
     entries: dict[str, Any] = {"scored": scored_state(model), "epoch": 0}
     save_checkpoint(variant_dir / "weights" / "best.pt", config, entries)
     write_text(variant_dir / "config.yaml", dump(config))
     write_json(variant_dir / "done.json", {})
 
 
-def enliven(model: torch.nn.Module, imgsz: int) -> None:
+def enliven(model: torch.nn.Module, images: torch.Tensor) -> None:
     """Scores and boxes that depend on the image: an untrained network puts out nearly the same everywhere.
 
-    BatchNorm gets the statistics of noise, class scores a bias of about 0.05 instead of 1e-5.
+    BatchNorm gets the statistics of the images (those of noise would magnify rounding a hundredfold), class scores a
+    bias of about 0.05 instead of 1e-5.
     """
-    generator = torch.Generator().manual_seed(0)
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # the plain mean
     with torch.no_grad():
-        model.train()(torch.rand(8, 3, imgsz, imgsz, generator=generator))
+        model.train()(images)
         for name, parameter in model.named_parameters():
             if "one2one_cv3" in name and name.endswith(".2.bias"):
                 parameter.fill_(-3.0)

@@ -15,13 +15,13 @@ from export_run import IMGSZ, config_of, make_run, write_checkpoint
 from onnx import TensorProto, numpy_helper
 
 from app import onnx_gates
-from app.config import UserError, load
 from app.coco import NAMES
+from app.config import UserError, load
 from app.detections import select
 from app.export import Trained, export, load_trained, one_head
 from app.model import build
-from app.onnx_files import optimize, quant_weights, to_half, to_int4
-from app.onnx_gates import FLOAT32, run_file
+from app.onnx_files import quant_weights
+from app.onnx_gates import run_file
 from app.run import RunRoot, read_json, sha256
 
 BOTH = "export.contracts=[raw,end2end]"
@@ -86,7 +86,9 @@ def test_metadata_in_the_file_is_that_of_the_json(run: RunRoot, stem: str, contr
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_gates_measured_parity_with_optimisation_off_and_on(run: RunRoot, trained: dict[str, Trained], stem: str) -> None:
+def test_gates_measured_parity_with_optimisation_off_and_on(
+    run: RunRoot, trained: dict[str, Trained], stem: str
+) -> None:
     """The gate's figure is the largest of both levels, measured here again without the gate's code."""
     path = file_of(run, stem)
     truth = trained[variant_of(stem)].truth
@@ -95,7 +97,7 @@ def test_gates_measured_parity_with_optimisation_off_and_on(run: RunRoot, traine
     assert parity["n_images"] == 8
     assert parity["max_box_px"] == pytest.approx(max(level[:, :4].max() for level in off))
     assert parity["max_score"] == pytest.approx(max(level[:, 4:].max() for level in off))
-    assert truth.raw[:, 4:].max() - truth.raw[:, 4:].min() > 100 * FLOAT32.score  # else it says nothing
+    assert truth.raw[:, 4:].max() - truth.raw[:, 4:].min() > 100 * truth.allowed("fp32").score  # else it says nothing
 
 
 @pytest.mark.parametrize("stem", STEMS[2:])
@@ -103,10 +105,14 @@ def test_gates_measured_parity_with_optimisation_off_and_on(run: RunRoot, traine
 def test_codes_are_those_of_the_quantizer(run: RunRoot, trained: dict[str, Trained], stem: str, contract: str) -> None:
     path = file_of(run, stem, contract)
     model = onnx.load(path)
-    weights = {tuple(weight.codes.shape) + (weight.codes.tobytes(),) for weight in quant_weights(model)}
-    layers = [layer for layer in one_head(trained["qat-w4a16"].model, contract).modules() if isinstance(layer, QuantConv2d)]
-    expected = [(layer.quant_weight().value / layer.quant_weight().scale).round().int().detach().numpy() for layer in layers]
-    assert weights == {tuple(codes.shape) + (codes.tobytes(),) for codes in expected}
+    weights = {(*weight.codes.shape, weight.codes.tobytes()) for weight in quant_weights(model)}
+    layers = [
+        layer for layer in one_head(trained["qat-w4a16"].model, contract).modules() if isinstance(layer, QuantConv2d)
+    ]
+    expected = [
+        (layer.quant_weight().value / layer.quant_weight().scale).round().int().detach().numpy() for layer in layers
+    ]
+    assert weights == {(*codes.shape, codes.tobytes()) for codes in expected}
     assert max(len(np.unique(channel)) for codes in expected for channel in codes) <= 15
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["DequantizeLinear"] == len(layers) == N_QUANTIZED
@@ -134,7 +140,9 @@ def test_half_file_is_half_but_for_the_decode(run: RunRoot) -> None:
     assert single == ["/model.23/dfl/conv/Conv"]
     assert len(convolutions) == N_QUANTIZED + 1
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    kinds = {value.name: value.type.tensor_type.elem_type for value in [*inferred.graph.value_info, *inferred.graph.output]}
+    kinds = {
+        value.name: value.type.tensor_type.elem_type for value in [*inferred.graph.value_info, *inferred.graph.output]
+    }
     sigmoid = next(node for node in model.graph.node if node.name == "/model.23/Sigmoid")
     assert kinds[sigmoid.output[0]] == kinds["raw"] == TensorProto.FLOAT
     assert sum(kind == TensorProto.FLOAT16 for kind in kinds.values()) > 200
@@ -142,14 +150,15 @@ def test_half_file_is_half_but_for_the_decode(run: RunRoot) -> None:
 
 def test_raw_and_end2end_give_the_same_detections(run: RunRoot, trained: dict[str, Trained]) -> None:
     settings = load("qat").eval
-    images = trained["fp16"].truth.images
+    truth = trained["fp16"].truth
+    images, allowed = truth.images, truth.allowed("fp32")
     for stem in STEMS:
         raw, end2end = (run_file(file_of(run, stem, contract), images, "on")[0] for contract in ("raw", "end2end"))
         assert end2end.shape == (8, 189, 6)  # fewer than 300 anchors at 96 px
         for a, b in zip(raw, end2end, strict=True):
             first, second = select(a, "raw", settings), select(b, "end2end", settings)
-            np.testing.assert_allclose(first[:, 4], second[:, 4], atol=FLOAT32.score)
-            same = np.abs(first - second).max(axis=1) < FLOAT32.box_px
+            np.testing.assert_allclose(first[:, 4], second[:, 4], atol=allowed.score)
+            same = np.abs(first - second).max(axis=1) < allowed.box_px
             assert same.mean() > 0.98  # the others have equal scores in another order
 
 
@@ -209,9 +218,11 @@ def test_wrong_graphs_fail_their_gates(run: RunRoot, trained: dict[str, Trained]
     codes[0, 0, 0, 0] = -weight.codes[0, 0, 0, 0] or 7
     tensor.CopyFrom(numpy_helper.from_array(codes.astype(np.int8), weight.name))
     onnx.save(model, path)
-    with pytest.raises(RuntimeError, match=r"differs from torch by .* graph optimisation off, image 0, output \w+ of anchor"):
+    with pytest.raises(
+        RuntimeError, match=r"differs from torch by .* graph optimisation off, image 0, output \w+ of anchor"
+    ):
         onnx_gates.check_parity(path, truth, "raw", "qcdq")
-    with pytest.raises(RuntimeError, match="differs from yolov10n-w4a16-qcdq-qat.onnx"):
+    with pytest.raises(RuntimeError, match=r"differs from yolov10n-w4a16-qcdq-qat\.onnx"):
         onnx_gates.check_same_output(path, file_of(run, "yolov10n-w4a16-qcdq-qat"), truth.images[:1])
     with pytest.raises(RuntimeError, match="83 DequantizeLinear nodes"):
         onnx_gates.check_codes(path, {4: N_QUANTIZED + 1})
@@ -221,15 +232,16 @@ def test_wrong_graphs_fail_their_gates(run: RunRoot, trained: dict[str, Trained]
 
 def test_end2end_parity_sees_a_wrong_choice(run: RunRoot, trained: dict[str, Trained]) -> None:
     truth = trained["fp16"].truth
+    allowed = truth.allowed("fp32")
     output = run_file(file_of(run, "yolov10n-baseline-fp32", "end2end"), truth.images[:1], "on")[0][0]
-    box_px, score, _ = onnx_gates.off_end2end(output, truth.raw[0], FLOAT32)
-    assert box_px <= FLOAT32.box_px
-    assert score <= FLOAT32.score
+    box_px, score, _ = onnx_gates.off_end2end(output, truth.raw[0], allowed)
+    assert box_px <= allowed.box_px
+    assert score <= allowed.score
     missed = np.concatenate([output[1:], output[-1:]])  # the best detection is left out, all others are right
-    box_px, score, _ = onnx_gates.off_end2end(missed, truth.raw[0], FLOAT32)
-    assert score > FLOAT32.score
+    box_px, score, _ = onnx_gates.off_end2end(missed, truth.raw[0], allowed)
+    assert score > allowed.score
     shifted = output + np.array([1, 0, 0, 0, 0, 0], np.float32)
-    assert onnx_gates.off_end2end(shifted, truth.raw[0], FLOAT32)[0] > FLOAT32.box_px
+    assert onnx_gates.off_end2end(shifted, truth.raw[0], allowed)[0] > allowed.box_px
 
 
 def test_dynamic_batch(tmp_path: Path, trained: dict[str, Trained]) -> None:

@@ -21,7 +21,7 @@ from app.run import RunRoot, read_json
 from app.train import train
 from app.trainer import Trainer
 
-# 40 images in batches of 8, two of them to an optimizer step; mosaic in all but the last epoch. EMA fast enough to move.
+# 40 images in batches of 8, two of them to an optimizer step; mosaic in all but the last epoch. A fast EMA.
 SETTINGS = [
     "data.coco_dir=coco-subset", "data.n_train=40", "data.n_val=8", "model=yolov10n.yaml", "train.imgsz=64",
     "train.batch=8", "train.epochs=3", "train.workers=0", "train.device=cpu", "train.bn_batches=2", "hyp.nbs=16",

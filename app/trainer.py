@@ -19,6 +19,7 @@ from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap_model
 
 from app.config import UserError, read_yaml, validate
+from app.correction import correct_best
 from app.guard import judge
 from app.interrupt import Interrupt
 from app.loader import BN_EPOCH, CocoDataset, train_loader
@@ -153,6 +154,8 @@ class Trainer(DetectionTrainer):
                     self._start_epoch()
                     self._train_epoch()
                     self._end_epoch()
+                with self.interrupt.at_once(self.save_model):
+                    correct_best(self)
             except RuntimeError as error:
                 self.interrupt.leave()  # a signal to the whole process group ends the loader processes first
                 self._explain(error)

@@ -1,7 +1,7 @@
 """Does the evaluated model stay as healthy as the trained one? Small trainings that differ in one ingredient each.
 
-Every arm is the product's own train stage in a process of its own; several share the GPU. A call ends when all are done
-or its time is up, and the next call of the same command goes on where it stopped.
+Every arm is the product's own train stage in a process of its own; several share a GPU, and all GPUs are used. A call
+ends when all are done or its time is up, and the next call of the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.config import Config, load
+import torch
+
+from app.config import Config, UserError, load
 from app.curves import read_rows
 from app.data import prepare
 from app.run import RunRoot, environment, write_json
@@ -34,6 +36,8 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "per tensor": ("qat", ["quant.scheme=w4a16-per-tensor"]),
     "learned scale": ("qat", ["quant.learned_scale=true"]),
     "dampening": ("qat", ["quant.dampening=1e-3"]),
+    "freezing": ("qat", ["quant.freeze_threshold=0.02"]),
+    "correction": ("qat", ["quant.correction_epochs=1"]),
     "8-bit warm-up": ("qat", ["quant.warmup_epochs=20", "quant.warmup_bits=8"]),
 }
 STATES = ("raw", "ema", "ema_bn")
@@ -52,7 +56,14 @@ class Plan:
 
 
 def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) -> None:
-    """Trains all arms, prints their table; run.root holds one run root an arm and seed, and bench-stability.json."""
+    """Trains all arms, prints their table; every arm and seed has a run root beside run.root, which holds
+    bench-stability.json.
+
+    Raises:
+        UserError: an unknown arm.
+    """
+    if unknown := [arm for arm in plan.arms if arm not in ARMS]:
+        raise UserError(f"--arms {unknown[0]}: choose among {', '.join(ARMS)}")
     jobs = {
         (arm, seed): settings(arm, seed, overlays, sets) for seed in plan.seeds for arm in plan.arms
     }  # fmt: skip
@@ -84,10 +95,13 @@ def train_all(
     deadline = time.monotonic() + plan.for_s
     waiting = [job for job, (variant, sets) in jobs.items() if not is_done(run, job, load(variant, overlays, sets))]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    place: dict[tuple[str, int], str] = {}  # job -> its GPU
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < plan.n_jobs:
             job = waiting.pop(0)
-            running[job] = start(run, job, overlays, jobs[job])
+            taken = [place[other] for other in running]
+            place[job] = min(visible_gpus(), key=taken.count)
+            running[job] = start(run, job, overlays, (*jobs[job], place[job]))
         time.sleep(0.5)
         for job in [job for job, process in running.items() if process.poll() is not None]:
             code = running.pop(job).returncode
@@ -100,15 +114,23 @@ def train_all(
         log.info("time is up, %d trainings are not done: the same command goes on", len(waiting) + len(running))
 
 
+def visible_gpus() -> list[str]:
+    """Indices for CUDA_VISIBLE_DEVICES; one empty string where there is no GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given is not None else [str(i) for i in range(torch.cuda.device_count())] or [""]
+
+
 def start(
-    run: RunRoot, job: tuple[str, int], overlays: list[Path], of: tuple[str, list[str]]
+    run: RunRoot, job: tuple[str, int], overlays: list[Path], of: tuple[str, list[str], str]
 ) -> subprocess.Popen[bytes]:
+    """Starts one training; `of` is variant, settings and GPU."""
     root = root_of(run, *job)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": of[2]}
     command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", of[0], "--run", root.name]
     command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
     command += [part for item in of[1] for part in ("--set", item)]
     with open(root.root / "bench.log", "ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environ)
 
 
 def is_done(run: RunRoot, job: tuple[str, int], config: Config) -> bool:

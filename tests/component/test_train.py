@@ -91,6 +91,22 @@ def test_a_training_leaves_everything_the_next_stages_need(trained: dict[str, Pa
         assert not model.training
 
 
+def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
+    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = settle(runs_dir, "corrected", sets=("quant.correction_epochs=1", "quant.correction_lr=0.01"))
+    train(config, run, force=False)
+    folder = run.variant_dir(config.label)
+    plain, corrected = (load_checkpoint(of / "weights" / "best.pt")["scored"] for of in (trained["qat"], folder))
+    changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], corrected[name])}
+    assert changed == {"weight", "bias"}
+    assert all(torch.equal(plain[name], corrected[name]) for name in plain if name.endswith("conv.weight"))
+    assert rows(folder)[-1]["AP/corrected"] != ""
+    (folder / "done.json").unlink()  # the next start finds that all is done
+    monkeypatch.setattr("app.correction.correct", None)
+    train(config, run, force=False)
+
+
 def test_validation_scores_the_one2one_head(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = settle(runs_dir, "head", sets=("train.epochs=1",))
     seen = []

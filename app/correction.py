@@ -1,0 +1,61 @@
+"""The last step of a training with quant.correction_epochs: its best state, corrected in one epoch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import autocast
+
+from app.curves import write_rows
+from app.model import load_checkpoint, save_checkpoint, scored_state
+from app.progress import track
+from app.quant.correct import correct
+from app.validation import SCORES
+
+if TYPE_CHECKING:
+    from app.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def correct_best(trainer: Trainer) -> None:
+    """Corrects the state in best.pt on one epoch of train images (see app.quant.correct); replaces it if its AP is not
+    lower. results.csv gets AP/corrected in its last row. Does nothing where the option is off or all is done.
+    """
+    quant, best = trainer.config.quant, load_checkpoint(trainer.best)
+    if quant is None or not quant.correction_epochs or "AP/corrected" in trainer.rows[-1]:
+        return
+    held_out = trainer.held_out = deepcopy(trainer.ema.ema)
+    held_out.load_state_dict(best["scored"])
+    held_out.criterion = trainer.net.criterion
+
+    def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        with autocast(trainer.amp, device=trainer.device.type):
+            return model(batch)[0].sum()
+
+    correct(held_out, _one_epoch(trainer), loss_of, quant.correction_lr)
+    scores = trainer.validator(trainer)
+    ap = scores[SCORES["AP"]]
+    if ap >= best["fitness"]:
+        save_checkpoint(trainer.best, trainer.config, {**best, "scored": scored_state(held_out), "fitness": ap})
+    log.info(
+        "correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if ap >= best["fitness"] else "kept"
+    )
+    trainer.rows[-1]["AP/corrected"] = ap
+    write_rows(trainer.save_dir / "results.csv", trainer.rows)
+    trainer.monitor.writer.add_scalar("AP/corrected", ap, trainer.epochs)
+    trainer.save_model()
+
+
+def _one_epoch(trainer: Trainer) -> Iterator[dict[str, Any]]:
+    """The epoch after the last one, augmented as the last one was."""
+    loader = trainer.train_loader
+    loader.sampler.start(trainer.epochs, 0)
+    loader.reset()
+    for batch in track(loader, "correction", len(loader), "batches"):
+        yield trainer.preprocess_batch(batch)

@@ -13,9 +13,10 @@ data: ## check COCO and prepare it for training
 train-fp16: ## train the FP16 (AMP) baseline
 train-qat: ## train with 4-bit weights (quant.scheme)
 export: ## checkpoints to ONNX
+ptq: ## the trained baseline, quantized without training
 eval: ## score the ONNX files with COCO's metrics
 report: ## runs/RUN/summary.md
-all: ## data, both trainings, export, eval, report
+all: ## data, both trainings, export, ptq, eval, report
 bench: ## step times and stability, side by side
 
 ##@ Around it
@@ -24,7 +25,7 @@ tensorboard: ## every run, live, on http://localhost:6006
 build: ## build the image (RUNNER=local: the .venv)
 lint: ## ruff, pyright, import-linter
 
-smoke test data train-fp16 train-qat export eval report all bench download-coco tensorboard build lint:
+smoke test data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint:
 	$(job)
 
 test-container: ## tests of the image, from outside (needs a Docker engine)
@@ -59,5 +60,5 @@ help:
 		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
 		GPUS=1 'GPUs of the container; all, with --set train.device=1, picks another'
 
-.PHONY: smoke test data train-fp16 train-qat export eval report all bench download-coco tensorboard build lint \
+.PHONY: smoke test data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint \
 	test-container lock stop clean help

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
 
 log = logging.getLogger("app")
 STAGES = {
-    "all": "the main job: data, train fp16, train qat, export, eval, report",
+    "all": "the main job: data, train fp16, train qat, export, ptq, eval, report",
     "data": "check COCO, make the YOLO view beside the runs, choose a subset",
     "train": "train one variant from random weights; continues an unfinished training",
     "export": "trained checkpoints -> ONNX files, each checked against torch",
@@ -195,7 +195,7 @@ def run_all(args: argparse.Namespace) -> None:
     common += [part for item in args.set for part in ("--set", item)]
     common += ["--force"] if args.force else []
     variants = [["train", "--variant", variant] for variant in ("fp16", "qat")]
-    for stage in (["data"], *variants, ["export"], ["eval"], ["report"]):
+    for stage in (["data"], *variants, ["export"], ["ptq"], ["eval"], ["report"]):
         code = run_process([sys.executable, "-m", "app", *stage, *common])
         if code:
             sys.exit(code)

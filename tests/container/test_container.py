@@ -16,7 +16,7 @@ from pathlib import Path
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("IMAGE", "w4a16-detector:latest")
-GPU_JOBS = ("train-fp16", "train-qat", "export", "eval", "all", "smoke", "bench")
+GPU_JOBS = ("train-fp16", "train-qat", "export", "ptq", "eval", "all", "smoke", "bench")
 JOBS = (*GPU_JOBS, "data", "report", "test", "lint")
 # Any uid will do; one without a name and without a home shows that none is needed. Only root may delete its files.
 UID = 23456 if os.getuid() == 0 else os.getuid()

@@ -25,6 +25,7 @@ from app.interrupt import Interrupt
 from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import build, load_checkpoint, save_checkpoint, scored_state
 from app.monitor import Monitor
+from app.optimizer import fuse
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.stabilise import exempt_scales_from_decay, stabilisers
 from app.run import read_json, write_json
@@ -117,14 +118,10 @@ class Trainer(DetectionTrainer):
         return build_dataloader(dataset, batch_size, self.args.workers, shuffle=False, rank=rank, device=self.device)
 
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Ultralytics' optimizer and groups; fused on a GPU, where it is one pass that does not wait for the scaler."""
+        """Ultralytics' optimizer and groups; fused on a GPU."""
         optimizer = super().build_optimizer(model, *args, **kwargs)
         exempt_scales_from_decay(optimizer, model)
-        if self.device.type != "cuda":
-            return optimizer
-        own = ("fused", "foreach")
-        groups = [{key: value for key, value in group.items() if key not in own} for group in optimizer.param_groups]
-        return cast(Any, type(optimizer))(groups, fused=True)
+        return fuse(optimizer) if self.device.type == "cuda" else optimizer
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CocoDataset:
         augment = mode == "train"

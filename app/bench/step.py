@@ -106,7 +106,11 @@ def bench_step(run: RunRoot, overlays: list[Path], sets: list[str], sizes: Sizes
     if t.device not in ("auto", "cpu") and device.type == "cpu":
         raise UserError(f"train.device={t.device}: torch sees no GPU; use train.device=cpu")
     torch.backends.cudnn.deterministic = t.deterministic
-    rows = []
+    result: dict[str, Any] = {
+        "model": configs["fp16"].model, "imgsz": t.imgsz, "device": device_name(device),
+        "amp": t.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label, "rounds": sizes.n_rounds,
+        "steps": sizes.n_steps, "rows": [], "environment": environment(),
+    }  # fmt: skip
     for n_images in sizes.batches:
         batch = synthetic_batch(n_images, t.imgsz, device)
         peaks = {name: peak_memory(config, device, batch) for name, config in configs.items()}
@@ -117,16 +121,9 @@ def bench_step(run: RunRoot, overlays: list[Path], sets: list[str], sizes: Sizes
         for _ in range(sizes.n_rounds):
             for name, arm in arms.items():
                 times[name].append(arm.time_steps(batch, sizes.n_steps))
-        rows += [step_row(n_images, name, times, peaks) for name in arms]
-        log.info("batch %d done", n_images)
-    result = {
-        "model": configs["fp16"].model, "imgsz": t.imgsz, "device": device_name(device),
-        "amp": t.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label, "rounds": sizes.n_rounds,
-        "steps": sizes.n_steps, "rows": rows,
-        "environment": environment(),
-    }  # fmt: skip
-    write_json(run.root / "bench-step.json", result)
-    show_steps(result)
+        result["rows"] += [step_row(n_images, name, times, peaks) for name in arms]
+        write_json(run.root / "bench-step.json", result)
+        show_steps(result)  # after every batch size: a lease may end before the last one
 
 
 def device_name(device: torch.device) -> str:

@@ -18,12 +18,13 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap_model
 
+from app.checkpoint import continue_from_checkpoint, save_state
 from app.config import UserError, read_yaml, validate
 from app.correction import correct_best
 from app.guard import judge
 from app.interrupt import Interrupt
 from app.loader import BN_EPOCH, CocoDataset, train_loader
-from app.model import build, load_checkpoint, save_checkpoint, scored_state
+from app.model import build, save_checkpoint, scored_state
 from app.monitor import Monitor
 from app.optimizer import fuse
 from app.quant.health import WINDOW_STEPS, Oscillations
@@ -184,7 +185,7 @@ class Trainer(DetectionTrainer):
         self.oscillations = Oscillations(self.net)
         self.options = stabilisers(self.config, self.net, self.ema.ema)
         self.stabilisers = [*self.options, self.oscillations]
-        self.continue_from_checkpoint()
+        continue_from_checkpoint(self)
 
     def _start_epoch(self) -> None:
         """Learning rate, mosaic and data of an epoch are functions of its number, whatever ran before it."""
@@ -312,41 +313,4 @@ class Trainer(DetectionTrainer):
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_model(self) -> None:
-        """last.pt holds everything that the next step depends on, and the last scored state."""
-        state = {
-            "scored": self.scored, "epoch": self.epoch, "batch_in_epoch": self.batch_in_epoch,
-            "loss_sum": self.loss_sum, "loss_names": list(self.loss_names), "last_step": self.last_step,
-            "model": scored_state(self.net), "ema": scored_state(self.ema.ema),
-            "ema_updates": self.ema.updates, "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(), "criterion_updates": self.net.criterion.updates,
-            "stabilisers": [stabiliser.state_dict() for stabiliser in self.stabilisers],
-            "best_fitness": self.best_fitness, "best_epoch": self.best_epoch, "rows": self.rows,
-            "accumulate": self.accumulate, "codes_before": self.codes_before,
-        }  # fmt: skip
-        save_checkpoint(self.last, self.config, state)
-
-    def continue_from_checkpoint(self) -> None:
-        """Takes up the state of last.pt, if there is one: at the next step, or the next epoch."""
-        if not self.last.exists():
-            return
-        state = load_checkpoint(self.last)
-        self.net.load_state_dict(state["model"])
-        self.ema.ema.load_state_dict(state["ema"])
-        self.ema.updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        for stabiliser, its_state in zip(self.stabilisers, state["stabilisers"], strict=True):
-            stabiliser.load_state_dict(its_state)
-        criterion = self.net.criterion = self.net.init_criterion()
-        criterion.updates = state["criterion_updates"] - 1
-        criterion.update()
-        self.best_fitness, self.best_epoch, self.rows = state["best_fitness"], state["best_epoch"], state["rows"]
-        self.codes_before = state["codes_before"]
-        self.scored, self.accumulate, self.last_step = state["scored"], state["accumulate"], state["last_step"]
-        self.loss_names, self.batch_in_epoch = tuple(state["loss_names"]), state["batch_in_epoch"]
-        if self.batch_in_epoch:
-            self.loss_sum = state["loss_sum"].to(self.device)
-            self.loss_items = dict(zip(self.loss_names, self.loss_sum, strict=True))
-        self.start_epoch = state["epoch"] + (self.batch_in_epoch == 0)
-        where = f", batch {self.batch_in_epoch} of the next" if self.batch_in_epoch else ""
-        log.info("train %s: continues after epoch %d%s of %d", self.config.label, self.start_epoch, where, self.epochs)
+        save_state(self)

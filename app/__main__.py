@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import subprocess
@@ -26,6 +27,7 @@ STAGES = {
     "bench": "what a training step costs: fp16, qat, qat through plain Brevitas, side by side",
     "download-coco": "fetch the official COCO 2017 archives",
 }
+FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and the same command goes on"
 
 
 def main() -> int:
@@ -58,6 +60,7 @@ def set_up_terminal() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
     logging.basicConfig(format="%(message)s", handlers=[handler])
+    logging.raiseExceptions = False  # a full disk is reported once, by the file that matters, not by every log record
     log.setLevel(logging.INFO)
     # Imported by Brevitas; without a GPU it warns that there is none, which is no news to whoever has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -104,19 +107,33 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run_stage(args: argparse.Namespace) -> None:
-    """Loads configuration and stage, and runs it; heavy imports happen here."""
+    """Loads the configuration and runs a stage, alone on its run root."""
     if args.stage == "download-coco":
         from app.download import download_coco
 
         return download_coco(args.to, args.keep_archives)
     from app.config import load
-    from app.run import isolate_libraries, open_run
+    from app.run import explain_full_disk, isolate_libraries, open_run
 
     run = open_run(args.run, args.runs_dir)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
     sets += [f"quant.scheme={args.scheme}"] if args.stage == "ptq" and args.scheme else []
     config = load(args.variant if args.stage == "train" else "qat", args.conf, sets)
     isolate_libraries(run.cache_dir)
+    with explain_full_disk(run.runs_dir, FULL_DISK_REMEDY), alone(args, run):
+        run_loaded(args, config, run)
+
+
+def alone(args: argparse.Namespace, run: RunRoot) -> contextlib.AbstractContextManager[None]:
+    """The lock of the run root. `all` and bench leave it to the stages they start; eval --onnx writes elsewhere."""
+    from app.lock import hold
+
+    free = args.stage in ("all", "bench") or (args.stage == "eval" and args.onnx is not None)
+    return contextlib.nullcontext() if free else hold(run, args.stage)
+
+
+def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
+    """Heavy imports happen here."""
     match args.stage:
         case "all":
             run_all(args)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.config import UserError
 from app.model import load_checkpoint, save_checkpoint, scored_state
 
 if TYPE_CHECKING:
@@ -13,9 +15,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def previous_of(last: Path) -> Path:
+    """Where the checkpoint before `last` lies."""
+    return last.with_name("last-1.pt")
+
+
 def save_state(trainer: Trainer) -> None:
-    """Writes last.pt: the state after the last optimizer step, and the last scored state."""
-    save_checkpoint(trainer.last, trainer.config, state_of(trainer))
+    """Writes last.pt: the state after the last optimizer step, and the last scored state. The one before is kept.
+
+    Raises:
+        NonFinite: the state is not worth keeping.
+    """
+    state = state_of(trainer)
+    save_checkpoint(trainer.last, trainer.config, state, previous_of(trainer.last))
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -33,16 +45,40 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def continue_from_checkpoint(trainer: Trainer) -> None:
-    """Takes up the state of last.pt, if there is one: at the next step, or the next epoch."""
-    if not trainer.last.exists():
+    """Takes up the last whole checkpoint: at the next step, or the next epoch. Without one the start is saved."""
+    state = last_whole(trainer.last)
+    if state is None:
+        trainer.net.criterion = trainer.net.init_criterion()
+        trainer.epoch = -1
+        save_state(trainer)
         return
-    state = load_checkpoint(trainer.last)
     restore(trainer, state)
     n_batches = trainer.batch_in_epoch
     where = f", batch {n_batches} of the next" if n_batches else ""
     log.info(
         "train %s: continues after epoch %d%s of %d", trainer.config.label, trainer.start_epoch, where, trainer.epochs
     )
+
+
+def last_whole(last: Path) -> dict[str, Any] | None:
+    """Content of last.pt or, where that is damaged, of the checkpoint before it; None where there is neither.
+
+    Raises:
+        UserError: both are damaged.
+    """
+    previous = previous_of(last)
+    if not last.exists() and not previous.exists():
+        return None
+    try:
+        return load_checkpoint(last)
+    except UserError as error:
+        if not previous.exists():
+            raise UserError(f"{error}; there is none before it: start over with ARGS=--force") from error
+        state = load_checkpoint(previous)
+        log.warning("%s; the one before it is used, %s", error, previous)
+    if last.exists():  # it must not become the one before
+        last.replace(last.with_name("last-damaged.pt"))
+    return state
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:

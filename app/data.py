@@ -12,9 +12,9 @@ import yaml
 
 from app.coco import N_TRAIN, N_VAL, NAMES
 from app.config import BUILTIN_DATASET, Config, Data, UserError
-from app.run import RunRoot, read_json, record_stage, sha256, write_json, write_text
+from app.run import RunRoot, explain_full_disk, read_json, record_stage, sha256, write_json, write_text
 from app.synthetic import VERSION, draw_coco_subset
-from app.view import SPLITS, build_view, explain_full_disk, is_current, read_index, view_dir
+from app.view import SPLITS, build_view, is_current, read_index, view_dir
 
 log = logging.getLogger(__name__)
 N_SHOWN_FAULTS = 5

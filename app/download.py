@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from app.config import UserError
 from app.progress import track
-from app.view import FULL_DISK_ERRNOS, explain_full_disk
+from app.run import FULL_DISK_ERRNOS, explain_full_disk
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 2**20

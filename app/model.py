@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from app.quant.schemes import quantize
 from app.run import write_atomic
 
 CHECKPOINT_FORMAT = 1
+SEAL = b"\nsha256:"  # ends a checkpoint, with 64 hex digits; torch.load reads the ZIP before it and ignores the rest
+SEAL_BYTES = len(SEAL) + 64
+ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how a ZIP without a seal ends
 
 
 def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
@@ -42,22 +47,45 @@ def scored_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def save_checkpoint(path: Path, config: Config, entries: dict[str, Any]) -> None:
-    """Writes a checkpoint atomically: format, configuration and `entries` (tensors and plain values only)."""
+def save_checkpoint(path: Path, config: Config, entries: dict[str, Any], previous: Path | None = None) -> None:
+    """Writes a checkpoint atomically: format, configuration and `entries` (tensors and plain values only).
+
+    With `previous` the checkpoint that is replaced stays under that name.
+
+    Raises:
+        OSError: for example no space is left; the old file is whole.
+    """
     checkpoint = {"format": CHECKPOINT_FORMAT, "config": config.model_dump(mode="json"), **entries}
-    write_atomic(path, lambda part: torch.save(checkpoint, part))
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a reason
+    torch.save(checkpoint, buffer)
+    buffer.write(seal(buffer.getbuffer()))
+    write_atomic(path, lambda part: part.write_bytes(buffer.getbuffer()), previous)
+
+
+def seal(data: bytes | memoryview) -> bytes:
+    return SEAL + hashlib.sha256(data).hexdigest().encode()
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the seal fits; a plain ZIP, as torch.save writes it, has none."""
+    plain = data[-ZIP_END_BYTES:].startswith(ZIP_END)
+    return plain or data[-SEAL_BYTES:] == seal(memoryview(data)[:-SEAL_BYTES])
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without executing any pickle code (weights_only).
 
     Raises:
-        UserError: missing, truncated, or not a checkpoint of this project.
+        UserError: missing, truncated, changed on the disk, or not a checkpoint of this project.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: train first, for example 'make train-fp16'") from error
+    if not is_whole(data):
+        raise UserError(f"{path} is not a whole checkpoint: its checksum does not fit, it is cut off or damaged")
+    try:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a readable checkpoint of this project ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:

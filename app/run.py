@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -22,6 +25,8 @@ REPO_DIR = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "torchvision", "ultralytics-opencv-headless", "brevitas", "onnx", "onnxruntime-gpu", "pycocotools", "numpy"
 )  # fmt: skip
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
+GIT_S = 20  # seconds that git may take to name the revision
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,56 @@ def open_run(name: str, runs_dir: Path) -> RunRoot:
     return RunRoot(runs_dir, name)
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+@contextlib.contextmanager
+def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
+    """Turns 'no space left' inside the block into a UserError that names the folder, its free space and the need."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK_ERRNOS:
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise UserError(f"no space left in {folder} ({free:,.0f} MiB free): {need}") from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
     """Lets `write` fill a temporary file beside `path`, flushes it to disk, then renames it over `path`.
 
-    A crash or a full disk leaves the old file whole and no temporary file behind.
+    A crash or a full disk leaves the old file whole and, short of kill -9, no temporary file behind. With `previous`
+    the file that is replaced stays under that name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(part)
+        if previous and path.exists():
+            _keep(path, previous)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    flush(path.parent)  # else the new name may not outlive a power failure
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """A second name for the file, so that it never lacks the first one; a copy where there are no hard links."""
+    part = previous.with_name(f".{previous.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    try:
+        part.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, part)
+    part.replace(previous)
+    part.unlink(missing_ok=True)  # it is still there where both names led to one file already
 
 
 def write_text(path: Path, text: str) -> None:
@@ -125,8 +166,11 @@ def code_version() -> str:
     if revision := os.environ.get("APP_REVISION"):
         return revision
     git = ["git", "-C", str(REPO_DIR), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    result = subprocess.run(git, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+    try:
+        result = subprocess.run(git, capture_output=True, text=True, check=True, timeout=GIT_S)
+    except (FileNotFoundError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip()
 
 
 def environment() -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +16,11 @@ import cv2
 import numpy as np
 
 from app.coco import CLASS_INDEX, Split, read_instances
-from app.config import UserError
 from app.progress import track
 
 VIEW_VERSION = 3
 SPLITS = {"train": "train2017", "val": "val2017"}
 JPEG_SUFFIXES, JPEG_END = (".jpg", ".jpeg"), b"\xff\xd9"
-FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 N_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -42,18 +38,6 @@ def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str])
     """Folder of the view of exactly this dataset at exactly this place."""
     key = json.dumps([VIEW_VERSION, str(coco_dir), annotation_sha256], sort_keys=True)
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
-    """Turns 'no space left' inside the block into a UserError that names the folder, its free space and the need."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK_ERRNOS:
-            raise
-        free = shutil.disk_usage(folder).free / 2**20
-        raise UserError(f"no space left in {folder} ({free:,.0f} MiB free): {need}") from error
 
 
 def is_current(view: Path, coco_dir: Path) -> bool:

@@ -24,8 +24,9 @@ download-coco: ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while 
 tensorboard: ## every run, live, on http://localhost:6006
 build: ## build the image (RUNNER=local: the .venv)
 lint: ## ruff, pyright, import-linter
+soak: ## 50 random kills (-9) of small trainings, each compared with an uninterrupted one
 
-smoke test data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint:
+smoke test soak data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint:
 	$(job)
 
 test-container: ## tests of the image, from outside (needs a Docker engine)
@@ -52,7 +53,7 @@ help:
 		/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@printf '\n%s\n' 'Variables'
 	@printf '  %-21s %s\n' \
-		RUN=name 'folder under runs/ (default full; smoke: smoke)' \
+		RUN=name 'folder under runs/ (default full; smoke and soak: so named)' \
 		COCO_DIR=path 'COCO folder (default data/coco; smoke: the drawn dataset)' \
 		ARGS='"--set key=value"' 'settings, all in conf/base.yaml; --force runs again' \
 		CONF=file.yaml 'settings from files' \
@@ -60,5 +61,5 @@ help:
 		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
 		GPUS=1 'GPUs of the container; all, with --set train.device=1, picks another'
 
-.PHONY: smoke test data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint \
+.PHONY: smoke test soak data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint \
 	test-container lock stop clean help

@@ -27,6 +27,7 @@ STAGES = {
     "bench": "what a training step costs: fp16, qat, qat through plain Brevitas, side by side",
     "download-coco": "fetch the official COCO 2017 archives",
 }
+BENCHES = ("step", "train", "profile", "stability", "soak")
 FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and the same command goes on"
 
 
@@ -85,7 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "train":
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
         if name == "bench":
-            stage.add_argument("what", nargs="?", choices=("step", "train", "profile", "stability"), default="step")
+            stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
             stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
             stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
             stage.add_argument("--rounds", type=int, help="step, train: turns of every arm (default: 7, 2)")
@@ -95,6 +96,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
             stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
             stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
+            stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
+            stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
         if name == "ptq":
             stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
         if name == "eval":
@@ -182,6 +185,11 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
 
             overlays = [CONF_DIR / "stability.yaml", *args.conf]
             bench_stability(run, overlays, sets, Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs))
+        case "soak":
+            from app.bench.soak import Plan, bench_soak
+            from app.config import CONF_DIR
+
+            bench_soak(run, [CONF_DIR / "soak.yaml", *args.conf], sets, Plan(args.kills, args.seed))
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from app.config import UserError
 from app.model import load_checkpoint, save_checkpoint, scored_state
+from app.nonfinite import NonFinite
 
 if TYPE_CHECKING:
     from app.trainer import Trainer
 
+# The scale begins at 65,536 and is halved when a gradient is infinite; below 1 it is no longer the scale's fault.
+SMALLEST_SCALE = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -26,8 +29,17 @@ def save_state(trainer: Trainer) -> None:
     Raises:
         NonFinite: the state is not worth keeping.
     """
+    trainer.watch.check()
     state = state_of(trainer)
+    check_finite(trainer, state)
     save_checkpoint(trainer.last, trainer.config, state, previous_of(trainer.last))
+
+
+def check_finite(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state."""
+    weights = all(state["model"][name].isfinite().all() for name, _ in trainer.net.named_parameters())
+    if not weights or state["scaler"].get("scale", 1.0) < SMALLEST_SCALE:
+        raise NonFinite("gradient" if weights else "weights", trainer.watch.newest)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -40,7 +52,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "scaler": trainer.scaler.state_dict(), "criterion_updates": trainer.net.criterion.updates,
         "stabilisers": [stabiliser.state_dict() for stabiliser in trainer.stabilisers],
         "best_fitness": trainer.best_fitness, "best_epoch": trainer.best_epoch, "rows": trainer.rows,
-        "accumulate": trainer.accumulate, "codes_before": trainer.codes_before,
+        "accumulate": trainer.accumulate, "codes_before": trainer.codes_before, "faults": trainer.faults,
     }  # fmt: skip
 
 
@@ -95,10 +107,11 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     net.criterion.updates = state["criterion_updates"] - 1
     net.criterion.update()
     trainer.best_fitness, trainer.best_epoch, trainer.rows = state["best_fitness"], state["best_epoch"], state["rows"]
-    trainer.codes_before = state["codes_before"]
+    trainer.codes_before, trainer.faults = state["codes_before"], state.get("faults", [])
     trainer.scored, trainer.accumulate, trainer.last_step = state["scored"], state["accumulate"], state["last_step"]
     trainer.loss_names, trainer.batch_in_epoch = tuple(state["loss_names"]), state["batch_in_epoch"]
     if trainer.batch_in_epoch:
         trainer.loss_sum = state["loss_sum"].to(trainer.device)
         trainer.loss_items = dict(zip(trainer.loss_names, trainer.loss_sum, strict=True))
+    trainer.epoch = state["epoch"]
     trainer.start_epoch = state["epoch"] + (trainer.batch_in_epoch == 0)

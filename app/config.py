@@ -100,6 +100,7 @@ class Guard(Section):
     share: float = Field(gt=0, lt=1)
     divergence: Literal["off", "warn", "stop"]
     n_validations: int = Field(gt=0)
+    max_rollbacks: int = Field(default=0, ge=0)  # what was trained before it existed never went back
 
 
 class Export(Section):

@@ -26,9 +26,11 @@ from app.interrupt import Interrupt
 from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import build, save_checkpoint, scored_state
 from app.monitor import Monitor
+from app.nonfinite import NonFinite, Watch, gradient_norm
 from app.optimizer import fuse
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.stabilise import exempt_scales_from_decay, stabilisers
+from app.rollback import roll_back
 from app.run import read_json, write_json
 from app.validation import Validator, examine, score_states
 
@@ -78,6 +80,8 @@ class Trainer(DetectionTrainer):
         self.scored: dict[str, torch.Tensor] = {}
         self.codes_before = torch.zeros(0, dtype=torch.int8)
         self.bn_images: list[torch.Tensor] = []
+        self.faults: list[dict[str, Any]] = []
+        self.watch = Watch(self.device)
         self.interrupt = Interrupt()
         self.monitor = Monitor(out_dir, self.config.label)
 
@@ -147,11 +151,10 @@ class Trainer(DetectionTrainer):
         with self.interrupt:
             self._setup_train()
             try:
-                for epoch in range(self.start_epoch, self.epochs):
+                epoch = self.start_epoch
+                while epoch < self.epochs:
                     self.epoch = epoch
-                    self._start_epoch()
-                    self._train_epoch()
-                    self._end_epoch()
+                    epoch = self._run_epoch()
                 with self.interrupt.at_once(self.save_model):
                     correct_best(self)
             except RuntimeError as error:
@@ -163,6 +166,17 @@ class Trainer(DetectionTrainer):
                 self.train_loader.close()
                 self.test_loader.close()
 
+    def _run_epoch(self) -> int:
+        """Returns the number of the epoch that comes next: this one again where it met a fault and went back."""
+        try:
+            self._start_epoch()
+            self._train_epoch()
+            self._end_epoch()
+        except NonFinite as fault:
+            roll_back(self, fault)
+            return self.start_epoch
+        return self.epoch + 1
+
     def _explain(self, error: RuntimeError) -> None:
         """Raises UserError for what the user can mend: too little GPU memory, a loader process that died or hangs."""
         t = self.config.train
@@ -171,7 +185,7 @@ class Trainer(DetectionTrainer):
                 f"train.batch={t.batch} at {t.imgsz} px does not fit in GPU memory: set train.batch={t.batch // 2}; "
                 f"gradients still accumulate to {self.args.nbs} images a step"
             ) from error
-        if "DataLoader" in str(error):
+        if str(error).startswith("DataLoader"):  # not one that only passes on an error of our own
             raise UserError(
                 f"a loader process died or hangs ({str(error).splitlines()[0]}): memory or shared memory may be short; "
                 "lower train.workers, or start the container with a larger SHM_SIZE"
@@ -212,16 +226,23 @@ class Trainer(DetectionTrainer):
             step = self.epoch * n_batches + self.batch_in_epoch
             self.batch_in_epoch += 1
             self._warm_up(step, n_batches)
-            self._backward(batch)
+            if step not in self.left_out():
+                self.watch.next(step, batch)
+                self._backward(batch)
             if self._is_validated() and n_batches - self.batch_in_epoch < min(WINDOW_STEPS, n_batches / 4):
                 self.oscillations.open(self.epoch)
             if step - self.last_step >= self.accumulate or self.batch_in_epoch == n_batches:
-                self.optimizer_step()
+                if self.watch.of_step:
+                    self.optimizer_step()
                 self.last_step = step
                 if self.interrupt.signal or self.monitor.save_due(self.config.train.save_every_s):
                     self.save_model()
                     self.interrupt.leave()
             self.monitor.step(len(batch["img"]), self.mean_losses, self._get_memory())
+
+    def left_out(self) -> set[int]:
+        """Numbers of the batches that a loss or gradient was not finite with."""
+        return {number for fault in self.faults for number in fault["batches"]}
 
     def _is_validated(self) -> bool:
         """Whether this epoch ends with a validation."""
@@ -249,6 +270,7 @@ class Trainer(DetectionTrainer):
         self.loss_names = tuple(self.loss_items)
         items = torch.stack(list(self.loss_items.values())).detach()
         self.loss_sum = self.loss_sum + items
+        self.watch.add_loss(self.loss)
         self.scaler.scale(self.loss).backward()
 
     def optimizer_step(self) -> None:
@@ -256,21 +278,23 @@ class Trainer(DetectionTrainer):
             scale = self.scaler.get_scale()  # waits for the GPU
             for stabiliser in self.options:
                 stabiliser.before_step(scale)
+        self.watch.add_step(None if self.scaler.is_enabled() else gradient_norm(self.net))
         super().optimizer_step()
         for stabiliser in self.stabilisers:
             stabiliser.after_step()
 
     def mean_losses(self) -> dict[str, float]:
         """Means over the epoch so far, by name; waits for the GPU."""
-        means = (self.loss_sum / self.batch_in_epoch).tolist()
+        first = self.epoch * len(self.train_loader)
+        n_left_out = sum(first <= number < first + self.batch_in_epoch for number in self.left_out())
+        means = (self.loss_sum / (self.batch_in_epoch - n_left_out)).tolist()
         return {f"train/{name}": round(value, 5) for name, value in zip(self.loss_names, means, strict=True)}
 
     def _end_epoch(self) -> None:
         """Validates where it is due, then writes what the epoch gave."""
         self.monitor.end_train_pass()
+        self.watch.check()
         losses = self.mean_losses()
-        if not all(map(math.isfinite, losses.values())):
-            raise RuntimeError(f"the loss is not finite in epoch {self.epoch + 1}: {self.last} holds the state before")
         row: dict[str, Any] = {"epoch": self.epoch + 1, **losses}
         if self._is_validated():
             with self.interrupt.at_once(self.save_model):

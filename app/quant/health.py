@@ -61,6 +61,7 @@ class Oscillations(Stabiliser):
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.is_open = False
         device = next(self.model.parameters()).device
         self.state = {name: tensor.to("cpu" if name == "epoch" else device) for name, tensor in state.items()}
 

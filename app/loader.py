@@ -148,6 +148,13 @@ def train_loader(dataset: CocoDataset, workers: int, pin_memory: bool, epoch: in
     )
 
 
+def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
+    """Gives a loader of Ultralytics' making, before it is first used, what train_loader has: no endless wait."""
+    if loader.num_workers:
+        loader.timeout, loader.worker_init_fn = WAIT_S, _init_worker
+    return loader
+
+
 def _init_worker(worker: int) -> None:
     """Signals are the trainer's business: Ctrl-C reaches the whole process group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

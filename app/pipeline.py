@@ -21,6 +21,7 @@ from app.runtime import Model, n_decoders
 from app.scoring import ImageFile
 
 BATCHES_AHEAD = 2
+READ_S = 300.0  # for one image; longer means that the disk or network behind it hangs
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,16 @@ def decode_ahead(pool: ThreadPoolExecutor, images: list[ImageFile], imgsz: int, 
     for image in images:
         waiting.append(pool.submit(load_input, image, imgsz))
         if len(waiting) >= n_ahead:
-            yield waiting.popleft().result()
+            yield decoded(waiting.popleft())
     while waiting:
-        yield waiting.popleft().result()
+        yield decoded(waiting.popleft())
+
+
+def decoded(future: Future[Input]) -> Input:
+    try:
+        return future.result(READ_S)
+    except TimeoutError as error:
+        raise UserError(f"an image could not be read in {READ_S:.0f} s: check the disk of the dataset") from error
 
 
 def batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:

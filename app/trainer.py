@@ -23,7 +23,7 @@ from app.config import UserError, read_yaml, validate
 from app.correction import correct_best
 from app.guard import judge
 from app.interrupt import Interrupt
-from app.loader import BN_EPOCH, CocoDataset, train_loader
+from app.loader import BN_EPOCH, CocoDataset, limit_wait, train_loader
 from app.model import build, save_checkpoint, scored_state
 from app.monitor import Monitor
 from app.nonfinite import NonFinite, Watch, gradient_norm
@@ -120,7 +120,8 @@ class Trainer(DetectionTrainer):
         pin_memory = self.device.type == "cuda"
         if mode == "train":
             return train_loader(dataset, self.args.workers, pin_memory)
-        return build_dataloader(dataset, batch_size, self.args.workers, shuffle=False, rank=rank, device=self.device)
+        loader = build_dataloader(dataset, batch_size, self.args.workers, shuffle=False, rank=rank, device=self.device)
+        return limit_wait(loader)
 
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Ultralytics' optimizer and groups; fused on a GPU."""

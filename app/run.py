@@ -131,11 +131,13 @@ def _keep(path: Path, previous: Path) -> None:
     part = previous.with_name(f".{previous.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:
-        part.hardlink_to(path)
-    except OSError:
-        shutil.copyfile(path, part)
-    part.replace(previous)
-    part.unlink(missing_ok=True)  # it is still there where both names led to one file already
+        try:
+            part.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, part)
+        part.replace(previous)
+    finally:
+        part.unlink(missing_ok=True)  # rename leaves it where both names led to one file already
 
 
 def write_text(path: Path, text: str) -> None:

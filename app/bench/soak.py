@@ -30,6 +30,7 @@ from app.train import train
 
 log = logging.getLogger(__name__)
 LIMIT_S = 1800.0  # for a training that nobody kills; longer means that it hangs
+KILL_SHARE = 0.6  # of an uninterrupted training's time: the longest that one lives; starting takes about half of that
 N_SHOWN = 5
 
 
@@ -58,7 +59,7 @@ def bench_soak(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) 
         config, (whole_dir, took_s) = configs[variant], whole[variant]
         root = fresh(run, f"{n_trainings}", config)
         n_before = n_kills
-        while n_kills < plan.n_kills and killed(config, root, rng.uniform(0, took_s)):
+        while n_kills < plan.n_kills and killed(config, root, rng.uniform(0, KILL_SHARE * took_s)):
             n_kills += 1
             n_torn += any(root.root.rglob(".*.part"))
         killed(config, root, None)

@@ -128,10 +128,10 @@ def run_stage(args: argparse.Namespace) -> None:
 
 
 def alone(args: argparse.Namespace, run: RunRoot) -> contextlib.AbstractContextManager[None]:
-    """The lock of the run root. `all` and bench leave it to the stages they start; eval --onnx writes elsewhere."""
+    """The lock of the run root. `all` and bench leave it to the stages they start, train sees to it by itself."""
     from app.lock import hold
 
-    free = args.stage in ("all", "bench") or (args.stage == "eval" and args.onnx is not None)
+    free = args.stage in ("all", "bench", "train") or (args.stage == "eval" and args.onnx is not None)
     return contextlib.nullcontext() if free else hold(run, args.stage)
 
 
@@ -194,12 +194,15 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:
     """Training makes its dataset ready by itself, so that `make train-qat` is enough on a fresh clone."""
-    from app.data import prepare
+    from app.lock import hold
 
-    prepare(config, run, force=False)
-    from app.train import train
+    with hold(run, "train"):
+        from app.data import prepare
 
-    train(config, run, force)
+        prepare(config, run, force=False)
+        from app.train import train
+
+        train(config, run, force)
 
 
 def run_eval(args: argparse.Namespace, config: Config, run: RunRoot) -> None:

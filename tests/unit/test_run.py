@@ -187,11 +187,11 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
         assert os.listdir(run.root / "fp16" / "weights") == ["last.pt"]
 
 
-@pytest.mark.parametrize("stage", ["data", "export", "eval", "report"])
+@pytest.mark.parametrize("stage", ["data", "train --variant qat", "export", "eval", "report"])
 def test_every_stage_that_writes_is_refused(tmp_path: Path, stage: str) -> None:
     run = open_run("r", tmp_path)
     with holder(run) as process:
-        command = [sys.executable, "-m", "app", stage, "--run", "r", "--runs-dir", str(tmp_path)]
+        command = [sys.executable, "-m", "app", *stage.split(), "--run", "r", "--runs-dir", str(tmp_path)]
         done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, timeout=WAIT_S)
         process.kill()
     assert done.returncode == 2

@@ -56,6 +56,10 @@ class RunRoot:
         """Folder of a trained variant; label is fp16 or qat-<scheme>."""
         return self.root / label
 
+    def best(self, label: str) -> Path:
+        """Checkpoint of the variant as it is exported."""
+        return self.variant_dir(label) / "weights" / "best.pt"
+
     def trained_labels(self) -> list[str]:
         """Labels of the variants whose training has finished, fp16 first."""
         labels = sorted(path.parent.name for path in self.root.glob("*/done.json"))

@@ -82,12 +82,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "train":
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
         if name == "bench":
-            stage.add_argument("what", nargs="?", choices=("step", "train", "profile", "stability"), default="step")
+            stage.add_argument(
+                "what", nargs="?", choices=("step", "train", "eval", "profile", "stability"), default="step"
+            )
             stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
             stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
-            stage.add_argument("--rounds", type=int, help="step, train: turns of every arm (default: 7, 2)")
+            stage.add_argument("--rounds", type=int, help="step, train, eval: turns of every arm (default: 7, 2, 3)")
             stage.add_argument("--steps", type=int, default=5, help="step: steps of a turn (default: %(default)s)")
             stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
+            stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
             stage.add_argument("--arms", nargs="+", help="stability: some of its arms (default: all)")
             stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
             stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
@@ -155,6 +158,10 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
             from app.bench.train import Turns, bench_train
 
             bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs))
+        case "eval":
+            from app.bench.eval import bench_eval
+
+            bench_eval(run, args.conf, sets, args.onnx, args.rounds or 3)
         case "profile":
             from app.bench.profile import bench_profile
 

@@ -192,7 +192,7 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str
 
 
 def file_name(label: str, config: Config, kind: tuple[str, str]) -> str:
-    """yolov10m-baseline-fp32.onnx, yolov10m-w4a16-qcdq-qat.onnx, ...-qcdq-ptq-bn.onnx; end2end files end in -end2end."""
+    """yolov10m-baseline-fp32.onnx, yolov10m-w4a16-qcdq-qat.onnx, ...-ptq-bn.onnx; end2end files end in -end2end."""
     precision, contract = kind
     name = f"{Path(config.model).stem}-baseline-{precision}"
     if config.quant:

@@ -23,7 +23,8 @@ STAGES = {
     "ptq": "the trained fp16 baseline, quantized without training -> checkpoints and ONNX files beside the others",
     "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
     "report": "JSON and CSV files of the run -> summary.md",
-    "bench": "what a training step costs: fp16, qat, qat through plain Brevitas, side by side",
+    "compare": "two runs or two scored folders -> compare.md: AP by class and size, images where they differ",
+    "bench": "what a training step costs, how fast training and eval are, whether QAT is stable: side by side",
     "download-coco": "fetch the official COCO 2017 archives",
 }
 
@@ -74,6 +75,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
             )
             stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
             continue
+        if name == "compare":
+            stage.add_argument("left", type=Path, help="runs/A, or a folder of it such as runs/A/baseline-coco")
+            stage.add_argument("right", type=Path, help="runs/B, or runs/A/qat-w4a16-coco")
+            stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+            stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
+            continue
         stage.add_argument("--run", default="full", help="name of the run, a folder under --runs-dir (default: full)")
         stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
         stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
@@ -115,6 +122,11 @@ def run_stage(args: argparse.Namespace) -> None:
     from app.config import load
     from app.run import isolate_libraries, open_run
 
+    if args.stage == "compare":
+        isolate_libraries(args.out.parent / ".cache")
+        from app.compare import compare
+
+        return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
     run = open_run(args.run, args.runs_dir)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
     sets += [f"quant.scheme={args.scheme}"] if args.stage == "ptq" and args.scheme else []

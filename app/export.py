@@ -167,7 +167,7 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str
         RuntimeError: a gate failed; the file was not written.
     """
     path = run.onnx_dir / file_name(trained.label, trained.config, kind)
-    record = describe(trained, kind) | {"export": file_settings(settings)}
+    record: dict[str, Any] = describe(trained, kind) | {"export": file_settings(settings)}
 
     def write(part: Path) -> None:
         graph = make_graph(settings, run, trained, kind)

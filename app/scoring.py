@@ -153,7 +153,7 @@ def score(truth: COCO, detections_path: Path, image_ids: list[int]) -> dict[str,
     found = read_results(detections_path)
     with quiet():
         scored = [score_class(truth, found, number, image_ids) for number in sorted(truth.getCatIds())]
-        whole = COCOeval(iouType="bbox")
+        whole: Any = COCOeval(iouType="bbox")
         axes = {"precision": 2, "recall": 1}  # [IoU, recall, class, size, detections] and [IoU, class, ...]
         whole.eval = {name: np.concatenate([one[name] for one in scored], axis) for name, axis in axes.items()}
         whole.summarize()
@@ -179,17 +179,17 @@ def read_results(detections_path: Path) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def score_class(truth: COCO, found: np.ndarray, category_id: int, image_ids: list[int]) -> dict[str, np.ndarray]:
-    """COCOeval's precision and recall of one class; `found` as read_results gives it."""
+def score_class(truth: COCO, found: np.ndarray, category_id: int, image_ids: list[int]) -> Any:
+    """COCOeval's result of one class, a dict with precision and recall; `found` as read_results gives it."""
     rows = found[found[:, 1] == category_id].tolist()
-    results = COCO()
+    results: Any = COCO()
     results.dataset = {**truth.dataset, "annotations": [
         {"id": number, "image_id": int(image), "category_id": category_id, "bbox": [x, y, w, h], "area": w * h,
          "score": score}
         for number, (image, _, x, y, w, h, score) in enumerate(rows, start=1)
     ]}  # fmt: skip
     results.createIndex()
-    scorer = COCOeval(truth, results, "bbox")
+    scorer: Any = COCOeval(truth, results, "bbox")
     scorer.params.imgIds, scorer.params.catIds = image_ids, [category_id]
     scorer.evaluate()
     scorer.accumulate()

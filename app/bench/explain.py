@@ -82,7 +82,7 @@ def by_image(rows: Rows, ids: list[int]) -> dict[int, np.ndarray]:
 
 def stock_ap(truth: COCO, rows: Rows, ids: list[int]) -> float:
     """AP of Ultralytics' validator (engine/validator.py, utils/metrics.py, 8.4.190) over detections, best first."""
-    objects = by_image([a for i in ids for a in truth.imgToAnns[i] if not a["iscrowd"]], ids)
+    objects = by_image([dict(a) for i in ids for a in truth.imgToAnns[i] if not a["iscrowd"]], ids)
     found = by_image(rows, ids)
     holder: Any = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))
     correct = []

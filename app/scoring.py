@@ -162,21 +162,25 @@ def score(truth: COCO, detections_path: Path, image_ids: list[int]) -> dict[str,
 
 
 def read_results(detections_path: Path) -> np.ndarray:
-    """COCO results, one or more whole rows a line -> [n,7]: image id, class id, x, y, w, h (px), score.
+    """COCO results -> [n,7]: image id, class id, x, y, w, h (px), score. Line by line where the evaluator wrote them.
 
     Raises:
         UserError: missing, or not such a file.
     """
-    parts = [np.zeros((0, 7))]
     try:
-        with open(detections_path, encoding="utf-8") as file:
-            for line in file:
-                rows = json.loads(f"[{line.strip().strip('[],')}]")
-                values = [(r["image_id"], r["category_id"], *r["bbox"], r["score"]) for r in rows]
-                parts.append(np.array(values, float).reshape(-1, 7))
+        try:
+            with open(detections_path, encoding="utf-8") as file:
+                parts = [as_array(json.loads(f"[{line.strip().strip('[],')}]")) for line in file]
+        except ValueError:  # rows that spread over lines, from another program
+            parts = [as_array(json.loads(detections_path.read_text(encoding="utf-8")))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{detections_path} is missing or no COCO results: run 'make eval ARGS=--force'") from error
-    return np.concatenate(parts)
+    return np.concatenate([np.zeros((0, 7)), *parts])
+
+
+def as_array(rows: list[dict[str, Any]]) -> np.ndarray:
+    values = [(row["image_id"], row["category_id"], *row["bbox"], row["score"]) for row in rows]
+    return np.array(values, float).reshape(-1, 7)
 
 
 def score_class(truth: COCO, found: np.ndarray, category_id: int, image_ids: list[int]) -> Any:

@@ -91,7 +91,11 @@ def test_results_are_read_in_every_layout(tmp_path: Path) -> None:
     rows = [{"image_id": 9, "category_id": 3, "bbox": [1.5, 2, 3, 4], "score": 0.25}] * 3
     expected = [[9, 3, 1.5, 2, 3, 4, 0.25]] * 3
     path = tmp_path / "detections.json"
-    for text in (json.dumps(rows), "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"):
+    for text in (
+        json.dumps(rows),
+        json.dumps(rows, indent=2),
+        "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n",
+    ):
         path.write_text(text)
         assert read_results(path).tolist() == expected
     path.write_text("[]\n")

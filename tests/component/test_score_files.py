@@ -35,7 +35,7 @@ N_TRUE = 6  # objects an image
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
     runs_dir = tmp_path_factory.mktemp("runs")
     draw_odd_images(runs_dir / "coco")
-    run = make_run(runs_dir)
+    run = make_run(runs_dir, variants=("fp16",))
     export(config_of(run, "qat", "export.contracts=[raw,end2end]"), run, force=False)
     annotate_with_detections(run)
     return run
@@ -91,15 +91,12 @@ def test_ap_of_the_file_is_that_of_torch(run: RunRoot, tmp_path: Path) -> None:
     assert 0.02 < coco["AP"] < 0.98  # else it says nothing
 
 
-@pytest.mark.parametrize(
-    "stem",
-    ["yolov10n-baseline-fp32", "yolov10n-baseline-fp16", "yolov10n-w4a16-qcdq-qat", "yolov10n-w4a16-int4-qat"],
-)
+@pytest.mark.parametrize("stem", ["yolov10n-baseline-fp32", "yolov10n-baseline-fp16"])
 def test_raw_and_end2end_files_have_the_same_ap(run: RunRoot, tmp_path: Path, stem: str) -> None:
     raw, end2end = (evaluated(run, run.onnx_dir / f"{stem}{end}.onnx", tmp_path / end) for end in ("", "-end2end"))
     assert (raw["model"]["contract"], end2end["model"]["contract"]) == ("raw", "end2end")
     assert raw["coco"]["AP"] == pytest.approx(end2end["coco"]["AP"], abs=SAME_AP)
-    assert "baseline" not in stem or raw["coco"]["AP"] > 0.02
+    assert 0.02 < raw["coco"]["AP"] < 0.98
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.bench.command import add_bench_arguments, run_bench
+
 if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
     from app.config import Config
     from app.run import RunRoot
@@ -24,10 +26,10 @@ STAGES = {
     "ptq": "the trained fp16 baseline, quantized without training -> checkpoints and ONNX files beside the others",
     "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
     "report": "JSON and CSV files of the run -> summary.md",
-    "bench": "what a training step costs: fp16, qat, qat through plain Brevitas, side by side",
+    "compare": "two runs or two scored folders -> compare.md: AP by class and size, images where they differ",
+    "bench": "what a training step costs, how fast training and eval are, whether QAT is stable: side by side",
     "download-coco": "fetch the official COCO 2017 archives",
 }
-BENCHES = ("step", "train", "profile", "stability", "soak")
 FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and the same command goes on"
 
 
@@ -78,6 +80,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
             )
             stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
             continue
+        if name == "compare":
+            stage.add_argument("left", type=Path, help="runs/A, or a folder of it such as runs/A/baseline-coco")
+            stage.add_argument("right", type=Path, help="runs/B, or runs/A/qat-w4a16-coco")
+            stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+            stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
+            continue
         stage.add_argument("--run", default="full", help="name of the run, a folder under --runs-dir (default: full)")
         stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
         stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
@@ -86,18 +94,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name == "train":
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
         if name == "bench":
-            stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
-            stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
-            stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
-            stage.add_argument("--rounds", type=int, help="step, train: turns of every arm (default: 7, 2)")
-            stage.add_argument("--steps", type=int, default=5, help="step: steps of a turn (default: %(default)s)")
-            stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
-            stage.add_argument("--arms", nargs="+", help="stability: some of its arms (default: all)")
-            stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
-            stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
-            stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
-            stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
-            stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
+            add_bench_arguments(stage)
         if name == "ptq":
             stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
         if name == "eval":
@@ -118,6 +115,11 @@ def run_stage(args: argparse.Namespace) -> None:
     from app.config import load
     from app.run import explain_full_disk, isolate_libraries, open_run
 
+    if args.stage == "compare":
+        isolate_libraries(args.out.parent / ".cache")
+        from app.compare import compare
+
+        return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
     run = open_run(args.run, args.runs_dir)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
     sets += [f"quant.scheme={args.scheme}"] if args.stage == "ptq" and args.scheme else []
@@ -162,34 +164,6 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
             from app.report import report
 
             report(config, run, args.force)
-
-
-def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
-    sets = [*args.set, *([f"train.device={'0' if args.device == 'cuda' else args.device}"] if args.device else [])]
-    match args.what:
-        case "step":
-            from app.bench.step import Sizes, bench_step
-
-            bench_step(run, args.conf, sets, Sizes(args.batch, args.rounds or 7, args.steps))
-        case "train":
-            from app.bench.train import Turns, bench_train
-
-            bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs))
-        case "profile":
-            from app.bench.profile import bench_profile
-
-            bench_profile(run, args.conf, sets)
-        case "stability":
-            from app.bench.stability import ARMS, Plan, bench_stability
-            from app.config import CONF_DIR
-
-            overlays = [CONF_DIR / "stability.yaml", *args.conf]
-            bench_stability(run, overlays, sets, Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs))
-        case "soak":
-            from app.bench.soak import Plan, bench_soak
-            from app.config import CONF_DIR
-
-            bench_soak(run, [CONF_DIR / "soak.yaml", *args.conf], sets, Plan(args.kills, args.seed))
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:

@@ -23,7 +23,7 @@ AP_TOLERANCE = 1e-6  # the same code on the same file: only the order of additio
 ALL_SIZES = [[0.0, 1e10]]
 
 
-def analyse(evidence: Evidence, group: list[Metrics]) -> tuple[dict[str, Any], COCO]:
+def analyse(dataset: Dataset, group: list[Metrics]) -> tuple[dict[str, Any], COCO]:
     """Scores the detections.json of rows that were measured alike again, in detail.
 
     Returns:
@@ -31,20 +31,23 @@ def analyse(evidence: Evidence, group: list[Metrics]) -> tuple[dict[str, Any], C
         classes, the score at which F1 over all images is best, and the F1 of each image at that score.
 
     Raises:
-        UserError: annotations or detections are gone or are not those of metrics.json; the message is the reason.
+        UserError: detections are gone, or they or the images are not those of metrics.json; the message is the reason.
     """
-    dataset = annotations_of(evidence, group[0])
     truth = load_truth(dataset.annotation_file)
     ids = first_of(usable_ids(truth, dataset), group[0]["dataset"]["n_images"])
     if hash_ids(ids) != group[0]["dataset"]["image_ids_sha256"]:
-        raise UserError("the images of metrics.json are not those of dataset/provenance.json")
-    variants = {m["dir"]: detail(truth, evidence.run.root / m["dir"], ids, m["coco"]["AP"]) for m in group}
+        raise UserError("the images of metrics.json are not those of the dataset")
+    variants = {m["dir"]: detail(truth, Path(m["path"]), ids, m["coco"]["AP"]) for m in group}
     facts = {"iou_of_f1": F1_IOU, "recalls": np.linspace(0, 1, 101).round(2).tolist(), "variants": variants}
     return facts, truth
 
 
 def annotations_of(evidence: Evidence, metrics: Metrics) -> Dataset:
-    """The val split of the run, if it is the one that was scored."""
+    """The val split of the run, if it is the one that was scored.
+
+    Raises:
+        UserError: it is not, or the annotations are gone; the message is the reason.
+    """
     if evidence.provenance is None:
         raise UserError("dataset/provenance.json is not there")
     split = evidence.provenance["splits"]["val"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,13 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
             time_s.update(detect(model, images, file, settings, title))
 
     write_atomic(detections_path, write)
+    start = time.perf_counter()
+    coco = score(truth, detections_path, ids)
+    time_s["score"] = time.perf_counter() - start
     metrics = {
         "model": describe_model(model),
         "dataset": facts,
-        "coco": score(truth, detections_path, ids),
+        "coco": coco,
         "settings": {
             "conf": settings.conf, "max_det": settings.max_det, "batch": model.batch or settings.batch,
             "evaluator": EVALUATOR,

@@ -55,8 +55,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report may speak of. `scored` are metrics.json plus `dir`, `records` the .json of ONNX files;
-    `missing` are lines 'stage: what is not there and how to get it'."""
+    """Everything the report may speak of. `scored` are metrics.json plus `dir` and `path`, `records` the .json of ONNX
+    files; `missing` are lines 'stage: what is not there and how to get it'."""
 
     run: RunRoot
     provenance: dict[str, Any] | None
@@ -112,10 +112,15 @@ def _read(run: RunRoot, path: Path, stage: str, keys: Iterable[str], missing: li
     except UserError as error:
         missing.append(f"{stage}: {str(error).replace(f'{run.root}/', '')}")
         return None
-    if lacking := [key for key in keys if not _has(tree, key)]:
-        missing.append(f"{stage}: {path.relative_to(run.root)} lacks {', '.join(lacking)}: make it anew with --force")
+    if without := lacking(tree, keys):
+        missing.append(f"{stage}: {path.relative_to(run.root)} lacks {', '.join(without)}: make it anew with --force")
         return None
     return tree
+
+
+def lacking(tree: Any, keys: Iterable[str]) -> list[str]:
+    """The dotted keys that a tree of JSON or YAML does not have."""
+    return [key for key in keys if not _has(tree, key)]
 
 
 def _has(tree: Any, dotted: str) -> bool:
@@ -146,9 +151,9 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
         missing.append(f"train: {label} cannot be read ({reason}): train it anew with --force")
         return None
     environment = _read(run, folder / "env.json", "train", ENVIRONMENT_KEYS, missing)
-    lacking = [key for key in CONFIG_KEYS if not _has(config, key)]
-    if environment is None or not history or lacking:
-        what = f"config.yaml lacks {', '.join(lacking)}" if lacking else "no finished epoch or no env.json"
+    without = lacking(config, CONFIG_KEYS)
+    if environment is None or not history or without:
+        what = f"config.yaml lacks {', '.join(without)}" if without else "no finished epoch or no env.json"
         missing.append(f"train: {label} is left out: {what}")
         return None
     done = _read(run, folder / "done.json", "train", ("best_sha256",), missing) if _finished(folder) else None
@@ -179,7 +184,9 @@ def _records(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -
 def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> list[dict[str, Any]]:
     paths = run.root.glob("*-coco/metrics.json")
     found = [(path, _read(run, path, "eval", METRICS_KEYS, missing)) for path in sorted(paths)]
-    scored: list[dict[str, Any]] = [{**tree, "dir": path.parent.name} for path, tree in found if tree]
+    scored: list[dict[str, Any]] = [
+        {**tree, "dir": path.parent.name, "path": str(path.parent)} for path, tree in found if tree
+    ]
     digests = {record["file"]: record["sha256"] for record in records}
     for m in scored:
         name, digest = m["model"]["file"], m["model"]["sha256"]

@@ -42,14 +42,23 @@ METADATA = (
 
 @dataclass(frozen=True)
 class Trained:
-    """One trained variant: the model in eval mode, what it is, and what its files must compute."""
+    """One checkpoint of a run: the model in eval mode, what it is, and what its files must compute.
+
+    `source_sha256` is that of the checkpoint whose weights it quantizes (ptq), None where it was trained itself.
+    """
 
     label: str
     model: DetectionModel
     config: Config
     epoch: int
     checkpoint_sha256: str
+    source_sha256: str | None
     truth: Truth
+
+    @property
+    def method(self) -> str:
+        """fp16, qat or ptq: how the weights were made."""
+        return self.label.partition("-")[0]
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -71,6 +80,11 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
         raise UserError(f"no finished training under {run.root}: run 'make train-fp16 train-qat' first")
     for label in labels:
         trained = load_trained(run, label)
+        if trained.config.label != label:
+            path = run.best(label)
+            raise UserError(
+                f"{path} is a checkpoint of {trained.config.label}, not of {label}: put the right file back or retrain"
+            )
         for contract in config.export.contracts:
             for precision in trained.precisions:
                 export_file(config.export, run, trained, (precision, contract), force)
@@ -81,15 +95,14 @@ def load_trained(run: RunRoot, label: str) -> Trained:
     """Loads best.pt of one variant and computes with torch what its files must give.
 
     Raises:
-        UserError: the checkpoint is not readable, or is of another variant than the folder says.
+        UserError: the checkpoint is not readable.
     """
-    path = run.variant_dir(label) / "weights" / "best.pt"
+    path = run.best(label)
     model, config, checkpoint = load_scored(path)
-    if config.label != label:
-        raise UserError(f"{path} is a checkpoint of {config.label}, not of {label}: put the right file back or retrain")
     bits = Counter(int(layer.weight_quant.bit_width()) for layer in quantized_layers(one_head(model, "raw")))
     truth = torch_truth(model, parity_images(run, config.train.imgsz), dict(bits))
-    return Trained(label, model, config, checkpoint["epoch"] + 1, sha256(path), truth)
+    epoch, source_sha256 = checkpoint["epoch"] + 1, checkpoint.get("source_sha256")
+    return Trained(label, model, config, epoch, sha256(path), source_sha256, truth)
 
 
 def quantized_layers(model: nn.Module) -> list[Any]:
@@ -134,18 +147,27 @@ def one_head(model: DetectionModel, contract: str) -> DetectionModel:
 
 
 def export_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str, str], force: bool) -> None:
-    """Writes one ONNX file and its .json; `kind` is precision and contract.
+    """One ONNX file, unless it is there already; `kind` is precision and contract.
 
     Raises:
         UserError: there is a file of another checkpoint or other settings, and no `force`.
     """
-    precision, contract = kind
-    path = run.onnx_dir / file_name(trained.config, precision, contract)
+    path = run.onnx_dir / file_name(trained.label, trained.config, kind)
     wanted = {"checkpoint_sha256": trained.checkpoint_sha256, "export": file_settings(settings)}
     if not force and is_done(path, wanted):
         log.info("export %s: done already (%s)", trained.label, path)
-        return
-    record = describe(trained, kind) | wanted
+    else:
+        write_file(settings, run, trained, kind)
+
+
+def write_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str, str]) -> None:
+    """Writes one ONNX file and its .json; the file gets its name once all gates are passed.
+
+    Raises:
+        RuntimeError: a gate failed; the file was not written.
+    """
+    path = run.onnx_dir / file_name(trained.label, trained.config, kind)
+    record: dict[str, Any] = describe(trained, kind) | {"export": file_settings(settings)}
 
     def write(part: Path) -> None:
         graph = make_graph(settings, run, trained, kind)
@@ -169,10 +191,13 @@ def export_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[st
     )  # fmt: skip
 
 
-def file_name(config: Config, precision: str, contract: str) -> str:
-    """yolov10m-baseline-fp32.onnx, yolov10m-w4a16-qcdq-qat.onnx; end2end files end in -end2end."""
-    stem = Path(config.model).stem
-    name = f"{stem}-{config.quant.scheme}-{precision}-qat" if config.quant else f"{stem}-baseline-{precision}"
+def file_name(label: str, config: Config, kind: tuple[str, str]) -> str:
+    """yolov10m-baseline-fp32.onnx, yolov10m-w4a16-qcdq-qat.onnx, ...-ptq-bn.onnx; end2end files end in -end2end."""
+    precision, contract = kind
+    name = f"{Path(config.model).stem}-baseline-{precision}"
+    if config.quant:
+        method, _, ending = label.partition(f"-{config.quant.scheme}")
+        name = f"{Path(config.model).stem}-{config.quant.scheme}-{precision}-{method}{ending}"
     return f"{name}.onnx" if contract == "raw" else f"{name}-{contract}.onnx"
 
 
@@ -204,7 +229,7 @@ def describe(trained: Trained, kind: tuple[str, str]) -> dict[str, Any]:
     config = trained.config
     return {
         "label": trained.label + LABEL_ENDINGS[precision] + ("" if contract == "raw" else f"-{contract}"),
-        "variant": config.variant,
+        "variant": trained.method,
         "scheme": config.quant.scheme if config.quant else None,
         "precision": precision,
         "model": Path(config.model).stem,
@@ -214,6 +239,9 @@ def describe(trained: Trained, kind: tuple[str, str]) -> dict[str, Any]:
         "n_classes": len(NAMES),
         "config_hash": config_hash(config),
         "code_version": code_version(),
+        "checkpoint_sha256": trained.checkpoint_sha256,
+        "source_sha256": trained.source_sha256,
+        "quantized_layers": {str(bits): n for bits, n in trained.truth.layers_by_bits.items()},
         "epoch": trained.epoch,
     }
 
@@ -222,7 +250,7 @@ def make_graph(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str
     """FP32 and QCDQ files are traced from torch; FP16 and INT4 files are made of those, read back from disk."""
     precision, contract = kind
     if precision in DERIVED_FROM:
-        source = onnx.load(run.onnx_dir / file_name(trained.config, DERIVED_FROM[precision], contract))
+        source = onnx.load(run.onnx_dir / file_name(trained.label, trained.config, (DERIVED_FROM[precision], contract)))
         return to_half(source) if precision == "fp16" else to_int4(source)
     path = run.onnx_dir / f".{trained.label}-{contract}.traced"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +298,7 @@ def check(part: Path, run: RunRoot, trained: Trained, kind: tuple[str, str]) -> 
     if precision == "fp16":
         gates["half"] = check_half(part)
     if precision == "int4":
-        reference_path = run.onnx_dir / file_name(trained.config, "qcdq", contract)
+        reference_path = run.onnx_dir / file_name(trained.label, trained.config, ("qcdq", contract))
         gates["bit_equal"] = check_same_output(part, reference_path, trained.truth.images)
     gates["parity"] = check_parity(part, trained.truth, contract, precision)
     return gates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def size_figure(group: list[Metrics]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(group)
-    for i, (m, colour) in enumerate(zip(group, COLOURS, strict=False)):
+    for i, (m, colour) in enumerate(zip(group, cycle(COLOURS), strict=False)):
         places = np.arange(len(SIZES)) + (i - (len(group) - 1) / 2) * width
         values = [m["coco"][name] for name in SIZES]
         bars = axes.bar(places, [value or 0 for value in values], width * 0.92, color=colour, label=row_name(m, group))
@@ -165,14 +166,17 @@ def pr_figure(group: list[Metrics], facts: dict[str, Any]) -> Figure:
 
 def by_class(m: Metrics, base: Metrics, facts: dict[str, Any], figures_dir: Path) -> str:
     """Sorted bars of the AP difference of every class between one row and the baseline."""
-    name = m["model"]["label"]
-    text = f"**AP by class, {name} minus fp16**, sorted: where the loss sits. Classes with few objects jump by chance."
+    name, base_name = m["model"]["label"], base["model"]["label"]
+    text = (
+        f"**AP by class, {name} minus {base_name}**, sorted: where the loss sits. "
+        "Classes with few objects jump by chance."
+    )
     old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, m))
     change = sorted(((new[c] - old[c], c) for c in old), key=lambda pair: (-pair[0], pair[1]))
-    return draw(figures_dir, f"classes-{m['dir']}.png", text, lambda: class_figure(change, old))
+    return draw(figures_dir, f"classes-{m['dir']}.png", text, lambda: class_figure(change, old, base_name))
 
 
-def class_figure(change: list[tuple[float, str]], old: dict[str, float]) -> Figure:
+def class_figure(change: list[tuple[float, str]], old: dict[str, float], base_name: str) -> Figure:
     figure = Figure(figsize=(10, 1.4 + 0.24 * len(change)), layout="constrained")
     axes = figure.subplots()
     values = [value for value, _ in change]
@@ -180,7 +184,7 @@ def class_figure(change: list[tuple[float, str]], old: dict[str, float]) -> Figu
     bars = axes.barh(range(len(change)), values, color=colours)
     axes.bar_label(bars, [f"{value:+.3f}" for value in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(change)), [f"{name} ({old[name]:.3f})" for _, name in change], fontsize=9)
-    axes.set(xlabel="difference of AP (in brackets: AP of fp16)", ylim=(len(change) - 0.4, -0.6))
+    axes.set(xlabel=f"difference of AP (in brackets: AP of {base_name})", ylim=(len(change) - 0.4, -0.6))
     axes.axvline(0, color=NEUTRAL, lw=1)
     axes.margins(x=0.15)
     return figure

@@ -32,17 +32,18 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
     base, other = (facts["variants"][m["dir"]] for m in pair)
     chosen = choose(base["f1_by_image"], other["f1_by_image"], settings.gallery_images, settings.gallery_seed)
     rows = [{"image_id": int(image_id), "why": why, "f1_difference": change} for image_id, why, change in chosen]
-    name = pair[1]["model"]["label"]
+    base_name, name = (m["model"]["label"] for m in pair)
     other["gallery"] = rows
     columns: dict[str, Any] = {"ground truth": truth.imgToAnns}
     for m in pair:
-        columns[m["model"]["label"]] = detections(run.root / m["dir"], facts["variants"][m["dir"]]["best_score"])
+        columns[m["model"]["label"]] = detections(Path(m["path"]), facts["variants"][m["dir"]]["best_score"])
     images_dir = Path(pair[0]["dataset"]["coco_dir"]) / pair[0]["dataset"]["split"]
     images = {row["image_id"]: images_dir / truth.imgs[row["image_id"]]["file_name"] for row in rows}
     text = (
-        f"**Val images, fp16 and {name}.** Each shows its boxes from the score at which its own F1 over the whole "
-        f"split is best ({base['best_score']:.3f} and {other['best_score']:.3f}). Chosen by the change of F1 in the "
-        f"image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed {settings.gallery_seed})."
+        f"**Val images, {base_name} and {name}.** Each shows its boxes from the score at which its own F1 over the "
+        f"whole split is best ({base['best_score']:.3f} and {other['best_score']:.3f}). Chosen by the change of F1 "
+        f"in the image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed "
+        f"{settings.gallery_seed})."
     )
     names = {number: category["name"] for number, category in truth.cats.items()}
     file = f"gallery-{pair[1]['dir']}.jpg"

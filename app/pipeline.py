@@ -17,7 +17,7 @@ import numpy as np
 from app.config import Eval, UserError
 from app.detections import Placement, letterbox, read_image, results, select
 from app.progress import track
-from app.runtime import Model, n_decoders
+from app.runtime import Model, clocks, n_decoders
 from app.scoring import ImageFile
 
 BATCHES_AHEAD = 2
@@ -119,7 +119,7 @@ def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str,
 
     Returns:
         batch, warmup and runs (counts); mean, p50, p90 and p99 of session.run alone (ms), and under `with_processing`
-        of decoding, letterbox, session.run and the choice of detections together.
+        of decoding, letterbox, session.run and the choice of detections together; clocks: right after the last run.
     """
     first = load_input(image, model.imgsz)
     inputs = np.repeat(first.array[None], model.batch or 1, axis=0)
@@ -134,9 +134,10 @@ def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str,
         results(image.id, select(output, model.contract, settings), one.placement)
         whole_ms.append((time.perf_counter() - begin) * 1e3)
         session_ms.append((end - start) * 1e3)
+    now = clocks(model.provider)
     counts = {"batch": len(inputs), "warmup": settings.latency_warmup, "runs": settings.latency_runs}
     n = settings.latency_warmup
-    return {**counts, **percentiles(session_ms[n:]), "with_processing": percentiles(whole_ms[n:])}
+    return {**counts, **percentiles(session_ms[n:]), "with_processing": percentiles(whole_ms[n:]), "clocks": now}
 
 
 def percentiles(times_ms: list[float]) -> dict[str, float]:

@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
-import onnx
 import torch
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 
-from app.coco import NAMES
-from app.config import Config, Export, Quant, UserError
+from app.config import Config, Quant, UserError
 from app.device import check_device
-from app.export import (
-    METADATA,
-    Trained,
-    check,
-    describe,
-    file_settings,
-    is_done,
-    make_graph,
-    one_head,
-    parity_images,
-    quantized_layers,
-    torch_truth,
-    write_overview,
-)
+from app.export import file_name, file_settings, is_done, load_trained, write_file, write_overview
 from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import load_scored, save_checkpoint, scored_state
-from app.onnx_files import set_facts
 from app.progress import track
 from app.quant.schemes import quantize
 from app.quant.stabilise import reestimate_batchnorm
-from app.run import RunRoot, read_json, record_stage, sha256, write_atomic, write_json
+from app.run import RunRoot, read_json, sha256, write_json
 
 log = logging.getLogger(__name__)
 KIND = ("qcdq", "raw")  # precision and contract of the files
@@ -54,7 +36,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     """
     if config.quant is None:
         raise UserError("ptq takes the scheme from quant.scheme: give it the configuration of a qat variant")
-    source_path = run.variant_dir("fp16") / "weights" / "best.pt"
+    source_path = run.best("fp16")
     model, trained, checkpoint = load_scored(source_path)
     quant = Quant(scheme=config.quant.scheme, fast_path=False)
     quant_config = quantize(model, quant)
@@ -62,17 +44,17 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     quantized = trained.model_copy(update={"variant": "qat", "quant": quant})
     for ending in ("", "-bn"):
         label = f"ptq-{quant.scheme}{ending}"
-        onnx_path = run.onnx_dir / f"{Path(trained.model).stem}-{quant.scheme}-qcdq-ptq{ending}.onnx"
+        onnx_path = run.onnx_dir / file_name(label, quantized, KIND)
         if not force and is_done(onnx_path, wanted):
             log.info("ptq %s: done already (%s)", label, onnx_path)
             continue
         if ending:
             machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
-        path = run.variant_dir(label) / "weights" / "best.pt"
         write_json(run.variant_dir(label) / "quant_config.json", quant_config)
-        save_checkpoint(path, quantized, {"scored": scored_state(model), "epoch": checkpoint["epoch"], **wanted})
-        write_onnx(config.export, run, load_quantized(run, label), (onnx_path, wanted))
+        entries = {"scored": scored_state(model), "epoch": checkpoint["epoch"], "source_sha256": sha256(source_path)}
+        save_checkpoint(run.best(label), quantized, entries)
+        write_file(config.export, run, load_trained(run, label), KIND)
     write_overview(run)
 
 
@@ -102,38 +84,3 @@ def train_batches(config: Config, run: RunRoot, epoch: int) -> Iterator[torch.Te
     for batch in track(islice(loader, n_batches), "ptq BatchNorm", n_batches, "batches"):
         yield batch["img"]
     loader.close()
-
-
-def load_quantized(run: RunRoot, label: str) -> Trained:
-    """Reads the checkpoint back and computes with torch what its ONNX file must give."""
-    path = run.variant_dir(label) / "weights" / "best.pt"
-    model, config, checkpoint = load_scored(path)
-    bits = Counter(int(layer.weight_quant.bit_width()) for layer in quantized_layers(one_head(model, "raw")))
-    truth = torch_truth(model, parity_images(run, config.train.imgsz), dict(bits))
-    return Trained(label, model, config, checkpoint["epoch"] + 1, sha256(path), truth)
-
-
-def write_onnx(settings: Export, run: RunRoot, of: Trained, target: tuple[Path, dict[str, Any]]) -> None:
-    """One QCDQ file and its .json through the export's own steps and gates; `target` is its path and what is_done asks.
-
-    Raises:
-        RuntimeError: a gate failed; the file was not written.
-    """
-    path, wanted = target
-    record: dict[str, Any] = describe(of, KIND) | wanted | {"variant": "ptq", "checkpoint_sha256": of.checkpoint_sha256}
-
-    def write(part: Path) -> None:
-        graph = make_graph(settings, run, of, KIND)
-        set_facts(graph, {key: record[key] for key in METADATA} | {"names": NAMES})
-        onnx.save(graph, part)
-        record["gates"] = check(part, run, of, KIND)
-        record["nodes"] = dict(Counter(node.op_type for node in graph.graph.node).most_common())
-        record["opset"] = graph.opset_import[0].version
-
-    for old_path in (path.with_suffix(".json"), path):
-        old_path.unlink(missing_ok=True)
-    write_atomic(path, write)
-    file = {"file": path.name, "sha256": sha256(path)}
-    write_json(path.with_suffix(".json"), record | file | {"size_bytes": path.stat().st_size})
-    record_stage(run, f"ptq {of.label}", file)
-    log.info("ptq %s: %s, %.2f MB", of.label, path, path.stat().st_size / 1e6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from app.analysis import analyse
+from app.analysis import analyse, annotations_of
 from app.config import Config, Report, UserError
 from app.evidence import BASELINE_DIR, Evidence, gather
 from app.figures import by_class, by_size, curves, precision_recall, quantizer_health
@@ -50,7 +50,7 @@ def make_figures(evidence: Evidence, settings: Report) -> list[str]:
     group = measured_alike(evidence.scored)[0]
     blocks.append(by_size(group, run.figures_dir))
     try:
-        facts, truth = analyse(evidence, group)
+        facts, truth = analyse(annotations_of(evidence, group[0]), group)
     except UserError as error:
         left_out = "Left out: precision over recall, AP by class and the gallery of images"
         return [*blocks, f"{left_out}, because {str(error).replace(f'{run.root}/', '')}."]

@@ -28,6 +28,8 @@ PACKAGES = (
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
 GIT_S = 20  # seconds that git may take to name the revision
 
+GPU_FACTS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
+
 
 @dataclass(frozen=True)
 class RunRoot:
@@ -60,6 +62,10 @@ class RunRoot:
     def variant_dir(self, label: str) -> Path:
         """Folder of a trained variant; label is fp16 or qat-<scheme>."""
         return self.root / label
+
+    def best(self, label: str) -> Path:
+        """Checkpoint of the variant as it is exported."""
+        return self.variant_dir(label) / "weights" / "best.pt"
 
     def trained_labels(self) -> list[str]:
         """Labels of the variants whose training has finished, fp16 first."""
@@ -177,17 +183,6 @@ def code_version() -> str:
 
 def environment() -> dict[str, Any]:
     """Machine and software of this process, for env.json. Imports nothing heavy; the GPU is asked by nvidia-smi."""
-    query = [
-        "nvidia-smi",
-        "--query-gpu=name,driver_version,memory.total,power.limit,clocks.max.sm",
-        "--format=csv,noheader",
-    ]
-    try:
-        gpus = (
-            subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.strip().splitlines()
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        gpus = []
     lock = REPO_DIR / "requirements.lock"
     return {
         "code_version": code_version(),
@@ -196,11 +191,21 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "gpus": gpus,
+        "gpus": nvidia_smi(GPU_FACTS),
         "packages": {name: _version(name) for name in PACKAGES},
         "command": " ".join([Path(sys.executable).name, "-m", "app", *sys.argv[1:]]),
         "time_utc": utc_now(),
     }
+
+
+def nvidia_smi(fields: tuple[str, ...]) -> list[str]:
+    """What the driver says of every GPU, one line each, values in the order of `fields`; empty where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return []
+    return result.stdout.strip().splitlines()
 
 
 def _version(package: str) -> str | None:

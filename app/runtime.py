@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 
 from app.config import UserError
 from app.contract import Promise, read_promise, refuse_foreign_data, shape_fits, wanted_shape
+from app.run import nvidia_smi
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
@@ -25,6 +26,9 @@ PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
 OPTIONS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, TENSORRT: {"trt_fp16_enable": "0"}, CPU: {}}
 # What a provider does not take falls to the next of its list.
 FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU], TENSORRT: [TENSORRT, CUDA, CPU]}
+GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
+CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
 BROKEN_FILE = (
     ort_errors.Fail, ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.InvalidArgument,
     ort_errors.NotImplemented,
@@ -175,10 +179,28 @@ def gpu_name() -> str | None:
 
 
 def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    named = (line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def clocks(provider: str) -> dict[str, str]:
+    """Clocks and limits at this moment, with their units, in the words of the GPU's driver or of the kernel.
+
+    On a CPU the MHz of each core that /proc/cpuinfo tells, and of core 0 the governor and its range in kHz; a virtual
+    machine often knows neither. Several GPUs: a line for each.
+    """
+    if provider != CPU:
+        rows = [row.split(", ") for row in nvidia_smi(GPU_CLOCKS)]
+        return {name: "; ".join(values) for name, values in zip(GPU_CLOCKS, zip(*rows, strict=True), strict=False)}
+    found = {name: CPUFREQ_DIR / name for name in CPU_CLOCKS if (CPUFREQ_DIR / name).exists()}
+    texts = {name: path.read_text(encoding="utf-8").strip() for name, path in found.items()}
+    mhz = [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("cpu MHz")]
+    return texts | ({"MHz": ", ".join(mhz)} if mhz else {})
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def n_cores() -> int:

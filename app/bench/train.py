@@ -63,9 +63,18 @@ def measure(run: RunRoot, arm: str, overlays: list[Path], sets: list[str]) -> li
 
 
 def measure_stock(run: RunRoot, config: Config) -> list[float]:
-    """The same recipe through Ultralytics' own trainer; its label scan writes into a copy of the view's labels."""
+    """The same recipe through Ultralytics' own trainer."""
     stock_dir = run.root / "stock"
     shutil.rmtree(stock_dir, ignore_errors=True)
+    stock_dataset(run, stock_dir)
+    write_text(stock_dir / "config.json", json.dumps(config.model_dump(mode="json")))
+    command = [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads((stock_dir / "images_per_s.json").read_text(encoding="utf-8"))
+
+
+def stock_dataset(run: RunRoot, stock_dir: Path) -> None:
+    """Writes coco.yaml and all that it names into a new folder: Ultralytics' label scan writes beside the labels."""
     view = Path(read_json(run.provenance, "data")["view_dir"])
     shutil.copytree(view, stock_dir / "view", symlinks=True)
     dataset_yaml = run.dataset_yaml.read_text(encoding="utf-8")
@@ -74,10 +83,6 @@ def measure_stock(run: RunRoot, config: Config) -> list[float]:
         write_text(stock_dir / f"{split}.txt", listed.replace(str(view), str((stock_dir / "view").resolve())))
     dataset_yaml = dataset_yaml.replace(str(run.dataset_yaml.parent.resolve()), str(stock_dir.resolve()))
     write_text(stock_dir / "coco.yaml", dataset_yaml)
-    write_text(stock_dir / "config.json", json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return json.loads((stock_dir / "images_per_s.json").read_text(encoding="utf-8"))
 
 
 def show(result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from brevitas.nn import QuantConv2d
+from cuda_kernels import without_kernel
 from export_run import IMGSZ, config_of, make_run, write_checkpoint
 from onnx import TensorProto, numpy_helper
 
@@ -18,6 +19,7 @@ from app import onnx_gates
 from app.coco import NAMES
 from app.config import UserError, load
 from app.detections import select
+from app.evidence import RECORD_KEYS, lacking
 from app.export import Trained, export, load_trained, one_head
 from app.model import build
 from app.onnx_files import quant_weights
@@ -76,6 +78,8 @@ def test_metadata_in_the_file_is_that_of_the_json(run: RunRoot, stem: str, contr
     assert facts.pop("imgsz") == str(IMGSZ) == str(record["imgsz"])
     assert facts == {key: record[key] for key in facts}
     assert {"contract", "config_hash", "code_version", "checkpoint_sha256"} <= facts.keys()
+    assert lacking(record, RECORD_KEYS) == []  # what the report reads
+    assert record["quantized_layers"] == ({} if "baseline" in stem else {"4": N_QUANTIZED})
     label, precision = KINDS[stem]
     assert (record["label"], record["precision"]) == (label + ("" if contract == "raw" else "-end2end"), precision)
     assert record["checkpoint_sha256"] == sha256(run.variant_dir(variant_of(stem)) / "weights" / "best.pt")
@@ -146,6 +150,14 @@ def test_half_file_is_half_but_for_the_decode(run: RunRoot) -> None:
     sigmoid = next(node for node in model.graph.node if node.name == "/model.23/Sigmoid")
     assert kinds[sigmoid.output[0]] == kinds["raw"] == TensorProto.FLOAT
     assert sum(kind == TensorProto.FLOAT16 for kind in kinds.values()) > 200
+
+
+@pytest.mark.parametrize("contract", ["raw", "end2end"])
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_node_has_a_cuda_kernel(run: RunRoot, stem: str, contract: str) -> None:
+    """But for the native INT4 file, which is there to be shipped small: its opset 21 sends Resize to the CPU."""
+    left_over = without_kernel(onnx.load(file_of(run, stem, contract)))
+    assert ("Resize-19 of FLOAT" in left_over) if "int4" in stem else not left_over
 
 
 def test_raw_and_end2end_give_the_same_detections(run: RunRoot, trained: dict[str, Trained]) -> None:

@@ -1,0 +1,60 @@
+"""Command line of the benches: python -m app bench WHAT. Imports a bench when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # --help answers without it
+    from app.run import RunRoot
+
+BENCHES = ("step", "train", "eval", "profile", "stability", "soak")
+
+
+def add_bench_arguments(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
+    stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
+    stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
+    stage.add_argument("--rounds", type=int, help="step, train, eval: turns of every arm (default: 7, 2, 3)")
+    stage.add_argument("--steps", type=int, default=5, help="step: steps of a turn (default: %(default)s)")
+    stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
+    stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
+    stage.add_argument("--arms", nargs="+", help="stability: some of its arms (default: all)")
+    stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
+    stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
+    stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
+    stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
+    stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
+
+
+def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
+    sets = [*args.set, *([f"train.device={'0' if args.device == 'cuda' else args.device}"] if args.device else [])]
+    match args.what:
+        case "step":
+            from app.bench.step import Sizes, bench_step
+
+            bench_step(run, args.conf, sets, Sizes(args.batch, args.rounds or 7, args.steps))
+        case "train":
+            from app.bench.train import Turns, bench_train
+
+            bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs))
+        case "eval":
+            from app.bench.eval import bench_eval
+
+            bench_eval(run, args.conf, sets, args.onnx, args.rounds or 3)
+        case "profile":
+            from app.bench.profile import bench_profile
+
+            bench_profile(run, args.conf, sets)
+        case "stability":
+            from app.bench.stability import ARMS, Plan, bench_stability
+            from app.config import CONF_DIR
+
+            overlays = [CONF_DIR / "stability.yaml", *args.conf]
+            bench_stability(run, overlays, sets, Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs))
+        case "soak":
+            from app.bench.soak import Plan, bench_soak
+            from app.config import CONF_DIR
+
+            bench_soak(run, [CONF_DIR / "soak.yaml", *args.conf], sets, Plan(args.kills, args.seed))

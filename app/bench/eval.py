@@ -1,0 +1,240 @@
+"""Our evaluator beside `yolo val`: the same ONNX file and images, in turns: time, memory, and why AP differs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from pycocotools.coco import COCO
+
+from app.bench.explain import explain
+from app.bench.train import stock_dataset
+from app.config import Config, Eval, UserError, load
+from app.data import prepare
+from app.evaluate import dataset_of_run, exported_files
+from app.pipeline import load_input
+from app.run import RunRoot, environment, read_json, write_json
+from app.runtime import CPU, Model, cpu_name, gpu_name, open_model
+from app.scoring import ImageFile, image_files, load_truth, usable_ids
+from app.tables import markdown_table
+
+log = logging.getLogger(__name__)
+OURS, STOCK = "our eval", "yolo val"
+COPIES = (1, 2, 4)  # how often the images are repeated, to see whether memory grows with them
+N_PRELOADED = 64  # images in memory for the pure session time
+
+
+@dataclass(frozen=True)
+class Given:
+    """What both sides get: the file, its folder with COCO and YOLO views of the same images, and the settings."""
+
+    onnx_path: Path
+    folder: Path
+    truth: COCO
+    images: list[ImageFile]
+    settings: Eval
+
+
+def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: Path | None, n_rounds: int) -> None:
+    """Times both evaluators in turns, each in a process of its own, and writes bench-eval.json.
+
+    Args:
+        run: its val images are scored; its exported baseline is the file, unless `onnx_path` names another.
+        overlays, sets: as for every stage; eval.* are the settings of both sides.
+        onnx_path: a file of a contract whose input size is that of the training's.
+        n_rounds: turns of each side.
+
+    Raises:
+        UserError: nothing exported, or a file that keeps no contract.
+    """
+    config = load("qat", overlays, sets)
+    prepare(config, run, force=False)
+    given = set_up(config, run, onnx_path or exported_files(run)["fp16"][0])
+    model = open_model(given.onnx_path, given.settings.provider)
+    recorded = run_stock(given, model, record=True)  # untimed: it warms the caches of both sides and keeps detections
+    warm = run_ours(given, 1)
+    explained = explain(given.truth, [image.id for image in given.images], warm["out_dir"], recorded)
+    turns = []
+    for turn in range(n_rounds):
+        sides = {OURS: run_ours(given, 1), STOCK: run_stock(given, model, record=False), "session": pure(given, model)}
+        turns.append(sides)
+        log.info("turn %d: %s", turn + 1, ", ".join(f"{name} {side['total_s']:.2f} s" for name, side in sides.items()))
+    memory = {str(len(given.images) * n): run_ours(given, n)["peak_mib"] for n in COPIES}
+    result = {
+        "file": given.onnx_path.name, "contract": model.contract, "imgsz": model.imgsz, "n_images": len(given.images),
+        "provider": model.provider, "device": cpu_name() if model.provider == CPU else gpu_name(),
+        "batch": model.batch or given.settings.batch, "turns": turns, "peak_mib_by_images": memory, **judge(turns),
+        "AP": explained, "environment": environment(),
+    }  # fmt: skip
+    write_json(run.root / "bench-eval.json", result)
+    show(result)
+
+
+def set_up(config: Config, run: RunRoot, onnx_path: Path) -> Given:
+    """Writes bench-eval/: the file with Ultralytics' metadata added, and the images in both layouts."""
+    if not onnx_path.is_file():
+        raise UserError(f"{onnx_path} is missing: give --onnx a file, or run 'make export' first")
+    folder = run.root / "bench-eval"
+    dataset, _ = dataset_of_run(run, config.eval)
+    truth = load_truth(dataset.annotation_file)
+    images = image_files(truth, dataset, usable_ids(truth, dataset))
+    shutil.rmtree(folder, ignore_errors=True)
+    stock_dataset(run, folder)
+    path = folder / onnx_path.name
+    settings = config.eval.model_copy(update={"max_images": None})
+    add_stock_metadata(onnx_path, path, settings)
+    given = Given(path, folder, truth, images, settings)
+    for n in COPIES:
+        repeat(given, n)
+    return given
+
+
+def add_stock_metadata(source: Path, target: Path, settings: Eval) -> None:
+    """Adds what Ultralytics' AutoBackend asks of an ONNX file (nn/backends/base.py, 8.4.190); the graph stays."""
+    model = onnx.load(source)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    batch, _, side, _ = model.graph.input[0].type.tensor_type.shape.dim
+    facts |= {"task": "detect", "stride": "32", "imgsz": str([side.dim_value] * 2), "channels": "3"}
+    facts |= {"batch": str(batch.dim_value or settings.batch)}
+    facts.setdefault("end2end", str(facts.get("contract") == "end2end"))
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, target)
+
+
+def repeat(given: Given, n_times: int) -> None:
+    """A COCO folder with every image n times, as links with ids of their own; once: the ids stay."""
+    root = given.folder / f"coco-{n_times}"
+    (root / "val2017").mkdir(parents=True)
+    tree: dict[str, Any] = {"categories": given.truth.dataset["categories"], "images": [], "annotations": []}
+    for number in range(n_times * len(given.images)):
+        image = given.images[number % len(given.images)]
+        image_id = image.id if n_times == 1 else number + 1
+        link = root / "val2017" / (image.path.name if n_times == 1 else f"{image_id:012d}{image.path.suffix}")
+        link.symlink_to(image.path.resolve())
+        tree["images"].append({**given.truth.imgs[image.id], "id": image_id, "file_name": link.name})
+        for annotation in copy.deepcopy(given.truth.imgToAnns[image.id]):
+            tree["annotations"].append({**annotation, "image_id": image_id, "id": len(tree["annotations"]) + 1})
+    write_json(root / "annotations" / "instances_val2017.json", tree)
+
+
+def run_ours(given: Given, n_times: int) -> dict[str, Any]:
+    """`python -m app eval --onnx` on the images n times: seconds, scoring included, and MiB of the process."""
+    out_dir = given.folder / f"ours-{n_times}"
+    sets = {**given.settings.model_dump(exclude={"max_images"}), "latency_warmup": 0, "latency_runs": 1}
+    command = [sys.executable, "-m", "app", "eval", "--onnx", str(given.onnx_path), "--out", str(out_dir)]
+    command += ["--coco-dir", str(given.folder / f"coco-{n_times}"), "--runs-dir", str(given.folder.parent.parent)]
+    command += [part for key, value in sets.items() for part in ("--set", f"eval.{key}={value}")]
+    measured = run_measured(command)
+    metrics = read_json(out_dir / "metrics.json", "eval")
+    seconds = metrics["time_s"]
+    inside = {"total_s": seconds["total"] + seconds["score"], "session_s": seconds["session"]}
+    return measured | inside | {"AP": metrics["coco"]["AP"], "out_dir": str(out_dir)}
+
+
+def run_stock(given: Given, model: Model, record: bool) -> dict[str, Any]:
+    """`yolo val` with the same thresholds, batch and device; `record` keeps its detections, which takes time."""
+    arguments = {
+        "conf": given.settings.conf, "max_det": given.settings.max_det, "imgsz": model.imgsz, "workers": 0,
+        "batch": model.batch or given.settings.batch, "device": "cpu" if model.provider == CPU else "0",
+    }  # fmt: skip
+    facts = {"onnx": str(given.onnx_path), "arguments": arguments, "record": record, "n_images": len(given.images)}
+    write_json(given.folder / "val.json", facts)
+    measured = run_measured([sys.executable, "-m", "app.bench.stock_val", str(given.folder)])
+    return measured | read_json(given.folder / "val-result.json", "bench")
+
+
+def run_measured(command: list[str]) -> dict[str, float]:
+    """Runs a command to its end: process_s (wall, imports included) and peak_mib (resident memory).
+
+    Raises:
+        RuntimeError: it failed; ends with the last lines that it wrote.
+    """
+    start, peak_kib = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            peak_kib = max(peak_kib, high_water_kib(child.pid))
+            time.sleep(0.01)
+        process_s = time.perf_counter() - start
+        output.seek(0)
+        if child.returncode:
+            raise RuntimeError(f"{' '.join(command[1:5])} failed: {output.read()[-500:]}")
+    return {"process_s": process_s, "peak_mib": peak_kib / 1024}
+
+
+def high_water_kib(pid: int) -> int:
+    """Peak resident memory of a process so far. What wait4 gives at its end is at least that of its parent."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:  # it has just ended
+        return 0
+    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))
+    return next((int(words[1]) for words in lines), 0)
+
+
+def pure(given: Given, model: Model) -> dict[str, float]:
+    """Seconds that the session alone takes for as many images, already decoded and in batches as in the evaluator."""
+    size = model.batch or given.settings.batch
+    arrays = np.stack([load_input(image, model.imgsz).array for image in given.images[:N_PRELOADED]])
+    batches = [arrays[np.arange(first, first + size) % len(arrays)] for first in range(0, len(arrays), size)]
+    lengths = [min(size, len(given.images) - first) for first in range(0, len(given.images), size)]
+    model.run(batches[0])
+    start = time.perf_counter()
+    for number, length in enumerate(lengths):
+        batch = batches[number % len(batches)]
+        model.run(batch if model.batch else batch[:length])
+    return {"total_s": time.perf_counter() - start}
+
+
+def judge(turns: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the turns: what the issue asks of the evaluator on a CPU."""
+    ours, stock, session = ([turn[name] for turn in turns] for name in (OURS, STOCK, "session"))
+    pairs = zip(ours, stock, session, strict=True)
+    ratios = [(a["session_s"] / a["total_s"], a["total_s"] / c["total_s"], a["total_s"] / b["total_s"],
+               a["process_s"] / b["process_s"]) for a, b, c in pairs]  # fmt: skip
+    names = ("share_in_onnxruntime", "to_pure_session", "to_yolo_val", "process_to_yolo_val")
+    return {name: statistics.median(column) for name, column in zip(names, zip(*ratios, strict=True), strict=True)}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Time, memory, and AP step by step, as tables."""
+    log.info(
+        "%s, %d px, %d images in batches of %d, %s",
+        *(result[k] for k in ("file", "imgsz", "n_images", "batch", "device")),
+    )
+    cells = [["", "images/s", "seconds", "in ONNX Runtime", "process s", "peak MiB", "AP"]]
+    for name in (OURS, STOCK):
+        sides = [turn[name] for turn in result["turns"]]
+        total, session, process, peak = (
+            statistics.median(side[key] for side in sides) for key in ("total_s", "session_s", "process_s", "peak_mib")
+        )
+        cells.append([name, f"{result['n_images'] / total:.1f}", f"{total:.2f}", f"{session / total:.3f}",
+                      f"{process:.2f}", f"{peak:.0f}", f"{sides[0]['AP']:.4f}"])  # fmt: skip
+    pure_s = statistics.median(turn["session"]["total_s"] for turn in result["turns"])
+    cells.append(["session alone", f"{result['n_images'] / pure_s:.1f}", f"{pure_s:.2f}", "1.000", "-", "-", "-"])
+    ap = result["AP"]
+    steps = [["from our AP to that of yolo val", "AP"], ["our eval", f"{ap['ours']:.4f}"]]
+    steps += [[name, f"{value:+.4f}"] for name, value in ap["steps"].items()] + [["yolo val", f"{ap['stock']:.4f}"]]
+    memory = [
+        ["images", "peak MiB of our eval"],
+        *([n, f"{mib:.0f}"] for n, mib in result["peak_mib_by_images"].items()),
+    ]
+    for line in [*markdown_table(cells), "", *markdown_table(steps), "", *markdown_table(memory)]:
+        log.info("%s", line)
+    log.info("detections: %d ours, %d of yolo val, %d in both", ap["n_ours"], ap["n_stock"], ap["n_same"])
+    log.info(
+        "our eval takes %.3f of the pure session time, %.3f of yolo val's",
+        result["to_pure_session"],
+        result["to_yolo_val"],
+    )

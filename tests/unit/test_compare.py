@@ -1,0 +1,109 @@
+"""Compare: pairs of scored folders, what may stand side by side, and what the page says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from app.compare import compare, pair_up
+from app.config import Report, UserError, load
+from app.run import RunRoot
+from tests.unit.report_fixtures import add_dataset, build_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunRoot:
+    run = build_run(tmp_path / "runs")
+    add_dataset(run, tmp_path / "coco")
+    return run
+
+
+def settings() -> Report:
+    return load("qat", sets=["report.gallery_images=1"]).report
+
+
+def row(text: str, first: str) -> list[str]:
+    """Cells of the table row that begins with this cell."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return next(cells for cells in lines if cells[0] == first)
+
+
+def test_two_folders_of_a_run(run: RunRoot, tmp_path: Path) -> None:
+    """The quantized model lost the object of image 1 (person) and found that of image 2 (car)."""
+    compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", settings())
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert row(text, "class") == ["class", "fp16", "qat-w4a16", "difference"]
+    assert row(text, "person") == ["person", "1.0000", f"{51 / 101:.4f}", f"{51 / 101 - 1:+.4f}"]
+    assert row(text, "car") == ["car", "0.0000", "1.0000", "+1.0000"]
+    assert row(text, "AP")[1:] == ["0.5000", f"{(1 + 51 / 101) / 2:.4f}", f"{51 / 202:+.4f}"]
+    assert {"AP_small", "AP_medium", "AP_large"} <= {
+        line.split("|")[1].strip() for line in text.splitlines() if "|" in line
+    }
+    assert row(text, "1") == ["1", "largest loss", "1.00", "0.00", "-1.00"]
+    assert row(text, "2") == ["2", "largest gain", "0.00", "1.00", "+1.00"]
+    for name in ("sizes.png", "classes-qat-w4a16-coco.png", "gallery-qat-w4a16-coco.jpg"):
+        assert (tmp_path / "out" / "figures" / name).stat().st_size > 0
+        assert f'src="figures/{name}"' in text
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [m["dir"] for m in saved["rows"]] == ["baseline-coco", "qat-w4a16-coco"]
+
+
+def test_two_runs_are_paired_by_folder_and_told_apart(
+    run: RunRoot, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = RunRoot(run.runs_dir, "other")
+    shutil.copytree(run.root, other.root)
+    shutil.copy(run.root / "qat-w4a16-coco" / "detections.json", other.root / "baseline-coco" / "detections.json")
+    shutil.copy(run.root / "qat-w4a16-coco" / "metrics.json", other.root / "baseline-coco" / "metrics.json")
+    shutil.rmtree(other.root / "qat-w4a16-coco")
+    caplog.set_level("INFO")
+    compare(run.root, other.root, tmp_path / "out", settings())
+    assert "compare: qat-w4a16-coco is in one of them only, left out" in caplog.messages
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert row(text, "class") == ["class", "fp16", "qat-w4a16", "difference"]
+    assert row(text, "1")[-1] == "-1.00"
+    shutil.copytree(run.root, other.root, dirs_exist_ok=True)
+    pairs = pair_up(run.root, other.root)
+    assert [(a["model"]["label"], b["model"]["label"]) for a, b in pairs] == [
+        ("fp16 (small)", "fp16 (other)"),
+        ("qat-w4a16 (small)", "qat-w4a16 (other)"),
+    ]
+    assert [m["dir"] for pair in pairs for m in pair] == [
+        f"{side}-{name}-coco" for name in ("baseline", "qat-w4a16") for side in ("left", "right")
+    ]
+    with pytest.raises(UserError, match="is compared with itself"):
+        pair_up(run.root, run.root)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": {"conf": 0.25}}, "conf 0.001 and 0.25"),
+        ({"settings": {"evaluator": "another"}}, "evaluator onnxruntime"),
+        ({"dataset": {"image_ids_sha256": "0" * 64}}, "images .* and 000000000000"),
+        ({"model": {"imgsz": 320}}, "imgsz 64 and 320"),
+    ],
+)
+def test_rows_measured_differently_are_refused(run: RunRoot, tmp_path: Path, change: dict, named: str) -> None:
+    path = run.root / "qat-w4a16-coco" / "metrics.json"
+    tree = json.loads(path.read_text())
+    for section, values in change.items():
+        tree[section] |= values
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=f"measured differently \\({named}"):
+        compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", settings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_there_is_named(run: RunRoot, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither metrics"):
+        compare(run.root, tmp_path / "nowhere", tmp_path / "out", settings())
+    path = run.root / "baseline-coco" / "metrics.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "latency_ms"})
+    )
+    with pytest.raises(UserError, match=r"lacks latency_ms\.p50"):
+        compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", settings())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.config import UserError
+from app.curves import write_rows
 from app.model import load_checkpoint, save_checkpoint, scored_state
 from app.nonfinite import NonFinite
 
@@ -65,6 +66,8 @@ def continue_from_checkpoint(trainer: Trainer) -> None:
         save_state(trainer)
         return
     restore(trainer, state)
+    if trainer.rows:  # Ultralytics deletes it when a trainer is made (engine/trainer.py __init__, 8.4.190)
+        write_rows(trainer.save_dir / "results.csv", trainer.rows)
     n_batches = trainer.batch_in_epoch
     where = f", batch {n_batches} of the next" if n_batches else ""
     log.info(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto
+from onnx import GraphProto, NodeProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
 from app.coco import NAMES
@@ -39,15 +40,34 @@ def refuse_foreign_data(path: Path) -> None:
         UserError: not an ONNX file, or one with weights outside its folder.
     """
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise UserError(f"{path} cannot be loaded, it is no ONNX file: export it again with --force") from error
     folder = path.parent.resolve()
-    for tensor in graph.initializer:
+    in_functions = (tensor for function in model.functions for node in function.node for tensor in _of_node(node))
+    for tensor in itertools.chain(_of_graph(model.graph), in_functions):
         if tensor.data_location == TensorProto.EXTERNAL:
             location = ExternalDataInfo(tensor).location
             if not (folder / location).resolve().is_relative_to(folder):
                 raise UserError(f"{path}: weights of {tensor.name} lie outside its folder, in {location}: refused")
+
+
+def _of_graph(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor that a graph carries, in those inside it too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _of_node(node)
+
+
+def _of_node(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _of_graph(graph)
 
 
 def read_contract(path: Path, metadata: Mapping[str, str]) -> str:

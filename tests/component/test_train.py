@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from app.bench.soak import differences
 from app.config import Config, UserError, load
 from app.data import prepare
 from app.interrupt import Interrupted
@@ -57,22 +59,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
     """results.csv without what depends on the clock."""
     with open(folder / "results.csv", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Exact equality of checkpoint contents."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}/{i}")
-    else:
-        assert a == b or "time/" in where, f"{where}: {a} != {b}"
 
 
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
@@ -166,7 +152,7 @@ def test_a_crashed_training_continues_as_if_nothing_had_happened(
     assert rows(folder) == rows(trained[variant])
     ours, whole = (load_checkpoint(path / "weights" / "last.pt") for path in (folder, trained[variant]))
     del ours["config"], whole["config"]
-    assert_same(ours, whole)
+    assert differences(ours, whole) == []
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(
@@ -206,8 +192,8 @@ def test_a_killed_process_continues(runs_dir: Path, trained: dict[str, Path]) ->
     command = [sys.executable, "-m", "app", "train", "--variant", "qat", "--run", "killed", "--runs-dir", str(runs_dir)]
     last = run.variant_dir(config.label) / "weights" / "last.pt"
     with subprocess.Popen([*command, *sets], stderr=subprocess.DEVNULL) as process:
-        while not last.exists() and process.poll() is None:
-            pass
+        while not last.with_name("last-1.pt").exists() and process.poll() is None:  # the first is the start
+            time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     train(config, run, force=False)
@@ -231,6 +217,47 @@ def test_validation_may_be_rarer_than_epochs(runs_dir: Path) -> None:
     aps = [row["AP/ema_bn"] for row in rows(run.variant_dir(config.label))]
     assert [bool(ap) for ap in aps] == [False, True, True]
     assert read_json(run.variant_dir(config.label) / "done.json", "train")["epochs"] == 3
+
+
+def test_a_crash_between_the_last_epoch_and_the_end_loses_nothing(runs_dir: Path) -> None:
+    config, run = settle(runs_dir, "end", "fp16", ("train.epochs=1",))
+    train(config, run, force=False)
+    folder = run.variant_dir(config.label)
+    table = rows(folder)
+    (folder / "done.json").unlink()
+    train(config, run, force=False)
+    assert rows(folder) == table
+    assert (folder / "done.json").exists()
+
+
+OPTIONS = (
+    "quant.warmup_epochs=1", "quant.warmup_bits=8", "quant.learned_scale=true", "quant.dampening=0.001",
+    "quant.freeze_threshold=0.02", "quant.freeze_momentum=0.1", "train.save_every_s=1e-9",
+)  # fmt: skip
+
+
+def test_all_options_together_continue_exactly(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crashes in the warm-up of bits and learning rate, at their switch, and after mosaic has been closed."""
+    config, run = settle(runs_dir, "options-whole", sets=OPTIONS)
+    train(config, run, force=False)
+    whole = run.variant_dir(config.label)
+    config, run = settle(runs_dir, "options", sets=OPTIONS)
+    step, n_steps = Trainer.optimizer_step, 0
+
+    def crash(self: Trainer) -> None:
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps in (2, STEPS_AN_EPOCH + 2, 2 * STEPS_AN_EPOCH + 4):  # a crashed step is done again, and counted
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", crash)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    train(config, run, force=False)
+    ours, theirs = (load_checkpoint(of / "weights" / "last.pt") for of in (run.variant_dir(config.label), whole))
+    assert differences(ours, theirs) == []
 
 
 def test_reestimated_batchnorm_is_what_is_scored(trained: dict[str, Path]) -> None:

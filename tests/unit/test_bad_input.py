@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bad_annotation_cases import Case
 from bad_input_cases import BOXES, CASES, FILES
+from bad_input_doc import DOC, document
 from data_fixtures import listing, run_data, write_dataset
 
 from app.config import UserError
@@ -60,6 +61,11 @@ def test_fault_of_the_whole_file_leaves_no_view(coco_dir: Path, run: RunRoot) ->
 def test_names_are_unique_and_as_many_as_promised() -> None:
     assert len({case.name for case in CASES}) == len(CASES) >= N_PROMISED
     assert not any("\n" in case.line for case in CASES)
+
+
+def test_the_page_says_what_the_cases_say() -> None:
+    assert DOC.read_text(encoding="utf-8") == document(), "run PYTHONPATH=. python tests/unit/bad_input_doc.py"
+    assert document().count("\n| ") - document().count("\n| what is wrong") == len(CASES)
 
 
 def app(tmp_path: Path, *args: str) -> tuple[int, str]:

@@ -1,0 +1,35 @@
+"""docs/bad-input.md from the table of cases; `PYTHONPATH=. python tests/unit/bad_input_doc.py` writes it."""
+
+from __future__ import annotations
+
+from bad_annotation_cases import CATEGORIES, IDS, JSON, Case
+from bad_input_cases import BOXES, FILES, FOLDER, SETTINGS
+
+from app.run import REPO_DIR, write_text
+
+DOC = REPO_DIR / "docs" / "bad-input.md"
+HEAD = """# What a bad input says
+
+Each is found before the GPU is taken, ends the command with exit code 2 and this one line, and leaves nothing behind.
+`COCO` stands for the dataset folder, 40 x 30 and 24 x 32 px are the images of the tests. This page is made from the
+cases that `tests/unit/test_bad_input.py` runs: `PYTHONPATH=. python tests/unit/bad_input_doc.py`.
+"""
+PARTS = {
+    "The folder": FOLDER, "The annotation file": JSON, "Categories": CATEGORIES, "Ids and entries": IDS,
+    "Image files (`data.skip_broken=true` goes on without them)": FILES,
+    "Boxes (`data.skip_broken=true` goes on without their images)": BOXES, "Settings": SETTINGS,
+}  # fmt: skip
+
+
+def document() -> str:
+    """The whole page."""
+    parts = [f"\n## {title}\n\n| what is wrong | what it says |\n|---|---|\n{rows(of)}" for title, of in PARTS.items()]
+    return HEAD + "".join(parts)
+
+
+def rows(cases: list[Case]) -> str:
+    return "".join(f"| {case.name} | `{case.line.replace('|', chr(92) + '|')}` |\n" for case in cases)
+
+
+if __name__ == "__main__":
+    write_text(DOC, document())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -26,12 +27,19 @@ WAIT_S = 3  # instead of ten minutes
 LIMIT_S = 120  # of a whole test: start, and what torch gives a process to end
 
 
+# SIGKILL as when memory is out, SIGBUS as when shared memory is.
 @pytest.mark.parametrize("augment", [True, False], ids=["training", "validation"])
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "is killed by signal: Killed"),  # as when memory is out
-        (lambda: os.kill(os.getpid(), signal.SIGBUS), "is killed by signal: Bus error"),  # as with no shared memory
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "exited unexpectedly|is killed by signal: Killed",
+        ),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGBUS),
+            "exited unexpectedly|is killed by signal: Bus error",
+        ),
         (lambda: time.sleep(1e6), f"timed out after {WAIT_S} seconds"),
     ],
     ids=["killed", "bus error", "hangs"],
@@ -61,6 +69,6 @@ def test_a_loader_process_that_fails_is_a_line(
     assert time.monotonic() - start < LIMIT_S
     line = str(error.value)
     assert line.startswith("a loader process died or hangs (DataLoader ")
-    assert said in line
+    assert re.search(said, line)  # which of torch's two watchdogs is first is chance
     assert line.endswith("lower train.workers, or start the container with a larger SHM_SIZE")
     assert "\n" not in line

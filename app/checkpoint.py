@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from app.config import UserError
 from app.curves import write_rows
 from app.model import load_checkpoint, save_checkpoint, scored_state
@@ -31,15 +33,18 @@ def save_state(trainer: Trainer) -> None:
         NonFinite: the state is not worth keeping.
     """
     trainer.watch.check()
-    state = state_of(trainer)
-    check_finite(trainer, state)
-    save_checkpoint(trainer.last, trainer.config, state, previous_of(trainer.last))
+    check_finite(trainer)
+    save_checkpoint(trainer.last, trainer.config, state_of(trainer), previous_of(trainer.last))
 
 
-def check_finite(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state."""
-    weights = all(state["model"][name].isfinite().all() for name, _ in trainer.net.named_parameters())
-    if not weights or state["scaler"].get("scale", 1.0) < SMALLEST_SCALE:
+def check_finite(trainer: Trainer) -> None:
+    """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state.
+
+    Raises:
+        NonFinite: with the batches of the newest step.
+    """
+    weights = bool(torch.stack([weight.isfinite().all() for weight in trainer.net.parameters()]).all())
+    if not weights or trainer.scaler.get_scale() < SMALLEST_SCALE:
         raise NonFinite("gradient" if weights else "weights", trainer.watch.newest)
 
 

@@ -271,7 +271,7 @@ class Trainer(DetectionTrainer):
         self.loss_names = tuple(self.loss_items)
         items = torch.stack(list(self.loss_items.values())).detach()
         self.loss_sum = self.loss_sum + items
-        self.watch.add_loss(self.loss)
+        self.watch.add_loss(items.sum())
         self.scaler.scale(self.loss).backward()
 
     def optimizer_step(self) -> None:

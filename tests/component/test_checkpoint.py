@@ -166,11 +166,12 @@ mount -o remount,size=500m "$RUNS"
 cp "$RUNS/r/fp16/results.csv" "$OUT"
 """
 TRY = "unshare -Urm mount -t tmpfs none /mnt"
+NO_MOUNT = "this system does not let a user mount a small disk (user namespaces)"
 
 
 @pytest.mark.skipif(
     subprocess.run(["sh", "-c", TRY], capture_output=True).returncode != 0,
-    reason="this system does not let a user mount a small disk (user namespaces)",
+    reason=NO_MOUNT,
 )
 def test_a_full_disk_stops_the_training_cleanly_and_it_goes_on_when_there_is_room(tmp_path: Path) -> None:
     runs_dir, out_dir = tmp_path / "runs", tmp_path / "out"

@@ -159,7 +159,7 @@ def test_spoilt_weights_never_replace_a_good_state(runs_dir: Path, monkeypatch: 
 @pytest.mark.parametrize(("scale", "good"), [(0.5, False), (1.0, True), (65536.0, True)])
 def test_a_grad_scale_that_nothing_is_small_enough_for_is_a_fault(scale: float, good: bool) -> None:
     """Infinite gradients are normal while the scale is large: then the scaler alone deals with them."""
-    trainer: Any = SimpleNamespace(net=torch.nn.Linear(2, 2), watch=Watch(torch.device("cpu")))
-    state = {"model": trainer.net.state_dict(), "scaler": {"scale": scale}}
+    scaler = SimpleNamespace(get_scale=lambda: scale)
+    trainer: Any = SimpleNamespace(net=torch.nn.Linear(2, 2), watch=Watch(torch.device("cpu")), scaler=scaler)
     with contextlib.nullcontext() if good else pytest.raises(NonFinite, match="gradient is not finite"):
-        check_finite(trainer, state)
+        check_finite(trainer)

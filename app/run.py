@@ -241,6 +241,8 @@ def isolate_libraries(cache_dir: Path) -> None:
     # Brevitas drops the names of a tensor at every quantization; the warning is about naming them.
     warnings.filterwarnings("ignore", message="Named tensors", category=UserWarning)
     os.environ.setdefault("MPLCONFIGDIR", str((cache_dir / "matplotlib").resolve()))
+    # OpenMP's threads otherwise spin while they wait: beside another busy process a step takes ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("USER", "user")  # torchvision asks getpass.getuser(), which fails for a uid without a name
     spec = util.find_spec("matplotlib")
     if spec is not None and spec.origin is not None and not font.exists():

@@ -72,10 +72,10 @@ def layer(name: str, bits: int, why_exempt: str) -> dict[str, Any]:
 
 
 def export_file(run: RunRoot, label: str, file: str, checkpoint: str) -> None:
-    layers = {} if label == "fp16" else {"4": 1}
+    gates = {} if label == "fp16" else {"codes": {"layers": {"4": 1}}}
     digest = SHA["fp16" if label == "fp16" else "qat"]
     record = {"label": label, "file": file, "sha256": digest, "size_bytes": 3, "checkpoint_sha256": checkpoint}
-    write(run.onnx_dir / f"{Path(file).stem}.json", record | {"quantized_layers": layers})
+    write(run.onnx_dir / f"{Path(file).stem}.json", record | {"gates": gates})
 
 
 def metrics(label: str, file: str, digest: str, ap: float, size_bytes: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from app.evidence import BASELINE_DIR, REPACKED, Evidence, Training, differing, 
 
 Metrics = dict[str, Any]
 QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
+TELLING_AP = 0.01  # of the baseline; below it an AP is a handful of lucky boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # keys in which the configs of the variants may differ
 
 
@@ -180,6 +181,9 @@ def doubts(evidence: Evidence) -> list[str]:
             found.append(f"The variants were trained with different {what}: see Environment.")
     if any(str(t.environment["code_version"]).endswith("-dirty") for t in trainings):
         found.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    aps = [m["coco"]["AP"] or 0.0 for m in evidence.scored if m["dir"] == BASELINE_DIR]
+    if aps and max(aps) < TELLING_AP:
+        found.append("The baseline detects next to nothing: differences between such APs say nothing.")
     devices = {(m["runtime"]["device"], m["runtime"]["provider"]) for m in evidence.scored}
     if len(devices) > 1:
         found.append("The files were timed on different devices or providers: do not compare their latencies.")

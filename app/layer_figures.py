@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from app.curves import NEUTRAL, Rows, palette
@@ -15,6 +16,10 @@ from app.figures import draw, legend_below
 
 MARKERS = ("o", "D", "^", "s", "v", "P")
 BASELINE = "fp16"  # has no quantized layers, and keeps its colour
+HEALTH_LINES = {
+    "oscillating": "oscillating", "flipped": "flipped", "ema_differs": "EMA differs",
+    "snr_mean_db": "mean of the layers", "snr_min_db": "worst layer",
+}  # fmt: skip
 FLOAT = 10  # where layers without bits are drawn on the axis of bits
 
 
@@ -54,7 +59,6 @@ def layer_figure(variants: dict[str, dict[str, Any]]) -> Figure:
         levels = [(FLOAT if layer["exempt"] else layer["bits"]) + shift for layer in quantized["layers"]]
         bits.plot(range(len(names)), levels, MARKERS[i % len(MARKERS)], ms=3, color=colours[label])
     noise.set_ylabel("SNR of quantization in dB")
-    noise.set_ylim(bottom=0)
     bits.set(ylabel="bits", xlabel="layer, by the number of its block", ylim=(2.5, FLOAT + 1.5))
     bits.set_yticks([4, 8, FLOAT], ["4", "8", "float"])
     for axes in (noise, bits):
@@ -83,9 +87,9 @@ def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
     if not variants:
         return []
     text = (
-        "**Codes and noise of the quantized weights.** Shares of all quantized weights (solid: oscillating at the end "
-        "of the epoch, dashed: flipped since the validation before, dotted: EMA code differs from the raw one), and "
-        "the signal-to-noise ratio of quantization (solid: mean of the layers, dotted: worst layer)."
+        "**Codes and noise of the quantized weights over the epochs.** Shares of all quantized weights: oscillating at "
+        "the end of the epoch, flipped since the validation before, EMA code differs from the raw one; and the "
+        "signal-to-noise ratio of quantization."
     )
     return [draw(figures_dir, "quantizer-health.png", text, lambda: health_figure(variants))]
 
@@ -106,8 +110,10 @@ def health_figure(variants: dict[str, Rows]) -> Figure:
                 axes.plot(epochs, values, line, marker=".", color=colours[label], label=label if line == "-" else None)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
+        styles = [Line2D([], [], color=NEUTRAL, ls=line, label=HEALTH_LINES[name]) for name, line in lines.items()]
+        axes.legend(handles=styles, frameon=False)
+    shares.set_ylim(bottom=0)
     shares.set_ylabel("share of the quantized weights")
     noise.set_ylabel("SNR of quantization in dB")
     return legend_below(figure)

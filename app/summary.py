@@ -210,5 +210,5 @@ def coco_tables(scored: list[Metrics], found: Findings) -> list[str]:
     for metrics, group in zip(measured_alike(scored), found["groups"], strict=True):
         lines += ["", ANOTHER_METER + describe(group["measured"]), ""] if lines else []
         cells = [[name, *(number(m["coco"][name]) for m in metrics)] for name in COCO_NAMES]
-        lines += markdown_table([["", *(m["dir"] for m in metrics)], *cells])
+        lines += markdown_table([["", *(m["dir"].removesuffix("-coco") for m in metrics)], *cells])
     return lines

@@ -130,7 +130,8 @@ def run_stage(args: argparse.Namespace) -> None:
         from app.compare import compare
 
         return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
-    run = open_run(args.run, args.runs_dir)
+    merged = args.stage == "report" and args.runs
+    run = open_run(args.runs[0] if merged else args.run, args.runs_dir)
     if args.stage == "publish":
         from app.publish import publish
 
@@ -176,9 +177,9 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
             run_eval(args, config, run)
         case "report":
             from app.report import report
+            from app.run import open_run
 
-            first, *others = [open_run(name, args.runs_dir) for name in args.runs or [args.run]]
-            report(config, first, args.force, others)
+            report(config, run, args.force, [open_run(name, args.runs_dir) for name in (args.runs or [])[1:]])
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:

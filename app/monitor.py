@@ -21,7 +21,7 @@ from app.curves import curve_figure, train_loss, write_rows
 from app.progress import Meter, clock
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
-HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp", "quant")
+HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp")
 BEST_AP = "AP/best"
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,9 @@ class Monitor:
         """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own."""
         flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in HPARAM_SECTIONS}
         values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in flat.items()}
+        # One value for the whole section: TensorBoard shows no hyper-parameter that one of the runs lacks.
+        quant = config.quant.model_dump() if config.quant else {}
+        values["quant"] = ", ".join(f"{key}={value}" for key, value in quant.items()) or "none"
         metrics = [hparams.Metric(BEST_AP), hparams.Metric("AP/ema_bn")]
         writer: Any = self.writer.file_writer
         writer.add_summary(hparams.hparams_config_pb([hparams.HParam(key) for key in values], metrics))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,12 @@ def test_another_meter_is_refused(config: Config, runs: list[RunRoot]) -> None:
         edit(runs[1].root / name / "metrics.json", "settings.conf", 0.25)
     with pytest.raises(UserError, match="measured differently"):
         merged(config, runs)
+
+
+def test_command_line_writes_the_page_of_the_first(runs: list[RunRoot]) -> None:
+    command = [sys.executable, "-m", "app", "report", "--runs", "a", "b", "c", "--runs-dir", str(runs[0].runs_dir)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "0.4200 ± 0.0200" in made.stderr
+    assert runs[0].summary.exists() and not runs[1].summary.exists()
+    assert not (runs[0].runs_dir / "full").exists()

@@ -15,7 +15,8 @@ train-qat: ## train with 4-bit weights (quant.scheme)
 export: ## checkpoints to ONNX
 ptq: ## the trained baseline, quantized without training
 eval: ## score the ONNX files with COCO's metrics
-report: ## runs/RUN/summary.md
+report: ## runs/RUN/summary.md and .html (ARGS="--runs A B C": the same with other seeds, merged)
+publish: ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
 all: ## data, both trainings, export, ptq, eval, report
 bench: ## step times and stability, side by side
 
@@ -26,7 +27,7 @@ build: ## build the image (RUNNER=local: the .venv)
 lint: ## ruff, pyright, import-linter
 soak: ## 50 random kills (-9) of small trainings, each compared with an uninterrupted one
 
-smoke test soak data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint:
+smoke test soak data train-fp16 train-qat export ptq eval report publish all bench download-coco tensorboard build lint:
 	$(job)
 
 test-container: ## tests of the image, from outside (needs a Docker engine)
@@ -61,5 +62,5 @@ help:
 		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
 		GPUS=1 'GPUs of the container; all, with --set train.device=1, picks another'
 
-.PHONY: smoke test soak data train-fp16 train-qat export ptq eval report all bench download-coco tensorboard build lint \
-	test-container lock stop clean help
+.PHONY: smoke test soak data train-fp16 train-qat export ptq eval report publish all bench download-coco tensorboard \
+	build lint test-container lock stop clean help

@@ -25,7 +25,8 @@ STAGES = {
     "export": "trained checkpoints -> ONNX files, each checked against torch",
     "ptq": "the trained fp16 baseline, quantized without training -> checkpoints and ONNX files beside the others",
     "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
-    "report": "JSON and CSV files of the run -> summary.md",
+    "report": "JSON and CSV files of the run -> summary.md; --runs merges runs with other seeds",
+    "publish": "the report, without weights and photos, -> runs/reports/NAME, and an entry in runs/LOG.md",
     "compare": "two runs or two scored folders -> compare.md: AP by class and size, images where they differ",
     "bench": "what a training step costs, how fast training and eval are, whether QAT is stable: side by side",
     "download-coco": "fetch the official COCO 2017 archives",
@@ -88,6 +89,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             continue
         stage.add_argument("--run", default="full", help="name of the run, a folder under --runs-dir (default: full)")
         stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
+        if name == "publish":
+            stage.add_argument("--aim", help="for the log: what the run was to find out (default: what it compares)")
+            stage.add_argument("--force", action="store_true", help="replace what was published; adds another entry")
+            continue
         stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
         stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
         stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
@@ -95,6 +100,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
         if name == "bench":
             add_bench_arguments(stage)
+        if name == "report":
+            stage.add_argument(
+                "--runs", nargs="+", metavar="NAME",
+                help="runs that differ only in seeds: means and spreads, on the page of the first (instead of --run)",
+            )  # fmt: skip
         if name == "ptq":
             stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
         if name == "eval":
@@ -120,7 +130,12 @@ def run_stage(args: argparse.Namespace) -> None:
         from app.compare import compare
 
         return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
-    run = open_run(args.run, args.runs_dir)
+    merged = args.stage == "report" and args.runs
+    run = open_run(args.runs[0] if merged else args.run, args.runs_dir)
+    if args.stage == "publish":
+        from app.publish import publish
+
+        return publish(run, args.aim, args.force)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
     sets += [f"quant.scheme={args.scheme}"] if args.stage == "ptq" and args.scheme else []
     config = load(args.variant if args.stage == "train" else "qat", args.conf, sets)
@@ -162,8 +177,9 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
             run_eval(args, config, run)
         case "report":
             from app.report import report
+            from app.run import open_run
 
-            report(config, run, args.force)
+            report(config, run, args.force, [open_run(name, args.runs_dir) for name in (args.runs or [])[1:]])
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:

@@ -13,7 +13,8 @@ ENVIRONMENT_ROWS = (
     "code_version", "lock_sha256", "image", "python", "platform", "cpu_count", "gpus",
     "device", "amp", "deterministic", "seed", "workers",
 )  # fmt: skip
-SHOWN_SECTIONS = ("model", "data", "train", "hyp")
+ENVIRONMENT_NAMES = {"gpus": "gpus: name, driver, memory, power limit, highest SM clock"}
+VARIANT_KEYS = ("variant", "quant")  # the table of differences has them
 N_HASH = 12  # hex digits of a hash on the page; the whole one is in the JSON
 
 
@@ -52,16 +53,16 @@ def training_table(evidence: Evidence, found: dict[str, Any]) -> list[str]:
 def quantization_lines(evidence: Evidence) -> list[str]:
     """Layers by number of bits, in training (both heads) and in the file (one head); every exempt layer with why."""
     cells = [["variant", "bits", "layers in training", "in the ONNX file", "weights", "quantizer"]]
-    in_file = {record["label"]: record["quantized_layers"] for record in evidence.records}
+    in_file = {r["label"]: r["gates"]["codes"]["layers"] for r in evidence.records if "codes" in r["gates"]}
     exempt = []
-    for label, training in evidence.trainings.items():
-        layers = training.quant_config["layers"] if training.quant_config else []
+    for label, quant_config in evidence.quantized.items():
+        layers = quant_config["layers"]
         for bits in sorted({layer["bits"] for layer in layers if not layer["exempt"]}):
             same = [layer for layer in layers if layer["bits"] == bits and not layer["exempt"]]
             quantizers = sorted({f"{layer['quantizer']}, {layer['granularity']}" for layer in same})
-            share = training.quant_config["share_of_learned_weights"][str(bits)] if training.quant_config else None
+            share = f"{quant_config['share_of_learned_weights'][str(bits)]:.3f} of all"
             n_in_file = str(in_file[label].get(str(bits), 0)) if label in in_file else MISSING
-            cells.append([label, str(bits), str(len(same)), n_in_file, f"{share:.3f} of all", "; ".join(quantizers)])
+            cells.append([label, str(bits), str(len(same)), n_in_file, share, "; ".join(quantizers)])
         exempt += [
             f"- {label}: `{layer['name']}` is not quantized: {layer['why']}" for layer in layers if layer["exempt"]
         ]
@@ -100,11 +101,11 @@ def _value(value: Any) -> str:
 
 
 def settings_block(trained: dict[str, dict[str, Any]]) -> list[str]:
-    """Of the first variant: the others differ only as the table above says."""
+    """All settings of the first variant: the others differ only as the table above says."""
     if not trained:
         return []
     config = next(iter(trained.values()))
-    shown = {name: config[name] for name in SHOWN_SECTIONS}
+    shown = {name: values for name, values in config.items() if name not in VARIANT_KEYS}
     return ["```yaml", yaml.safe_dump(shown, sort_keys=False) + "```"]
 
 
@@ -114,7 +115,12 @@ def environment_table(evidence: Evidence) -> list[str]:
     columns |= {f"eval {m['dir'].removesuffix('-coco')}": m["environment"] for m in evidence.scored}
     cells = [["", "value"]]
     for key in ENVIRONMENT_ROWS:
-        cells.append([key, _by_stage({name: env[key] for name, env in columns.items() if key in env})])
+        cells.append(
+            [
+                ENVIRONMENT_NAMES.get(key, key),
+                _by_stage({name: env[key] for name, env in columns.items() if key in env}),
+            ]
+        )
     packages = {package for env in columns.values() for package in env["packages"]}
     for package in sorted(packages):
         cells.append([package, _by_stage({name: env["packages"].get(package) for name, env in columns.items()})])
@@ -140,7 +146,16 @@ def _short(value: Any) -> str:
 def pointers(evidence: Evidence) -> list[str]:
     """Paths relative to the run root, so that the folder can be moved."""
     lines = []
-    files = ("results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "args.yaml", "env.json", "log.txt")
+    files = (
+        "results.csv",
+        "loss_curve.csv",
+        "loss_curve.png",
+        "config.yaml",
+        "args.yaml",
+        "env.json",
+        "log.txt",
+        "health.json",
+    )
     for label in evidence.trainings:
         there = [name for name in (*files, "quant_config.json") if (evidence.run.variant_dir(label) / name).exists()]
         links = ", ".join(f"[{name}]({label}/{name})" for name in there)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,6 +21,8 @@ STATES = {"raw": (":", 1.2, "raw"), "ema": ("--", 1.2, "EMA"), "ema_bn": ("-", 2
 # Okabe & Ito's colours, told apart by colour-blind readers, without those that vanish on white or near-black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 NEUTRAL = "#808080"
+LINES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # with the colours 24 curves that differ
+HATCHES = ("", "//", "..", "xx")
 AP_LABEL = "AP of the trainer's validator"
 LOSS_LABEL = "loss (box + cls + dfl, both heads)"
 
@@ -36,6 +40,12 @@ def write_rows(path: Path, rows: Rows) -> None:
 def read_rows(path: Path) -> Rows:
     with open(path, encoding="utf-8", newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def palette(labels: Iterable[str]) -> dict[str, str]:
+    """A colour for every label, the same in all figures of a page: fp16, then QAT, then PTQ."""
+    ordered = sorted(labels, key=lambda label: (not label.startswith("fp16"), not label.startswith("qat-"), label))
+    return dict(zip(ordered, cycle(COLOURS), strict=False))
 
 
 def train_loss(row: dict[str, float]) -> float:
@@ -58,7 +68,9 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
     figure, loss_axes, ap_axes = two_axes()
     last_epoch = max(rows[-1]["epoch"] for rows in variants.values())
     marker = "o" if last_epoch == 1 else ""  # a line of one point shows nothing
-    for rows, colour in zip(variants.values(), COLOURS, strict=False):
+    colours = palette(variants)
+    for label, rows in variants.items():
+        colour = colours[label]
         loss_axes.plot([row["epoch"] for row in rows], list(map(train_loss, rows)), ":", marker=marker, color=colour)
         validated = [row for row in rows if "AP/ema_bn" in row]
         epochs = [row["epoch"] for row in validated]
@@ -76,8 +88,8 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
 
 def explain(figure: Figure, labels: list[str]) -> None:
     """Legends under the axes: variants by colour, states by style; nothing is drawn over the lines."""
-    colours = [(name, colour) for name, colour in zip(labels, COLOURS, strict=False) if name]
-    variants = [Line2D([], [], color=colour, linewidth=4, label=name) for name, colour in colours]
+    colours = palette(labels)
+    variants = [Line2D([], [], color=colours[name], linewidth=4, label=name) for name in labels if name]
     losses = [("-", 1.5, "val, EMA + BN re-estimated"), (":", 1.5, "train")]
     states = list(STATES.values())[::-1]
     for axes, styles in zip(figure.axes, (losses, states), strict=True):

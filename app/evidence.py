@@ -29,7 +29,8 @@ METRICS_KEYS = (
 PROVENANCE_KEYS = ("title", "coco_dir", "seed", "splits.train.annotation_sha256", "splits.val.annotation_sha256")
 CONFIG_KEYS = ("model", "data", "train.epochs", "hyp.warmup_epochs", "quant")
 ENVIRONMENT_KEYS = ("command", "packages", "code_version")
-RECORD_KEYS = ("label", "file", "sha256", "size_bytes", "checkpoint_sha256", "quantized_layers")
+RECORD_KEYS = ("label", "file", "sha256", "size_bytes", "checkpoint_sha256", "gates")
+REPACKED = ("-end2end", "-half", "-int4")  # endings of labels whose file holds the weights of another one
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class Training:
     history: Rows
     environment: dict[str, Any]
     done: dict[str, Any] | None
-    quant_config: dict[str, Any] | None
 
     @property
     def validated(self) -> Rows:
@@ -55,12 +55,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report may speak of. `scored` are metrics.json plus `dir` and `path`, `records` the .json of ONNX
-    files; `missing` are lines 'stage: what is not there and how to get it'."""
+    """Everything the report may speak of. `quantized` are quant_config.json by label, PTQ too, with `snr_db` (layer ->
+    dB) of health.json; `scored` are metrics.json plus `dir` and `path`, `records` the .json of ONNX files; `missing`
+    are lines 'stage: what is not there and how to get it'."""
 
     run: RunRoot
     provenance: dict[str, Any] | None
     trainings: dict[str, Training]
+    quantized: dict[str, dict[str, Any]]
     records: list[dict[str, Any]]
     scored: list[dict[str, Any]]
     missing: list[str]
@@ -81,9 +83,10 @@ def gather(run: RunRoot) -> Evidence:
     missing: list[str] = []
     provenance = _read(run, run.provenance, "data", PROVENANCE_KEYS, missing)
     trainings = _trainings(run, missing)
+    quantized = _quantized(run, missing)
     records = _records(run, trainings, missing)
     scored = _scored(run, records, missing)
-    return Evidence(run, provenance, trainings, records, scored, missing)
+    return Evidence(run, provenance, trainings, quantized, records, scored, missing)
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +103,16 @@ def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for key in sorted(flat_a | flat_b) if flat_a.get(key) != flat_b.get(key)]
 
 
-def by_label(label: str) -> tuple[bool, str]:
-    """Sort key: fp16 first."""
-    return label != "fp16", label
+def by_label(label: str) -> tuple[bool, bool, str, str]:
+    """Sort key: fp16 first, then scheme by scheme, of each PTQ before QAT."""
+    return label != "fp16", not label.startswith("fp16"), scheme_of(label), label
+
+
+def scheme_of(label: str) -> str:
+    """'ptq-w4a16-bn' and 'qat-w4a16-int4' -> 'w4a16'."""
+    for ending in (*REPACKED, "-bn"):
+        label = label.removesuffix(ending)
+    return label.partition("-")[2]
 
 
 def _read(run: RunRoot, path: Path, stage: str, keys: Iterable[str], missing: list[str]) -> dict[str, Any] | None:
@@ -160,9 +170,20 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
     if done is None:
         n_epochs = config["train"]["epochs"]
         missing.append(f"train: {label} has not finished, {len(history)} of {n_epochs} epochs: run it again to go on")
-    quant_path = folder / "quant_config.json"
-    quant = _read(run, quant_path, "train", ("scheme", "layers"), missing) if config["quant"] else None
-    return Training(label, config, history, environment, done, quant)
+    return Training(label, config, history, environment, done)
+
+
+def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
+    found = {}
+    labels = {path.parent.name for path in run.root.glob("*/config.yaml") if path.parent.name.startswith("qat-")}
+    for label in sorted(labels | {path.parent.name for path in run.root.glob("*/quant_config.json")}, key=by_label):
+        folder, stage = run.variant_dir(label), "ptq" if label.startswith("ptq-") else "train"
+        keys = ("scheme", "layers", "share_of_learned_weights")
+        quant_config = _read(run, folder / "quant_config.json", stage, keys, missing)
+        health = _read(run, folder / "health.json", stage, ("epoch", "snr_db"), missing)
+        if quant_config:
+            found[label] = {**quant_config, "snr_db": health["snr_db"] if health else {}}
+    return found
 
 
 def _finished(folder: Path) -> bool:

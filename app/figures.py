@@ -1,19 +1,20 @@
-"""The figures of the report, each in a light and a dark version, and the Markdown that shows the fitting one."""
+"""The figures of the report, each in a light and a dark version, and the Markdown that shows the fitting one.
+
+Those about the quantized layers are in app/layer_figures.py, the photos in app/gallery.py.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from app.curves import COLOURS, NEUTRAL, Rows, overlay_figure
+from app.curves import COLOURS, HATCHES, LINES, NEUTRAL, overlay_figure, palette
 from app.evidence import Evidence
 from app.findings import Metrics
 from app.run import write_atomic
@@ -23,6 +24,7 @@ INK = {"": ("#ffffff", "#1f2328"), "-dark": ("#0d1117", "#e6edf3")}  # suffix ->
 AUTHORS_YOLOV10M = {
     10: 0.239, 20: 0.347, 50: 0.403, 100: 0.420, 200: 0.461, 300: 0.481, 400: 0.497, 500: 0.510
 }  # fmt: skip
+MAX_BARS_UPRIGHT = 4  # more bars in a group: their numbers stand on end, or they would overlap
 SIZES = {"AP": "all", "AP_small": "small\n(< 32² px)", "AP_medium": "medium", "AP_large": "large\n(> 96² px)"}
 
 
@@ -71,42 +73,6 @@ def curves(evidence: Evidence, figures_dir: Path) -> list[str]:
     return [draw(figures_dir, "curves.png", text, lambda: overlay_figure(variants, reference))]
 
 
-def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
-    """Shares of weights that flip and oscillate, and the quantization noise, over the epochs; where recorded."""
-    variants = {label: training.validated for label, training in evidence.trainings.items()}
-    variants = {label: rows for label, rows in variants.items() if rows and "health/oscillating" in rows[0]}
-    if not variants:
-        return []
-    text = (
-        "**Codes and noise of the quantized weights.** Shares of all quantized weights (solid: oscillating at the end "
-        "of the epoch, dashed: flipped since the validation before, dotted: EMA code differs from the raw one), and "
-        "the signal-to-noise ratio of quantization (solid: mean of the layers, dotted: worst layer)."
-    )
-    return [draw(figures_dir, "quantizer-health.png", text, lambda: health_figure(variants))]
-
-
-def health_figure(variants: dict[str, Rows]) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    shares, noise = figure.subplots(1, 2)
-    panels = {
-        shares: {"oscillating": "-", "flipped": "--", "ema_differs": ":"},
-        noise: {"snr_mean_db": "-", "snr_min_db": ":"},
-    }
-    for axes, lines in panels.items():
-        for (label, rows), colour in zip(variants.items(), COLOURS[1:], strict=False):  # the first colour is fp16's
-            for name, line in lines.items():
-                known = [row for row in rows if f"health/{name}" in row]
-                epochs, values = [row["epoch"] for row in known], [row[f"health/{name}"] for row in known]
-                axes.plot(epochs, values, line, marker=".", color=colour, label=label if line == "-" else None)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    shares.set_ylabel("share of the quantized weights")
-    noise.set_ylabel("SNR of quantization in dB")
-    return legend_below(figure)
-
-
 def is_whole_coco(provenance: dict[str, Any]) -> bool:
     return provenance["title"] == "COCO 2017" and not any(s["subset"] for s in provenance["splits"].values())
 
@@ -120,15 +86,20 @@ def by_size(group: list[Metrics], figures_dir: Path) -> str:
 def size_figure(group: list[Metrics]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    width = 0.8 / len(group)
-    for i, (m, colour) in enumerate(zip(group, cycle(COLOURS), strict=False)):
+    names = [row_name(m, group) for m in group]
+    width, colours = 0.8 / len(group), palette(names)
+    for i, (m, name) in enumerate(zip(group, names, strict=True)):
         places = np.arange(len(SIZES)) + (i - (len(group) - 1) / 2) * width
-        values = [m["coco"][name] for name in SIZES]
-        bars = axes.bar(places, [value or 0 for value in values], width * 0.92, color=colour, label=row_name(m, group))
-        axes.bar_label(bars, ["none" if value is None else f"{value:.3f}" for value in values], padding=2, fontsize=9)
+        values = [m["coco"][size] for size in SIZES]
+        hatch = HATCHES[list(colours).index(name) // len(COLOURS)]
+        drawn = [value or 0 for value in values]
+        bars = axes.bar(places, drawn, width * 0.92, color=colours[name], hatch=hatch, label=name)
+        texts = ["none" if value is None else f"{value:.3f}" for value in values]
+        upright = len(group) <= MAX_BARS_UPRIGHT
+        axes.bar_label(bars, texts, padding=2, fontsize=9 if upright else 8, rotation=0 if upright else 90)
     axes.set_xticks(range(len(SIZES)), list(SIZES.values()))
     axes.set(ylabel="AP")
-    axes.margins(y=0.12)
+    axes.margins(y=0.12 if len(group) <= MAX_BARS_UPRIGHT else 0.25)
     return legend_below(figure)
 
 
@@ -153,11 +124,12 @@ def precision_recall(group: list[Metrics], facts: dict[str, Any], figures_dir: P
 def pr_figure(group: list[Metrics], facts: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     first = facts["variants"][group[0]["dir"]]["precision"]
+    names = [row_name(m, group) for m in group]
+    colours = palette(names)
     for axes, iou in zip(figure.subplots(1, len(first), sharey=True), first, strict=True):
-        for i, (m, colour) in enumerate(zip(group, COLOURS, strict=False)):
-            values = facts["variants"][m["dir"]]["precision"][iou]
-            line = "-" if i == 0 else (0, (5, 1 + i))
-            axes.plot(facts["recalls"], values, ls=line, lw=2, color=colour, label=row_name(m, group))
+        for i, (m, name) in enumerate(zip(group, names, strict=True)):
+            values, line = facts["variants"][m["dir"]]["precision"][iou], LINES[i % len(LINES)]
+            axes.plot(facts["recalls"], values, ls=line, lw=2, color=colours[name], label=name)
         axes.set(xlabel="recall", title=f"IoU {iou}", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("precision")

@@ -7,11 +7,11 @@ from typing import Any
 
 from app.config import Report
 from app.curves import STATES, train_loss
-from app.evidence import BASELINE_DIR, Evidence, Training, differing
+from app.evidence import BASELINE_DIR, REPACKED, Evidence, Training, differing, scheme_of
 
 Metrics = dict[str, Any]
 QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
-REPACKED = ("-int4", "-end2end")  # endings of labels whose file holds the weights of another one
+TELLING_AP = 0.01  # of the baseline; below it an AP is a handful of lucky boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # keys in which the configs of the variants may differ
 
 
@@ -22,6 +22,7 @@ def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
         "run": evidence.run.name,
         "settings": settings.model_dump(mode="json"),
         "missing": evidence.missing,
+        "seeds": None,
         "doubts": doubts(evidence),
         "groups": [{"measured": describe_meter(g[0]), "rows": compare(g)} for g in groups],
         "health": {label: health(t, settings.min_share_of_best) for label, t in evidence.trainings.items()},
@@ -78,8 +79,39 @@ def compare(group: list[Metrics]) -> list[dict[str, Any]]:
             "AP_difference": None if ap is None or base_ap is None else ap - base_ap,
             "size_mb": size / 1e6,
             "size_share": size / base["model"]["size_bytes"] if base and m is not base else None,
+            "AP_over_ptq": over_ptq(m, group),
+            "p50_ms": m["latency_ms"]["p50"],
+            "provider": m["runtime"]["provider"].removesuffix("ExecutionProvider"),
+            "over_runs": None,
         })  # fmt: skip
     return rows
+
+
+def over_ptq(m: Metrics, group: list[Metrics]) -> float | None:
+    """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare."""
+    label, ap = m["model"]["label"], m["coco"]["AP"]
+    rivals = [other["coco"]["AP"] for other in of_scheme(group, "ptq", scheme_of(label))]
+    known = [rival for rival in rivals if rival is not None]
+    is_qat = is_quantized(label) and label.startswith("qat-")
+    return ap - max(known) if is_qat and known and ap is not None else None
+
+
+def of_scheme(group: list[Metrics], kind: str, scheme: str) -> list[Metrics]:
+    """The rows of one kind ('qat' or 'ptq') and scheme, without repacked files."""
+    labels = [(m, m["model"]["label"]) for m in group]
+    return [m for m, label in labels if is_quantized(label) and label.startswith(kind) and scheme_of(label) == scheme]
+
+
+def shown_apart(group: list[Metrics]) -> list[Metrics]:
+    """The quantized rows that get figures of their own: QAT, and PTQ where its scheme was not trained."""
+    quantized = [m for m in group if is_quantized(m["model"]["label"])]
+    qat = {scheme_of(m["model"]["label"]) for m in quantized if m["model"]["label"].startswith("qat-")}
+    return [m for m in quantized if m["model"]["label"].startswith("qat-") or scheme_of(m["model"]["label"]) not in qat]
+
+
+def distinct(group: list[Metrics]) -> list[Metrics]:
+    """The rows without files that hold the weights of another row."""
+    return [m for m in group if not m["model"]["label"].endswith(REPACKED)] or group
 
 
 def health(training: Training, min_share: float) -> dict[str, Any]:
@@ -149,6 +181,9 @@ def doubts(evidence: Evidence) -> list[str]:
             found.append(f"The variants were trained with different {what}: see Environment.")
     if any(str(t.environment["code_version"]).endswith("-dirty") for t in trainings):
         found.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    aps = [m["coco"]["AP"] or 0.0 for m in evidence.scored if m["dir"] == BASELINE_DIR]
+    if aps and max(aps) < TELLING_AP:
+        found.append("The baseline detects next to nothing: differences between such APs say nothing.")
     devices = {(m["runtime"]["device"], m["runtime"]["provider"]) for m in evidence.scored}
     if len(devices) > 1:
         found.append("The files were timed on different devices or providers: do not compare their latencies.")

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch.utils.tensorboard import SummaryWriter
 from ultralytics.utils import LOGGER, ops
 from ultralytics.utils.plotting import plot_images
 
+from app.config import Config, dump, flatten
 from app.curves import curve_figure, train_loss, write_rows
 from app.progress import Meter, clock
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
+HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp")
+BEST_AP = "AP/best"
 log = logging.getLogger(__name__)
 
 
@@ -44,25 +49,54 @@ class Monitor:
 
     Args:
         out_dir: folder of the variant.
-        label: its name, first word of every line.
+        config: its configuration; `label` is the first word of every line.
     """
 
-    def __init__(self, out_dir: Path, label: str) -> None:
-        self.out_dir, self.label = out_dir, label
+    def __init__(self, out_dir: Path, config: Config) -> None:
+        self.out_dir, self.label = out_dir, config.label
         self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10)
-        self.writer.add_text("config", f"```yaml\n{(out_dir / 'config.yaml').read_text(encoding='utf-8')}\n```")
+        self.writer.add_text("config", f"```yaml\n{dump(config)}\n```")
+        self._add_hparams(config)
         self.run_start = time.monotonic()
-        self.n_epochs_here = self.n_pictures = 0
+        self.epochs_here = 0.0  # trained by this process; the first may have begun in the middle
+        self.n_pictures = 0
 
-    def start_epoch(self, epoch: int, n_epochs: int, n_images: int) -> None:
-        """`epoch` counts from 0; n_images are still to be trained in it."""
+    def _add_hparams(self, config: Config) -> None:
+        """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own."""
+        flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in HPARAM_SECTIONS}
+        values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in flat.items()}
+        # One value for the whole section: TensorBoard shows no hyper-parameter that one of the runs lacks.
+        quant = config.quant.model_dump() if config.quant else {}
+        values["quant"] = ", ".join(f"{key}={value}" for key, value in quant.items()) or "none"
+        metrics = [hparams.Metric(BEST_AP), hparams.Metric("AP/ema_bn")]
+        writer: Any = self.writer.file_writer
+        writer.add_summary(hparams.hparams_config_pb([hparams.HParam(key) for key in values], metrics))
+        writer.add_summary(hparams.hparams_pb(values, trial_id=f"{self.out_dir.parent.name}/{self.label}"))
+
+    def start_epoch(self, epoch: int, n_epochs: int, n_images: int, n_trained: int) -> None:
+        """`epoch` counts from 0; of its n_images, n_trained were trained before, by a process that was stopped."""
         self.epoch, self.n_epochs = epoch, n_epochs
+        n_left = max(n_images - n_trained, 0)  # the last batch may be smaller than the others
+        self.share_here = n_left / n_images
         self.epoch_start = self.saved = time.monotonic()
-        self.meter = Meter(f"{self.label} epoch {epoch + 1}/{n_epochs}", n_images)
+        self.meter = Meter(f"{self.label} epoch {epoch + 1}/{n_epochs}", n_left)
 
-    def step(self, n_images: int, losses: Callable[[], dict[str, float]], memory_gib: float) -> None:
+    def step(self, n_images: int, losses: Callable[[], dict[str, float]]) -> None:
         """`losses` gives the running means of the epoch; it is called only when a line is shown."""
-        self.meter.update(n_images, lambda: f"loss {sum(losses().values()):.3f}, {memory_gib:.1f} GiB")
+
+        def note() -> str:
+            left = clock(self._run_left_s())
+            return f"{left} left for the run, loss {sum(losses().values()):.3f}, {memory_gib():.1f} GiB"
+
+        self.meter.update(n_images, note)
+
+    def _run_left_s(self) -> float:
+        """From the mean epoch so far; during the first from its own rate, which knows nothing of validation yet."""
+        image_s = self.meter.seconds / self.meter.done
+        epoch_s = image_s * self.meter.total / self.share_here
+        if self.epochs_here:
+            epoch_s = (self.epoch_start - self.run_start) / self.epochs_here
+        return image_s * (self.meter.total - self.meter.done) + epoch_s * (self.n_epochs - self.epoch - 1)
 
     def save_due(self, every_s: float) -> bool:
         """Whether so many seconds have passed since the epoch's start or since this was last true."""
@@ -90,31 +124,57 @@ class Monitor:
             if name != "epoch":
                 self.writer.add_scalar(name, value, self.epoch + 1)
         n_done, validated = self.epoch + 1, "AP/ema_bn" in row
-        if validated and (n_done // max(self.n_epochs // N_PICTURES, 1) > self.n_pictures or n_done == self.n_epochs):
-            self.n_pictures = n_done // max(self.n_epochs // N_PICTURES, 1)
-            self.writer.add_image("val/predictions", draw_predictions(validator), n_done, dataformats="HWC")
-            self.writer.add_figure("loss_curve", curve_figure(rows), n_done)
-        self.n_epochs_here += 1
-        left = (time.monotonic() - self.run_start) / self.n_epochs_here * (self.n_epochs - n_done)
+        if validated:
+            self.writer.add_scalar(BEST_AP, best[0], n_done)
+            self._add_pictures(rows, validator, n_done)
+        self.epochs_here += self.share_here
+        left = "?"
+        if self.epochs_here:
+            left = clock((time.monotonic() - self.run_start) / self.epochs_here * (self.n_epochs - n_done))
         aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row) if validated else "no AP"
         best_text = f" (best {best[0]:.3f} at {best[1]})" if best[1] else ""
         log.info(
             "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left",
-            self.label, n_done, self.n_epochs, train_loss(row), aps, best_text, row["time/images_per_s"], clock(left),
+            self.label, n_done, self.n_epochs, train_loss(row), aps, best_text, row["time/images_per_s"], left,
         )  # fmt: skip
+
+    def _add_pictures(self, rows: list[dict[str, float]], validator: Any, n_done: int) -> None:
+        """The same val batch every time, its ground truth once, and the curves so far."""
+        every = max(self.n_epochs // N_PICTURES, 1)
+        if self.n_pictures and n_done // every <= self.n_pictures and n_done < self.n_epochs:
+            return
+        if not self.n_pictures:
+            self.writer.add_image("val/labels", draw_batch(validator, validator.first_batch[1]), 0, dataformats="HWC")
+        self.n_pictures = max(n_done // every, 1)
+        self.writer.add_image("val/predictions", draw_predictions(validator), n_done, dataformats="HWC")
+        self.writer.add_figure("loss_curve", curve_figure(rows), n_done)
 
     def close(self) -> None:
         self.writer.close()
 
 
+def memory_gib() -> float:
+    """Peak of what PyTorch has reserved on the GPU; without one, of this process's resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
 def draw_predictions(validator: Any) -> Any:
     """First validation batch with the detections of the scored model: uint8 [H,W,3]."""
-    preds, batch = validator.first_batch
+    preds, _ = validator.first_batch
     labels = {
         "batch_idx": torch.cat([torch.full_like(p["conf"], i) for i, p in enumerate(preds)]),
         "cls": torch.cat([p["cls"] for p in preds]),
         "conf": torch.cat([p["conf"] for p in preds]),
         "bboxes": ops.xyxy2xywh(torch.cat([p["bboxes"] for p in preds])),
     }
+    return draw_batch(validator, labels)
+
+
+def draw_batch(validator: Any, labels: dict[str, Any]) -> Any:
+    """The images of the first validation batch with the boxes of `labels`."""
+    _, batch = validator.first_batch
+    boxes = {key: labels[key] for key in ("batch_idx", "cls", "bboxes", "conf") if key in labels}
     options: dict[str, Any] = {"max_size": 1280, "save": False, "threaded": False}  # `threaded` is its decorator's
-    return plot_images(labels, batch["img"], batch["im_file"], names=validator.names, **options)
+    return plot_images(boxes, batch["img"], batch["im_file"], names=validator.names, **options)

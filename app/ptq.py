@@ -18,6 +18,7 @@ from app.export import file_name, file_settings, is_done, load_trained, write_fi
 from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import load_scored, save_checkpoint, scored_state
 from app.progress import track
+from app.quant.health import signal_to_noise
 from app.quant.schemes import quantize
 from app.quant.stabilise import reestimate_batchnorm
 from app.run import RunRoot, read_json, sha256, write_json
@@ -28,7 +29,8 @@ KIND = ("qcdq", "raw")  # precision and contract of the files
 
 def ptq(config: Config, run: RunRoot, force: bool) -> None:
     """Quantizes runs/<name>/fp16 with the abs-max quantizers of quant.scheme: once as it is (label ptq-<scheme>), once
-    with BatchNorm re-estimated afterwards (ptq-<scheme>-bn). Writes <label>/weights/best.pt and onnx/...ptq[-bn].onnx.
+    with BatchNorm re-estimated afterwards (ptq-<scheme>-bn). Writes <label>/weights/best.pt, its quant_config.json and
+    health.json, and onnx/...ptq[-bn].onnx.
 
     Raises:
         UserError: no trained FP16 baseline, or files of another checkpoint or other settings without `force`.
@@ -52,6 +54,8 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
             machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         write_json(run.variant_dir(label) / "quant_config.json", quant_config)
+        health = {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)}
+        write_json(run.variant_dir(label) / "health.json", health)
         entries = {"scored": scored_state(model), "epoch": checkpoint["epoch"], "source_sha256": sha256(source_path)}
         save_checkpoint(run.best(label), quantized, entries)
         write_file(config.export, run, load_trained(run, label), KIND)

@@ -240,6 +240,10 @@ def isolate_libraries(cache_dir: Path) -> None:
     )
     # Brevitas drops the names of a tensor at every quantization; the warning is about naming them.
     warnings.filterwarnings("ignore", message="Named tensors", category=UserWarning)
+    # Brevitas looks for a package of rotations, which are not used here.
+    warnings.filterwarnings("ignore", message="fast_hadamard_transform package not found", category=UserWarning)
+    # torch.onnx.export saves and restores the flags of all backends, that of Intel GPUs too (torch 2.10).
+    warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN", category=UserWarning)
     os.environ.setdefault("MPLCONFIGDIR", str((cache_dir / "matplotlib").resolve()))
     # OpenMP's threads otherwise spin while they wait: beside another busy process a step takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

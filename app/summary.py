@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from app.appendix import appendix
-from app.evidence import COCO_NAMES, Evidence
+from app.evidence import COCO_NAMES, Evidence, scheme_of
 from app.findings import Metrics, is_quantized, measured_alike
 from app.tables import markdown_table, number, plain, signed
 
 Findings = dict[str, Any]
+HEALTH_WORDS = {True: "yes", False: "**no**", None: "?"}
 ANOTHER_METER = "Set apart: measured otherwise, not to be compared with the rows above. "
 
 
 def summary(evidence: Evidence, found: Findings, figures: list[str]) -> str:
     """The whole page; `figures` are blocks of Markdown."""
     parts = [
-        f"# What 4-bit weights cost: run `{evidence.run.name}`",
+        f"# What 4-bit weights cost: run `{found['run']}`",
         "\n\n".join([*verdict(found), *health_lines(found)]),
-        *section("## Missing in this run", [f"- {plain(line)}" for line in evidence.missing]),
+        *section("## Missing in this run", [f"- {plain(line)}" for line in found["missing"]]),
         "\n".join(tables(evidence.scored, found)),
+        *section("## Seeds", seeds_lines(found)),
         *section("## Read this before you compare", [f"- {line}" for line in caveats(evidence, found)]),
         *section("## Pictures", ["\n\n".join(figures)] if figures else []),
         *section("## All COCO numbers", coco_tables(evidence.scored, found)),
@@ -33,11 +36,13 @@ def section(title: str, lines: list[str]) -> list[str]:
 
 
 def verdict(found: Findings) -> list[str]:
-    """A sentence for every quantized variant; only rows of one table are ever set against each other."""
+    """A paragraph for every quantized variant; only rows of one table are ever set against each other."""
     lines = []
     for group in found["groups"]:
-        for row in group["rows"]:
-            if is_quantized(row["label"]):
+        quantized = [row for row in group["rows"] if is_quantized(row["label"])]
+        trained = {scheme_of(row["label"]) for row in quantized if row["label"].startswith("qat-")}
+        for row in quantized:  # PTQ speaks for itself only where its scheme was not trained
+            if row["label"].startswith("qat-") or scheme_of(row["label"]) not in trained:
                 lines.append(_sentence(row, group))
     return lines or ["**No verdict:** no quantized variant was scored."]
 
@@ -49,11 +54,42 @@ def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
             f"**{row['label']}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
             f"same way ({describe(group['measured'])})."
         )
+    over = row["over_runs"]
+    runs = f"; mean ± sample standard deviation over {over['AP_difference']['n']} runs with other seeds" if over else ""
     return (
-        f"**{row['label']}: AP {number(row['AP'])} against {number(base['AP'])} of the FP16 training, "
-        f"{signed(row['AP_difference'])}** ({sample(group['measured'])}). The file has {row['size_mb']:.2f} MB "
-        f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it.{_packed(row, group)}"
+        f"**{row['label']}: AP {ap_text(row)} against {ap_text(base)} of the FP16 training, {difference_text(row)}** "
+        f"({sample(group['measured'])}{runs}).{_without_training(row, group)} The file has {row['size_mb']:.2f} MB "
+        f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it.{_packed(row, group)} One image takes "
+        f"{row['p50_ms']:.2f} ms against {base['p50_ms']:.2f} ms (p50, {row['provider']}, float arithmetic: see below)."
     )
+
+
+def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
+    """What the same scheme reaches by PTQ, where that was scored too."""
+    scheme = scheme_of(row["label"])
+    ptq = [r for r in group["rows"] if r["label"] in (f"ptq-{scheme}", f"ptq-{scheme}-bn")]
+    if not ptq or row["AP_over_ptq"] is None:
+        return ""
+    names = {f"ptq-{scheme}": "", f"ptq-{scheme}-bn": "with BatchNorm re-estimated "}
+    over = _text(row, "AP_over_ptq", signed)
+    told = ", ".join(f"{names[r['label']]}{ap_text(r)} ({difference_text(r)})" for r in ptq)
+    return f" The baseline quantized without training (PTQ) has AP {told}. QAT against the better PTQ: {over}."
+
+
+def ap_text(row: dict[str, Any]) -> str:
+    return _text(row, "AP", number)
+
+
+def difference_text(row: dict[str, Any]) -> str:
+    return _text(row, "AP_difference", signed)
+
+
+def _text(row: dict[str, Any], key: str, write: Callable[[float | None], str]) -> str:
+    """The value of this run, or mean ± spread where runs were merged."""
+    if row["over_runs"] is None:
+        return write(row[key])
+    over = row["over_runs"][key]
+    return write(over["mean"]) + ("" if over["sd"] is None else f" ± {number(over['sd'])}")
 
 
 def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
@@ -113,21 +149,47 @@ def _rows(metrics: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     cells = [["variant", "AP", "difference", "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
     for m, row in zip(metrics, rows, strict=True):
         cells.append([
-            row["label"], number(row["AP"]), signed(row["AP_difference"]), number(m["coco"]["AP50"]),
-            f"{row['size_mb']:.2f}", f"{m['latency_ms']['p50']:.2f}", f"{m['latency_ms']['p90']:.2f}",
-            m["runtime"]["provider"].removesuffix("ExecutionProvider"), m["model"]["file"],
+            row["label"], ap_text(row), difference_text(row), number(m["coco"]["AP50"]),
+            f"{row['size_mb']:.2f}", f"{row['p50_ms']:.2f}", f"{m['latency_ms']['p90']:.2f}", row["provider"],
+            m["model"]["file"],
         ])  # fmt: skip
     return markdown_table(cells)
+
+
+def seeds_lines(found: Findings) -> list[str]:
+    """A row for every merged run, then their means and spreads; nothing for a single run."""
+    if found["seeds"] is None:
+        return []
+    runs, over_runs = found["seeds"]["runs"], found["seeds"]["over_runs"]
+    keys, dirs = list(runs[0]["seeds"]), list(over_runs)
+    compared = [name for name in dirs if over_runs[name]["AP_difference"]["n"]]
+    cells = [["run", *keys, *(f"AP {name}" for name in dirs), *(f"difference {name}" for name in compared), "healthy"]]
+    for run in runs:
+        aps = [number(run["AP"].get(name)) for name in dirs]
+        differences = [signed(run["AP_difference"].get(name)) for name in compared]
+        well = ", ".join(f"{label} {HEALTH_WORDS[healthy]}" for label, healthy in run["healthy"].items())
+        cells.append([run["name"], *(str(run["seeds"][key]) for key in keys), *aps, *differences, well])
+    for what in ("n", "mean", "sd"):
+        aps = [_cell(over_runs[name]["AP"][what], number) for name in dirs]
+        differences = [_cell(over_runs[name]["AP_difference"][what], signed) for name in compared]
+        cells.append([what, *("" for _ in keys), *aps, *differences, ""])
+    note = (
+        "sd is the sample standard deviation; the difference is taken within each run, against its own baseline. "
+        "Sizes, latencies, pictures and all that follows are those of the first run."
+    )
+    return [*markdown_table(cells), "", note]
+
+
+def _cell(value: float | None, write: Callable[[float | None], str]) -> str:
+    return str(value) if isinstance(value, int) else write(value)
 
 
 def caveats(evidence: Evidence, found: Findings) -> list[str]:
     """What the numbers do not say."""
     if not evidence.scored:
         return found["doubts"]
-    lines = [
-        "One training each (n=1): a difference smaller than the spread between seeds says nothing.",
-        *found["doubts"],
-    ]
+    once = "One training each (n=1): a difference smaller than the spread between seeds says nothing."
+    lines = [*([] if found["seeds"] else [once]), *found["doubts"]]
     if not all(m["dataset"]["complete_coco_val"] for m in evidence.scored):
         lines.append("Not measured on the whole of COCO val2017: never compare these numbers with published ones.")
     timed = evidence.scored[0]["latency_ms"]
@@ -148,5 +210,5 @@ def coco_tables(scored: list[Metrics], found: Findings) -> list[str]:
     for metrics, group in zip(measured_alike(scored), found["groups"], strict=True):
         lines += ["", ANOTHER_METER + describe(group["measured"]), ""] if lines else []
         cells = [[name, *(number(m["coco"][name]) for m in metrics)] for name in COCO_NAMES]
-        lines += markdown_table([["", *(m["dir"] for m in metrics)], *cells])
+        lines += markdown_table([["", *(m["dir"].removesuffix("-coco") for m in metrics)], *cells])
     return lines

@@ -83,7 +83,7 @@ class Trainer(DetectionTrainer):
         self.faults: list[dict[str, Any]] = []
         self.watch = Watch(self.device)
         self.interrupt = Interrupt()
-        self.monitor = Monitor(out_dir, self.config.label)
+        self.monitor = Monitor(out_dir, self.config)
 
     def facts(self) -> dict[str, Any]:
         """What training really used, for env.json."""
@@ -222,7 +222,7 @@ class Trainer(DetectionTrainer):
 
     def _train_epoch(self) -> None:
         n_batches, n_images = len(self.train_loader), len(self.train_loader.dataset)
-        self.monitor.start_epoch(self.epoch, self.epochs, max(n_images - self.batch_in_epoch * self.batch_size, 0))
+        self.monitor.start_epoch(self.epoch, self.epochs, n_images, self.batch_in_epoch * self.batch_size)
         for batch in islice(self.train_loader, n_batches - self.batch_in_epoch):
             step = self.epoch * n_batches + self.batch_in_epoch
             self.batch_in_epoch += 1
@@ -239,7 +239,7 @@ class Trainer(DetectionTrainer):
                 if self.interrupt.signal or self.monitor.save_due(self.config.train.save_every_s):
                     self.save_model()
                     self.interrupt.leave()
-            self.monitor.step(len(batch["img"]), self.mean_losses, self._get_memory())
+            self.monitor.step(len(batch["img"]), self.mean_losses)
 
     def left_out(self) -> set[int]:
         """Numbers of the batches that a loss or gradient was not finite with."""

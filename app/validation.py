@@ -14,6 +14,7 @@ from ultralytics.utils.torch_utils import autocast
 
 from app.quant.health import flat_codes, share_of_different, signal_to_noise, variance_ratios
 from app.quant.stabilise import reestimate_batchnorm
+from app.run import write_json
 
 if TYPE_CHECKING:
     from app.trainer import Trainer
@@ -64,7 +65,8 @@ def score_states(trainer: Trainer, bn_images: Iterable[torch.Tensor]) -> dict[st
 
 
 def examine(trainer: Trainer) -> dict[str, float]:
-    """Health of the state that has just been scored; takes trainer.codes_before to the present codes.
+    """Health of the state that has just been scored; takes trainer.codes_before to the present codes. Where that state
+    is the best so far, health.json gets the signal-to-noise ratio of its layers: {"epoch", "snr_db": {layer: dB}}.
 
     Returns:
         health/bn_ratio_*: re-estimated over averaged running variance, the layers' median and extremes. For quantized
@@ -78,7 +80,9 @@ def examine(trainer: Trainer) -> dict[str, float]:
         health["flipped"] = share_of_different(codes, trainer.codes_before.to(codes.device))
         health["oscillating"] = trainer.oscillations.share()
         health["ema_differs"] = share_of_different(codes, flat_codes(trainer.ema.ema))
-        snr = signal_to_noise(trainer.held_out).values()
-        health |= {"snr_min_db": min(snr), "snr_mean_db": statistics.fmean(snr)}
+        snr = signal_to_noise(trainer.held_out)
+        health |= {"snr_min_db": min(snr.values()), "snr_mean_db": statistics.fmean(snr.values())}
+        if trainer.best_epoch == trainer.epoch + 1:
+            write_json(trainer.save_dir / "health.json", {"epoch": trainer.best_epoch, "snr_db": snr})
     trainer.codes_before = codes.cpu()
     return {f"health/{name}": round(value, 6) for name, value in health.items()}

@@ -47,8 +47,11 @@ def history(shift: float) -> list[dict[str, float]]:
     return rows
 
 
-def train_variant(run: RunRoot, label: str, shift: float, checkpoint: str) -> None:
-    config = load("fp16" if label == "fp16" else "qat", sets=["train.epochs=4", "hyp.warmup_epochs=1"])
+def train_variant(run: RunRoot, label: str, shift: float, made: tuple[str, int]) -> None:
+    """`made`: hash of the checkpoint, and the seed."""
+    checkpoint, seed = made
+    sets = ["train.epochs=4", "hyp.warmup_epochs=1", f"train.seed={seed}"]
+    config = load("fp16" if label == "fp16" else "qat", sets=sets)
     folder = run.variant_dir(label)
     folder.mkdir(parents=True)
     tree = config.model_dump(mode="json")
@@ -63,6 +66,7 @@ def train_variant(run: RunRoot, label: str, shift: float, checkpoint: str) -> No
         write(
             folder / "quant_config.json", {"scheme": "w4a16", "layers": layers, "share_of_learned_weights": {"4": 1.0}}
         )
+        write(folder / "health.json", {"epoch": 3, "snr_db": {"model.0.conv": 19.25}})
 
 
 def layer(name: str, bits: int, why_exempt: str) -> dict[str, Any]:
@@ -72,10 +76,10 @@ def layer(name: str, bits: int, why_exempt: str) -> dict[str, Any]:
 
 
 def export_file(run: RunRoot, label: str, file: str, checkpoint: str) -> None:
-    layers = {} if label == "fp16" else {"4": 1}
+    gates = {} if label == "fp16" else {"codes": {"layers": {"4": 1}}}
     digest = SHA["fp16" if label == "fp16" else "qat"]
     record = {"label": label, "file": file, "sha256": digest, "size_bytes": 3, "checkpoint_sha256": checkpoint}
-    write(run.onnx_dir / f"{Path(file).stem}.json", record | {"quantized_layers": layers})
+    write(run.onnx_dir / f"{Path(file).stem}.json", record | {"gates": gates})
 
 
 def metrics(label: str, file: str, digest: str, ap: float, size_bytes: int) -> dict[str, Any]:
@@ -109,13 +113,13 @@ def provenance() -> dict[str, Any]:
     return {"title": "small set", "coco_dir": "/nowhere", "seed": 0, "splits": splits}
 
 
-def build_run(runs_dir: Path, name: str = "small") -> RunRoot:
+def build_run(runs_dir: Path, name: str = "small", seed: int = 0) -> RunRoot:
     """A run of fp16 and qat-w4a16, trained, exported and scored; its dataset is not there."""
     run = RunRoot(runs_dir, name)
     write(run.run_json, {"name": name, "stages": {}})
     write(run.provenance, provenance())
-    train_variant(run, "fp16", 0.02, SHA["fp16 checkpoint"])
-    train_variant(run, "qat-w4a16", 0.0, SHA["qat checkpoint"])
+    train_variant(run, "fp16", 0.02, (SHA["fp16 checkpoint"], seed))
+    train_variant(run, "qat-w4a16", 0.0, (SHA["qat checkpoint"], seed))
     export_file(run, "fp16", "net-baseline-fp32.onnx", SHA["fp16 checkpoint"])
     export_file(run, "qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat checkpoint"])
     write(

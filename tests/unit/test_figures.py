@@ -13,14 +13,15 @@ from PIL import Image
 from app.analysis import choose
 from app.config import load
 from app.curves import overlay_figure, write_rows
-from app.figures import AUTHORS_YOLOV10M
+from app.figures import AUTHORS_YOLOV10M, size_figure
+from app.layer_figures import FLOAT, layer_figure
 from app.page import page
 from app.report import report
 from app.run import RunRoot
-from tests.unit.report_fixtures import add_dataset, build_run, history, write
+from tests.unit.report_fixtures import add_dataset, build_run, history, layer, metrics, write
 from tests.unit.test_report import numbers_without_source
 
-N_LIGHT = 5  # curves, sizes, precision over recall, classes, gallery
+N_LIGHT = 6  # curves, sizes, precision over recall, layers, classes, gallery
 
 
 @pytest.fixture
@@ -156,6 +157,24 @@ def test_epochs_without_validation_are_no_zero(tmp_path: Path) -> None:
     assert "fp16 is healthy" in run.summary.read_text()
     best = json.loads((run.root / "report.json").read_text())["trainings"]["fp16"]
     assert best["epochs"] == 4 and best["best_epoch"] == 4
+
+
+def test_many_variants_stay_apart() -> None:
+    """More rows than colours: none is dropped, and no two look the same."""
+    labels = ["fp16", *(f"{kind}-{scheme}" for kind in ("qat", "ptq") for scheme in "abcd")]
+    figure = size_figure([{**metrics(label, "f", "s", 0.3, 1), "dir": label} for label in labels])
+    bars = figure.axes[0].containers
+    assert len({(bar[0].get_facecolor(), bar[0].get_hatch()) for bar in bars}) == len(labels)
+
+
+def test_layer_figure_shows_each_layer_of_each_variant_with_its_bits() -> None:
+    layers = [layer("model.0.conv", 8, ""), layer("model.1.conv", 4, ""), layer("model.23.dfl.conv", 32, "fixed")]
+    qat = {"layers": layers, "snr_db": {"model.0.conv": 40.0, "model.1.conv": 18.0}}
+    ptq = {"layers": layers, "snr_db": {"model.0.conv": 39.0, "model.1.conv": 16.0}}
+    noise, bits = layer_figure({"qat-w4a16": qat, "ptq-w4a16": ptq}).axes
+    assert [list(line.get_ydata()) for line in noise.lines[:2]] == [[40.0, 18.0], [39.0, 16.0]]
+    assert [round(sum(line.get_ydata()[i] for line in bits.lines[:2]) / 2) for i in range(3)] == [8, 4, FLOAT]
+    assert [label.get_text() for label in bits.get_xticklabels()] == ["0", "1", "23"]
 
 
 def test_health_of_the_quantizer_is_drawn_where_it_was_recorded(tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ STAGES = {
     "no qat": ("qat-w4a16", "train: no QAT variant was trained"),
     "unfinished": ("qat-w4a16/done.json", "train: qat-w4a16 has not finished, 4 of 4 epochs"),
     "no curve": ("fp16/results.csv", "train: fp16 cannot be read"),
+    "no noise": ("qat-w4a16/health.json", "train: qat-w4a16/health.json is missing"),
+    "no layers": ("qat-w4a16/quant_config.json", "train: qat-w4a16/quant_config.json is missing"),
     "no machine": ("fp16/env.json", "train: fp16/env.json is missing"),
     "export": ("onnx", "export: no ONNX file of qat-w4a16"),
     "no baseline score": ("baseline-coco", "eval: fp16 was exported but not scored"),
@@ -197,7 +199,7 @@ def test_rows_measured_otherwise_are_set_apart(config: Config, run: RunRoot, cha
     assert text.count("Set apart: measured otherwise") == 2  # the table of results and that of all COCO numbers
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert not ("net-baseline-fp32.onnx |" in table and "net-w4a16-qcdq-qat.onnx |" in table)
-        assert not ("baseline-coco" in table.partition("\n")[0] and "qat-w4a16-coco" in table.partition("\n")[0])
+        assert "AR_100" not in table or not re.match(r"\|.* baseline .* qat-w4a16 ", table)
 
 
 def test_subset_is_labelled(config: Config, run: RunRoot) -> None:
@@ -208,11 +210,39 @@ def test_subset_is_labelled(config: Config, run: RunRoot) -> None:
     assert text.count("SUBSET of 100 of 1,200 images") == 2  # verdict and table
 
 
-def test_ptq_row(config: Config, run: RunRoot) -> None:
-    ptq = metrics("ptq-w4a16", "net-w4a16-qcdq-ptq.onnx", SHA["qat"], 0.2198, 2663676)
-    write(run.root / "ptq-w4a16-coco/metrics.json", ptq)
+PTQ = {"ptq-w4a16": 0.2198, "ptq-w4a16-bn": 0.3987}
+
+
+def add_ptq(run: RunRoot) -> None:
+    for label, ap in PTQ.items():
+        made = metrics(label, f"net-{label}.onnx", SHA["qat"], ap, 2663676)
+        write(run.root / f"{label}-coco/metrics.json", made)
+
+
+def test_ptq_stands_beside_the_qat_of_its_scheme(config: Config, run: RunRoot) -> None:
+    add_ptq(run)
     text = page(config, run)
-    assert "**ptq-w4a16: AP 0.2198 against 0.4321 of the FP16 training, -0.2123**" in text
+    first = text.splitlines()[2]
+    assert first.startswith("**qat-w4a16: AP 0.4198 against 0.4321 of the FP16 training, -0.0123**")
+    assert "(PTQ) has AP 0.2198 (-0.2123), with BatchNorm re-estimated 0.3987 (-0.0334)" in first
+    assert "QAT against the better PTQ: +0.0211." in first
+    assert "**ptq-w4a16" not in text
+    rows = re.findall(r"^\| ((?:fp16|ptq|qat)\S*) +\|.*onnx \|$", text, re.MULTILINE)
+    assert rows == ["fp16", "ptq-w4a16", "ptq-w4a16-bn", "qat-w4a16"]
+    assert numbers_without_source(text, run.root) == []
+
+
+def test_ptq_of_a_scheme_that_was_not_trained_speaks_for_itself(config: Config, run: RunRoot) -> None:
+    ptq = metrics("ptq-w8a16", "net-w8a16-qcdq-ptq.onnx", SHA["qat"], 0.4298, 2663676)
+    write(run.root / "ptq-w8a16-coco/metrics.json", ptq)
+    text = page(config, run)
+    assert "**ptq-w8a16: AP 0.4298 against 0.4321 of the FP16 training, -0.0023**" in text
+    assert "QAT against" not in text
+
+
+def test_a_baseline_that_learned_nothing_is_called_so(config: Config, run: RunRoot) -> None:
+    edit(run.root / "baseline-coco/metrics.json", "coco.AP", 0.0002)
+    assert "- The baseline detects next to nothing" in page(config, run)
 
 
 def test_unmeasurable_is_a_dash(config: Config, run: RunRoot) -> None:

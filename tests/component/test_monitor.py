@@ -1,0 +1,77 @@
+"""What a training shows: events in one folder, and the time left, worked by hand."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from app.config import load
+from app.monitor import Monitor
+
+ROW = {"train/box_loss": 1.0, "val_loss/ema_bn": 2.0, "time/images_per_s": 5.0}
+APS = {f"AP/{state}": 0.25 for state in ("raw", "ema", "ema_bn")}
+
+
+def validator() -> Any:
+    """A batch of one image with one object, and one detection of it."""
+    batch = {
+        "img": torch.zeros(1, 3, 64, 64), "im_file": ["a.png"], "batch_idx": torch.zeros(1),
+        "cls": torch.zeros(1, 1), "bboxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]),
+    }  # fmt: skip
+    found = {"conf": torch.ones(1), "cls": torch.zeros(1), "bboxes": torch.tensor([[20.0, 20.0, 40.0, 40.0]])}
+    return SimpleNamespace(first_batch=([found], batch), names={0: "person"})
+
+
+def events(out_dir: Path) -> EventAccumulator:
+    return EventAccumulator(str(out_dir / "tensorboard")).Reload()
+
+
+@pytest.mark.parametrize("variant", ["fp16", "qat"])
+def test_hparams_scalars_and_pictures_are_events_of_one_run(tmp_path: Path, variant: str) -> None:
+    config = load(variant, sets=["train.epochs=2"])
+    monitor = Monitor(tmp_path, config)
+    for epoch in range(2):
+        monitor.start_epoch(epoch, 2, 10, 0)
+        monitor.step(10, lambda: {"train/box_loss": 1.0})
+        monitor.end_train_pass()
+        rows = [{"epoch": float(i + 1), **ROW, **APS} for i in range(epoch + 1)]
+        monitor.end_epoch(rows, validator(), (0.25, 1))
+    monitor.close()
+    assert [path for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
+    read = events(tmp_path)
+    assert [event.value for event in read.Scalars("AP/best")] == [0.25, 0.25]
+    assert len(read.Images("val/predictions")) == 2 and len(read.Images("val/labels")) == 1
+    content = read.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    start = HParamsPluginData.FromString(content).session_start_info
+    assert start.hparams["train.epochs"].number_value == 2
+    assert start.hparams["quant"].string_value.startswith("none" if variant == "fp16" else "scheme=w4a16, ")
+
+
+def test_time_left_for_the_run(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, load("fp16"))
+    now = time.monotonic()
+    monitor.start_epoch(0, 4, 100, 50)  # continues in the middle of the first of four epochs
+    monitor.meter.done, monitor.meter.start = 25, now - 5.0  # 0.2 s an image
+    assert monitor._run_left_s() == pytest.approx(25 * 0.2 + 3 * 100 * 0.2, rel=0.05)
+    monitor.start_epoch(1, 4, 100, 0)
+    monitor.epochs_here, monitor.run_start = 0.5, monitor.epoch_start - 15.0  # half an epoch took 15 s
+    monitor.meter.done, monitor.meter.start = 50, time.monotonic() - 10.0
+    assert monitor._run_left_s() == pytest.approx(50 * 0.2 + 2 * 30, rel=0.05)
+    monitor.close()
+
+
+def test_an_epoch_that_was_trained_before_is_no_division_by_zero(tmp_path: Path, caplog: Any) -> None:
+    monitor = Monitor(tmp_path, load("fp16"))
+    monitor.start_epoch(0, 4, 100, 112)  # seven batches of 16: stopped between the last step and the validation
+    monitor.end_train_pass()
+    with caplog.at_level("INFO"):
+        monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), (0.25, 1))
+    monitor.close()
+    assert "? left" in caplog.text

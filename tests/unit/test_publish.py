@@ -1,0 +1,95 @@
+"""Publish: what is copied, what never is, no dead link, and the entry of the log."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app.config import UserError, load
+from app.publish import NO_PHOTOS, publish
+from app.report import report
+from app.run import RunRoot
+from tests.unit.report_fixtures import add_dataset, build_run
+from tests.unit.test_report import edit, numbers_without_source
+
+PRIVATE = ("fp16/weights/best.pt", "onnx/net-baseline-fp32.onnx", "fp16/log.txt", "fp16/tensorboard/events.out.1")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunRoot:
+    run = build_run(tmp_path / "runs")
+    add_dataset(run, tmp_path / "coco")
+    for name in PRIVATE:
+        path = run.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("private")
+    report(load("qat"), run, force=False)
+    return run
+
+
+def published(run: RunRoot) -> Path:
+    publish(run, None, force=False)
+    return run.runs_dir / "reports" / "small"
+
+
+def published_names(run: RunRoot) -> set[str]:
+    folder = published(run)
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_weights_no_photos_no_detections(run: RunRoot) -> None:
+    names = published_names(run)
+    assert {"summary.md", "summary.html", "report.json", "fp16/results.csv", "figures/curves-dark.png"} <= names
+    assert {Path(name).suffix for name in names} == {".md", ".html", ".json", ".csv", ".yaml", ".png"}
+    assert not [name for name in names if "gallery" in name or "detections" in name]
+    assert NO_PHOTOS in (run.runs_dir / "reports/small/summary.md").read_text()
+    assert "image/jpeg" not in (run.runs_dir / "reports/small/summary.html").read_text()
+
+
+def test_drawn_images_may_be_published(run: RunRoot) -> None:
+    edit(run.provenance, "title", "built-in coco-subset")
+    folder = published(run)
+    assert (folder / "figures/gallery-qat-w4a16-coco.jpg").exists()
+    assert NO_PHOTOS not in (folder / "summary.md").read_text()
+
+
+def test_every_picture_and_link_leads_somewhere(run: RunRoot) -> None:
+    folder = published(run)
+    text = (folder / "summary.md").read_text()
+    targets = re.findall(r'\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"', text)
+    assert len(targets) > 15
+    assert [name for pair in targets for name in pair if name and not (folder / name).exists()] == []
+    assert "`fp16/log.txt`" in text
+
+
+def test_numbers_of_the_published_page_are_in_files_beside_it(run: RunRoot) -> None:
+    folder = published(run)
+    assert numbers_without_source((folder / "summary.md").read_text(), folder) == []
+
+
+def test_the_log_gets_an_entry_each_time(run: RunRoot) -> None:
+    published(run)
+    publish(run, "does it hold?", force=True)
+    text = (run.runs_dir / "LOG.md").read_text()
+    entries = re.findall(r"^## \d{4}-\d\d-\d\d small$", text, re.MULTILINE)
+    assert len(entries) == 2
+    assert "- **aim:** compare fp16, qat-w4a16: yolov10m.yaml, 4 epochs, seed 0" in text
+    assert "- **aim:** does it hold?" in text
+    for name in ("command", "commit", "machine", "result", "verdict", "missing", "report"):
+        assert text.count(f"- **{name}:** ") == 2
+    assert "- **commit:** 0123456789ab\n- **machine:** 2 CPU cores, no GPU\n" in text
+    assert re.search(r"\*\*result:\*\* AP on .*, n=1: fp16 0\.\d{4}, qat-w4a16 0\.\d{4} \([+-]0\.\d{4}\)", text)
+
+
+def test_what_is_there_is_not_overwritten(run: RunRoot) -> None:
+    published(run)
+    with pytest.raises(UserError, match="is there already: ARGS=--force replaces it"):
+        published(run)
+
+
+def test_no_report_no_publication(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run 'make report' first"):
+        publish(build_run(tmp_path), None, force=False)
+    assert not (tmp_path / "reports").exists()

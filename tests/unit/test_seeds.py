@@ -1,0 +1,97 @@
+"""Runs with other seeds, merged: means and spreads worked by hand, and what may not be merged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.config import Config, UserError, load
+from app.report import report
+from app.run import RunRoot
+from tests.unit.report_fixtures import build_run
+from tests.unit.test_report import add_ptq, edit, numbers_without_source
+
+APS = {"a": (0.40, 0.39), "b": (0.42, 0.39), "c": (0.44, 0.42)}  # run -> AP of fp16, of qat
+
+
+@pytest.fixture
+def config() -> Config:
+    return load("qat")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[RunRoot]:
+    made = []
+    for seed, (name, (fp16, qat)) in enumerate(APS.items()):
+        made.append(build_run(tmp_path, name, seed))
+        edit(made[-1].root / "baseline-coco/metrics.json", "coco.AP", fp16)
+        edit(made[-1].root / "qat-w4a16-coco/metrics.json", "coco.AP", qat)
+    return made
+
+
+def merged(config: Config, runs: list[RunRoot]) -> tuple[str, dict[str, Any]]:
+    report(config, runs[0], False, runs[1:])
+    return runs[0].summary.read_text(), json.loads((runs[0].root / "report.json").read_text())
+
+
+def test_mean_spread_and_number_worked_by_hand(config: Config, runs: list[RunRoot]) -> None:
+    text, found = merged(config, runs)
+    over = found["seeds"]["over_runs"]
+    assert over["baseline-coco"]["AP"] == pytest.approx({"n": 3, "mean": 0.42, "sd": 0.02})
+    # Differences -0.01, -0.03, -0.02: taken within a run, their spread is not that of the APs.
+    assert over["qat-w4a16-coco"]["AP_difference"] == pytest.approx({"n": 3, "mean": -0.02, "sd": 0.01})
+    assert "AP 0.4000 ± 0.0173 against 0.4200 ± 0.0200 of the FP16 training, -0.0200 ± 0.0100**" in text
+    assert "sample standard deviation over 3 runs with other seeds" in text
+    assert "n=1" not in text
+    assert text.startswith("# What 4-bit weights cost: run `a, b, c`")
+    assert numbers_without_source(text, runs[0].root) == []
+
+
+def test_a_run_without_qat_counts_where_it_can(config: Config, runs: list[RunRoot]) -> None:
+    (runs[2].root / "qat-w4a16-coco/metrics.json").unlink()
+    text, found = merged(config, runs)
+    over = found["seeds"]["over_runs"]
+    assert (over["baseline-coco"]["AP"]["n"], over["qat-w4a16-coco"]["AP"]["n"]) == (3, 2)
+    assert "- c: eval: qat-w4a16 was exported but not scored" in text
+
+
+def test_one_run_has_no_spread(config: Config, runs: list[RunRoot]) -> None:
+    add_ptq(runs[0])
+    text, found = merged(config, runs)
+    assert found["seeds"]["over_runs"]["ptq-w4a16-coco"]["AP"] == pytest.approx({"n": 1, "mean": 0.2198, "sd": None})
+    assert "has AP 0.2198 (" in text
+
+
+def test_other_settings_are_refused_by_name(config: Config, runs: list[RunRoot]) -> None:
+    path = runs[1].variant_dir("qat-w4a16") / "config.yaml"
+    path.write_text(path.read_text().replace("imgsz: 640", "imgsz: 320").replace("workers: 8", "workers: 2"))
+    with pytest.raises(UserError, match=r"b cannot be merged with a: .* more than seeds \(train.imgsz: 640 -> 320\)"):
+        merged(config, runs)
+    assert not runs[0].summary.exists()
+
+
+def test_the_same_seed_is_no_second_sample(config: Config, tmp_path: Path) -> None:
+    twins = [build_run(tmp_path, name, seed=3) for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"same seeds in both \(train.seed=3"):
+        merged(config, twins)
+
+
+def test_another_meter_is_refused(config: Config, runs: list[RunRoot]) -> None:
+    for name in ("baseline-coco", "qat-w4a16-coco"):
+        edit(runs[1].root / name / "metrics.json", "settings.conf", 0.25)
+    with pytest.raises(UserError, match="measured differently"):
+        merged(config, runs)
+
+
+def test_command_line_writes_the_page_of_the_first(runs: list[RunRoot]) -> None:
+    command = [sys.executable, "-m", "app", "report", "--runs", "a", "b", "c", "--runs-dir", str(runs[0].runs_dir)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "0.4200 ± 0.0200" in made.stderr
+    assert runs[0].summary.exists() and not runs[1].summary.exists()
+    assert not (runs[0].runs_dir / "full").exists()

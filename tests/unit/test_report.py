@@ -316,6 +316,14 @@ def test_gate_names_the_variant(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert "qat-w4a16 reaches AP50 0.6198" in caplog.text
 
 
+def test_gate_does_not_ask_what_was_not_trained(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    ptq = metrics("ptq-w4a16", "net-w4a16-qcdq-ptq.onnx", SHA["qat"], 0.01, 9)
+    write(run.root / "ptq-w4a16-coco" / "metrics.json", ptq)
+    report(load("qat", sets=["report.min_ap50=0.61"]), run, force=False)
+    assert "ptq-w4a16" in run.summary.read_text()
+
+
 def test_gate_fails_without_a_score(tmp_path: Path) -> None:
     run = RunRoot(tmp_path, "empty")
     run.root.mkdir()

@@ -60,7 +60,7 @@ help:
 		CONF=file.yaml 'settings from files' \
 		'RUNNER=docker|local' 'default: docker where an engine answers' \
 		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
-		GPUS=1 'GPUs of the container; all, with --set train.device=1, picks another'
+		'GPUS=n|all' 'GPUs that the job sees; a training uses all of them (default 1)'
 
 .PHONY: smoke test soak data train-fp16 train-qat export ptq eval report publish all bench download-coco tensorboard \
 	build lint test-container lock stop clean help

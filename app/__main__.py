@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def main() -> int:
     set_up_terminal()
     from app.config import UserError
     from app.guard import GuardStop
-    from app.interrupt import Interrupted
+    from app.interrupt import Interrupted, PeerLost
 
     try:
         run_stage(args)
@@ -48,10 +49,13 @@ def main() -> int:
         log.error("error: %s", error)
         return 2
     except Interrupted as stop:
-        log.error("stopped by %s, everything is saved: the same command goes on from here", stop)
+        log.warning("stopped by %s, everything is saved: the same command goes on from here", stop)
         return 128 + stop.signal
     except GuardStop as stop:
-        log.error("%s", stop)
+        log.warning("%s", stop)
+        return 1
+    except PeerLost as error:
+        log.error("%s", error)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: the same command starts this stage again, or goes on from the last checkpoint")
@@ -60,12 +64,19 @@ def main() -> int:
 
 
 def set_up_terminal() -> None:
-    """Our own lines, and of the libraries only warnings; a training's log.txt has everything."""
+    """Our own lines, and of the libraries only warnings; a training's log.txt has everything.
+
+    Of the processes of one training the first speaks for all; the others only say what went wrong with them.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
-    logging.basicConfig(format="%(message)s", handlers=[handler])
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format=f"process {rank + 1}: %(message)s" if rank else "%(message)s", handlers=[handler])
     logging.raiseExceptions = False  # a full disk is reported once, by the file that matters, not by every log record
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.ERROR if rank else logging.INFO)
+    if rank:
+        handler.setLevel(logging.ERROR)
+        logging.captureWarnings(True)
     # Imported by Brevitas; without a GPU it warns that there is none, which is no news to whoever has none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
@@ -183,16 +194,40 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:
-    """Training makes its dataset ready by itself, so that `make train-qat` is enough on a fresh clone."""
+    """Training makes its dataset ready by itself, so that `make train-qat` is enough on a fresh clone.
+
+    On several devices it starts itself again, once for each, unless torchrun has done so.
+    """
+    from app.data import prepare
+    from app.device import check_devices
     from app.lock import hold
+    from app.ranks import is_launched, joined
 
-    with hold(run, "train"):
-        from app.data import prepare
-
-        prepare(config, run, force=False)
+    devices = check_devices(config)
+    if len(devices) > 1 and not is_launched():
+        return launch_train(len(devices), config, run, force)
+    backend = "gloo" if devices[0] == "cpu" else "nccl"
+    with joined(backend) as ranks, hold(run, "train") if ranks.is_first else contextlib.nullcontext():
+        if ranks.is_first:
+            prepare(config, run, force=False)
+        ranks.wait()
         from app.train import train
 
-        train(config, run, force)
+        train(config, run, force, ranks)
+
+
+def launch_train(n: int, config: Config, run: RunRoot, force: bool) -> None:
+    """Refuses here, once, what can be refused, and starts n processes."""
+    from app.data import prepare
+    from app.launch import launch
+    from app.lock import hold
+    from app.train import make_ready
+
+    with hold(run, "train"):  # then the first of them holds it
+        prepare(config, run, force=False)
+        is_unfinished = make_ready(config, run, force)
+    if is_unfinished:
+        sys.exit(launch(n, [argument for argument in sys.argv[1:] if argument != "--force"]))
 
 
 def run_eval(args: argparse.Namespace, config: Config, run: RunRoot) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from app.config import UserError
 from app.curves import write_rows
+from app.loss import criterion_after, criterion_of_part
 from app.model import load_checkpoint, save_checkpoint, scored_state
 from app.nonfinite import NonFinite
 
@@ -29,20 +30,24 @@ def previous_of(last: Path) -> Path:
 def save_state(trainer: Trainer) -> None:
     """Writes last.pt: the state after the last optimizer step, and the last scored state. The one before is kept.
 
+    Of several processes the first one writes. The file is the same for any number of them; BatchNorm's statistics,
+    which training does not read, are the first one's.
+
     Raises:
         NonFinite: the state is not worth keeping.
     """
-    trainer.watch.check()
     check_finite(trainer)
-    save_checkpoint(trainer.last, trainer.config, state_of(trainer), previous_of(trainer.last))
+    if trainer.ranks.is_first:
+        save_checkpoint(trainer.last, trainer.config, state_of(trainer), previous_of(trainer.last))
 
 
 def check_finite(trainer: Trainer) -> None:
     """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state.
 
     Raises:
-        NonFinite: with the batches of the newest step.
+        NonFinite: with the batches of the newest step, or of the loss or gradient that was not finite.
     """
+    trainer.watch.check()
     weights = bool(torch.stack([weight.isfinite().all() for weight in trainer.net.parameters()]).all())
     if not weights or trainer.scaler.get_scale() < SMALLEST_SCALE:
         raise NonFinite("gradient" if weights else "weights", trainer.watch.newest)
@@ -64,9 +69,9 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 def continue_from_checkpoint(trainer: Trainer) -> None:
     """Takes up the last whole checkpoint: at the next step, or the next epoch. Without one the start is saved."""
-    state = last_whole(trainer.last)
+    state = read_in_turn(trainer)
     if state is None:
-        trainer.net.criterion = trainer.net.init_criterion()
+        trainer.net.criterion = criterion_of_part(trainer.net, trainer.ranks)
         trainer.epoch = -1
         save_state(trainer)
         return
@@ -78,6 +83,18 @@ def continue_from_checkpoint(trainer: Trainer) -> None:
     log.info(
         "train %s: continues after epoch %d%s of %d", trainer.config.label, trainer.start_epoch, where, trainer.epochs
     )
+
+
+def read_in_turn(trainer: Trainer) -> dict[str, Any] | None:
+    """last_whole, in the first process before the others: it may move a damaged file; nobody writes before all read."""
+    ranks = trainer.ranks
+    if not ranks.is_first:
+        ranks.wait()
+    state = last_whole(trainer.last)
+    if ranks.is_first:
+        ranks.wait()
+    ranks.wait()
+    return state
 
 
 def last_whole(last: Path) -> dict[str, Any] | None:
@@ -111,9 +128,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.scaler.load_state_dict(state["scaler"])
     for stabiliser, its_state in zip(trainer.stabilisers, state["stabilisers"], strict=True):
         stabiliser.load_state_dict(its_state)
-    net.criterion = net.init_criterion()
-    net.criterion.updates = state["criterion_updates"] - 1
-    net.criterion.update()
+    net.criterion = criterion_after(state["criterion_updates"], net, trainer.ranks)
     trainer.best_fitness, trainer.best_epoch, trainer.rows = state["best_fitness"], state["best_epoch"], state["rows"]
     trainer.codes_before, trainer.faults = state["codes_before"], state.get("faults", [])
     trainer.scored, trainer.accumulate, trainer.last_step = state["scored"], state["accumulate"], state["last_step"]

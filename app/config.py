@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
+DEVICES = r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$"
 # Where a run is computed does not change what is computed; a run may continue on other hardware settings.
 MACHINE_KEYS = ("train.workers", "train.device", "train.cache", "train.save_every_s")
 
@@ -44,7 +45,7 @@ class Train(Section):
     deterministic: bool
     amp: bool
     workers: int = Field(ge=0)
-    device: Annotated[str, BeforeValidator(str)] = Field(pattern=r"^(auto|cpu|\d+)$")  # YAML reads 0 as a number
+    device: Annotated[str, BeforeValidator(str)] = Field(pattern=DEVICES)  # YAML reads 0 as a number
     cache: bool
     bn_batches: int = Field(ge=0)
     val_every: int = Field(gt=0)

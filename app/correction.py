@@ -12,9 +12,12 @@ from torch import nn
 from ultralytics.utils.torch_utils import autocast
 
 from app.curves import write_rows
+from app.loader import train_loader
+from app.loss import criterion_after
 from app.model import load_checkpoint, save_checkpoint, scored_state
 from app.progress import track
 from app.quant.correct import correct
+from app.ranks import ALONE
 from app.validation import SCORES
 
 if TYPE_CHECKING:
@@ -30,9 +33,10 @@ def correct_best(trainer: Trainer) -> None:
     quant, best = trainer.config.quant, load_checkpoint(trainer.best)
     if quant is None or not quant.correction_epochs or "AP/corrected" in trainer.rows[-1]:
         return
-    held_out = trainer.held_out = deepcopy(trainer.ema.ema)
+    held_out: Any = deepcopy(trainer.ema.ema)
+    trainer.held_out = held_out
     held_out.load_state_dict(best["scored"])
-    held_out.criterion = trainer.net.criterion
+    held_out.criterion = criterion_after(trainer.net.criterion.updates, held_out, ALONE)
 
     def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         with autocast(trainer.amp, device=trainer.device.type):
@@ -53,9 +57,10 @@ def correct_best(trainer: Trainer) -> None:
 
 
 def _one_epoch(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """The epoch after the last one, augmented as the last one was."""
-    loader = trainer.train_loader
-    loader.sampler.start(trainer.epochs, 0)
-    loader.reset()
+    """The epoch after the last one, augmented as the last one was; whole batches, whatever the number of processes."""
+    trainer.train_loader.close()
+    dataset, pin_memory = trainer.train_loader.dataset, trainer.device.type == "cuda"
+    loader = train_loader(dataset, trainer.args.workers, pin_memory, epoch=trainer.epochs)
     for batch in track(loader, "correction", len(loader), "batches"):
         yield trainer.preprocess_batch(batch)
+    loader.close()

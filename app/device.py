@@ -15,25 +15,30 @@ from app.config import Config, UserError
 BATCHES_PER_WORKER = 4 + 2 * 2
 
 
-def check_device(config: Config) -> str:
-    """Resolves train.device for Ultralytics: 'cpu' or the index of a GPU.
+def check_devices(config: Config) -> list[str]:
+    """Resolves train.device: one name for each process of a training, 'cpu' or the index of a GPU for Ultralytics.
 
     Raises:
         UserError: no such GPU, a GPU that this torch build has no kernels for, or too little shared memory.
     """
-    wanted = config.train.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return "cpu"
-    index = 0 if wanted == "auto" else int(wanted)
-    n_gpus = torch.cuda.device_count()
-    if index >= n_gpus:
-        raise UserError(
-            f"train.device={wanted}: torch sees {n_gpus} GPU(s); choose another, or cpu; in Docker use ACCEL=gpu"
-        )
-    archs = (torch._C._cuda_getArchFlags() or "").split()  # torch.cuda.get_arch_list() is empty without a GPU
-    check_arch(torch.cuda.get_device_capability(index), archs, torch.__version__)
-    check_shared_memory(config, Path("/dev/shm"))  # noqa: S108 - this is the folder that torch's loader uses
-    return str(index)
+    wanted, n_gpus = config.train.device, torch.cuda.device_count()
+    if wanted == "auto":
+        wanted = ",".join(map(str, range(n_gpus))) or "cpu"
+    devices = wanted.split(",")
+    gpus = [int(device) for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        raise UserError(f"train.device={wanted} names a GPU twice: one process trains on each")
+    for index in gpus:
+        if index >= n_gpus:
+            raise UserError(
+                f"train.device={wanted}: torch sees {n_gpus} GPU(s); choose another, or cpu; make shows a job GPUS=n "
+                "of them (1), in Docker with ACCEL=gpu"
+            )
+        archs = (torch._C._cuda_getArchFlags() or "").split()  # torch.cuda.get_arch_list() is empty without a GPU
+        check_arch(torch.cuda.get_device_capability(index), archs, torch.__version__)
+    if gpus:
+        check_shared_memory(config, Path("/dev/shm"))  # noqa: S108 - this is the folder that torch's loader uses
+    return devices
 
 
 def check_arch(capability: tuple[int, int], archs: list[str], torch_version: str) -> None:

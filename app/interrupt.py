@@ -19,6 +19,10 @@ class Interrupted(Exception):
         self.signal = number
 
 
+class PeerLost(Exception):
+    """Another process of the same training has ended or hangs; nothing is saved since the last checkpoint."""
+
+
 class Interrupt:
     """Context in which the first signal is only noted in `signal`; a second one ends the process at once."""
 

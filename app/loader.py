@@ -4,6 +4,7 @@ start again anywhere."""
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
@@ -16,6 +17,7 @@ from torch.utils.data import Sampler, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
+from app.config import UserError
 from app.view import read_split
 
 BN_EPOCH = 2**31 - 1  # never trained: the tickets of the batches that re-estimate BatchNorm
@@ -31,28 +33,44 @@ class Ticket(NamedTuple):
     position: int
 
 
-class EpochSampler(Sampler[Ticket]):
-    """Tickets of epoch after epoch, starting anywhere: one pass of `iter` is an epoch, or what is left of it.
+class EpochBatches(Sampler[list[Ticket]]):
+    """Tickets of batch after batch, epoch after epoch, starting anywhere: a pass of `iter` is what is left of an epoch.
 
     Args:
         n_images: of the dataset.
+        batch_size: of a batch, over all processes.
+        part: (k, n) for the k-th of n processes: it gets images b*k//n to b*(k+1)//n of a batch of b.
+
+    Raises:
+        UserError: a process would get nothing of an epoch's last batch.
     """
 
-    def __init__(self, n_images: int, epoch: int = 0) -> None:
-        self.n_images = n_images
+    def __init__(self, n_images: int, batch_size: int, part: tuple[int, int] = (0, 1), epoch: int = 0) -> None:
+        self.n_images, self.batch_size, self.part = n_images, batch_size, part
+        last = n_images % batch_size or batch_size
+        if last < part[1]:
+            raise UserError(
+                f"train.batch={batch_size} leaves {last} of {n_images} images for the last batch of an epoch, fewer "
+                f"than {part[1]} processes: choose another train.batch, or fewer devices"
+            )
         self.start(epoch, 0)
 
-    def start(self, epoch: int, position: int) -> None:
-        """The next pass begins at image `position` of `epoch`."""
-        self.epoch, self.position = epoch, position
+    def start(self, epoch: int, batch: int) -> None:
+        """The next pass begins at a batch of `epoch`, counted from 0."""
+        self.epoch, self.batch = epoch, batch
 
     def __len__(self) -> int:
-        return self.n_images
+        return -(-self.n_images // self.batch_size)
 
-    def __iter__(self) -> Iterator[Ticket]:
-        epoch, position = self.epoch, self.position
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        epoch, first = self.epoch, self.batch
         self.start(epoch + 1, 0)
-        return (Ticket(epoch, i) for i in range(position, self.n_images))
+        return (self._tickets(epoch, i) for i in range(first, len(self)))
+
+    def _tickets(self, epoch: int, batch: int) -> list[Ticket]:
+        start, (k, n) = batch * self.batch_size, self.part
+        size = min(self.batch_size, self.n_images - start)
+        return [Ticket(epoch, start + i) for i in range(size * k // n, size * (k + 1) // n)]
 
 
 def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
@@ -130,15 +148,17 @@ class CocoDataset(YOLODataset):
         return image
 
 
-def train_loader(dataset: CocoDataset, workers: int, pin_memory: bool, epoch: int = 0) -> InfiniteDataLoader:
-    """Loader of shuffled batches that goes on from epoch to epoch without new processes.
+def train_loader(
+    dataset: CocoDataset, workers: int, pin_memory: bool, epoch: int = 0, part: tuple[int, int] = (0, 1)
+) -> InfiniteDataLoader:
+    """Loader of shuffled batches, or of this process's part of each, that goes on from epoch to epoch.
 
-    Its `sampler.start(epoch, position)` together with `reset()` begins anywhere.
+    Its `batch_sampler.sampler.start(epoch, batch)` together with `reset()` begins anywhere.
     """
-    return InfiniteDataLoader(
+    batch_size = min(dataset.batch_size, dataset.ni)
+    loader = InfiniteDataLoader(
         dataset,
-        batch_size=min(dataset.batch_size, dataset.ni),
-        sampler=EpochSampler(dataset.ni, epoch),
+        batch_sampler=EpochBatches(dataset.ni, batch_size, part, epoch),
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         timeout=WAIT_S if workers else 0,
@@ -146,6 +166,9 @@ def train_loader(dataset: CocoDataset, workers: int, pin_memory: bool, epoch: in
         collate_fn=dataset.collate_fn,
         worker_init_fn=_init_worker,
     )
+    # DataLoader has none beside a batch sampler; Ultralytics' trainer asks for it (_build_train_pipeline, 8.4.190).
+    object.__setattr__(loader, "batch_size", batch_size)
+    return loader
 
 
 def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
@@ -156,7 +179,7 @@ def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
 
 
 def _init_worker(worker: int) -> None:
-    """Signals are the trainer's business: Ctrl-C reaches the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here."""
+    os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

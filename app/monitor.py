@@ -50,13 +50,17 @@ class Monitor:
     Args:
         out_dir: folder of the variant.
         config: its configuration; `label` is the first word of every line.
+        writes: False in a process that only counts, beside the one that writes.
     """
 
-    def __init__(self, out_dir: Path, config: Config) -> None:
+    writer: SummaryWriter  # of the process that writes
+
+    def __init__(self, out_dir: Path, config: Config, writes: bool = True) -> None:
         self.out_dir, self.label = out_dir, config.label
-        self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10)
-        self.writer.add_text("config", f"```yaml\n{dump(config)}\n```")
-        self._add_hparams(config)
+        if writes:
+            self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10)
+            self.writer.add_text("config", f"```yaml\n{dump(config)}\n```")
+            self._add_hparams(config)
         self.run_start = time.monotonic()
         self.epochs_here = 0.0  # trained by this process; the first may have begun in the middle
         self.n_pictures = 0

@@ -11,6 +11,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import autocast
 
 GPU_LAG = 2  # values on their way from the GPU while the next steps are launched: reading the oldest waits for nothing
+NO_CAUSE = "no layer: it does not happen again with the same batch"
 N_NAMES = 4  # images of a batch that a message names
 
 Batch = tuple[int, dict[str, Any]]  # number of the batch since the training's start, and what the loader gave
@@ -89,7 +90,7 @@ def first_cause(trainer: Any, batches: list[Batch]) -> str:
         if not weight.isfinite().all():
             return f"weight {name}"
     causes = (_cause_in(trainer, dict(batch)) for _, batch in batches)
-    return next((cause for cause in causes if cause), "no layer: it does not happen again with the same batch")
+    return next((cause for cause in causes if cause), NO_CAUSE)
 
 
 def _cause_in(trainer: Any, batch: dict[str, Any]) -> str:

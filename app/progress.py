@@ -29,7 +29,7 @@ class Meter:
         self.desc, self.total, self.unit = desc, total, unit
         self.done = 0
         self.start = self.shown = time.monotonic()
-        tty = sys.stderr.isatty()
+        tty = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
         self.bar = tqdm(desc=desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True) if tty else None
 
     @property

@@ -13,7 +13,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 
 from app.config import Config, Quant, UserError
-from app.device import check_device
+from app.device import check_devices
 from app.export import file_name, file_settings, is_done, load_trained, write_file, write_overview
 from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import load_scored, save_checkpoint, scored_state
@@ -65,7 +65,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
 def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) -> None:
     """Replaces BatchNorm's statistics by those over train.bn_batches train batches, the same and augmented the same as
     those that the baseline's own were re-estimated on after `epoch` (from 0)."""
-    device = check_device(config)
+    device = check_devices(config)[0]
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
     with torch.no_grad():
         reestimate_batchnorm(model.to(place), (images.to(place) / 255 for images in train_batches(config, run, epoch)))

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from app.checkpoint import restore, save_state
 from app.guard import GuardStop
+from app.loss import criterion_after
 from app.model import load_checkpoint, save_checkpoint, scored_state
-from app.nonfinite import NonFinite, describe, first_cause, to_keep
+from app.nonfinite import NO_CAUSE, NonFinite, describe, first_cause, to_keep
+from app.ranks import ALONE
 
 if TYPE_CHECKING:
     from app.trainer import Trainer
@@ -25,10 +27,11 @@ def roll_back(trainer: Trainer, fault: NonFinite) -> None:
     Raises:
         GuardStop: guard.max_rollbacks is used up; last.pt holds the last good state.
     """
-    text = f"{fault} at {describe(fault.batches, len(trainer.train_loader))}"
-    cause = first_cause(trainer, fault.batches)
-    numbers = [number for number, _ in fault.batches]
-    path = trainer.save_dir / "faults" / f"batch-{numbers[0]}.pt"
+    ranks, numbers = trainer.ranks, [number for number, _ in fault.batches]
+    where, cause = find_cause(trainer, fault)
+    text = f"{fault} at {where}"
+    part = "" if ranks.is_first else f"-of-process-{ranks.rank + 1}"
+    path = trainer.save_dir / "faults" / f"batch-{numbers[0]}{part}.pt"
     entries = {
         "what": fault.what,
         "cause": cause,
@@ -38,6 +41,7 @@ def roll_back(trainer: Trainer, fault: NonFinite) -> None:
     save_checkpoint(path, trainer.config, entries)
     faults = [*trainer.faults, {"batches": numbers, "what": fault.what, "cause": cause}]
     restore(trainer, load_checkpoint(trainer.last))
+    ranks.wait()  # all have read it
     trainer.faults = faults
     trainer.optimizer.zero_grad()
     trainer.watch.clear()
@@ -50,3 +54,11 @@ def roll_back(trainer: Trainer, fault: NonFinite) -> None:
             "look at the batch, or lower hyp.lr0 in a new run"
         )
     log.warning("%s; back to the last good state, on without this batch (rollback %d of %d)", text, len(faults), most)
+
+
+def find_cause(trainer: Trainer, fault: NonFinite) -> tuple[str, str]:
+    """Where in the data and where in the network: of the first process whose part of the batches shows it again."""
+    trainer.net.criterion = criterion_after(trainer.net.criterion.updates, trainer.net, ALONE)
+    found = (describe(fault.batches, len(trainer.train_loader)), first_cause(trainer, fault.batches))
+    of_all = trainer.ranks.gather(found)
+    return next((pair for pair in of_all if pair[1] != NO_CAUSE), found)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap_model
 
-from app.checkpoint import continue_from_checkpoint, save_state
-from app.config import UserError, read_yaml, validate
+from app.checkpoint import check_finite, continue_from_checkpoint, save_state
+from app.config import read_yaml, validate
 from app.correction import correct_best
+from app.faults import explain
 from app.guard import judge
 from app.interrupt import Interrupt
 from app.loader import BN_EPOCH, CocoDataset, limit_wait, train_loader
@@ -30,10 +32,12 @@ from app.nonfinite import NonFinite, Watch, gradient_norm
 from app.optimizer import fuse
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.stabilise import exempt_scales_from_decay, stabilisers
+from app.ranks import ALONE, Ranks
 from app.rollback import roll_back
 from app.run import read_json, write_json
 from app.validation import Validator, examine, score_states
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -62,12 +66,15 @@ class Trainer(DetectionTrainer):
     lf: Any
     fitness: float
 
-    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: Any = None) -> None:
+    def __init__(
+        self, cfg: Any = DEFAULT_CFG, overrides: Any = None, _callbacks: Any = None, ranks: Ranks = ALONE
+    ) -> None:
         out_dir = Path((overrides or {})["save_dir"])
         self.config = validate(read_yaml(out_dir / "config.yaml"))
         super().__init__(cfg, overrides, _callbacks)
+        self.ranks = ranks
         if self.device.type == "cpu":  # Ultralytics leaves one core idle (select_device: NUM_THREADS), 8.4.190
-            torch.set_num_threads(os.cpu_count() or 1)
+            torch.set_num_threads(max((os.cpu_count() or 1) // ranks.n_local, 1))
         init_seeds(self.config.train.seed, deterministic=self.config.train.deterministic)
         # Deterministic mode also fills every new tensor with NaN, to show reads of unwritten memory; at 640 px that is
         # a second pass of writes over all activations.
@@ -83,23 +90,7 @@ class Trainer(DetectionTrainer):
         self.faults: list[dict[str, Any]] = []
         self.watch = Watch(self.device)
         self.interrupt = Interrupt()
-        self.monitor = Monitor(out_dir, self.config)
-
-    def facts(self) -> dict[str, Any]:
-        """What training really used, for env.json."""
-        return {
-            "device": str(self.device), "seed": self.args.seed, "deterministic": self.args.deterministic,
-            "workers": self.args.workers, "amp_requested": self.config.train.amp,
-            "amp": bool(self.config.train.amp and self.device.type == "cuda"), "torch_threads": torch.get_num_threads(),
-        }  # fmt: skip
-
-    def headline(self) -> str:
-        t, splits = self.config.train, self.provenance["splits"]
-        precision = "FP16 autocast" if self.facts()["amp"] else "float32"
-        return (
-            f"{Path(self.config.model).stem} from random weights, {splits['train']['n_images']:,} images of "
-            f"{self.provenance['title']}, {t.epochs} epochs, batch {t.batch}, {t.imgsz} px, {precision}, {self.device}"
-        )
+        self.monitor = Monitor(out_dir, self.config, writes=ranks.is_first)
 
     @property
     def net(self) -> Any:
@@ -111,17 +102,20 @@ class Trainer(DetectionTrainer):
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Quantization happens here, before the optimizer and the EMA copy are made."""
         model, quant_config = build(self.config)
-        if quant_config:
+        if quant_config and self.ranks.is_first:
             write_json(self.save_dir / "quant_config.json", quant_config)
         return model
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        dataset = self.build_dataset(dataset_path, mode, batch_size)
-        pin_memory = self.device.type == "cuda"
+        """For training this process's parts of the batches; for validation all images, in batches of a part's size."""
+        n, workers = self.ranks.n, self.args.workers
         if mode == "train":
-            return train_loader(dataset, self.args.workers, pin_memory)
-        loader = build_dataloader(dataset, batch_size, self.args.workers, shuffle=False, rank=rank, device=self.device)
-        return limit_wait(loader)
+            dataset = self.build_dataset(dataset_path, mode, batch_size)
+            return train_loader(dataset, workers, self.device.type == "cuda", part=(self.ranks.rank, n))
+        dataset = self.build_dataset(dataset_path, mode, -(-batch_size // n))
+        return limit_wait(
+            build_dataloader(dataset, dataset.batch_size, workers, shuffle=False, rank=-1, device=self.device)
+        )
 
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Ultralytics' optimizer and groups; fused on a GPU."""
@@ -156,14 +150,13 @@ class Trainer(DetectionTrainer):
                 while epoch < self.epochs:
                     self.epoch = epoch
                     epoch = self._run_epoch()
-                with self.interrupt.at_once(self.save_model):
-                    correct_best(self)
+                self._on_first(lambda: correct_best(self))
             except RuntimeError as error:
-                self.interrupt.leave()  # a signal to the whole process group ends the loader processes first
-                self._explain(error)
+                explain(error, self.config)
                 raise
             finally:
-                self.monitor.close()
+                if self.ranks.is_first:
+                    self.monitor.close()
                 self.train_loader.close()
                 self.test_loader.close()
 
@@ -178,23 +171,15 @@ class Trainer(DetectionTrainer):
             return self.start_epoch
         return self.epoch + 1
 
-    def _explain(self, error: RuntimeError) -> None:
-        """Raises UserError for what the user can mend: too little GPU memory, a loader process that died or hangs."""
-        t = self.config.train
-        if isinstance(error, torch.OutOfMemoryError):
-            raise UserError(
-                f"train.batch={t.batch} at {t.imgsz} px does not fit in GPU memory: set train.batch={t.batch // 2}; "
-                f"gradients still accumulate to {self.args.nbs} images a step"
-            ) from error
-        if str(error).startswith("DataLoader"):  # not one that only passes on an error of our own
-            raise UserError(
-                f"a loader process died or hangs ({str(error).splitlines()[0]}): memory or shared memory may be short; "
-                "lower train.workers, or start the container with a larger SHM_SIZE"
-            ) from error
-
     def _setup_train(self) -> None:
         super()._setup_train()
         t = self.config.train
+        if self.ranks.n > 1:
+            quant = self.config.quant  # learned scales have no gradient while the weights are float
+            may_skip = quant is not None and quant.learned_scale and quant.warmup_epochs > 0
+            self.model = self.ranks.parallel(self.model, may_skip)
+            self.amp = self.ranks.share(self.amp)  # Ultralytics checks it in the first process alone
+            self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
         self.ema.decay = lambda x: t.ema_decay * (1 - math.exp(-x / t.ema_tau))
         self.full_accumulate = self.accumulate
         self.oscillations = Oscillations(self.net)
@@ -214,7 +199,7 @@ class Trainer(DetectionTrainer):
             self.bn_images = []
             first = True
         if first:
-            self.train_loader.sampler.start(self.epoch, self.batch_in_epoch * self.train_loader.batch_size)
+            self.train_loader.batch_sampler.sampler.start(self.epoch, self.batch_in_epoch)
             self.train_loader.reset()
         for stabiliser in self.stabilisers:
             stabiliser.start_epoch(self.epoch)
@@ -236,10 +221,19 @@ class Trainer(DetectionTrainer):
                 if self.watch.of_step:
                     self.optimizer_step()
                 self.last_step = step
-                if self.interrupt.signal or self.monitor.save_due(self.config.train.save_every_s):
-                    self.save_model()
-                    self.interrupt.leave()
-            self.monitor.step(len(batch["img"]), self.mean_losses)
+                self._save_if_due()
+            n_here = min(self.batch_size, n_images - (self.batch_in_epoch - 1) * self.batch_size)
+            self.monitor.step(n_here, self.mean_losses)
+
+    def _save_if_due(self, always: bool = False) -> None:
+        """Saves where it is time to or a signal has come; then all processes leave at this step, or none."""
+        own = self.interrupt.signal or (signal.SIGTERM if self.ranks.is_orphan else 0)
+        due = self.ranks.is_first and self.monitor.save_due(self.config.train.save_every_s)
+        number, due = self.ranks.most([own, int(due)])
+        self.interrupt.signal = number or None
+        if number or due or always:
+            self.save_model()
+            self.interrupt.leave()
 
     def left_out(self) -> set[int]:
         """Numbers of the batches that a loss or gradient was not finite with."""
@@ -267,9 +261,9 @@ class Trainer(DetectionTrainer):
         """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
         with autocast(self.amp, device=self.device.type):
             loss, self.loss_items = self.model(self.preprocess_batch(batch))
-            self.loss = loss.sum()
+            self.loss = loss.sum() * self.ranks.n  # DistributedDataParallel takes the mean, and the parts add up
         self.loss_names = tuple(self.loss_items)
-        items = torch.stack(list(self.loss_items.values())).detach()
+        items = self.ranks.add(torch.stack(list(self.loss_items.values())).detach())
         self.loss_sum = self.loss_sum + items
         self.watch.add_loss(items.sum())
         self.scaler.scale(self.loss).backward()
@@ -294,23 +288,38 @@ class Trainer(DetectionTrainer):
     def _end_epoch(self) -> None:
         """Validates where it is due, then writes what the epoch gave."""
         self.monitor.end_train_pass()
-        self.watch.check()
+        check_finite(self)  # before the first process goes on alone
         losses = self.mean_losses()
         row: dict[str, Any] = {"epoch": self.epoch + 1, **losses}
         if self._is_validated():
-            with self.interrupt.at_once(self.save_model):
-                row |= self.validate()
-            row |= examine(self)
+            row |= self._on_first(self.validate)
+            row |= examine(self) if self.ranks.is_first else {}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
         self.net.criterion.update()
         self.rows.append(row | self.monitor.epoch_facts())
         self.batch_in_epoch, self.loss_sum = 0, 0.0
-        self.monitor.end_epoch(self.rows, self.validator, (self.best_fitness, self.best_epoch))
-        self.save_model()
-        self.interrupt.leave()
+        if self.ranks.is_first:
+            self.monitor.end_epoch(self.rows, self.validator, (self.best_fitness, self.best_epoch))
+        self._save_if_due(always=True)
         judge(self.rows, self.config.guard)
 
     # --- validation in three states ----------------------------------------------------------------------------------
+
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """What the first process computes; the others wait for it, and leave with it if a signal ends it there."""
+        result = None
+        if self.ranks.is_first:
+            with self.interrupt.at_once(self._save_and_tell):
+                result = work()
+        result, stopped_by = self.ranks.share((result, 0))
+        if stopped_by:
+            self.interrupt.signal = stopped_by
+            self.interrupt.leave()
+        return cast(T, result)
+
+    def _save_and_tell(self) -> None:
+        self.save_model()
+        self.ranks.share((None, self.interrupt.signal))
 
     def validate(self) -> dict[str, float]:
         """Scores the three states; the last one is the fitness, and best.pt where it is the best so far."""

@@ -32,6 +32,9 @@ class Validator(DetectionValidator):
     def get_model(self, model: Any, trainer: Any = None) -> Any:
         return trainer.held_out
 
+    def gather_stats(self) -> None:
+        """Nothing to gather: where a training has several processes, the first one validates alone."""
+
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         if self.batch_i == 0:
             self.first_batch = (preds, batch)

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from app.config import dump, load
 from app.data import prepare
-from app.device import check_device
+from app.device import check_devices
 from app.run import RunRoot, write_text
 from app.tables import markdown_table
 from app.train import ultralytics_args
@@ -51,7 +51,7 @@ class Profiled(Trainer):
 def bench_profile(run: RunRoot, overlays: list[Path], sets: list[str]) -> None:
     """Prints the top rows by device time (or CPU time without a GPU), ms a step, and writes trace.json."""
     config = load("fp16", overlays, sets)
-    device = check_device(config)
+    device = check_devices(config)[0]
     prepare(config, run, force=False)
     out_dir = run.variant_dir(config.label)
     write_text(out_dir / "config.yaml", dump(config))

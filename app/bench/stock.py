@@ -14,7 +14,7 @@ from typing import Any
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from app.config import validate
-from app.device import check_device
+from app.device import check_devices
 from app.run import write_json
 
 
@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     arguments: dict[str, Any] = {
         "model": config.model, "data": str(folder / "coco.yaml"), "save_dir": str(folder / "train"), "epochs": t.epochs,
         "batch": t.batch, "imgsz": t.imgsz, "seed": t.seed, "deterministic": t.deterministic, "amp": t.amp,
-        "workers": t.workers, "device": check_device(config), "cache": "ram" if t.cache else False, "plots": False,
+        "workers": t.workers, "device": check_devices(config)[0], "cache": "ram" if t.cache else False, "plots": False,
         "pretrained": False, "val": False, "save": False, "exist_ok": True, "patience": 0, "nms": False,
         **config.hyp.model_dump(),
     }  # fmt: skip

@@ -27,31 +27,46 @@ def pretend_shared_memory(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "n_gpus", "expected"), [("auto", 0, "cpu"), ("auto", 1, "0"), ("cpu", 1, "cpu"), ("1", 2, "1")]
+    ("wanted", "n_gpus", "expected"),
+    [
+        ("auto", 0, ["cpu"]),
+        ("auto", 1, ["0"]),
+        ("auto", 4, ["0", "1", "2", "3"]),  # all that make's GPUS=4 shows
+        ("cpu", 1, ["cpu"]),
+        ("cpu,cpu", 1, ["cpu", "cpu"]),
+        ("1", 2, ["1"]),
+        ("2,0", 3, ["2", "0"]),
+    ],
 )
-def test_device_is_resolved(monkeypatch: pytest.MonkeyPatch, wanted: str, n_gpus: int, expected: str) -> None:
+def test_device_is_resolved(monkeypatch: pytest.MonkeyPatch, wanted: str, n_gpus: int, expected: list[str]) -> None:
     pretend_gpus(monkeypatch, n_gpus)
     pretend_shared_memory(monkeypatch, gib=8)
-    assert device.check_device(load("fp16", sets=[f"train.device={wanted}"])) == expected
+    assert device.check_devices(load("fp16", sets=[f"train.device={wanted}"])) == expected
 
 
 def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, n_gpus=1)
-    with pytest.raises(UserError, match=r"train.device=1: torch sees 1 GPU.*ACCEL=gpu"):
-        device.check_device(load("fp16", sets=["train.device=1"]))
+    with pytest.raises(UserError, match=r"train.device=0,1: torch sees 1 GPU.*GPUS=n.*ACCEL=gpu"):
+        device.check_devices(load("fp16", sets=["train.device=0,1"]))
+
+
+def test_gpu_named_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, n_gpus=2)
+    with pytest.raises(UserError, match=r"train.device=1,1 names a GPU twice"):
+        device.check_devices(load("fp16", sets=["train.device=1,1"]))
 
 
 def test_gpu_that_torch_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, n_gpus=1, capability=(6, 1))
     with pytest.raises(UserError, match=r"this GPU is sm_61, but torch \S+ holds only sm_70 .*rebuild the image"):
-        device.check_device(load("fp16"))
+        device.check_devices(load("fp16"))
 
 
 def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, n_gpus=1)
     pretend_shared_memory(monkeypatch, gib=0.0625)  # Docker's default, 64 MiB
     with pytest.raises(UserError, match=r"shm: 0.1 GiB, 8 loader processes need 2.3: .*SHM_SIZE=3g"):
-        device.check_device(load("fp16"))
+        device.check_devices(load("fp16"))
 
 
 @pytest.mark.parametrize(

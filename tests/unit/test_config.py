@@ -75,6 +75,7 @@ def test_every_original_key_is_used_or_explained() -> None:
         ("train.imgsz=100", "multiple of 32"),
         ("quant.scheme=w3a16", "'w4a16', 'w4a16-mixed', 'w8a16'"),
         ("train.device=gpu", "train.device = 'gpu'"),
+        ("train.device=0,cpu", "train.device = '0,cpu'"),
         ("model=yolov8m.yaml", "model = 'yolov8m.yaml'"),
         ("train.epochs", "write it as key=value"),
         ("=3", "write it as key=value"),

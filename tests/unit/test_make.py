@@ -82,13 +82,25 @@ def test_only_the_download_has_a_network_and_only_tensorboard_a_port() -> None:
         ({"ACCEL": "gpu", "ENGINE": PLAIN_ENGINE}, "install the NVIDIA Container Toolkit (README), or use ACCEL=cpu"),
         ({"RUNNER": "podman"}, "RUNNER=podman: choose docker or local"),
         ({"RUNNER": "local", "ACCEL": "tpu"}, "ACCEL=tpu: choose gpu or cpu"),
+        ({"RUNNER": "local", "ACCEL": "cpu", "GPUS": "4"}, "GPUS=4: there is no GPU with ACCEL=cpu"),
+        ({"RUNNER": "local", "ACCEL": "cpu", "GPUS": "0,1"}, "GPUS=0,1: write a number from 1 on, or all"),
         (
             {"RUNNER": "local", "ACCEL": "cpu", "COCO_DIR": "/no/such"},
             "COCO_DIR=/no/such does not exist: name the folder",
         ),
         ({"RUNNER": "local", "ACCEL": "cpu", "CONF": "no.yaml"}, "CONF=no.yaml does not exist: name a YAML file"),
     ],
-    ids=["no engine", "no compose", "no toolkit", "runner", "accel", "no dataset", "no configuration"],
+    ids=[
+        "no engine",
+        "no compose",
+        "no toolkit",
+        "runner",
+        "accel",
+        "GPUs without one",
+        "list of GPUs",
+        "no dataset",
+        "no configuration",
+    ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(env: dict[str, str], said: str) -> None:
     result = make("data", **env)

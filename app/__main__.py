@@ -206,8 +206,7 @@ def run_train(config: Config, run: RunRoot, force: bool) -> None:
     devices = check_devices(config)
     if len(devices) > 1 and not is_launched():
         return launch_train(len(devices), config, run, force)
-    backend = "gloo" if devices[0] == "cpu" else "nccl"
-    with joined(backend) as ranks, hold(run, "train") if ranks.is_first else contextlib.nullcontext():
+    with joined(devices) as ranks, hold(run, "train") if ranks.is_first else contextlib.nullcontext():
         if ranks.is_first:
             prepare(config, run, force=False)
         ranks.wait()

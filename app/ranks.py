@@ -109,11 +109,11 @@ def is_launched() -> bool:
 
 
 @contextlib.contextmanager
-def joined(backend: str) -> Iterator[Ranks]:
+def joined(devices: list[str]) -> Iterator[Ranks]:
     """Meets the other processes that torchrun has started, and leaves together with them; alone otherwise.
 
     Args:
-        backend: 'nccl' for GPUs, 'gloo' for CPUs.
+        devices: of the processes on this machine: GPU numbers (they speak over NCCL), or 'cpu' (gloo).
 
     Raises:
         PeerLost: another process does not come, ends early or hangs.
@@ -123,8 +123,11 @@ def joined(backend: str) -> Iterator[Ranks]:
         return
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, n, local, n_local = (int(os.environ[name]) for name in names)
+    on_gpus = "cpu" not in devices
+    if on_gpus and local < len(devices):  # NCCL's first word goes over the current GPU; train() refuses one too many
+        torch.cuda.set_device(int(devices[local]))
     with _peers():
-        dist.init_process_group(backend, timeout=timedelta(seconds=STEP_WAIT_S))
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timedelta(seconds=STEP_WAIT_S))
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=STEP_WAIT_S))
     ranks = Ranks(rank, n, local, n_local, control, os.getppid())
     try:

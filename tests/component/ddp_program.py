@@ -57,7 +57,7 @@ def settle(runs_dir: Path, name: str, variant: str, device: str = "cpu") -> tupl
 
 
 def main(run: RunRoot, devices: str, variants: list[str], stop: bool) -> None:
-    with joined("gloo" if devices == "cpu" else "nccl") as ranks:
+    with joined(devices.split(",")) as ranks:
         for variant in variants:
             if stop and variant == variants[-1]:
                 Trainer.optimizer_step = stopped_step

@@ -76,7 +76,7 @@ def continue_from_checkpoint(trainer: Trainer) -> None:
         save_state(trainer)
         return
     restore(trainer, state)
-    if trainer.rows:  # Ultralytics deletes it when a trainer is made (engine/trainer.py __init__, 8.4.190)
+    if trainer.rows and trainer.ranks.is_first:  # train.make_ready has deleted it
         write_rows(trainer.save_dir / "results.csv", trainer.rows)
     n_batches = trainer.batch_in_epoch
     where = f", batch {n_batches} of the next" if n_batches else ""

@@ -82,6 +82,8 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
         log.info("train %s: done already (%d epochs, best AP %.3f)", config.label, done["epochs"], done["best_ap"])
         return False
     read_json(run.provenance, "data")
+    # Ultralytics does, in every process at once, when a trainer is made (engine/trainer.py __init__, 8.4.190).
+    (out_dir / "results.csv").unlink(missing_ok=True)
     write_text(out_dir / "config.yaml", dump(config))
     return True
 

@@ -37,6 +37,13 @@ def test_weights_are_those_of_the_baseline_and_only_bn_differs(run: RunRoot) -> 
     assert changed == {"running_mean", "running_var"}
 
 
+def test_noise_of_every_quantized_layer_is_recorded(run: RunRoot) -> None:
+    folder = run.variant_dir(LABELS[0])
+    health, layers = (read_json(folder / name, "ptq") for name in ("health.json", "quant_config.json"))
+    assert health["snr_db"].keys() == {layer["name"] for layer in layers["layers"] if not layer["exempt"]}
+    assert all(10 < snr < 60 for snr in health["snr_db"].values())  # 4 and 8 bits of random weights
+
+
 def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> None:
     files = exported_files(run)
     assert sorted(files) == LABELS

@@ -34,7 +34,7 @@ FLOAT32 = Tolerance(1e-2, 1e-4)
 FLOAT16 = Tolerance(2.0, 1e-2)
 # A network that magnifies rounding more than that gets this many times what torch itself moves by when it sums in
 # another order: FP16 rounds 2**13 times as coarsely. A wrong weight or node is orders of magnitude beyond.
-TIMES_ROUNDING = {FLOAT32: 10, FLOAT16: 1000}
+TIMES_ROUNDING = {FLOAT32: 10, FLOAT16: 2**13}
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,8 @@ def isolate_libraries(cache_dir: Path) -> None:
     warnings.filterwarnings("ignore", message="fast_hadamard_transform package not found", category=UserWarning)
     # torch.onnx.export saves and restores the flags of all backends, that of Intel GPUs too (torch 2.10).
     warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN", category=UserWarning)
+    # More loader processes than cores are slower and not wrong; the report has both numbers (train.workers, cpu_count).
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     os.environ.setdefault("MPLCONFIGDIR", str((cache_dir / "matplotlib").resolve()))
     # OpenMP's threads otherwise spin while they wait: beside another busy process a step takes ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -133,6 +133,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.codes_before, trainer.faults = state["codes_before"], state.get("faults", [])
     trainer.scored, trainer.accumulate, trainer.last_step = state["scored"], state["accumulate"], state["last_step"]
     trainer.loss_names, trainer.batch_in_epoch = tuple(state["loss_names"]), state["batch_in_epoch"]
+    trainer.loss_sum = 0.0
     if trainer.batch_in_epoch:
         trainer.loss_sum = state["loss_sum"].to(trainer.device)
         trainer.loss_items = dict(zip(trainer.loss_names, trainer.loss_sum, strict=True))

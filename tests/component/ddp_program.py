@@ -1,6 +1,8 @@
 """What test_ddp.py starts with torchrun: trainings with BatchNorm fixed, one after the other.
 
-ddp_program.py RUNS_DIR RUN DEVICES VARIANT... [stop]      with `stop` the second process gets a SIGTERM in the last
+ddp_program.py RUNS_DIR RUN DEVICES VARIANT... [stop | poison]
+
+In the last one the second process gets a SIGTERM (stop), or images that are not finite (poison).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -30,6 +33,7 @@ SETTINGS = [
     "hyp.warmup_epochs=1", "hyp.close_mosaic=1", "train.ema_tau=5", "eval.provider=cpu",
 ]  # fmt: skip
 STOP_AT = 4  # optimizer steps, of five: inside the second epoch
+POISONED = 5  # number of the batch since the start: the second of the second epoch
 optimizer_step = Trainer.optimizer_step
 
 
@@ -49,6 +53,14 @@ def stopped_step(self: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def poisoned_batch(self: Trainer, batch: dict[str, Any]) -> dict[str, Any]:
+    """Trainer.preprocess_batch; in the second process one batch has no finite image."""
+    batch = DetectionTrainer.preprocess_batch(self, batch)
+    if self.ranks.rank == 1 and self.epoch * len(self.train_loader) + self.batch_in_epoch - 1 == POISONED:
+        batch["img"].fill_(float("nan"))
+    return batch
+
+
 def settle(runs_dir: Path, name: str, variant: str, device: str = "cpu") -> tuple[Config, RunRoot]:
     """Configuration and run root with a prepared dataset."""
     config, run = load(variant, sets=[*SETTINGS, f"train.device={device}"]), RunRoot(runs_dir, name)
@@ -56,11 +68,13 @@ def settle(runs_dir: Path, name: str, variant: str, device: str = "cpu") -> tupl
     return config, run
 
 
-def main(run: RunRoot, devices: str, variants: list[str], stop: bool) -> None:
+def main(run: RunRoot, devices: str, variants: list[str], trick: str | None) -> None:
     with joined(devices.split(",")) as ranks:
         for variant in variants:
-            if stop and variant == variants[-1]:
+            if trick == "stop" and variant == variants[-1]:
                 Trainer.optimizer_step = stopped_step
+            if trick == "poison" and variant == variants[-1]:
+                Trainer.preprocess_batch = poisoned_batch
             train(load(variant, sets=[*SETTINGS, f"train.device={devices}"]), run, False, ranks)
 
 
@@ -69,6 +83,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
     Trainer._model_train = fixed_norm
     try:
-        main(RunRoot(Path(runs_dir), run_name), of, [word for word in words if word != "stop"], "stop" in words)
+        trick = words.pop() if words[-1] in ("stop", "poison") else None
+        main(RunRoot(Path(runs_dir), run_name), of, words, trick)
     except Interrupted as stopped:
         sys.exit(128 + stopped.signal)

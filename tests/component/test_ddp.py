@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ddp_program import SETTINGS, STOP_AT, fixed_norm, settle
+from ddp_program import POISONED, SETTINGS, STOP_AT, fixed_norm, settle
 
 from app.config import UserError, load
 from app.loader import EpochBatches
@@ -98,6 +99,18 @@ def test_three_train_as_one_stop_together_and_two_go_on(alone: dict[str, dict[st
     assert_same_training(last(run, "qat-w4a16"), alone["qat"])
 
 
+def test_all_go_back_when_one_meets_what_is_not_finite(runs_dir: Path) -> None:
+    run = RunRoot(runs_dir, "poisoned")
+    result = torchrun(2, runs_dir, "poisoned", "qat", "poison")
+    assert result.returncode == 0, result.stderr
+    state = last(run, "qat-w4a16")
+    assert [(fault["batches"], fault["cause"]) for fault in state["faults"]] == [([POISONED], "the images")]
+    assert state["ema_updates"] == STEPS
+    assert all(map(math.isfinite, losses(state)))
+    kept = run.variant_dir("qat-w4a16") / "faults" / f"batch-{POISONED}-of-process-2.pt"
+    assert len(load_checkpoint(kept)["batches"][0]["im_file"]) == 4
+
+
 def start(runs_dir: Path, run: str, device: str, sets: list[str]) -> subprocess.Popen[str]:
     """The command of the user."""
     words = [word for item in (*sets, f"train.device={device}") for word in ("--set", item)]
@@ -114,7 +127,7 @@ def wait_for_checkpoint(path: Path, newer_than: int, launcher: subprocess.Popen[
 
 def test_killed_then_stopped_then_finished_by_one_process(runs_dir: Path) -> None:
     """kill -9 to one process, TERM to the launcher, and one process ends what they began; the folder is like any."""
-    sets = [*SETTINGS, "train.epochs=4", "train.save_every_s=1e-9"]
+    sets = [*SETTINGS, "train.epochs=3", "train.save_every_s=1e-9"]
     config, run = load("qat", sets=[*sets, "train.device=cpu"]), RunRoot(runs_dir, "killed")
     checkpoint = run.variant_dir(config.label) / "weights" / "last.pt"
     with start(runs_dir, "killed", "cpu,cpu", sets) as launcher:
@@ -135,8 +148,8 @@ def test_killed_then_stopped_then_finished_by_one_process(runs_dir: Path) -> Non
     assert said.count("stopped by SIGTERM, everything is saved") == 1, said
     train(config, run, force=False)
     folder = run.variant_dir(config.label)
-    assert read_json(folder / "done.json", "train")["epochs"] == 4
-    assert [row["epoch"] for row in load_checkpoint(checkpoint)["rows"]] == [1, 2, 3, 4]
+    assert read_json(folder / "done.json", "train")["epochs"] == 3
+    assert [row["epoch"] for row in load_checkpoint(checkpoint)["rows"]] == [1, 2, 3]
     assert load_scored(folder / "weights" / "best.pt")[1].label == config.label
 
 

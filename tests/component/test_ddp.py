@@ -58,9 +58,11 @@ def last(run: RunRoot, label: str) -> dict[str, Any]:
 def torchrun(n: int, runs_dir: Path, run: str, *words: str) -> subprocess.CompletedProcess[str]:
     """The program in n processes of this machine."""
     settle(runs_dir, run, "qat")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(PROGRAM)]
-    command += [str(runs_dir), run, "cpu", *words]
-    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
+    # As app/launch.py has it: a container without a network cannot look up its own name.
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
+    command += [str(PROGRAM), str(runs_dir), run, "cpu", *words]
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
 
 

@@ -24,7 +24,8 @@ def launch(n: int, arguments: list[str]) -> int:
     Returns:
         exit code: 0; that of the process that failed; or 128 + signal after a signal of ours.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # says all of it in tables
+    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):  # say all of it in tables
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a container without a network cannot look itself up
         os.environ.setdefault(name, "lo")
     with tempfile.TemporaryDirectory(prefix="launch-") as log_dir:

@@ -24,7 +24,7 @@ from app.config import read_yaml, validate
 from app.correction import correct_best
 from app.faults import explain
 from app.guard import judge
-from app.interrupt import Interrupt
+from app.interrupt import Interrupt, Interrupted
 from app.loader import BN_EPOCH, CocoDataset, limit_wait, train_loader
 from app.model import build, save_checkpoint, scored_state
 from app.monitor import Monitor
@@ -230,10 +230,10 @@ class Trainer(DetectionTrainer):
         own = self.interrupt.signal or (signal.SIGTERM if self.ranks.is_orphan else 0)
         due = self.ranks.is_first and self.monitor.save_due(self.config.train.save_every_s)
         number, due = self.ranks.most([own, int(due)])
-        self.interrupt.signal = number or None
         if number or due or always:
             self.save_model()
-            self.interrupt.leave()
+        if number:  # not one that has come since: the others do not know of it
+            raise Interrupted(number)
 
     def left_out(self) -> set[int]:
         """Numbers of the batches that a loss or gradient was not finite with."""
@@ -313,8 +313,7 @@ class Trainer(DetectionTrainer):
                 result = work()
         result, stopped_by = self.ranks.share((result, 0))
         if stopped_by:
-            self.interrupt.signal = stopped_by
-            self.interrupt.leave()
+            raise Interrupted(stopped_by)
         return cast(T, result)
 
     def _save_and_tell(self) -> None:

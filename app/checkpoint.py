@@ -133,9 +133,9 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.codes_before, trainer.faults = state["codes_before"], state.get("faults", [])
     trainer.scored, trainer.accumulate, trainer.last_step = state["scored"], state["accumulate"], state["last_step"]
     trainer.loss_names, trainer.batch_in_epoch = tuple(state["loss_names"]), state["batch_in_epoch"]
-    trainer.loss_sum = 0.0
-    if trainer.batch_in_epoch:
-        trainer.loss_sum = state["loss_sum"].to(trainer.device)
+    trainer.loss_sum = state["loss_sum"]
+    if isinstance(trainer.loss_sum, torch.Tensor):  # else 0.0: no batch of this epoch has been trained, or all left out
+        trainer.loss_sum = trainer.loss_sum.to(trainer.device)
         trainer.loss_items = dict(zip(trainer.loss_names, trainer.loss_sum, strict=True))
     trainer.epoch = state["epoch"]
     trainer.start_epoch = state["epoch"] + (trainer.batch_in_epoch == 0)

@@ -27,12 +27,8 @@ def test_clocks_are_those_of_the_driver_or_the_kernel(tmp_path: Path, monkeypatc
     """A driver that answers for two GPUs, one that does not answer, and a kernel with a governor."""
     answer = {"clocks.sm": "2400 MHz", "power.limit": "575.00 W"}
     monkeypatch.setattr(runtime, "GPU_CLOCKS", tuple(answer))
-    script = tmp_path / "nvidia-smi"
-    script.write_text(
-        '#!/bin/sh\n[ "$1" = --query-gpu=clocks.sm,power.limit ] && echo "2400 MHz, 575.00 W\n210 MHz, 575.00 W"'
-    )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    stand_in_dir = Path(__file__).with_name("stand_ins_gpu")  # not tmp_path: in the container nothing runs from /tmp
+    monkeypatch.setenv("PATH", f"{stand_in_dir}:/bin:/usr/bin")
     assert runtime.clocks(runtime.CUDA) == {"clocks.sm": "2400 MHz; 210 MHz", "power.limit": "575.00 W; 575.00 W"}
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert runtime.clocks(runtime.CUDA) == {}

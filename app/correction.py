@@ -30,9 +30,10 @@ def correct_best(trainer: Trainer) -> None:
     """Corrects the state in best.pt on one epoch of train images (see app.quant.correct); replaces it if its AP is not
     lower. results.csv gets AP/corrected in its last row. Does nothing where the option is off or all is done.
     """
-    quant, best = trainer.config.quant, load_checkpoint(trainer.best)
+    quant = trainer.config.quant
     if quant is None or not quant.correction_epochs or "AP/corrected" in trainer.rows[-1]:
         return
+    best = load_checkpoint(trainer.best)
     held_out: Any = deepcopy(trainer.ema.ema)
     trainer.held_out = held_out
     held_out.load_state_dict(best["scored"])
@@ -45,11 +46,10 @@ def correct_best(trainer: Trainer) -> None:
     correct(held_out, _one_epoch(trainer), loss_of, quant.correction_lr)
     scores = trainer.validator(trainer)
     ap = scores[SCORES["AP"]]
-    if ap >= best["fitness"]:
+    is_better = ap >= best["fitness"]
+    if is_better:
         save_checkpoint(trainer.best, trainer.config, {**best, "scored": scored_state(held_out), "fitness": ap})
-    log.info(
-        "correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if ap >= best["fitness"] else "kept"
-    )
+    log.info("correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if is_better else "kept")
     trainer.rows[-1]["AP/corrected"] = ap
     write_rows(trainer.save_dir / "results.csv", trainer.rows)
     trainer.monitor.writer.add_scalar("AP/corrected", ap, trainer.epochs)

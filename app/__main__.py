@@ -40,8 +40,8 @@ def main() -> int:
     args = parse(sys.argv[1:])
     set_up_terminal()
     from app.config import UserError
-    from app.guard import GuardStop
-    from app.interrupt import Interrupted, PeerLost
+    from app.training.guard import GuardStop
+    from app.training.interrupt import Interrupted, PeerLost
 
     try:
         run_stage(args)
@@ -130,7 +130,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run_stage(args: argparse.Namespace) -> None:
     """Loads the configuration and runs a stage, alone on its run root."""
     if args.stage == "download-coco":
-        from app.download import download_coco
+        from app.data.download import download_coco
 
         return download_coco(args.to, args.keep_archives)
     from app.config import load
@@ -138,13 +138,13 @@ def run_stage(args: argparse.Namespace) -> None:
 
     if args.stage == "compare":
         isolate_libraries(args.out.parent / ".cache")
-        from app.compare import compare
+        from app.reporting.compare import compare
 
         return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
     merged = args.stage == "report" and args.runs
     run = open_run(args.runs[0] if merged else args.run, args.runs_dir)
     if args.stage == "publish":
-        from app.publish import publish
+        from app.reporting.publish import publish
 
         return publish(run, args.aim, args.force)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
@@ -171,13 +171,13 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
         case "bench":
             run_bench(args, run)
         case "data":
-            from app.data import prepare
+            from app.data.prepare import prepare
 
             prepare(config, run, args.force)
         case "train":
             run_train(config, run, args.force)
         case "export":
-            from app.export import export
+            from app.onnx.export import export
 
             export(config, run, args.force)
         case "ptq":
@@ -187,7 +187,7 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
         case "eval":
             run_eval(args, config, run)
         case "report":
-            from app.report import report
+            from app.reporting.report import report
             from app.run import open_run
 
             report(config, run, args.force, [open_run(name, args.runs_dir) for name in (args.runs or [])[1:]])
@@ -198,10 +198,10 @@ def run_train(config: Config, run: RunRoot, force: bool) -> None:
 
     On several devices it starts itself again, once for each, unless torchrun has done so.
     """
-    from app.data import prepare
+    from app.data.prepare import prepare
     from app.device import check_devices
     from app.lock import hold
-    from app.ranks import is_launched, joined
+    from app.training.ranks import is_launched, joined
 
     devices = check_devices(config)
     if len(devices) > 1 and not is_launched():
@@ -210,17 +210,17 @@ def run_train(config: Config, run: RunRoot, force: bool) -> None:
         if ranks.is_first:
             prepare(config, run, force=False)
         ranks.wait()
-        from app.train import train
+        from app.training.train import train
 
         train(config, run, force, ranks)
 
 
 def launch_train(n: int, config: Config, run: RunRoot, force: bool) -> None:
     """Refuses here, once, what can be refused, and starts n processes."""
-    from app.data import prepare
-    from app.launch import launch
+    from app.data.prepare import prepare
     from app.lock import hold
-    from app.train import make_ready
+    from app.training.launch import launch
+    from app.training.train import make_ready
 
     with hold(run, "train"):  # then the first of them holds it
         prepare(config, run, force=False)
@@ -231,7 +231,7 @@ def launch_train(n: int, config: Config, run: RunRoot, force: bool) -> None:
 
 def run_eval(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
     from app.config import UserError
-    from app.evaluate import evaluate, evaluate_standalone
+    from app.scoring.evaluate import evaluate, evaluate_standalone
 
     if args.onnx is None:
         return evaluate(config, run, args.force)

@@ -14,14 +14,14 @@ from ultralytics.nn.tasks import DetectionModel
 
 from app.config import Config, Quant, UserError
 from app.device import check_devices
-from app.export import file_name, file_settings, is_done, load_trained, write_file, write_overview
-from app.loader import BN_EPOCH, CocoDataset, train_loader
 from app.model import load_scored, save_checkpoint, scored_state
+from app.onnx.export import file_name, file_settings, is_done, load_trained, write_file, write_overview
 from app.progress import track
 from app.quant.health import signal_to_noise
 from app.quant.schemes import quantize
 from app.quant.stabilise import reestimate_batchnorm
 from app.run import RunRoot, read_json, sha256, write_json
+from app.training.loader import BN_EPOCH, CocoDataset, train_loader
 
 log = logging.getLogger(__name__)
 KIND = ("qcdq", "raw")  # precision and contract of the files

@@ -21,12 +21,12 @@ from pycocotools.coco import COCO
 from app.bench.explain import explain
 from app.bench.train import stock_dataset
 from app.config import Config, Eval, UserError, load
-from app.data import prepare
-from app.evaluate import dataset_of_run, exported_files
-from app.pipeline import load_input
+from app.data.prepare import prepare
 from app.run import RunRoot, environment, read_json, write_json
-from app.runtime import CPU, Model, cpu_name, gpu_name, open_model
-from app.scoring import ImageFile, image_files, load_truth, usable_ids
+from app.scoring.evaluate import dataset_of_run, exported_files
+from app.scoring.pipeline import load_input
+from app.scoring.runtime import CPU, Model, cpu_name, gpu_name, open_model
+from app.scoring.score import ImageFile, image_files, load_truth, usable_ids
 from app.tables import markdown_table
 
 log = logging.getLogger(__name__)

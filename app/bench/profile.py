@@ -10,12 +10,12 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from app.config import dump, load
-from app.data import prepare
+from app.data.prepare import prepare
 from app.device import check_devices
 from app.run import RunRoot, write_text
 from app.tables import markdown_table
-from app.train import ultralytics_args
-from app.trainer import Trainer
+from app.training.train import ultralytics_args
+from app.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 N_WAIT, N_WARMUP, N_STEPS = 8, 2, 8

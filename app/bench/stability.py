@@ -21,7 +21,7 @@ import torch
 
 from app.config import Config, UserError, load
 from app.curves import read_rows
-from app.data import prepare
+from app.data.prepare import prepare
 from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
 

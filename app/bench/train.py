@@ -14,7 +14,7 @@ from typing import Any
 
 from app.config import Config, load
 from app.curves import read_rows
-from app.data import prepare
+from app.data.prepare import prepare
 from app.run import RunRoot, environment, read_json, write_json, write_text
 from app.tables import markdown_table
 

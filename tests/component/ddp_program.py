@@ -18,12 +18,12 @@ from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from app.config import Config, load
-from app.data import prepare
-from app.interrupt import Interrupted
-from app.ranks import joined
+from app.data.prepare import prepare
 from app.run import RunRoot
-from app.train import train
-from app.trainer import Trainer
+from app.training.interrupt import Interrupted
+from app.training.ranks import joined
+from app.training.train import train
+from app.training.trainer import Trainer
 
 # 30 images: batches of 8, 8, 8 and 6, which 3 processes share as 2, 3, 3 and 2, 2, 2; two batches to an optimizer step.
 # Mosaic in the first of two epochs; a fast EMA.

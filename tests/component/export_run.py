@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from app.config import Config, dump, load
-from app.data import prepare
-from app.export import parity_images
+from app.data.prepare import prepare
+from app.data.synthetic import draw_coco_subset
 from app.model import build, save_checkpoint, scored_state
+from app.onnx.export import parity_images
 from app.run import RunRoot, write_json, write_text
-from app.synthetic import draw_coco_subset
 
 IMGSZ = 96
 SETS = [

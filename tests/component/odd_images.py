@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.synthetic import draw_coco_subset
+from app.data.synthetic import draw_coco_subset
 
 ODD_SIZES = {2: (161, 97), 3: (40, 30), 4: (97, 161)}  # position among the val images -> width and height in px
 EXIF_ORIENTATION, ROTATE_90 = 0x0112, 6

@@ -15,16 +15,16 @@ from cuda_kernels import without_kernel
 from export_run import IMGSZ, config_of, make_run, write_checkpoint
 from onnx import TensorProto, numpy_helper
 
-from app import onnx_gates
 from app.coco import NAMES
 from app.config import UserError, load
-from app.detections import select
-from app.evidence import RECORD_KEYS, lacking
-from app.export import Trained, export, load_trained, one_head
 from app.model import build
-from app.onnx_files import quant_weights
-from app.onnx_gates import run_file
+from app.onnx import gates as onnx_gates
+from app.onnx.export import Trained, export, load_trained, one_head
+from app.onnx.files import quant_weights
+from app.onnx.gates import run_file
+from app.reporting.evidence import RECORD_KEYS, lacking
 from app.run import RunRoot, read_json, sha256
+from app.scoring.detections import select
 
 BOTH = "export.contracts=[raw,end2end]"
 N_QUANTIZED = 83  # convolutions of YOLOv10n with one head, without DFL's
@@ -206,7 +206,7 @@ def test_failed_gate_leaves_no_file(
     def fail(path: Path, *_: object) -> None:
         raise RuntimeError(f"{path.name} is wrong")
 
-    monkeypatch.setattr(f"app.export.{gate}", fail)
+    monkeypatch.setattr(f"app.onnx.export.{gate}", fail)
     with pytest.raises(RuntimeError, match="is wrong"):
         export(config_of(other, "qat"), other, force=True)
     stem = STEMS[1] if label == "fp16" else STEMS[3]

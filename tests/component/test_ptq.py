@@ -9,10 +9,10 @@ import torch
 from export_run import config_of, make_run
 
 from app.config import UserError
-from app.evaluate import exported_files
 from app.model import load_checkpoint, load_scored
 from app.ptq import ptq
 from app.run import RunRoot, read_json
+from app.scoring.evaluate import exported_files
 
 SETS = ("quant.scheme=w4a16-mixed", "train.batch=2", "train.bn_batches=2")
 LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from app.checkpoint import check_finite
 from app.config import Config, load
-from app.data import prepare
-from app.guard import GuardStop
+from app.data.prepare import prepare
 from app.model import load_checkpoint, load_scored
-from app.nonfinite import NonFinite, Watch
 from app.run import RunRoot
-from app.train import train
-from app.trainer import Trainer
+from app.training.checkpoint import check_finite
+from app.training.guard import GuardStop
+from app.training.nonfinite import NonFinite, Watch
+from app.training.train import train
+from app.training.trainer import Trainer
 
 # 24 images in batches of 8, one to an optimizer step.
 SETTINGS = [

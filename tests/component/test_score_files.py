@@ -18,12 +18,12 @@ from app.bench import stock_val
 from app.bench.explain import by_image, n_same, with_ids
 from app.bench.train import stock_dataset
 from app.coco import CATEGORY_IDS, NAMES
-from app.detections import results, select
-from app.evaluate import evaluate_standalone
-from app.export import export, load_trained, one_head
-from app.pipeline import load_input
+from app.onnx.export import export, load_trained, one_head
 from app.run import RunRoot, read_json, write_json
-from app.scoring import image_files, load_truth, score, standalone_dataset
+from app.scoring.detections import results, select
+from app.scoring.evaluate import evaluate_standalone
+from app.scoring.pipeline import load_input
+from app.scoring.score import image_files, load_truth, score, standalone_dataset
 
 SAME_AP = 1e-4  # what the issue asks
 # Of all detections; the rest lie on a threshold (of NMS, or place 300), where float32 rounding decides.

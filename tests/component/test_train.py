@@ -16,12 +16,12 @@ import torch
 
 from app.bench.soak import differences
 from app.config import Config, UserError, load
-from app.data import prepare
-from app.interrupt import Interrupted
+from app.data.prepare import prepare
 from app.model import load_checkpoint, load_scored
 from app.run import RunRoot, read_json
-from app.train import train
-from app.trainer import Trainer
+from app.training.interrupt import Interrupted
+from app.training.train import train
+from app.training.trainer import Trainer
 
 # 40 images in batches of 8, two of them to an optimizer step; mosaic in all but the last epoch. A fast EMA.
 SETTINGS = [
@@ -89,7 +89,7 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     assert all(torch.equal(plain[name], corrected[name]) for name in plain if name.endswith("conv.weight"))
     assert rows(folder)[-1]["AP/corrected"] != ""
     (folder / "done.json").unlink()  # the next start finds that all is done
-    monkeypatch.setattr("app.correction.correct", None)
+    monkeypatch.setattr("app.training.correction.correct", None)
     train(config, run, force=False)
 
 

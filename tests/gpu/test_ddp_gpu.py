@@ -18,8 +18,8 @@ from ddp_program import STOP_AT, fixed_norm, settle
 
 from app.model import load_checkpoint
 from app.run import RunRoot
-from app.train import train
-from app.trainer import Trainer
+from app.training.train import train
+from app.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

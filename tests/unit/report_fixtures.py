@@ -12,9 +12,9 @@ from PIL import Image
 
 from app.config import load
 from app.curves import write_rows
-from app.evidence import COCO_NAMES
+from app.reporting.evidence import COCO_NAMES
 from app.run import RunRoot, sha256
-from app.scoring import Dataset, describe_dataset, load_truth, score
+from app.scoring.score import Dataset, describe_dataset, load_truth, score
 from tests.unit.eval_fixtures import truth_box, write_annotations
 
 NAMES = ("lock", "train", "val", "ids", "fp16", "qat", "fp16 checkpoint", "qat checkpoint")

@@ -10,7 +10,7 @@ import pytest
 from eval_fixtures import truth_box, write_annotations
 
 from app.config import UserError
-from app.scoring import STATS, load_truth, score
+from app.scoring.score import STATS, load_truth, score
 
 EXACT = 1e-12  # float64 arithmetic on both sides
 SIZES = {1: (400, 300), 2: (400, 300)}

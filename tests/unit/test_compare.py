@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from app.compare import compare, pair_up
 from app.config import Report, UserError, load
+from app.reporting.compare import compare, pair_up
 from app.run import RunRoot
 from tests.unit.report_fixtures import add_dataset, build_run
 

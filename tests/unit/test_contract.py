@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from app.config import UserError
-from app.contract import refuse_foreign_data
+from app.scoring.contract import refuse_foreign_data
 
 
 def external(location: str) -> TensorProto:

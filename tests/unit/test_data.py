@@ -16,12 +16,12 @@ import pytest
 import yaml
 from data_fixtures import annotation_file, edit, listing, run_data, write_dataset, write_image
 
-import app.data
-import app.view
+import app.data.prepare
+import app.data.view
 from app.coco import CATEGORIES, NAMES
 from app.config import UserError
+from app.data.view import read_split
 from app.run import RunRoot, open_run, read_json
-from app.view import read_split
 
 HALF_DIGIT = 5e-7  # label files have six decimals
 Usage = namedtuple("Usage", "total used free")
@@ -45,7 +45,7 @@ def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         pytest.fail("the view was built again")
 
-    monkeypatch.setattr(app.data, "build_view", fail)
+    monkeypatch.setattr(app.data.prepare, "build_view", fail)
 
 
 def test_labels_are_right_by_hand(coco_dir: Path, run: RunRoot) -> None:
@@ -242,7 +242,7 @@ def full_disk(*args: object) -> None:
 
 
 def test_full_disk_while_the_view_is_built(coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app.view, "yolo_rows", full_disk)  # stands for the write of a label file
+    monkeypatch.setattr(app.data.view, "yolo_rows", full_disk)  # stands for the write of a label file
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 3 * 2**20))
     with pytest.raises(UserError, match=r"no space left in .*\.cache \(3 MiB free\): .*make room"):
         run_data(run, coco_dir)
@@ -264,6 +264,6 @@ def test_file_the_user_may_not_read(coco_dir: Path, run: RunRoot, monkeypatch: p
     def fail(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(app.data, "sha256", fail)
+    monkeypatch.setattr(app.data.prepare, "sha256", fail)
     with pytest.raises(UserError, match=r"instances_train2017\.json may not be read by this user: change its perm"):
         run_data(run, coco_dir)

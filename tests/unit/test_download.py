@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from download_server import Server
 
-from app import download
 from app.config import UserError
-from app.download import ARCHIVES, Archive, download_coco
+from app.data import download
+from app.data.download import ARCHIVES, Archive, download_coco
 
 Usage = namedtuple("Usage", "total used free")
 

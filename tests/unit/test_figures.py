@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.analysis import choose
 from app.config import load
 from app.curves import overlay_figure, write_rows
-from app.figures import AUTHORS_YOLOV10M, size_figure
-from app.layer_figures import FLOAT, layer_figure
-from app.page import page
-from app.report import report
+from app.reporting.analysis import choose
+from app.reporting.figures import AUTHORS_YOLOV10M, size_figure
+from app.reporting.layer_figures import FLOAT, layer_figure
+from app.reporting.page import page
+from app.reporting.report import report
 from app.run import RunRoot
 from tests.unit.report_fixtures import add_dataset, build_run, history, layer, metrics, write
 from tests.unit.test_report import numbers_without_source

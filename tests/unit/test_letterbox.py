@@ -12,7 +12,7 @@ from eval_fixtures import SETTINGS
 
 from app.coco import CATEGORY_IDS
 from app.config import UserError
-from app.detections import Placement, letterbox, place, read_image, results, select, undo
+from app.scoring.detections import Placement, letterbox, place, read_image, results, select, undo
 
 GREY = np.float32(114) / np.float32(255)
 ROUNDING_PX = 1e-9  # float64 there and back

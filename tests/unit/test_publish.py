@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from app.config import UserError, load
-from app.publish import NO_PHOTOS, publish
-from app.report import report
+from app.reporting.publish import NO_PHOTOS, publish
+from app.reporting.report import report
 from app.run import RunRoot
 from tests.unit.report_fixtures import add_dataset, build_run
 from tests.unit.test_report import edit, numbers_without_source

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from app.config import Config, UserError, load
-from app.report import report
+from app.reporting.report import report
 from app.run import RunRoot
 from tests.unit.report_fixtures import SHA, build_run, export_file, metrics, write
 

@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from eval_fixtures import raw_output, write_model
 
-from app import runtime
 from app.config import UserError
+from app.scoring import runtime
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

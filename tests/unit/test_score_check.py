@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from app.coco import CATEGORY_IDS
 from app.config import UserError
-from app.scoring import STATS, load_truth, quiet, read_results, score
+from app.scoring.score import STATS, load_truth, quiet, read_results, score
 
 AGREEMENT = 1e-6  # what the issue asks; both sum the same numbers in another order
 N_IMAGES, N_CLASSES = 40, 6

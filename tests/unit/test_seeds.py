@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.config import Config, UserError, load
-from app.report import report
+from app.reporting.report import report
 from app.run import RunRoot
 from tests.unit.report_fixtures import build_run
 from tests.unit.test_report import add_ptq, edit, numbers_without_source

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from app import synthetic
 from app.coco import CATEGORIES, read_instances
-from app.synthetic import draw_coco_subset
+from app.data import synthetic
+from app.data.synthetic import draw_coco_subset
 
 HALF_PX = 0.51  # an outline is drawn on whole pixels
 

@@ -1,0 +1,1 @@
+"""COCO folder or drawn dataset -> checked view that training reads; never writes to the dataset."""

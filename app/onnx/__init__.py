@@ -1,0 +1,1 @@
+"""Checkpoint -> ONNX files, each of which has passed its gates."""

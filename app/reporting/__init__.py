@@ -1,0 +1,1 @@
+"""JSON and CSV files of a run -> pages and figures."""

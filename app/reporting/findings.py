@@ -1,0 +1,190 @@
+"""What follows from the evidence: differences, groups measured alike, health, doubts. Written to report.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from app.config import Report
+from app.curves import STATES, train_loss
+from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, differing, scheme_of
+
+Metrics = dict[str, Any]
+QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
+TELLING_AP = 0.01  # of the baseline; below it an AP is a handful of lucky boxes
+FAIR_DIFFERENCES = ("variant", "quant")  # keys in which the configs of the variants may differ
+
+
+def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
+    """Every number of the page that no other file of the run holds, and the sentences of doubt."""
+    groups = measured_alike(evidence.scored)
+    return {
+        "run": evidence.run.name,
+        "settings": settings.model_dump(mode="json"),
+        "missing": evidence.missing,
+        "seeds": None,
+        "doubts": doubts(evidence),
+        "groups": [{"measured": describe_meter(g[0]), "rows": compare(g)} for g in groups],
+        "health": {label: health(t, settings.min_share_of_best) for label, t in evidence.trainings.items()},
+        "trainings": {label: speed(training) for label, training in evidence.trainings.items()},
+        "configs": {label: training.config for label, training in evidence.trainings.items()},
+    }
+
+
+def meter(metrics: Metrics) -> tuple[Any, ...]:
+    """What must be equal for two rows to share a table: images, annotations, input size, thresholds, evaluator."""
+    dataset, settings = metrics["dataset"], metrics["settings"]
+    return (
+        dataset["annotation_sha256"], dataset["image_ids_sha256"], metrics["model"]["imgsz"],
+        settings["conf"], settings["max_det"], settings["evaluator"],
+    )  # fmt: skip
+
+
+def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:
+    """Groups of equal meter; the group with the baseline first, then those with more images."""
+    groups = [[m for m in scored if meter(m) == key] for key in dict.fromkeys(meter(m) for m in scored)]
+    return sorted(groups, key=lambda g: (g[0]["dir"] != BASELINE_DIR, -g[0]["dataset"]["n_images"]))
+
+
+def is_quantized(label: str) -> bool:
+    """Whether a label is a quantized model of its own: not fp16, and no other packing of one."""
+    return label.startswith(QUANTIZED) and not label.endswith(REPACKED)
+
+
+def describe_meter(m: Metrics) -> dict[str, Any]:
+    """How a group was measured, for its label."""
+    dataset = m["dataset"]
+    keys = ("title", "split", "n_images", "n_images_listed", "subset", "complete_coco_val")
+    return {
+        **{key: dataset[key] for key in keys},
+        "annotations": dataset["annotation_sha256"][:12],
+        "images": dataset["image_ids_sha256"][:12],
+        "imgsz": m["model"]["imgsz"],
+        **{key: m["settings"][key] for key in ("conf", "max_det", "evaluator")},
+    }
+
+
+def compare(group: list[Metrics]) -> list[dict[str, Any]]:
+    """A row for every file of a group: AP and size against the baseline of the same group, None without one."""
+    base = group[0] if group[0]["dir"] == BASELINE_DIR else None
+    rows = []
+    for m in group:
+        ap, base_ap = m["coco"]["AP"], base["coco"]["AP"] if base and m is not base else None
+        size = m["model"]["size_bytes"]
+        rows.append({
+            "dir": m["dir"],
+            "label": m["model"]["label"],
+            "file": m["model"]["file"],
+            "AP": ap,
+            "AP_difference": None if ap is None or base_ap is None else ap - base_ap,
+            "size_mb": size / 1e6,
+            "size_share": size / base["model"]["size_bytes"] if base and m is not base else None,
+            "AP_over_ptq": over_ptq(m, group),
+            "p50_ms": m["latency_ms"]["p50"],
+            "provider": m["runtime"]["provider"].removesuffix("ExecutionProvider"),
+            "over_runs": None,
+        })  # fmt: skip
+    return rows
+
+
+def over_ptq(m: Metrics, group: list[Metrics]) -> float | None:
+    """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare."""
+    label, ap = m["model"]["label"], m["coco"]["AP"]
+    rivals = [other["coco"]["AP"] for other in of_scheme(group, "ptq", scheme_of(label))]
+    known = [rival for rival in rivals if rival is not None]
+    is_qat = is_quantized(label) and label.startswith("qat-")
+    return ap - max(known) if is_qat and known and ap is not None else None
+
+
+def of_scheme(group: list[Metrics], kind: str, scheme: str) -> list[Metrics]:
+    """The rows of one kind ('qat' or 'ptq') and scheme, without repacked files."""
+    labels = [(m, m["model"]["label"]) for m in group]
+    return [m for m, label in labels if is_quantized(label) and label.startswith(kind) and scheme_of(label) == scheme]
+
+
+def shown_apart(group: list[Metrics]) -> list[Metrics]:
+    """The quantized rows that get figures of their own: QAT, and PTQ where its scheme was not trained."""
+    quantized = [m for m in group if is_quantized(m["model"]["label"])]
+    qat = {scheme_of(m["model"]["label"]) for m in quantized if m["model"]["label"].startswith("qat-")}
+    return [m for m in quantized if m["model"]["label"].startswith("qat-") or scheme_of(m["model"]["label"]) not in qat]
+
+
+def distinct(group: list[Metrics]) -> list[Metrics]:
+    """The rows without files that hold the weights of another row."""
+    return [m for m in group if not m["model"]["label"].endswith(REPACKED)] or group
+
+
+def health(training: Training, min_share: float) -> dict[str, Any]:
+    """Whether the scored AP (EMA + re-estimated BN) ever fell below `min_share` of its running best after warm-up.
+
+    `lowest_share` is the lowest of AP / running best, first met at `lowest_epoch`; None where no epoch could be judged.
+    """
+    best, lowest, lowest_epoch = 0.0, None, None
+    after = math.ceil(training.config["hyp"]["warmup_epochs"])
+    n_judged = 0
+    for row in training.validated:
+        ap = row["AP/ema_bn"]
+        best = max(best, ap)
+        if row["epoch"] > after and best > 0:
+            n_judged += 1
+            if lowest is None or not ap / best >= lowest:  # a NaN counts as a fall
+                lowest, lowest_epoch = ap / best, int(row["epoch"])
+    all_finite = all(math.isfinite(value) for row in training.history for value in row.values())
+    judged = None if lowest is None else lowest >= min_share
+    return {
+        "healthy": judged if all_finite else False,
+        "finite": all_finite,
+        "warmup_epochs": after,
+        "epochs_judged": n_judged,
+        "lowest_share": None if lowest is None else finite(lowest),
+        "lowest_epoch": lowest_epoch,
+    }
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def speed(training: Training) -> dict[str, Any]:
+    """The best epoch of a training, and how long it took; None where no epoch was validated."""
+    history = training.history
+    scores = [finite(row["AP/ema_bn"]) or 0.0 for row in training.validated]
+    best = training.validated[scores.index(max(scores))] if scores else None
+    return {
+        "epochs": len(history),
+        "epochs_planned": training.config["train"]["epochs"],
+        "best_epoch": int(best["epoch"]) if best else None,
+        "AP": {state: finite(best[f"AP/{state}"]) if best else None for state in STATES},
+        "train_loss": finite(train_loss(best)) if best else None,
+        "val_loss": finite(best["val_loss/ema_bn"]) if best else None,
+        "images_per_s": sum(row["time/images_per_s"] for row in history) / len(history),
+        "hours": sum(row["time/epoch_s"] for row in history) / 3600,
+    }
+
+
+def doubts(evidence: Evidence) -> list[str]:
+    """Sentences about what makes the comparison of the variants weaker than it looks."""
+    trainings = list(evidence.trainings.values())
+    found = []
+    for other in trainings[1:]:
+        keys = [
+            key for key in differing(trainings[0].config, other.config) if key.split(".")[0] not in FAIR_DIFFERENCES
+        ]
+        if keys:
+            found.append(
+                f"{other.label} was trained with another configuration than {trainings[0].label}: {', '.join(keys)}."
+            )
+    for key, what in (("code_version", "code"), ("lock_sha256", "package lock"), ("device", "device"), ("gpus", "GPU")):
+        values = {str(training.environment.get(key)) for training in trainings}
+        if len(values) > 1:
+            found.append(f"The variants were trained with different {what}: see Environment.")
+    if any(str(t.environment["code_version"]).endswith("-dirty") for t in trainings):
+        found.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    aps = [m["coco"]["AP"] or 0.0 for m in evidence.scored if m["dir"] == BASELINE_DIR]
+    if aps and max(aps) < TELLING_AP:
+        found.append("The baseline detects next to nothing: differences between such APs say nothing.")
+    devices = {(m["runtime"]["device"], m["runtime"]["provider"]) for m in evidence.scored}
+    if len(devices) > 1:
+        found.append("The files were timed on different devices or providers: do not compare their latencies.")
+    return found

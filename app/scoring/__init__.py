@@ -1,0 +1,1 @@
+"""ONNX file -> COCO numbers and latency. Knows ONNX and COCO, nothing else."""

@@ -1,0 +1,141 @@
+"""last.pt: everything that the next step of a training depends on, written and taken up again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from app.config import UserError
+from app.curves import write_rows
+from app.model import load_checkpoint, save_checkpoint, scored_state
+from app.training.loss import criterion_after, criterion_of_part
+from app.training.nonfinite import NonFinite
+
+if TYPE_CHECKING:
+    from app.training.trainer import Trainer
+
+# The scale begins at 65,536 and is halved when a gradient is infinite; below 1 it is no longer the scale's fault.
+SMALLEST_SCALE = 1.0
+log = logging.getLogger(__name__)
+
+
+def previous_of(last: Path) -> Path:
+    """Where the checkpoint before `last` lies."""
+    return last.with_name("last-1.pt")
+
+
+def save_state(trainer: Trainer) -> None:
+    """Writes last.pt: the state after the last optimizer step, and the last scored state. The one before is kept.
+
+    Of several processes the first one writes. The file is the same for any number of them; BatchNorm's statistics,
+    which training does not read, are the first one's.
+
+    Raises:
+        NonFinite: the state is not worth keeping.
+    """
+    check_finite(trainer)
+    if trainer.ranks.is_first:
+        save_checkpoint(trainer.last, trainer.config, state_of(trainer), previous_of(trainer.last))
+
+
+def check_finite(trainer: Trainer) -> None:
+    """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state.
+
+    Raises:
+        NonFinite: with the batches of the newest step, or of the loss or gradient that was not finite.
+    """
+    trainer.watch.check()
+    weights = bool(torch.stack([weight.isfinite().all() for weight in trainer.net.parameters()]).all())
+    if not weights or trainer.scaler.get_scale() < SMALLEST_SCALE:
+        raise NonFinite("gradient" if weights else "weights", trainer.watch.newest)
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """Tensors and plain values; tensors of the model and its EMA are FP32 copies on the CPU."""
+    return {
+        "scored": trainer.scored, "epoch": trainer.epoch, "batch_in_epoch": trainer.batch_in_epoch,
+        "loss_sum": trainer.loss_sum, "loss_names": list(trainer.loss_names), "last_step": trainer.last_step,
+        "model": scored_state(trainer.net), "ema": scored_state(trainer.ema.ema),
+        "ema_updates": trainer.ema.updates, "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(), "criterion_updates": trainer.net.criterion.updates,
+        "stabilisers": [stabiliser.state_dict() for stabiliser in trainer.stabilisers],
+        "best_fitness": trainer.best_fitness, "best_epoch": trainer.best_epoch, "rows": trainer.rows,
+        "accumulate": trainer.accumulate, "codes_before": trainer.codes_before, "faults": trainer.faults,
+    }  # fmt: skip
+
+
+def continue_from_checkpoint(trainer: Trainer) -> None:
+    """Takes up the last whole checkpoint: at the next step, or the next epoch. Without one the start is saved."""
+    state = read_in_turn(trainer)
+    if state is None:
+        trainer.net.criterion = criterion_of_part(trainer.net, trainer.ranks)
+        trainer.epoch = -1
+        save_state(trainer)
+        return
+    restore(trainer, state)
+    if trainer.rows and trainer.ranks.is_first:  # train.make_ready has deleted it
+        write_rows(trainer.save_dir / "results.csv", trainer.rows)
+    n_batches = trainer.batch_in_epoch
+    where = f", batch {n_batches} of the next" if n_batches else ""
+    log.info(
+        "train %s: continues after epoch %d%s of %d", trainer.config.label, trainer.start_epoch, where, trainer.epochs
+    )
+
+
+def read_in_turn(trainer: Trainer) -> dict[str, Any] | None:
+    """last_whole, in the first process before the others: it may move a damaged file; nobody writes before all read."""
+    ranks = trainer.ranks
+    if not ranks.is_first:
+        ranks.wait()
+    state = last_whole(trainer.last)
+    if ranks.is_first:
+        ranks.wait()
+    ranks.wait()
+    return state
+
+
+def last_whole(last: Path) -> dict[str, Any] | None:
+    """Content of last.pt or, where that is damaged, of the checkpoint before it; None where there is neither.
+
+    Raises:
+        UserError: both are damaged.
+    """
+    previous = previous_of(last)
+    if not last.exists() and not previous.exists():
+        return None
+    try:
+        return load_checkpoint(last)
+    except UserError as error:
+        if not previous.exists():
+            raise UserError(f"{error}; there is none before it: start over with ARGS=--force") from error
+        state = load_checkpoint(previous)
+        log.warning("%s; the one before it is used, %s", error, previous)
+    if last.exists():  # it must not become the one before
+        last.replace(last.with_name("last-damaged.pt"))
+    return state
+
+
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Gives the trainer what state_of took."""
+    net = trainer.net
+    net.load_state_dict(state["model"])
+    trainer.ema.ema.load_state_dict(state["ema"])
+    trainer.ema.updates = state["ema_updates"]
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    for stabiliser, its_state in zip(trainer.stabilisers, state["stabilisers"], strict=True):
+        stabiliser.load_state_dict(its_state)
+    net.criterion = criterion_after(state["criterion_updates"], net, trainer.ranks)
+    trainer.best_fitness, trainer.best_epoch, trainer.rows = state["best_fitness"], state["best_epoch"], state["rows"]
+    trainer.codes_before, trainer.faults = state["codes_before"], state.get("faults", [])
+    trainer.scored, trainer.accumulate, trainer.last_step = state["scored"], state["accumulate"], state["last_step"]
+    trainer.loss_names, trainer.batch_in_epoch = tuple(state["loss_names"]), state["batch_in_epoch"]
+    trainer.loss_sum = state["loss_sum"]
+    if isinstance(trainer.loss_sum, torch.Tensor):  # else 0.0: no batch of this epoch has been trained, or all left out
+        trainer.loss_sum = trainer.loss_sum.to(trainer.device)
+        trainer.loss_items = dict(zip(trainer.loss_names, trainer.loss_sum, strict=True))
+    trainer.epoch = state["epoch"]
+    trainer.start_epoch = state["epoch"] + (trainer.batch_in_epoch == 0)

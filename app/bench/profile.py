@@ -63,8 +63,8 @@ def bench_profile(run: RunRoot, overlays: list[Path], sets: list[str]) -> None:
             trainer.train()
         except Enough:
             log.info("%d steps recorded", N_STEPS)
-    trainer.profile.export_chrome_trace(str(run.root / "trace.json"))
     show(trainer.profile.key_averages(), on_gpu=device != "cpu")
+    trainer.profile.export_chrome_trace(str(run.root / "trace.json"))  # takes a minute
 
 
 def show(events: Any, on_gpu: bool) -> None:

@@ -13,6 +13,7 @@ from app.run import RunRoot
 from app.scoring.runtime import CPU, gpu_name, nodes_by_provider, open_model
 from tests.component.export_run import config_of, make_run
 
+pytest.importorskip("onnxruntime")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(gpu_name() is None, reason="needs a CUDA device"),

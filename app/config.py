@@ -232,15 +232,17 @@ def known_keys() -> set[str]:
     return keys
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
     """Dotted keys to plain values, for differences and tables; `quant` of fp16 is one key with value None."""
     flat: dict[str, Any] = {}
-    for name, value in config.model_dump(mode="json").items():
+    for name, value in (config if isinstance(config, dict) else config.model_dump(mode="json")).items():
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 
 
-def difference(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+def difference(
+    old: Config | dict[str, Any], new: Config | dict[str, Any], ignore: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with (old, new)."""
     a, b = flatten(old), flatten(new)
     return {key: (a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key) and key not in ignore}

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from app.reporting.evidence import Evidence, differing, flatten
+from app.config import difference, flatten
+from app.reporting.evidence import Evidence
 from app.tables import MISSING, markdown_table, number
 
 ENVIRONMENT_ROWS = (
@@ -90,7 +91,7 @@ def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
     labels = list(trained)
     if len(labels) < 2:
         return []
-    keys = sorted({key for label in labels[1:] for key in differing(trained[labels[0]], trained[label])})
+    keys = sorted({key for label in labels[1:] for key in difference(trained[labels[0]], trained[label])})
     flats = {label: flatten(config) for label, config in trained.items()}
     cells = [[f"`{key}`", *(_value(flats[label].get(key)) for label in labels)] for key in keys]
     return markdown_table([["key", *labels], *cells])

@@ -89,20 +89,6 @@ def gather(run: RunRoot) -> Evidence:
     return Evidence(run, provenance, trainings, quantized, records, scored, missing)
 
 
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of a configuration to their values."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
-
-
-def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Dotted keys in which two configurations differ."""
-    flat_a, flat_b = flatten(a), flatten(b)
-    return [key for key in sorted(flat_a | flat_b) if flat_a.get(key) != flat_b.get(key)]
-
-
 def by_label(label: str) -> tuple[bool, bool, str, str]:
     """Sort key: fp16 first, then scheme by scheme, of each PTQ before QAT."""
     return label != "fp16", not label.startswith("fp16"), scheme_of(label), label

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from app.config import Report
+from app.config import Report, difference
 from app.curves import STATES, train_loss
-from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, differing, scheme_of
+from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, scheme_of
 
 Metrics = dict[str, Any]
 QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
@@ -169,7 +169,7 @@ def doubts(evidence: Evidence) -> list[str]:
     found = []
     for other in trainings[1:]:
         keys = [
-            key for key in differing(trainings[0].config, other.config) if key.split(".")[0] not in FAIR_DIFFERENCES
+            key for key in difference(trainings[0].config, other.config) if key.split(".")[0] not in FAIR_DIFFERENCES
         ]
         if keys:
             found.append(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from app.config import MACHINE_KEYS, UserError
-from app.reporting.evidence import Evidence, differing, flatten
+from app.config import MACHINE_KEYS, UserError, difference, flatten
+from app.reporting.evidence import Evidence
 from app.reporting.findings import compare, health, measured_alike, meter
 
 SEEDS = ("train.seed", "data.seed")
@@ -24,13 +24,13 @@ def check_same(first: Evidence, other: Evidence) -> None:
     names = f"{other.run.name} cannot be merged with {first.run.name}"
     for label in first.finished.keys() & other.finished.keys():
         a, b = first.finished[label].config, other.finished[label].config
-        flat_a, flat_b = flatten(a), flatten(b)
-        wrong = [key for key in differing(a, b) if key not in (*SEEDS, *MACHINE_KEYS) and not _is_later(key)]
+        differences = difference(a, b, ignore=MACHINE_KEYS)
+        wrong = {key: of for key, of in differences.items() if key not in SEEDS and not _is_later(key)}
         if wrong:
-            shown = ", ".join(f"{key}: {flat_a.get(key)} -> {flat_b.get(key)}" for key in wrong)
+            shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in wrong.items())
             raise UserError(f"{names}: the settings of {label} differ in more than seeds ({shown})")
-        if not any(key in SEEDS for key in differing(a, b)):
-            seeds = ", ".join(f"{key}={flat_a[key]}" for key in SEEDS)
+        if not any(key in SEEDS for key in differences):
+            seeds = ", ".join(f"{key}={flatten(a)[key]}" for key in SEEDS)
             raise UserError(f"{names}: {label} has the same seeds in both ({seeds}): train with --set train.seed=N")
     if not first.scored or not other.scored:
         raise UserError(f"{names}: {(other if first.scored else first).run.name} has no scores, run 'make eval' first")

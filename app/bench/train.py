@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.config import Config, load
+from app.config import Config, UserError, load
 from app.curves import read_rows
 from app.data.prepare import prepare
 from app.run import RunRoot, environment, read_json, write_json, write_text
@@ -58,8 +58,20 @@ def measure(run: RunRoot, arm: str, overlays: list[Path], sets: list[str]) -> li
     command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", arm, "--run", root.name, "--force"]
     command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
     command += [part for item in sets for part in ("--set", item)]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    run_child(command)
     return [row["time/images_per_s"] for row in read_rows(root.variant_dir(config.label) / "results.csv")]
+
+
+def run_child(command: list[str]) -> None:
+    """One training in a process of its own; what it says is shown only where it fails.
+
+    Raises:
+        UserError: it failed, with its last line.
+    """
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"a training of this bench ended with exit code {result.returncode}: {last}")
 
 
 def measure_stock(run: RunRoot, config: Config) -> list[float]:
@@ -69,7 +81,7 @@ def measure_stock(run: RunRoot, config: Config) -> list[float]:
     stock_dataset(run, stock_dir)
     write_text(stock_dir / "config.json", json.dumps(config.model_dump(mode="json")))
     command = [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run_child(command)
     return json.loads((stock_dir / "images_per_s.json").read_text(encoding="utf-8"))
 
 

@@ -136,6 +136,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.loss_sum = state["loss_sum"]
     if isinstance(trainer.loss_sum, torch.Tensor):  # else 0.0: no batch of this epoch has been trained, or all left out
         trainer.loss_sum = trainer.loss_sum.to(trainer.device)
-        trainer.loss_items = dict(zip(trainer.loss_names, trainer.loss_sum, strict=True))
+    zero = torch.zeros((), device=trainer.device)  # what validation counts from, where no step comes before it
+    trainer.loss_items = dict.fromkeys(trainer.loss_names, zero)
     trainer.epoch = state["epoch"]
     trainer.start_epoch = state["epoch"] + (trainer.batch_in_epoch == 0)

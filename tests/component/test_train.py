@@ -77,10 +77,18 @@ def test_a_training_leaves_everything_the_next_stages_need(trained: dict[str, Pa
         assert not model.training
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, run = settle(runs_dir, "corrected", sets=("quant.correction_epochs=1", "quant.correction_lr=0.01"))
+    with monkeypatch.context() as patch:  # a crash in it: the next start has nothing else to do
+        patch.setattr("app.training.correction.correct", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
     train(config, run, force=False)
     folder = run.variant_dir(config.label)
     plain, corrected = (load_checkpoint(of / "weights" / "best.pt")["scored"] for of in (trained["qat"], folder))

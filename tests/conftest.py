@@ -8,6 +8,6 @@ from pathlib import Path
 
 from app.run import isolate_libraries
 
-# OpenMP's threads spin while they wait: beside other busy processes that takes a hundred times longer.
+# Several tests run at a time, beside each other on the same cores: no OpenMP thread spins (app/run.py sets a little).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 isolate_libraries(Path(tempfile.mkdtemp(prefix="w4a16-tests-")))

@@ -172,20 +172,17 @@ class _EachInTurn(torch.autograd.Function):
     def forward(ctx: Any, specs: list[Spec], dtype: torch.dtype, *weights: torch.Tensor) -> Tensors:
         ctx.set_materialize_grads(False)
         ctx.specs = specs
-        absmax = [_absmax(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
-        ctx.save_for_backward(*weights, *absmax)
-        return tuple(map(_quantize, weights, absmax, specs, [dtype] * len(weights)))
+        parts = [_parts(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
+        ctx.save_for_backward(*(tensor for part in parts for tensor in part))
+        return tuple((codes * scale).to(dtype) for scale, _, _, codes in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        n = len(grads)
-        saved = zip(ctx.saved_tensors[:n], ctx.saved_tensors[n:], ctx.specs, strict=True)
-        return (
-            None,
-            None,
-            *(None if g is None else _gradient(g.float(), *of) for g, of in zip(grads, saved, strict=True)),
-        )
+        saved = iter(ctx.saved_tensors)
+        parts = zip(saved, saved, saved, saved, strict=True)
+        each = zip(grads, parts, ctx.specs, strict=True)
+        return None, None, *(None if g is None else _gradient(g.float(), part, spec) for g, part, spec in each)
 
 
 def scale_of(layer: QuantConv2d, spec: Spec) -> torch.Tensor:
@@ -193,39 +190,42 @@ def scale_of(layer: QuantConv2d, spec: Spec) -> torch.Tensor:
     if spec.learned:
         scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
         return scaling.restrict_clamp_scaling(scaling.value) / spec.largest
-    return _scale(_absmax(layer.weight, spec), spec)
+    return _scale(layer.weight, spec)[0]
 
 
-def _absmax(weight: torch.Tensor, spec: Spec) -> torch.Tensor:
-    return weight.abs().amax() if spec.per_tensor else weight.abs().amax((1, 2, 3), keepdim=True)
+def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale, and where the absmax is: its index in a channel [out_channels,1], as torch.max gives Brevitas; or
+    a mask of it, where the scale is per tensor."""
+    sizes = weight.abs()
+    if spec.per_tensor:
+        absmax = sizes.amax()
+        where = sizes == absmax
+    else:
+        absmax, where = sizes.flatten(1).max(1, keepdim=True)
+        absmax = absmax.view(-1, 1, 1, 1)
+    return absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest, where
 
 
-def _scale(absmax: torch.Tensor, spec: Spec) -> torch.Tensor:
-    return absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest
-
-
-def _quantize(weight: torch.Tensor, absmax: torch.Tensor, spec: Spec, dtype: torch.dtype) -> torch.Tensor:
-    scale = _scale(absmax, spec)
-    return (weight / scale).round_().mul_(scale).to(dtype)
-
-
-def _gradient(grad: torch.Tensor, weight: torch.Tensor, absmax: torch.Tensor, spec: Spec) -> torch.Tensor:
-    scale = _scale(absmax, spec)
+def _parts(weight: torch.Tensor, spec: Spec) -> Tensors:
+    """Scale, where the absmax is, weight / scale, and codes."""
+    scale, where = _scale(weight, spec)
     ratio = weight / scale
+    return scale, where, ratio, ratio.round()
+
+
+def _gradient(grad: torch.Tensor, parts: Tensors, spec: Spec) -> torch.Tensor:
+    scale, where, ratio, codes = parts
     of_codes = grad * scale
     # Two sums of the shapes autograd sums, because the order of additions decides the last bit.
-    of_scale = (grad * ratio.round()).sum_to_size(scale.shape) - (ratio / scale * of_codes).sum_to_size(scale.shape)
+    of_scale = (grad * codes).sum_to_size(scale.shape) - (ratio / scale * of_codes).sum_to_size(scale.shape)
     share = of_scale / spec.largest
     out = of_codes.div_(scale)
-    is_max = weight.abs() == absmax
     if spec.per_tensor:
-        return out.add_(is_max * (share / is_max.sum()) * weight.sign())
-    where = is_max.nonzero(as_tuple=True)  # in logical order, whatever the memory format
-    again = where[0][1:] == where[0][:-1]
-    if again.any():  # ties: the first of a channel gets it all
-        first = nn.functional.pad(~again, (1, 0), value=True)
-        where = tuple(index[first] for index in where)
-    return out.index_put_(where, share.flatten()[where[0]] * weight[where].sign(), accumulate=True)
+        return out.add_(where * (share / where.sum()) * ratio.sign())
+    out = out.contiguous()  # scatter_add_ counts in logical order
+    sign = ratio.flatten(1).gather(1, where).sign()
+    out.view(len(out), -1).scatter_add_(1, where, share.view(-1, 1) * sign)
+    return out
 
 
 class _Together(torch.autograd.Function):

@@ -139,12 +139,15 @@ def pr_figure(group: list[Metrics], facts: dict[str, Any]) -> Figure:
 def by_class(m: Metrics, base: Metrics, facts: dict[str, Any], figures_dir: Path) -> str:
     """Sorted bars of the AP difference of every class between one row and the baseline."""
     name, base_name = m["model"]["label"], base["model"]["label"]
+    old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, m))
+    found = [c for c in old if old[c] or new[c]]
     text = (
         f"**AP by class, {name} minus {base_name}**, sorted: where the loss sits. "
         "Classes with few objects jump by chance."
     )
-    old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, m))
-    change = sorted(((new[c] - old[c], c) for c in old), key=lambda pair: (-pair[0], pair[1]))
+    if len(found) < len(old):
+        text += f" Left out: {len(old) - len(found)} of {len(old)} classes, AP 0 in both."
+    change = sorted(((new[c] - old[c], c) for c in found), key=lambda pair: (-pair[0], pair[1]))
     return draw(figures_dir, f"classes-{m['dir']}.png", text, lambda: class_figure(change, old, base_name))
 
 

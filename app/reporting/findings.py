@@ -11,7 +11,7 @@ from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, s
 
 Metrics = dict[str, Any]
 QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
-TELLING_AP = 0.01  # of the baseline; below it an AP is a handful of lucky boxes
+TELLING_AP = 0.01  # below it an AP is a handful of lucky boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # keys in which the configs of the variants may differ
 
 
@@ -115,7 +115,8 @@ def distinct(group: list[Metrics]) -> list[Metrics]:
 
 
 def health(training: Training, min_share: float) -> dict[str, Any]:
-    """Whether the scored AP (EMA + re-estimated BN) ever fell below `min_share` of its running best after warm-up.
+    """Whether the scored AP (EMA + re-estimated BN) ever fell below `min_share` of its running best after warm-up, once
+    that best was at least TELLING_AP.
 
     `lowest_share` is the lowest of AP / running best, first met at `lowest_epoch`; None where no epoch could be judged.
     """
@@ -125,7 +126,7 @@ def health(training: Training, min_share: float) -> dict[str, Any]:
     for row in training.validated:
         ap = row["AP/ema_bn"]
         best = max(best, ap)
-        if row["epoch"] > after and best > 0:
+        if row["epoch"] > after and best >= TELLING_AP:
             n_judged += 1
             if lowest is None or not ap / best >= lowest:  # a NaN counts as a fall
                 lowest, lowest_epoch = ap / best, int(row["epoch"])

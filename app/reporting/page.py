@@ -25,7 +25,7 @@ img { max-width: 100%; height: auto; display: block; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .5rem; border: 1px solid var(--line); white-space: nowrap; }
-td:last-child { white-space: normal; min-width: 9rem; }
+td:last-child { white-space: normal; min-width: 5rem; }
 th { background: var(--soft); }
 code, pre { font: 13px/1.45 ui-monospace, monospace; background: var(--soft); border-radius: 4px; }
 code { padding: .1rem .3rem; } pre { padding: .8rem; overflow-x: auto; } pre code { padding: 0; }

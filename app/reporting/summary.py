@@ -7,7 +7,7 @@ from typing import Any
 
 from app.reporting.appendix import appendix
 from app.reporting.evidence import COCO_NAMES, Evidence, scheme_of
-from app.reporting.findings import Metrics, is_quantized, measured_alike
+from app.reporting.findings import TELLING_AP, Metrics, is_quantized, measured_alike
 from app.tables import markdown_table, number, plain, signed
 
 Findings = dict[str, Any]
@@ -113,7 +113,7 @@ def _health(judged: dict[str, Any], share: float) -> str:
     if not judged["finite"]:
         return "is **not healthy**, results.csv holds NaN or infinity"
     if judged["healthy"] is None:
-        return "cannot be judged, too few epochs after warm-up"
+        return f"cannot be judged: no validation after warm-up with an AP of {TELLING_AP:g} behind it"
     if judged["healthy"]:
         return f"is healthy, its AP stayed above {share:g} of its running best (lowest {lowest:.3f} at epoch {epoch})"
     return f"is **not healthy**, its AP fell to {lowest:.3f} of its running best at epoch {epoch} (warm-up: {after})"

@@ -270,7 +270,8 @@ HEALTH = {
     "best in warm-up": ([0.4, 0.2, 0.4, 0.4], "fp16 is **not healthy**, its AP fell to 0.500"),
     "just above": ([0.1, 0.4, 0.37, 0.4], "fp16 is healthy"),
     "nan": ([0.1, 0.2, float("nan"), 0.3], "fp16 is **not healthy**, results.csv holds NaN"),
-    "one epoch": ([0.1], "fp16 cannot be judged, too few epochs"),
+    "one epoch": ([0.1], "fp16 cannot be judged: no validation after warm-up with an AP of 0.01 behind it"),
+    "noise": ([0.0001, 0.0004, 0.0001, 0.002], "fp16 cannot be judged"),
     "always zero": ([0.0, 0.0, 0.0], "fp16 cannot be judged"),
 }
 

@@ -98,7 +98,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
             stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
             continue
-        stage.add_argument("--run", default="full", help="name of the run, a folder under --runs-dir (default: full)")
+        default = None if name == "report" else "full"  # beside --runs only a name that was given counts
+        stage.add_argument("--run", default=default, help="name of the run, a folder under --runs-dir (default: full)")
         stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
         if name == "publish":
             stage.add_argument("--aim", help="for the log: what the run was to find out (default: what it compares)")
@@ -113,8 +114,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add_bench_arguments(stage)
         if name == "report":
             stage.add_argument(
-                "--runs", nargs="+", metavar="NAME",
-                help="runs that differ only in seeds: means and spreads, on the page of the first (instead of --run)",
+                "--runs", nargs="+", default=[], metavar="NAME",
+                help="runs that differ only in seeds: means and spreads, on the page of --run, or else of the first",
             )  # fmt: skip
         if name == "ptq":
             stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
@@ -124,7 +125,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
             stage.add_argument("--out", type=Path, help="with --onnx: folder for metrics.json and detections.json")
             stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.stage == "report":
+        args.run, *args.runs = dict.fromkeys([*([args.run] if args.run else []), *args.runs]) or ["full"]
+    return args
 
 
 def run_stage(args: argparse.Namespace) -> None:
@@ -141,8 +145,7 @@ def run_stage(args: argparse.Namespace) -> None:
         from app.reporting.compare import compare
 
         return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
-    merged = args.stage == "report" and args.runs
-    run = open_run(args.runs[0] if merged else args.run, args.runs_dir)
+    run = open_run(args.run, args.runs_dir)
     if args.stage == "publish":
         from app.reporting.publish import publish
 
@@ -190,7 +193,7 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
             from app.reporting.report import report
             from app.run import open_run
 
-            report(config, run, args.force, [open_run(name, args.runs_dir) for name in (args.runs or [])[1:]])
+            report(config, run, args.force, [open_run(name, args.runs_dir) for name in args.runs])
 
 
 def run_train(config: Config, run: RunRoot, force: bool) -> None:

@@ -88,8 +88,10 @@ def test_another_meter_is_refused(config: Config, runs: list[RunRoot]) -> None:
         merged(config, runs)
 
 
-def test_command_line_writes_the_page_of_the_first(runs: list[RunRoot]) -> None:
-    command = [sys.executable, "-m", "app", "report", "--runs", "a", "b", "c", "--runs-dir", str(runs[0].runs_dir)]
+@pytest.mark.parametrize("words", ["--runs a b c", "--run a --runs b c", "--run a --runs a b c"])
+def test_command_line_writes_the_page_of_the_first(runs: list[RunRoot], words: str) -> None:
+    """Make names the run itself: RUN=a ARGS="--runs b c"."""
+    command = [sys.executable, "-m", "app", "report", *words.split(), "--runs-dir", str(runs[0].runs_dir)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert "0.4200 ± 0.0200" in made.stderr

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from app.config import Config, Eval, UserError
+from app.config import Config, Eval, UserError, load
 from app.run import RunRoot, environment, read_json, record_stage, sha256, write_atomic, write_json
 from app.scoring.pipeline import detect, measure_latency
 from app.scoring.runtime import Model, describe_runtime, open_model
@@ -37,6 +37,7 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
         UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
     """
     files = exported_files(run)
+    warn_of_other_images(config, run)
     dataset, wanted_hash = dataset_of_run(run, config.eval)
     for label, (onnx_path, record) in files.items():
         out_dir = run.root / folder_of(label)
@@ -122,6 +123,17 @@ def exported_files(run: RunRoot) -> dict[str, tuple[Path, dict[str, Any]]]:
     if not files:
         raise UserError(f"no ONNX file in {run.onnx_dir}: run 'make export' first")
     return dict(sorted(files.items(), key=lambda item: item[0] != "fp16"))
+
+
+def warn_of_other_images(config: Config, run: RunRoot) -> None:
+    """The images of a run are chosen by its data stage; a data.coco_dir that names others has no effect here."""
+    provenance, asked = read_json(run.provenance, "data"), config.data.coco_dir
+    default = load(config.variant).data.coco_dir
+    if asked not in (provenance["settings"]["coco_dir"], provenance["coco_dir"], default):
+        log.warning(
+            "eval: scores the images of the run (%s), not those of data.coco_dir=%s: for them take another RUN=name, or "
+            "python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
+        )  # fmt: skip
 
 
 def dataset_of_run(run: RunRoot, settings: Eval) -> tuple[Dataset, str]:

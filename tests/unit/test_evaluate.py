@@ -225,7 +225,15 @@ def run(tmp_path: Path, coco_dir: Path) -> RunRoot:
         "name": "val2017", "annotation_file": str(annotation_file), "annotation_sha256": sha256(annotation_file),
         "image_ids": None, "image_ids_sha256": hash_ids(COLORS_BGR),
     }  # fmt: skip
-    write_json(run.provenance, {"coco_dir": str(coco_dir), "title": "a test", "splits": {"val": split}})
+    write_json(
+        run.provenance,
+        {
+            "coco_dir": str(coco_dir),
+            "settings": {"coco_dir": str(coco_dir)},
+            "title": "a test",
+            "splits": {"val": split},
+        },
+    )
     for label, rows in {"qat-w4a16": (FAULT, HIT), "fp16": (HIT,)}.items():
         metadata = {"contract": "raw", "label": label}
         path = write_model(run.onnx_dir / f"{label}.onnx", raw_output(*rows), metadata=metadata)
@@ -252,6 +260,15 @@ def test_stage_scores_all_files_once(run: RunRoot, caplog: pytest.LogCaptureFixt
     assert set(read_json(run.run_json, "data")["stages"]) == {"eval fp16", "eval qat-w4a16"}
     assert lines_of(run, caplog) == [f"eval: {run.root / d} done already" for d in ("baseline-coco", "qat-w4a16-coco")]
     assert len(lines_of(run, caplog, force=True)) == 2
+
+
+def test_other_images_than_those_of_the_run_are_not_passed_over(
+    run: RunRoot, coco_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for same in ([], [f"data.coco_dir={coco_dir}"]):
+        assert not any("scores the images" in line for line in lines_of(run, caplog, *same))
+    first = lines_of(run, caplog, "data.coco_dir=/elsewhere")[0]
+    assert f"scores the images of the run ({coco_dir}), not those of data.coco_dir=/elsewhere" in first
 
 
 def test_stale_results_are_scored_again(run: RunRoot, caplog: pytest.LogCaptureFixture) -> None:

@@ -131,8 +131,8 @@ def warn_of_other_images(config: Config, run: RunRoot) -> None:
     default = load(config.variant).data.coco_dir
     if asked not in (provenance["settings"]["coco_dir"], provenance["coco_dir"], default):
         log.warning(
-            "eval: scores the images of the run (%s), not those of data.coco_dir=%s: for them take another RUN=name, or "
-            "python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
+            "eval: scores the images of the run (%s), not those of data.coco_dir=%s: take another RUN=name for them, "
+            "or python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
         )  # fmt: skip
 
 

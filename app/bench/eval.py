@@ -86,7 +86,7 @@ def set_up(config: Config, run: RunRoot, onnx_path: Path) -> Given:
     if not onnx_path.is_file():
         raise UserError(f"{onnx_path} is missing: give --onnx a file, or run 'make export' first")
     folder = run.root / "bench-eval"
-    dataset, _ = dataset_of_run(run, config.eval)
+    dataset, _ = dataset_of_run(config, run)
     truth = load_truth(dataset.annotation_file)
     images = image_files(truth, dataset, usable_ids(truth, dataset))
     shutil.rmtree(folder, ignore_errors=True)

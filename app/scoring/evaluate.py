@@ -37,8 +37,7 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
         UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
     """
     files = exported_files(run)
-    warn_of_other_images(config, run)
-    dataset, wanted_hash = dataset_of_run(run, config.eval)
+    dataset, wanted_hash = dataset_of_run(config, run)
     for label, (onnx_path, record) in files.items():
         out_dir = run.root / folder_of(label)
         if not force and is_done(out_dir, record["sha256"], wanted_hash):
@@ -125,27 +124,25 @@ def exported_files(run: RunRoot) -> dict[str, tuple[Path, dict[str, Any]]]:
     return dict(sorted(files.items(), key=lambda item: item[0] != "fp16"))
 
 
-def warn_of_other_images(config: Config, run: RunRoot) -> None:
-    """The images of a run are chosen by its data stage; a data.coco_dir that names others has no effect here."""
+def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
+    """The val split of the run, as its data stage chose it, and the settings_hash that its metrics.json must have.
+
+    Says so where data.coco_dir names other images: it has no effect here.
+    """
     provenance, asked = read_json(run.provenance, "data"), config.data.coco_dir
-    default = load(config.variant).data.coco_dir
-    if asked not in (provenance["settings"]["coco_dir"], provenance["coco_dir"], default):
+    scored = (provenance["settings"]["coco_dir"], provenance["coco_dir"])
+    if asked not in scored and asked != load(config.variant).data.coco_dir:
         log.warning(
             "eval: scores the images of the run (%s), not those of data.coco_dir=%s: take another RUN=name for them, "
             "or python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
         )  # fmt: skip
-
-
-def dataset_of_run(run: RunRoot, settings: Eval) -> tuple[Dataset, str]:
-    """The val split of the run and the settings_hash that its metrics.json must have."""
-    provenance = read_json(run.provenance, "data")
     split = provenance["splits"]["val"]
     annotation_file = Path(split["annotation_file"])
     if not annotation_file.is_file() or sha256(annotation_file) != split["annotation_sha256"]:
         raise UserError(f"{annotation_file} is missing or has changed: run 'make data ARGS=--force'")
     images_dir = Path(provenance["coco_dir"]) / split["name"]
     dataset = Dataset(images_dir, annotation_file, split["name"], split["image_ids"], provenance["title"])
-    return dataset, settings_hash(settings, split["image_ids_sha256"], split["annotation_sha256"])
+    return dataset, settings_hash(config.eval, split["image_ids_sha256"], split["annotation_sha256"])
 
 
 def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> str:

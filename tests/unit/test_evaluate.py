@@ -225,15 +225,8 @@ def run(tmp_path: Path, coco_dir: Path) -> RunRoot:
         "name": "val2017", "annotation_file": str(annotation_file), "annotation_sha256": sha256(annotation_file),
         "image_ids": None, "image_ids_sha256": hash_ids(COLORS_BGR),
     }  # fmt: skip
-    write_json(
-        run.provenance,
-        {
-            "coco_dir": str(coco_dir),
-            "settings": {"coco_dir": str(coco_dir)},
-            "title": "a test",
-            "splits": {"val": split},
-        },
-    )
+    folder = {"coco_dir": str(coco_dir)}
+    write_json(run.provenance, {**folder, "settings": folder, "title": "a test", "splits": {"val": split}})
     for label, rows in {"qat-w4a16": (FAULT, HIT), "fp16": (HIT,)}.items():
         metadata = {"contract": "raw", "label": label}
         path = write_model(run.onnx_dir / f"{label}.onnx", raw_output(*rows), metadata=metadata)

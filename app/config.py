@@ -87,8 +87,8 @@ class Quant(Section):
     fast_path: bool
     # Off here too: what was trained before an option existed was trained without it.
     learned_scale: bool = False
-    warmup_epochs: int = Field(default=0, ge=0)
-    warmup_bits: Literal["float", 8] = "float"
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    warmup_bits: Literal["float", 8] = 8
     dampening: float = Field(default=0.0, ge=0)
     freeze_threshold: float = Field(default=0.0, ge=0, lt=1)
     freeze_momentum: float = Field(default=0.01, gt=0, le=1)
@@ -147,6 +147,11 @@ class Config(Section):
     def label(self) -> str:
         """Name of the variant's folder in the run root: fp16 or qat-<scheme>."""
         return f"qat-{self.quant.scheme}" if self.quant else "fp16"
+
+    @property
+    def n_warmup_epochs(self) -> int:
+        """Epochs at quant.warmup_bits, before those at the bits of the scheme; what they score is not the result."""
+        return int(self.quant.warmup_share * self.train.epochs) if self.quant else 0
 
 
 def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | None = None) -> Config:

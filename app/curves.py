@@ -23,6 +23,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 NEUTRAL = "#808080"
 LINES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (5, 1, 1, 1)))  # with the colours 24 curves that differ
 HATCHES = ("", "//", "..", "xx")
+WARM_UP = "quant/warm_up"  # column of results.csv: 1 in the validated epochs of a quant warm-up, else empty
 AP_LABEL = "AP of the trainer's validator"
 LOSS_LABEL = "loss (box + cls + dfl, both heads)"
 
@@ -40,6 +41,11 @@ def write_rows(path: Path, rows: Rows) -> None:
 def read_rows(path: Path) -> Rows:
     with open(path, encoding="utf-8", newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def candidates(rows: Rows) -> Rows:
+    """Validated epochs whose scored state is what the training is for: those of a quant warm-up have other bits."""
+    return [row for row in rows if "AP/ema_bn" in row and not row.get(WARM_UP)]
 
 
 def palette(labels: Iterable[str]) -> dict[str, str]:

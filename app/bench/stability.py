@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from app.config import Config, UserError, load
-from app.curves import read_rows
+from app.curves import candidates, read_rows
 from app.data.prepare import prepare
 from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
@@ -38,7 +38,10 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "dampening": ("qat", ["quant.dampening=1e-3"]),
     "freezing": ("qat", ["quant.freeze_threshold=0.02"]),
     "correction": ("qat", ["quant.correction_epochs=1"]),
-    "8-bit warm-up": ("qat", ["quant.warmup_epochs=20", "quant.warmup_bits=8"]),
+    "8-bit warm-up": ("qat", ["quant.warmup_share=0.67"]),
+    "short 8-bit warm-up": ("qat", ["quant.warmup_share=0.33"]),
+    "float warm-up": ("qat", ["quant.warmup_share=0.67", "quant.warmup_bits=float"]),
+    "w4a16-mixed, 8-bit warm-up": ("qat", ["quant.scheme=w4a16-mixed", "quant.warmup_share=0.67"]),
 }
 STATES = ("raw", "ema", "ema_bn")
 GRACE_S = 30.0  # for saving when the time is up
@@ -85,7 +88,7 @@ def settings(arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tupl
 
 def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
     """Run root of one training; the cache of views is shared."""
-    return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(' ', '_')}-{seed}")
+    return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(',', '').replace(' ', '_')}-{seed}")
 
 
 def train_all(
@@ -138,9 +141,9 @@ def is_done(run: RunRoot, job: tuple[str, int], config: Config) -> bool:
 
 
 def read_arm(run: RunRoot, job: tuple[str, int], config: Config) -> dict[str, Any] | None:
-    """What one training gave so far, from its results.csv; None before the first validation."""
+    """What one training gave so far, from its results.csv; None before the first validation that counts."""
     path = root_of(run, *job).variant_dir(config.label) / "results.csv"
-    rows = [row for row in read_rows(path) if "AP/ema_bn" in row] if path.exists() else []
+    rows = candidates(read_rows(path)) if path.exists() else []
     if not rows:
         return None
     curves = {state: [row[f"AP/{state}"] for row in rows] for state in STATES}

@@ -35,17 +35,17 @@ def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turn
     sets = [*sets, f"train.epochs={turns.epochs + 1}", f"train.val_every={turns.epochs + 1}", "hyp.close_mosaic=0"]
     config = load("qat", overlays, sets)
     prepare(config, run, force=False)
-    rates: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for turn in range(turns.rounds):
-        for arm in ARMS:
-            rates[arm] += measure(run, arm, overlays, sets)[1:]
-            log.info("turn %d, %s: %.0f images/s", turn + 1, arm, statistics.median(rates[arm]))
+    rates: dict[str, list[float]] = {}
     t = config.train
     result = {
         "model": config.model, "imgsz": t.imgsz, "batch": t.batch, "workers": t.workers, "cache": t.cache,
         "deterministic": t.deterministic, "scheme": config.label, "images_per_s": rates, "environment": environment(),
     }  # fmt: skip
-    write_json(run.root / "bench-train.json", result)
+    for turn in range(turns.rounds):
+        for arm in ARMS:
+            rates.setdefault(arm, []).extend(measure(run, arm, overlays, sets)[1:])
+            log.info("turn %d, %s: %.0f images/s", turn + 1, arm, statistics.median(rates[arm]))
+            write_json(run.root / "bench-train.json", result)  # what there is, if the next one is cut off
     show(result)
 
 

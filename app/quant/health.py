@@ -82,13 +82,15 @@ def share_of_different(a: torch.Tensor, b: torch.Tensor) -> float:
 def signal_to_noise(model: nn.Module) -> dict[str, float]:
     """Quantization SNR of every quantized layer in dB: 10 log10(||w||^2 / ||w - w_hat||^2); 0 for a layer of zeros."""
     names = {layer: name for name, layer in model.named_modules()}
-    result = {}
-    for of in read_codes(model):
-        weight = of.layer.weight
-        noise = (weight - of.codes * of.scale).square().sum().item()
-        power = weight.square().sum().item()
-        result[names[of.layer]] = 10 * math.log10(power / noise) if power and noise else 0.0
-    return result
+    layers = read_codes(model)
+    if not layers:
+        return {}
+    noise = [(of.layer.weight - of.codes * of.scale).square().sum() for of in layers]
+    power = [of.layer.weight.square().sum() for of in layers]
+    pairs = torch.stack([torch.stack(power), torch.stack(noise)], 1).tolist()  # one wait for the GPU
+    return {
+        names[of.layer]: 10 * math.log10(p / n) if p and n else 0.0 for of, (p, n) in zip(layers, pairs, strict=True)
+    }
 
 
 @torch.no_grad()
@@ -101,7 +103,8 @@ def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
         [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
         for model in (before, after)
     ]
-    return {
-        name: (new.running_var.log() - old.running_var.log()).mean().exp().item()  # pyright: ignore[reportOptionalMemberAccess]
-        for (name, old), (_, new) in zip(*norms, strict=True)
-    }
+    ratios = [
+        (new.running_var.log() - old.running_var.log()).mean().exp()  # pyright: ignore[reportOptionalMemberAccess]
+        for (_, old), (_, new) in zip(*norms, strict=True)
+    ]
+    return dict(zip([name for name, _ in norms[0]], torch.stack(ratios).tolist(), strict=True))

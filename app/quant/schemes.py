@@ -136,8 +136,8 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
         return None
     if rule.quantizer is None:
         return (LEARNED if quant.learned_scale else QUANTIZERS)[rule.bits]
-    if quant.learned_scale or quant.warmup_epochs:
-        raise UserError(f"scheme {quant.scheme}: quant.learned_scale and quant.warmup_epochs are not for this scheme")
+    if quant.learned_scale or quant.warmup_share:
+        raise UserError(f"scheme {quant.scheme}: quant.learned_scale and quant.warmup_share are not for this scheme")
     return rule.quantizer
 
 

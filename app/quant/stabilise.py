@@ -42,34 +42,35 @@ def stabilisers(config: Config, model: nn.Module, ema: nn.Module) -> list[Stabil
     if quant is None:
         return []
     chosen: list[Stabiliser] = []
-    if quant.warmup_epochs:
-        chosen.append(WarmUp(quant, (model, ema)))
+    n_warm = config.n_warmup_epochs
+    if n_warm:
+        chosen.append(WarmUp(quant, n_warm, (model, ema)))
     if quant.learned_scale:
         chosen.append(LearnedScale(model))
     if quant.dampening:
-        chosen.append(Dampening(quant, model))
+        chosen.append(Dampening(quant, model, n_warm))
     if quant.freeze_threshold:
-        chosen.append(Freezing(quant, model))
+        chosen.append(Freezing(quant, model, n_warm))
     return chosen
 
 
 class WarmUp(Stabiliser):
-    """The first quant.warmup_epochs epochs with float or 8-bit weights, then those of the scheme: model and EMA alike.
+    """A first share of the epochs with float or 8-bit weights, then those of the scheme: model and EMA alike.
 
     Which bits hold follows from the epoch alone. Learned scales start anew from the abs-max at the switch: float
     weights gave them no gradient. Float first, then low bits: e.g. Krishnamoorthi, arXiv:1806.08342, section 3.2.
     """
 
-    def __init__(self, quant: Quant, models: tuple[nn.Module, ...]) -> None:
-        self.quant, self.models = quant, models
+    def __init__(self, quant: Quant, n_epochs: int, models: tuple[nn.Module, ...]) -> None:
+        self.bits, self.n_epochs, self.models = quant.warmup_bits, n_epochs, models
         self.in_force: bool | None = None  # in this process
         self.was_warm = False  # before this epoch, whichever process that was in
 
     def start_epoch(self, epoch: int) -> None:
-        warm = epoch < self.quant.warmup_epochs
+        warm = epoch < self.n_epochs
         for model in self.models:
             if warm != self.in_force:
-                set_bits(model, self.quant.warmup_bits if warm else None)
+                set_bits(model, self.bits if warm else None)
             if self.was_warm and not warm:
                 reset_scales(model)
         self.in_force = self.was_warm = warm
@@ -135,12 +136,12 @@ class Dampening(Stabiliser):
     Quantization-Aware Training", ICML 2022, section 4.2.
     """
 
-    def __init__(self, quant: Quant, model: nn.Module) -> None:
-        self.quant, self.model = quant, model
+    def __init__(self, quant: Quant, model: nn.Module, first_epoch: int) -> None:
+        self.quant, self.model, self.first_epoch = quant, model, first_epoch
         self.active = True
 
     def start_epoch(self, epoch: int) -> None:
-        self.active = epoch >= self.quant.warmup_epochs
+        self.active = epoch >= self.first_epoch
 
     @torch.no_grad()
     def before_step(self, grad_scale: float) -> None:
@@ -161,13 +162,13 @@ class Freezing(Stabiliser):
     State: flat tensors over all quantized weights of the model; empty until the first step at the scheme's bits.
     """
 
-    def __init__(self, quant: Quant, model: nn.Module) -> None:
-        self.quant, self.model = quant, model
+    def __init__(self, quant: Quant, model: nn.Module, first_epoch: int) -> None:
+        self.quant, self.model, self.first_epoch = quant, model, first_epoch
         self.active = True
         self.state: dict[str, torch.Tensor] = {}
 
     def start_epoch(self, epoch: int) -> None:
-        self.active = epoch >= self.quant.warmup_epochs
+        self.active = epoch >= self.first_epoch
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)

@@ -47,11 +47,6 @@ class Training:
     environment: dict[str, Any]
     done: dict[str, Any] | None
 
-    @property
-    def validated(self) -> Rows:
-        """The epochs after which the training was validated."""
-        return [row for row in self.history if "AP/ema_bn" in row]
-
 
 @dataclass(frozen=True)
 class Evidence:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from app.config import Report, difference
-from app.curves import STATES, train_loss
+from app.curves import STATES, candidates, train_loss
 from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, scheme_of
 
 Metrics = dict[str, Any]
@@ -115,15 +115,15 @@ def distinct(group: list[Metrics]) -> list[Metrics]:
 
 
 def health(training: Training, min_share: float) -> dict[str, Any]:
-    """Whether the scored AP (EMA + re-estimated BN) ever fell below `min_share` of its running best after warm-up, once
-    that best was at least TELLING_AP.
+    """Whether the scored AP (EMA + re-estimated BN) ever fell below `min_share` of its running best after warm-up (that
+    of the learning rate and that of quantization), once that best was at least TELLING_AP.
 
     `lowest_share` is the lowest of AP / running best, first met at `lowest_epoch`; None where no epoch could be judged.
     """
     best, lowest, lowest_epoch = 0.0, None, None
     after = math.ceil(training.config["hyp"]["warmup_epochs"])
     n_judged = 0
-    for row in training.validated:
+    for row in candidates(training.history):
         ap = row["AP/ema_bn"]
         best = max(best, ap)
         if row["epoch"] > after and best >= TELLING_AP:
@@ -150,8 +150,9 @@ def finite(value: float) -> float | None:
 def speed(training: Training) -> dict[str, Any]:
     """The best epoch of a training, and how long it took; None where no epoch was validated."""
     history = training.history
-    scores = [finite(row["AP/ema_bn"]) or 0.0 for row in training.validated]
-    best = training.validated[scores.index(max(scores))] if scores else None
+    validated = candidates(history)
+    scores = [finite(row["AP/ema_bn"]) or 0.0 for row in validated]
+    best = validated[scores.index(max(scores))] if scores else None
     return {
         "epochs": len(history),
         "epochs_planned": training.config["train"]["epochs"],

@@ -82,8 +82,11 @@ def mark_blocks(names: list[str], panels: tuple[Axes, Axes]) -> None:
 
 def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Shares of weights that flip and oscillate, and the quantization noise, over the epochs; where recorded."""
-    variants = {label: training.validated for label, training in evidence.trainings.items()}
-    variants = {label: rows for label, rows in variants.items() if rows and "health/oscillating" in rows[0]}
+    recorded = {
+        label: [row for row in training.history if "health/oscillating" in row]
+        for label, training in evidence.trainings.items()
+    }
+    variants = {label: rows for label, rows in recorded.items() if rows}
     if not variants:
         return []
     text = (

@@ -6,6 +6,7 @@ import itertools
 import logging
 
 from app.config import Guard
+from app.curves import candidates
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ class GuardStop(Exception):
 
 
 def judge(rows: list[dict[str, float]], guard: Guard) -> None:
-    """Looks at the validated epochs so far; warns or stops as guard.collapse and guard.divergence say.
+    """Looks at the validated epochs after a quant warm-up; warns or stops as guard.collapse and guard.divergence say.
 
     Collapse: the scored AP has been below guard.share of its best for guard.n_validations validations in a row.
     Divergence: over as many validations the validation loss has risen each time while the train loss has fallen.
@@ -23,9 +24,9 @@ def judge(rows: list[dict[str, float]], guard: Guard) -> None:
     Raises:
         GuardStop: with 'stop'.
     """
-    validated = [row for row in rows if "AP/ema_bn" in row]
+    validated = candidates(rows)
     last = validated[-guard.n_validations :]
-    if not validated or len(validated) <= guard.n_validations or "AP/ema_bn" not in rows[-1]:
+    if not validated or len(validated) <= guard.n_validations or validated[-1] is not rows[-1]:
         return
     best = max(row["AP/ema_bn"] for row in validated)
     if all(row["AP/ema_bn"] < guard.share * best for row in last):

@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER, ops
 from ultralytics.utils.plotting import plot_images
 
 from app.config import Config, dump, flatten
-from app.curves import curve_figure, train_loss, write_rows
+from app.curves import WARM_UP, curve_figure, train_loss, write_rows
 from app.progress import Meter, clock
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
@@ -120,23 +120,26 @@ class Monitor:
             "time/images_per_s": round(self.meter.done / self.train_s, 2),
         }
 
-    def end_epoch(self, rows: list[dict[str, float]], validator: Any, best: tuple[float, int]) -> None:
-        """Writes results.csv and TensorBoard, and logs one line. `rows` are all epochs so far."""
+    def end_epoch(self, rows: list[dict[str, float]], validator: Any, best: tuple[float | None, int]) -> None:
+        """Writes results.csv and TensorBoard, and logs one line. `rows` are all epochs so far; `best` is AP and epoch
+        of best.pt, (None, 0) where there is none yet."""
         row = rows[-1]
         write_rows(self.out_dir / "results.csv", rows)
         for name, value in row.items():
             if name != "epoch":
                 self.writer.add_scalar(name, value, self.epoch + 1)
         n_done, validated = self.epoch + 1, "AP/ema_bn" in row
-        if validated:
+        if validated and best[0] is not None:
             self.writer.add_scalar(BEST_AP, best[0], n_done)
+        if validated:
             self._add_pictures(rows, validator, n_done)
         self.epochs_here += self.share_here
         left = "?"
         if self.epochs_here:
             left = clock((time.monotonic() - self.run_start) / self.epochs_here * (self.n_epochs - n_done))
         aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row) if validated else "no AP"
-        best_text = f" (best {best[0]:.3f} at {best[1]})" if best[1] else ""
+        best_text = "" if best[0] is None else f" (best {best[0]:.3f} at {best[1]})"
+        best_text += ", quant warm-up" if row.get(WARM_UP) else ""
         log.info(
             "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left",
             self.label, n_done, self.n_epochs, train_loss(row), aps, best_text, row["time/images_per_s"], left,

@@ -176,7 +176,7 @@ class Trainer(DetectionTrainer):
         t = self.config.train
         if self.ranks.n > 1:
             quant = self.config.quant  # learned scales have no gradient while the weights are float
-            may_skip = quant is not None and quant.learned_scale and quant.warmup_epochs > 0
+            may_skip = quant is not None and quant.learned_scale and quant.warmup_share > 0
             self.model = self.ranks.parallel(self.model, may_skip)
             self.amp = self.ranks.share(self.amp)  # Ultralytics checks it in the first process alone
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
@@ -321,11 +321,12 @@ class Trainer(DetectionTrainer):
         self.ranks.share((None, self.interrupt.signal))
 
     def validate(self) -> dict[str, float]:
-        """Scores the three states; the last one is the fitness, and best.pt where it is the best so far."""
+        """Scores the three states; the last one is the fitness, and best.pt where it is the best after a warm-up."""
         metrics = score_states(self, self._bn_batches())
         self.fitness = metrics["AP/ema_bn"]
         self.scored = scored_state(self.held_out)
-        if self.best_fitness is None or self.fitness > self.best_fitness:
+        is_candidate = self.epoch >= self.config.n_warmup_epochs
+        if is_candidate and (self.best_fitness is None or self.fitness > self.best_fitness):
             entries = {"scored": self.scored, "epoch": self.epoch, "fitness": self.fitness}
             save_checkpoint(self.best, self.config, entries)
             self.best_fitness, self.best_epoch = self.fitness, self.epoch + 1

@@ -12,6 +12,7 @@ import torch
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.torch_utils import autocast
 
+from app.curves import WARM_UP
 from app.quant.health import flat_codes, share_of_different, signal_to_noise, variance_ratios
 from app.quant.stabilise import reestimate_batchnorm
 from app.run import write_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 STATES = ("raw", "ema", "ema_bn")
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
 SCORES = {"AP": "metrics/mAP50-95(B)", "AP50": "metrics/mAP50(B)"}
+LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
 LOSSES = ("val/box_loss", "val/cls_loss", "val/dfl_loss")
 
 
@@ -35,10 +37,23 @@ class Validator(DetectionValidator):
     def gather_stats(self) -> None:
         """Nothing to gather: where a training has several processes, the first one validates alone."""
 
+    def postprocess(self, preds: Any) -> list[dict[str, torch.Tensor]]:
+        """Detections on the CPU: matching takes hundreds of tiny operations an image, each a launch and a wait."""
+        on_gpu = super().postprocess(preds)
+        counts = [len(pred["conf"]) for pred in on_gpu]
+        parts = {key: torch.cat([pred[key] for pred in on_gpu]).cpu().split(counts) for key in on_gpu[0]}
+        return [{key: parts[key][i] for key in parts} for i in range(len(on_gpu))]
+
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         if self.batch_i == 0:
             self.first_batch = (preds, batch)
-        super().update_metrics(preds, batch)
+        super().update_metrics(preds, {**batch, **{key: batch[key].cpu() for key in LABELS}})
+
+    def _prepare_batch(self, si: int, batch: dict[str, Any]) -> dict[str, Any]:
+        device, self.device = self.device, torch.device("cpu")  # where it makes a tensor for the boxes
+        prepared = super()._prepare_batch(si, batch)
+        self.device = device
+        return prepared
 
 
 def score_states(trainer: Trainer, bn_images: Iterable[torch.Tensor]) -> dict[str, float]:
@@ -63,6 +78,8 @@ def score_states(trainer: Trainer, bn_images: Iterable[torch.Tensor]) -> dict[st
         scores = trainer.validator(trainer)
         metrics |= {f"{name}/{state}": scores[key] for name, key in SCORES.items()}
         metrics[f"val_loss/{state}"] = sum(scores[key] for key in LOSSES)
+    if trainer.epoch < trainer.config.n_warmup_epochs:
+        metrics[WARM_UP] = 1
     scores.pop("fitness")
     return {**scores, **metrics}
 

@@ -27,7 +27,7 @@ def toy_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(*sets: str) -> Config:
-    return load("qat", [], [f"quant.{item}" for item in sets])
+    return load("qat", [], ["train.epochs=4", *(f"quant.{item}" for item in sets)])
 
 
 def toy(config: Config) -> nn.Sequential:
@@ -107,19 +107,19 @@ def test_nothing_is_on_by_default() -> None:
 
 
 def test_options_at_their_off_values_change_no_bit() -> None:
-    plain, off = Toy(), Toy("dampening=0", "freeze_threshold=0", "warmup_epochs=0", "learned_scale=false")
+    plain, off = Toy(), Toy("dampening=0", "freeze_threshold=0", "warmup_share=0", "learned_scale=false")
     for toy_run in (plain, off):
         toy_run.epoch(0)
     assert same(plain.model.state_dict(), off.model.state_dict())
 
 
 OPTIONS = [
-    ["warmup_epochs=1"],
-    ["warmup_epochs=1", "warmup_bits=8"],
+    ["warmup_share=0.25", "warmup_bits=float"],
+    ["warmup_share=0.25", "warmup_bits=8"],
     ["dampening=0.1"],
     ["freeze_threshold=0.02", "freeze_momentum=0.1"],
     ["learned_scale=true"],
-    ["warmup_epochs=1", "learned_scale=true", "dampening=0.1", "freeze_threshold=0.02", "freeze_momentum=0.1"],
+    ["warmup_share=0.25", "warmup_bits=float", "learned_scale=true", "dampening=0.1", "freeze_threshold=0.02", "freeze_momentum=0.1"],
 ]
 
 
@@ -156,7 +156,7 @@ def test_resume_is_exact(options: list[str], after: int) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("bits", "least", "most"), [("float", 27, 27), ("8", 20, 27)])
 def test_warm_up_holds_for_model_ema_and_its_copies(path: str, bits: str, least: int, most: int) -> None:
-    toy_run = Toy("warmup_epochs=2", f"warmup_bits={bits}", path)
+    toy_run = Toy("warmup_share=0.5", f"warmup_bits={bits}", path)
     for epoch in range(3):
         toy_run.epoch(epoch)
         held_out = deepcopy(toy_run.ema)
@@ -168,7 +168,7 @@ def test_warm_up_holds_for_model_ema_and_its_copies(path: str, bits: str, least:
 
 
 def test_warm_up_weights_have_no_codes_while_they_are_float() -> None:
-    toy_run = Toy("warmup_epochs=1")
+    toy_run = Toy("warmup_share=0.25", "warmup_bits=float")
     toy_run.epoch(0)
     assert read_codes(toy_run.model) == []
     toy_run.epoch(1)
@@ -176,7 +176,7 @@ def test_warm_up_weights_have_no_codes_while_they_are_float() -> None:
 
 
 def test_learned_scales_start_anew_after_the_warm_up() -> None:
-    toy_run = Toy("warmup_epochs=1", "learned_scale=true")
+    toy_run = Toy("warmup_share=0.25", "warmup_bits=float", "learned_scale=true")
     toy_run.epoch(0)
     toy_run.epoch(1, n_steps=0)
     for model in (toy_run.model, toy_run.ema):
@@ -235,7 +235,7 @@ def set_weights(model: nn.Module, second: float) -> None:
 
 def test_oscillating_weight_is_frozen_at_its_mean_code_and_the_others_move_on() -> None:
     model, quant = one_layer()
-    freezing = Freezing(quant, model)
+    freezing = Freezing(quant, model, 0)
     frozen, expected = [], 0.0
     for step in range(6):
         set_weights(model, 2.6 if step % 2 else 2.4)  # codes 2, 3, 2, 3: an oscillation from the third step on
@@ -252,7 +252,7 @@ def test_oscillating_weight_is_frozen_at_its_mean_code_and_the_others_move_on() 
 
 def test_frozen_weight_follows_the_scale_and_cannot_set_it() -> None:
     model, quant = one_layer()
-    freezing = Freezing(quant, model)
+    freezing = Freezing(quant, model, 0)
     for step in range(4):
         set_weights(model, 2.6 if step % 2 else 2.4)
         freezing.after_step()
@@ -328,7 +328,7 @@ def test_decoupled_scheme_refuses_options_that_are_not_for_it() -> None:
 
 
 def test_attach_again_follows_the_bits() -> None:
-    toy_run = Toy("warmup_epochs=1", "warmup_bits=8")
+    toy_run = Toy("warmup_share=0.25", "warmup_bits=8")
     toy_run.epoch(0, n_steps=0)
     assert {of.largest for of in read_codes(toy_run.model)} == {127}
     attach(toy_run.model)

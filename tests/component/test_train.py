@@ -239,7 +239,7 @@ def test_a_crash_between_the_last_epoch_and_the_end_loses_nothing(runs_dir: Path
 
 
 OPTIONS = (
-    "quant.warmup_epochs=1", "quant.warmup_bits=8", "quant.learned_scale=true", "quant.dampening=0.001",
+    "quant.warmup_share=0.34", "quant.warmup_bits=8", "quant.learned_scale=true", "quant.dampening=0.001",
     "quant.freeze_threshold=0.02", "quant.freeze_momentum=0.1", "train.save_every_s=1e-9",
     "data.n_train=24", "data.n_val=4", "train.val_every=3",
 )  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -16,12 +14,12 @@ from app.config import Config, Quant, UserError
 from app.device import check_devices
 from app.model import load_scored, save_checkpoint, scored_state
 from app.onnx.export import file_name, file_settings, is_done, load_trained, write_file, write_overview
-from app.progress import track
 from app.quant.health import signal_to_noise
 from app.quant.schemes import quantize
 from app.quant.stabilise import reestimate_batchnorm
 from app.run import RunRoot, read_json, sha256, write_json
-from app.training.loader import BN_EPOCH, CocoDataset, train_loader
+from app.training.bn_images import BnImages
+from app.training.loader import CocoDataset
 
 log = logging.getLogger(__name__)
 KIND = ("qcdq", "raw")  # precision and contract of the files
@@ -63,16 +61,17 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
 
 
 def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) -> None:
-    """Replaces BatchNorm's statistics by those over train.bn_batches train batches, the same and augmented the same as
-    those that the baseline's own were re-estimated on after `epoch` (from 0)."""
+    """Replaces BatchNorm's statistics by those over the train batches that the baseline's own came from after `epoch`
+    (from 0)."""
     device = check_devices(config)[0]
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
+    log.info("ptq: BatchNorm on %d train batches", config.train.bn_batches)
     with torch.no_grad():
         reestimate_batchnorm(model.to(place), (images.to(place) / 255 for images in train_batches(config, run, epoch)))
     model.to("cpu")
 
 
-def train_batches(config: Config, run: RunRoot, epoch: int) -> Iterator[torch.Tensor]:
+def train_batches(config: Config, run: RunRoot, epoch: int) -> list[torch.Tensor]:
     """uint8 [N,3,imgsz,imgsz]."""
     t, data = config.train, check_det_dataset(str(run.dataset_yaml))
     hyp = cast(Any, get_cfg(overrides=config.hyp.model_dump()))
@@ -81,10 +80,4 @@ def train_batches(config: Config, run: RunRoot, epoch: int) -> Iterator[torch.Te
         stride=32, pad=0.0, task="detect", data=data, seed=t.seed, split="train",
         provenance=read_json(run.provenance, "data"),
     )  # fmt: skip
-    if epoch >= t.epochs - config.hyp.close_mosaic:
-        dataset.close_mosaic(hyp)
-    loader = train_loader(dataset, t.workers, pin_memory=False, epoch=BN_EPOCH)
-    n_batches = min(t.bn_batches, len(loader))
-    for batch in track(islice(loader, n_batches), "ptq BatchNorm", n_batches, "batches"):
-        yield batch["img"]
-    loader.close()
+    return BnImages(dataset, hyp, config).after(epoch)

@@ -18,6 +18,7 @@ from app.config import Config, UserError, load
 from app.model import build
 from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
+from app.training.optimizer import clipped_step
 
 log = logging.getLogger(__name__)
 # Arms of the step bench: name -> variant and settings.
@@ -55,15 +56,11 @@ class Arm:
         self.ema = ModelEMA(self.model)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        """One training step as Ultralytics' trainer makes it, without its loader and its logging (8.4.190)."""
+        """One step of our trainer, without its loader, its logging and its look at losses."""
         with autocast(self.amp, device=self.device.type):
             loss = self.model(batch)[0].sum()
         self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        clipped_step(self.optimizer, self.scaler, lambda norm: None)
         self.ema.update(self.model)
 
     def time_steps(self, batch: dict[str, torch.Tensor], n_steps: int) -> float:

@@ -62,7 +62,8 @@ class WarmUp(Stabiliser):
     """
 
     def __init__(self, quant: Quant, n_epochs: int, models: tuple[nn.Module, ...]) -> None:
-        self.bits, self.n_epochs, self.models = quant.warmup_bits, n_epochs, models
+        self.bits: Literal["float", 8] = quant.warmup_bits
+        self.n_epochs, self.models = n_epochs, models
         self.in_force: bool | None = None  # in this process
         self.was_warm = False  # before this epoch, whichever process that was in
 

@@ -60,7 +60,7 @@ def _one_epoch(trainer: Trainer) -> Iterator[dict[str, Any]]:
     """The epoch after the last one, augmented as the last one was; whole batches, whatever the number of processes."""
     trainer.train_loader.close()
     dataset, pin_memory = trainer.train_loader.dataset, trainer.device.type == "cuda"
-    loader = train_loader(dataset, trainer.args.workers, pin_memory, epoch=trainer.epochs)
+    loader = train_loader(dataset, trainer.args.workers, pin_memory, start=(trainer.epochs, 0))
     for batch in track(loader, "correction", len(loader), "batches"):
         yield trainer.preprocess_batch(batch)
     loader.close()

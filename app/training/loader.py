@@ -20,7 +20,6 @@ from ultralytics.data.dataset import YOLODataset
 from app.config import UserError
 from app.data.view import read_split
 
-BN_EPOCH = 2**31 - 1  # never trained: the tickets of the batches that re-estimate BatchNorm
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
@@ -45,7 +44,9 @@ class EpochBatches(Sampler[list[Ticket]]):
         UserError: a process would get nothing of an epoch's last batch.
     """
 
-    def __init__(self, n_images: int, batch_size: int, part: tuple[int, int] = (0, 1), epoch: int = 0) -> None:
+    def __init__(
+        self, n_images: int, batch_size: int, part: tuple[int, int] = (0, 1), start: tuple[int, int] = (0, 0)
+    ) -> None:
         self.n_images, self.batch_size, self.part = n_images, batch_size, part
         last = n_images % batch_size or batch_size
         if last < part[1]:
@@ -53,7 +54,7 @@ class EpochBatches(Sampler[list[Ticket]]):
                 f"train.batch={batch_size} leaves {last} of {n_images} images for the last batch of an epoch, fewer "
                 f"than {part[1]} processes: choose another train.batch, or fewer devices"
             )
-        self.start(epoch, 0)
+        self.start(*start)
 
     def start(self, epoch: int, batch: int) -> None:
         """The next pass begins at a batch of `epoch`, counted from 0."""
@@ -149,16 +150,20 @@ class CocoDataset(YOLODataset):
 
 
 def train_loader(
-    dataset: CocoDataset, workers: int, pin_memory: bool, epoch: int = 0, part: tuple[int, int] = (0, 1)
+    dataset: CocoDataset,
+    workers: int,
+    pin_memory: bool,
+    start: tuple[int, int] = (0, 0),
+    part: tuple[int, int] = (0, 1),
 ) -> InfiniteDataLoader:
-    """Loader of shuffled batches, or of this process's part of each, that goes on from epoch to epoch.
+    """Loader of shuffled batches, or of this process's part of each, from `start` (epoch, batch) on without an end.
 
     Its `batch_sampler.sampler.start(epoch, batch)` together with `reset()` begins anywhere.
     """
     batch_size = min(dataset.batch_size, dataset.ni)
     loader = InfiniteDataLoader(
         dataset,
-        batch_sampler=EpochBatches(dataset.ni, batch_size, part, epoch),
+        batch_sampler=EpochBatches(dataset.ni, batch_size, part, start),
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         timeout=WAIT_S if workers else 0,

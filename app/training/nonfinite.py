@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from ultralytics.utils.torch_utils import autocast
 
 GPU_LAG = 2  # values on their way from the GPU while the next steps are launched: reading the oldest waits for nothing
@@ -77,11 +76,6 @@ class Watch:
                 event.synchronize()
             if not host.isfinite():
                 raise NonFinite(what, batches)
-
-
-def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """2-norm over all gradients, on their device."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def first_cause(trainer: Any, batches: list[Batch]) -> str:

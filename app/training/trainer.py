@@ -24,15 +24,16 @@ from app.model import build, save_checkpoint, scored_state
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.stabilise import exempt_scales_from_decay, stabilisers
 from app.run import read_json, write_json
+from app.training.bn_images import BnImages
 from app.training.checkpoint import check_finite, continue_from_checkpoint, save_state
 from app.training.correction import correct_best
 from app.training.faults import explain
 from app.training.guard import judge
 from app.training.interrupt import Interrupt, Interrupted
-from app.training.loader import BN_EPOCH, CocoDataset, limit_wait, train_loader
+from app.training.loader import CocoDataset, limit_wait, train_loader
 from app.training.monitor import Monitor
-from app.training.nonfinite import NonFinite, Watch, gradient_norm
-from app.training.optimizer import fuse
+from app.training.nonfinite import NonFinite, Watch
+from app.training.optimizer import clipped_step, fuse
 from app.training.ranks import ALONE, Ranks
 from app.training.rollback import roll_back
 from app.training.validation import Validator, examine, score_states
@@ -86,7 +87,6 @@ class Trainer(DetectionTrainer):
         self.loss_sum: Any = 0.0
         self.scored: dict[str, torch.Tensor] = {}
         self.codes_before = torch.zeros(0, dtype=torch.int8)
-        self.bn_images: list[torch.Tensor] = []
         self.faults: list[dict[str, Any]] = []
         self.watch = Watch(self.device)
         self.interrupt = Interrupt()
@@ -182,6 +182,7 @@ class Trainer(DetectionTrainer):
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
         self.ema.decay = lambda x: t.ema_decay * (1 - math.exp(-x / t.ema_tau))
         self.full_accumulate = self.accumulate
+        self.bn_images = BnImages(self.train_loader.dataset, self.args, self.config)
         self.oscillations = Oscillations(self.net)
         self.options = stabilisers(self.config, self.net, self.ema.ema)
         self.stabilisers = [*self.options, self.oscillations]
@@ -196,7 +197,6 @@ class Trainer(DetectionTrainer):
         mosaic_ends = self.args.close_mosaic and self.epoch >= self.epochs - self.args.close_mosaic
         if mosaic_ends and (first or self.epoch == self.epochs - self.args.close_mosaic):
             self._close_dataloader_mosaic()
-            self.bn_images = []
             first = True
         if first:
             self.train_loader.batch_sampler.sampler.start(self.epoch, self.batch_in_epoch)
@@ -273,8 +273,8 @@ class Trainer(DetectionTrainer):
             scale = self.scaler.get_scale()  # waits for the GPU
             for stabiliser in self.options:
                 stabiliser.before_step(scale)
-        self.watch.add_step(None if self.scaler.is_enabled() else gradient_norm(self.net))
-        super().optimizer_step()
+        clipped_step(self.optimizer, self.scaler, self.watch.add_step)
+        self.ema.update(self.model)
         for stabiliser in self.stabilisers:
             stabiliser.after_step()
 
@@ -333,15 +333,8 @@ class Trainer(DetectionTrainer):
         return metrics
 
     def _bn_batches(self) -> Iterator[torch.Tensor]:
-        """The same train batches at every validation of a mosaic phase: [N,3,H,W], 0..1, on the device.
-
-        They are drawn once and kept as bytes, bn_batches * batch * 3 * imgsz^2 of them (2 GB at the defaults).
-        """
-        if not self.bn_images:
-            loader = train_loader(self.train_loader.dataset, self.args.workers, pin_memory=False, epoch=BN_EPOCH)
-            self.bn_images = [batch["img"] for batch in islice(loader, self.config.train.bn_batches)]
-            loader.close()
-        for images in self.bn_images:
+        """Train batches as the averaged weights have seen them: [N,3,H,W], 0..1, on the device."""
+        for images in self.bn_images.after(self.epoch):
             yield self.preprocess_batch({"img": images})["img"]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------

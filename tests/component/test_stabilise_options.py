@@ -17,6 +17,7 @@ from app.quant.learned import learned_layers, scale_parameter
 from app.quant.schemes import Rule
 from app.quant.stabilise import Freezing, Stabiliser, exempt_scales_from_decay, stabilisers
 
+FLOAT_WARMUP = ["warmup_share=0.25", "warmup_bits=float"]  # one of four epochs
 PATHS = ["fast_path=true", "fast_path=false"]
 
 
@@ -114,12 +115,12 @@ def test_options_at_their_off_values_change_no_bit() -> None:
 
 
 OPTIONS = [
-    ["warmup_share=0.25", "warmup_bits=float"],
+    FLOAT_WARMUP,
     ["warmup_share=0.25", "warmup_bits=8"],
     ["dampening=0.1"],
     ["freeze_threshold=0.02", "freeze_momentum=0.1"],
     ["learned_scale=true"],
-    ["warmup_share=0.25", "warmup_bits=float", "learned_scale=true", "dampening=0.1", "freeze_threshold=0.02", "freeze_momentum=0.1"],
+    [*FLOAT_WARMUP, "learned_scale=true", "dampening=0.1", "freeze_threshold=0.02", "freeze_momentum=0.1"],
 ]
 
 
@@ -168,7 +169,7 @@ def test_warm_up_holds_for_model_ema_and_its_copies(path: str, bits: str, least:
 
 
 def test_warm_up_weights_have_no_codes_while_they_are_float() -> None:
-    toy_run = Toy("warmup_share=0.25", "warmup_bits=float")
+    toy_run = Toy(*FLOAT_WARMUP)
     toy_run.epoch(0)
     assert read_codes(toy_run.model) == []
     toy_run.epoch(1)
@@ -176,7 +177,7 @@ def test_warm_up_weights_have_no_codes_while_they_are_float() -> None:
 
 
 def test_learned_scales_start_anew_after_the_warm_up() -> None:
-    toy_run = Toy("warmup_share=0.25", "warmup_bits=float", "learned_scale=true")
+    toy_run = Toy(*FLOAT_WARMUP, "learned_scale=true")
     toy_run.epoch(0)
     toy_run.epoch(1, n_steps=0)
     for model in (toy_run.model, toy_run.ema):

@@ -1,0 +1,70 @@
+"""The train images that BatchNorm is re-estimated on: the mixture that the averaged weights have seen."""
+
+from __future__ import annotations
+
+from copy import copy
+from itertools import islice
+from typing import Any
+
+import torch
+
+from app.config import Config
+from app.training.loader import CocoDataset, train_loader
+
+BN_EPOCH = 2**31 - 1  # never trained: the tickets of these batches
+
+
+class BnImages:
+    """The same train batches at every validation. Kept as bytes, bn_batches * batch * 3 * imgsz^2 (2 GB by default).
+
+    Args:
+        dataset: train images; whether mosaic is on in it does not matter, and nothing of it is changed.
+        hyp: Ultralytics' arguments with the augmentation while mosaic is on.
+        config: of the training.
+    """
+
+    def __init__(self, dataset: CocoDataset, hyp: Any, config: Config) -> None:
+        self.dataset, self.hyp, self.config = dataset, hyp, config
+        self.drawn: list[torch.Tensor] = []
+        self.n_mosaic = 0
+
+    def after(self, epoch: int) -> list[torch.Tensor]:
+        """uint8 [N,3,imgsz,imgsz] each, for the weights after `epoch` (from 0), which does not fall from call to call.
+
+        The first ones are drawn with mosaic: as many as `mosaic_share` says. The others without.
+        """
+        n_batches = -(-self.dataset.ni // self.dataset.batch_size)
+        n = min(self.config.train.bn_batches, n_batches)
+        n_mosaic = round(n * mosaic_share(self.config, n_batches, epoch))
+        if self.drawn:
+            self.drawn[n_mosaic : self.n_mosaic] = self._draw(n_mosaic, self.n_mosaic, mosaic=False)
+        else:
+            self.drawn = [*self._draw(0, n_mosaic, mosaic=True), *self._draw(n_mosaic, n, mosaic=False)]
+        self.n_mosaic = n_mosaic
+        return self.drawn
+
+    def _draw(self, first: int, end: int, mosaic: bool) -> list[torch.Tensor]:
+        """Batches first..end-1 of BN_EPOCH."""
+        if first == end:
+            return []
+        view = copy(self.dataset)  # shares the images; transforms of its own
+        view.transforms = view.build_transforms(copy(self.hyp))
+        if not mosaic:
+            view.close_mosaic(copy(self.hyp))
+        loader = train_loader(view, self.config.train.workers, pin_memory=False, start=(BN_EPOCH, first))
+        images = [batch["img"] for batch in islice(loader, end - first)]
+        loader.close()
+        return images
+
+
+def mosaic_share(config: Config, n_batches: int, epoch: int) -> float:
+    """Weight that the EMA after `epoch` (from 0) gives to steps with mosaic: ema_decay ** steps since it was closed.
+
+    Statistics of the new images alone do not fit weights that are still averaged over the old ones (runs/LOG.md).
+    """
+    t, closes_at = config.train, config.train.epochs - config.hyp.close_mosaic
+    n_epochs = epoch + 1 - closes_at
+    if n_epochs <= 0 or not config.hyp.close_mosaic:
+        return 1.0
+    accumulate = max(round(config.hyp.nbs / t.batch), 1)
+    return t.ema_decay ** (n_epochs * -(-n_batches // accumulate)) if closes_at > 0 else 0.0

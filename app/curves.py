@@ -84,6 +84,9 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
         for state, (style, width, _) in STATES.items():
             aps = [row[f"AP/{state}"] for row in validated]
             ap_axes.plot(epochs, aps, style, marker=marker, color=colour, linewidth=width)
+        if warm := [row["epoch"] for row in validated if row.get(WARM_UP)]:
+            for axes in (loss_axes, ap_axes):
+                axes.axvline(max(warm), color=colour, linewidth=0.8, label="last validation of the quant warm-up")
     known = {epoch: ap for epoch, ap in (reference or {}).items() if epoch <= last_epoch}
     if known:
         ap_axes.plot(list(known), list(known.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")

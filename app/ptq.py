@@ -74,7 +74,8 @@ def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) 
 def train_batches(config: Config, run: RunRoot, epoch: int) -> list[torch.Tensor]:
     """uint8 [N,3,imgsz,imgsz]."""
     t, data = config.train, check_det_dataset(str(run.dataset_yaml))
-    hyp = cast(Any, get_cfg(overrides=config.hyp.model_dump()))
+    workers = 0 if check_devices(config)[0] == "cpu" else t.workers  # as the trainer has it
+    hyp = cast(Any, get_cfg(overrides={**config.hyp.model_dump(), "workers": workers}))
     dataset = CocoDataset(
         img_path=data["train"], imgsz=t.imgsz, batch_size=t.batch, augment=True, hyp=hyp, rect=False, cache=None,
         stride=32, pad=0.0, task="detect", data=data, seed=t.seed, split="train",

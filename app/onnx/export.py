@@ -189,6 +189,11 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, kind: tuple[str
         record["label"], path, record["size_bytes"] / 1e6, parity["max_box_px"], parity["max_score"],
         parity["n_images"],
     )  # fmt: skip
+    if parity["magnifies_rounding"]:
+        log.warning(
+            "export %s: that is more than in any trained network; this one magnifies rounding, and what the file "
+            "scores says little about its format: train longer", record["label"],
+        )  # fmt: skip
 
 
 def file_name(label: str, config: Config, kind: tuple[str, str]) -> str:

@@ -183,6 +183,13 @@ def doubts(evidence: Evidence) -> list[str]:
             found.append(f"The variants were trained with different {what}: see Environment.")
     if any(str(t.environment["code_version"]).endswith("-dirty") for t in trainings):
         found.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    for record in evidence.records:
+        parity = record["gates"].get("parity", {})
+        if parity.get("magnifies_rounding"):
+            off = f"{parity['max_box_px']:.2g} px and {parity['max_score']:.2g} in score"
+            found.append(
+                f"{record['file']} is off torch by {off}: its network magnifies rounding, and is hardly trained."
+            )
     aps = [m["coco"]["AP"] or 0.0 for m in evidence.scored if m["dir"] == BASELINE_DIR]
     if aps and max(aps) < TELLING_AP:
         found.append("The baseline detects next to nothing: differences between such APs say nothing.")

@@ -19,7 +19,7 @@ class BnImages:
 
     Args:
         dataset: train images; whether mosaic is on in it does not matter, and nothing of it is changed.
-        hyp: Ultralytics' arguments with the augmentation while mosaic is on.
+        hyp: Ultralytics' arguments: the augmentation while mosaic is on, and the number of loader processes.
         config: of the training.
     """
 
@@ -51,7 +51,7 @@ class BnImages:
         view.transforms = view.build_transforms(copy(self.hyp))
         if not mosaic:
             view.close_mosaic(copy(self.hyp))
-        loader = train_loader(view, self.config.train.workers, pin_memory=False, start=(BN_EPOCH, first))
+        loader = train_loader(view, self.hyp.workers, pin_memory=False, start=(BN_EPOCH, first))
         images = [batch["img"] for batch in islice(loader, end - first)]
         loader.close()
         return images

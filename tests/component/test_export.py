@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from app.coco import NAMES
 from app.config import UserError, load
 from app.model import build
 from app.onnx import gates as onnx_gates
-from app.onnx.export import Trained, export, load_trained, one_head
+from app.onnx.export import Trained, export, load_trained, one_head, write_file
 from app.onnx.files import quant_weights
 from app.onnx.gates import run_file
 from app.reporting.evidence import RECORD_KEYS, lacking
@@ -240,6 +241,21 @@ def test_wrong_graphs_fail_their_gates(run: RunRoot, trained: dict[str, Trained]
         onnx_gates.check_codes(path, {4: N_QUANTIZED + 1})
     with pytest.raises(RuntimeError, match=r"/model\.0/conv/Conv has weights that are not FP16"):
         onnx_gates.check_half(file_of(run, "yolov10n-baseline-fp32"))
+
+
+def test_a_network_that_magnifies_rounding_is_named(
+    run: RunRoot, trained: dict[str, Trained], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its gate is passed because torch moves as much itself."""
+    truth = trained["fp16"].truth
+    assert not onnx_gates.check_parity(file_of(run, STEMS[0]), truth, "raw", "fp32")["magnifies_rounding"]
+    restless = replace(truth, raw=truth.raw + 0.02, rounding=onnx_gates.Tolerance(0.01, 0.01))
+    other = RunRoot(tmp_path, "other")
+    other.root.mkdir()
+    write_file(config_of(run, "fp16").export, other, replace(trained["fp16"], truth=restless), ("fp32", "raw"))
+    record = read_json(next(other.onnx_dir.glob("*.json")), "export")
+    assert record["gates"]["parity"]["magnifies_rounding"]
+    assert "this one magnifies rounding" in caplog.text
 
 
 def test_end2end_parity_sees_a_wrong_choice(run: RunRoot, trained: dict[str, Trained]) -> None:

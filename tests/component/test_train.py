@@ -22,6 +22,7 @@ from app.run import RunRoot, read_json
 from app.training.interrupt import Interrupted
 from app.training.train import train
 from app.training.trainer import Trainer
+from app.training.validation import score_states
 
 # 40 images in batches of 8, two of them to an optimizer step; mosaic in all but the last epoch. A fast EMA.
 SETTINGS = [
@@ -267,6 +268,25 @@ def test_all_options_together_continue_exactly(runs_dir: Path, monkeypatch: pyte
     train(config, run, force=False)
     ours, theirs = (load_checkpoint(of / "weights" / "last.pt") for of in (run.variant_dir(config.label), whole))
     assert differences(ours, theirs) == []
+
+
+def test_no_epoch_of_the_quant_warm_up_is_the_best(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It scores higher, with other weights than those that are exported."""
+    config, run = settle(runs_dir, "warm", sets=("quant.warmup_share=0.67",))
+    validate = Trainer.validate
+
+    def score_warm_epochs_higher(self: Trainer) -> dict[str, float]:
+        with monkeypatch.context() as patch:
+            scores = {"AP/ema_bn": 0.9 - 0.1 * self.epoch, "quant/warm_up": 1} if self.epoch < 2 else {"AP/ema_bn": 0.1}
+            patch.setattr("app.training.trainer.score_states", lambda *args: score_states(*args) | scores)
+            return validate(self)
+
+    monkeypatch.setattr(Trainer, "validate", score_warm_epochs_higher)
+    train(config, run, force=False)
+    folder = run.variant_dir(config.label)
+    assert [row["quant/warm_up"] for row in rows(folder)] == ["1", "1", ""]
+    assert read_json(folder / "done.json", "train")["best_ap"] == 0.1
+    assert load_checkpoint(folder / "weights" / "best.pt")["epoch"] == 2
 
 
 def test_reestimated_batchnorm_is_what_is_scored(trained: dict[str, Path]) -> None:

@@ -252,13 +252,14 @@ def test_unmeasurable_is_a_dash(config: Config, run: RunRoot) -> None:
     assert "None" not in text.partition("```yaml")[0]
 
 
-def write_aps(run: RunRoot, aps: list[float]) -> None:
+def write_aps(run: RunRoot, aps: list[float], n_warm: int = 0) -> None:
     path = run.variant_dir("fp16") / "results.csv"
     with open(path, newline="") as file:
         template = next(csv.DictReader(file))
     rows = [template | {"epoch": epoch, "AP/ema_bn": ap} for epoch, ap in enumerate(aps, 1)]
+    rows = [row | {"quant/warm_up": int(epoch <= n_warm) or ""} for epoch, row in enumerate(rows, 1)]
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(template))
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -289,11 +290,22 @@ def test_a_fall_during_warm_up_does_not_count(config: Config, run: RunRoot) -> N
     assert "fp16 is healthy, its AP stayed above 0.9 of its running best (lowest 1.000 at epoch 4)" in page(config, run)
 
 
+def test_the_quant_warm_up_is_neither_best_nor_a_fall(config: Config, run: RunRoot) -> None:
+    write_aps(run, [0.1, 0.5, 0.5, 0.2, 0.3], n_warm=3)
+    text = page(config, run)
+    assert "fp16 is healthy, its AP stayed above 0.9 of its running best (lowest 1.000 at epoch 4)" in text
+    trained = json.loads((run.root / "report.json").read_text())["trainings"]["fp16"]
+    assert (trained["best_epoch"], trained["AP"]["ema_bn"]) == (5, 0.3)
+
+
 def test_doubts(config: Config, run: RunRoot) -> None:
     edit(run.variant_dir("fp16") / "env.json", "code_version", "abc-dirty")
     path = run.variant_dir("qat-w4a16") / "config.yaml"
     path.write_text(path.read_text().replace("imgsz: 640", "imgsz: 320"))
+    parity = {"max_box_px": 240.0, "max_score": 0.31, "magnifies_rounding": True}
+    edit(next(run.onnx_dir.glob("*baseline*.json")), "gates", {"parity": parity})
     text = page(config, run)
+    assert "is off torch by 2.4e+02 px and 0.31 in score: its network magnifies rounding" in text
     assert "qat-w4a16 was trained with another configuration than fp16: train.imgsz." in text
     assert "trained with different code" in text
     assert "uncommitted changes" in text

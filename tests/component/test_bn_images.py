@@ -1,0 +1,84 @@
+"""BatchNorm is re-estimated on the images that the averaged weights have seen: with mosaic, then a mixture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.data.utils import check_det_dataset
+
+from app.config import Config, load
+from app.data.prepare import prepare
+from app.run import RunRoot, read_json
+from app.training.bn_images import BnImages, mosaic_share
+from app.training.loader import CocoDataset
+
+N_BATCHES = 4
+SETTINGS = [
+    "data.coco_dir=coco-subset", "data.n_train=16", "data.n_val=4", "train.imgsz=64", "train.batch=4",
+    "train.epochs=8", "train.bn_batches=4", "train.ema_decay=0.9", "hyp.nbs=8", "hyp.close_mosaic=3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load("fp16", sets=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
+    run = RunRoot(tmp_path_factory.mktemp("runs"), "r")
+    prepare(config, run, force=False)
+    return run
+
+
+def images_of(config: Config, run: RunRoot) -> BnImages:
+    hyp = get_cfg(overrides={**config.hyp.model_dump(), "workers": 0})
+    data = check_det_dataset(str(run.dataset_yaml))
+    dataset = CocoDataset(
+        img_path=data["train"], imgsz=64, batch_size=4, augment=True, hyp=hyp, rect=False, cache=None, stride=32,
+        pad=0.0, task="detect", data=data, seed=0, split="train", provenance=read_json(run.provenance, "data"),
+    )  # fmt: skip
+    return BnImages(dataset, hyp, config)
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[bool]:
+    return [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("sets", "epoch", "share"),
+    [
+        ([], 4, 1.0),  # the last epoch with mosaic
+        ([], 5, 0.9**2),  # two optimizer steps of two batches each
+        ([], 7, 0.9**6),
+        (["hyp.nbs=4"], 5, 0.9**4),
+        (["hyp.close_mosaic=0"], 7, 1.0),
+        (["hyp.close_mosaic=9"], 0, 0.0),  # it was never on
+    ],
+)
+def test_share_is_the_weight_of_old_steps_in_the_average(sets: list[str], epoch: int, share: float) -> None:
+    assert mosaic_share(load("fp16", sets=[*SETTINGS, *sets]), N_BATCHES, epoch) == pytest.approx(share)
+
+
+def test_share_of_the_full_run_at_its_end() -> None:
+    assert mosaic_share(load("qat"), 3697, 299) == pytest.approx(0.157, abs=1e-3)
+
+
+def test_images_become_those_without_mosaic_one_after_the_other(config: Config, run: RunRoot) -> None:
+    images = images_of(config, run)
+    before, again = list(images.after(3)), list(images.after(4))
+    assert len(before) == N_BATCHES
+    assert all(same(before, again))
+    mixed = list(images.after(5))  # round(4 * 0.81)
+    assert same(before, mixed) == [True, True, True, False]
+    assert same(mixed, list(images.after(7))) == [True, True, False, True]  # round(4 * 0.53)
+
+
+def test_a_training_that_goes_on_draws_the_same(config: Config, run: RunRoot) -> None:
+    whole, resumed = images_of(config, run), images_of(config, run)
+    whole.after(4)
+    resumed.dataset.close_mosaic(resumed.hyp.__class__(**vars(resumed.hyp)))  # as the trainer has by then
+    transforms = resumed.dataset.transforms
+    assert all(same(whole.after(6), resumed.after(6)))
+    assert resumed.dataset.transforms is transforms

@@ -26,6 +26,7 @@ from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
 
 log = logging.getLogger(__name__)
+WARM = "quant.warmup_share=0.67"
 # Arm -> variant and settings. That EMA and re-estimation are left out needs no arm: every arm scores all three states.
 ARMS: dict[str, tuple[str, list[str]]] = {
     "fp16": ("fp16", []),
@@ -36,12 +37,12 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "per tensor": ("qat", ["quant.scheme=w4a16-per-tensor"]),
     "learned scale": ("qat", ["quant.learned_scale=true"]),
     "dampening": ("qat", ["quant.dampening=1e-3"]),
-    "freezing": ("qat", ["quant.freeze_threshold=0.02"]),
     "correction": ("qat", ["quant.correction_epochs=1"]),
-    "8-bit warm-up": ("qat", ["quant.warmup_share=0.67"]),
-    "short 8-bit warm-up": ("qat", ["quant.warmup_share=0.33"]),
-    "float warm-up": ("qat", ["quant.warmup_share=0.67", "quant.warmup_bits=float"]),
-    "w4a16-mixed, 8-bit warm-up": ("qat", ["quant.scheme=w4a16-mixed", "quant.warmup_share=0.67"]),
+    "8-bit warm-up": ("qat", [WARM]),
+    "float warm-up": ("qat", [WARM, "quant.warmup_bits=float"]),
+    "w4a16-mixed, 8-bit warm-up": ("qat", ["quant.scheme=w4a16-mixed", WARM]),
+    # Frozen from random weights on a network does not learn (runs/LOG.md).
+    "8-bit warm-up, freezing": ("qat", [WARM, "quant.freeze_threshold=0.02"]),
 }
 STATES = ("raw", "ema", "ema_bn")
 GRACE_S = 30.0  # for saving when the time is up

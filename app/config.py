@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 BUILTIN_DATASET = "coco-subset"
@@ -94,6 +94,16 @@ class Quant(Section):
     freeze_momentum: float = Field(default=0.01, gt=0, le=1)
     correction_epochs: Literal[0, 1] = 0
     correction_lr: float = Field(default=0.001, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_the_old_key(cls, tree: Any) -> Any:
+        """Runs from before warmup_share say warmup_epochs: 0."""
+        if not isinstance(tree, dict) or "warmup_epochs" not in tree:
+            return tree
+        if tree["warmup_epochs"]:
+            raise ValueError("warmup_epochs has become warmup_share, a share of train.epochs")
+        return {key: value for key, value in tree.items() if key not in ("warmup_epochs", "warmup_bits")}
 
 
 class Guard(Section):

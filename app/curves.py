@@ -127,6 +127,6 @@ def save_png(figure: Figure, path: Path) -> None:
 def write_loss_curve(out_dir: Path) -> None:
     """loss_curve.csv and loss_curve.png from results.csv."""
     rows = read_rows(out_dir / "results.csv")
-    keep = ("epoch", "train/", "val/", "val_loss/", "AP/", "AP50/")
+    keep = ("epoch", "train/", "val/", "val_loss/", "AP/", "AP50/", WARM_UP)
     write_rows(out_dir / "loss_curve.csv", [{k: v for k, v in row.items() if k.startswith(keep)} for row in rows])
     save_png(curve_figure(rows), out_dir / "loss_curve.png")

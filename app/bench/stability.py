@@ -7,6 +7,7 @@ ends when all are done or its time is up, and the next call of the same command 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import statistics
@@ -182,18 +183,19 @@ def show(rows: list[dict[str, Any]]) -> None:
     for arm, of in by_arm.items():
         epochs = min(row["epochs"] for row in of)
         finals = {state: [at(row, state, epochs) for row in of] for state in STATES}
-        lows = [min((row["lowest_share_of_best"][state] or 0.0 for row in of), default=0.0) for state in STATES]
+        lows = [[row["lowest_share_of_best"][state] for row in of] for state in STATES]
         cells.append([
             arm, str(len(of)), str(epochs), *(spread(finals[state]) for state in STATES),
-            share_of_fp16(of, by_arm.get("fp16", [])), *(f"{low:.2f}" for low in lows),
+            share_of_fp16(of, by_arm.get("fp16", [])), *("-" if None in low else f"{min(low):.2f}" for low in lows),
         ])  # fmt: skip
     for line in markdown_table(cells):
         log.info("%s", line)
 
 
 def at(row: dict[str, Any], state: str, epoch: int) -> float:
-    """AP of a state at the last validation up to `epoch`."""
-    return row["AP"][state][sum(1 for each in row["epoch"] if each <= epoch) - 1]
+    """AP of a state at the last validation up to `epoch`; NaN where there is none."""
+    aps = [ap for of_epoch, ap in zip(row["epoch"], row["AP"][state], strict=True) if of_epoch <= epoch]
+    return aps[-1] if aps else math.nan
 
 
 def spread(values: list[float]) -> str:
@@ -208,4 +210,4 @@ def share_of_fp16(of: list[dict[str, Any]], fp16: list[dict[str, Any]]) -> str:
         return "-"
     epoch = min(row["epochs"] for row in (*of, *fp16))
     ours, base = (statistics.fmean(at(row, "ema_bn", epoch) for row in rows) for rows in (of, fp16))
-    return f"{ours / base:.3f} at {epoch}" if base else "-"
+    return f"{ours / base:.3f} at {epoch}" if base and not math.isnan(ours / base) else "-"

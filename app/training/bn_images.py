@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from itertools import islice
 from typing import Any
 
 import torch
 
-from app.config import Config
+from app.config import Config, Train
 from app.training.loader import CocoDataset, train_loader
 
 BN_EPOCH = 2**31 - 1  # never trained: the tickets of these batches
@@ -58,13 +59,18 @@ class BnImages:
 
 
 def mosaic_share(config: Config, n_batches: int, epoch: int) -> float:
-    """Weight that the EMA after `epoch` (from 0) gives to steps with mosaic: ema_decay ** steps since it was closed.
+    """Weight of the steps with mosaic in the EMA after `epoch` (from 0): the product of its decays since the closing.
 
     Statistics of the new images alone do not fit weights that are still averaged over the old ones (runs/LOG.md).
     """
-    t, closes_at = config.train, config.train.epochs - config.hyp.close_mosaic
-    n_epochs = epoch + 1 - closes_at
-    if n_epochs <= 0 or not config.hyp.close_mosaic:
+    closes_at = max(config.train.epochs - config.hyp.close_mosaic, 0)
+    if epoch < closes_at or not config.hyp.close_mosaic:
         return 1.0
-    accumulate = max(round(config.hyp.nbs / t.batch), 1)
-    return t.ema_decay ** (n_epochs * -(-n_batches // accumulate)) if closes_at > 0 else 0.0
+    n_steps = -(-n_batches // max(round(config.hyp.nbs / config.train.batch), 1))  # of an epoch
+    updates = range(closes_at * n_steps + 1, (epoch + 1) * n_steps + 1)
+    return math.prod(ema_decay(config.train, n) for n in updates) if closes_at else 0.0
+
+
+def ema_decay(settings: Train, n_updates: int) -> float:
+    """Ultralytics' ramp: the average follows fast at first."""
+    return settings.ema_decay * (1 - math.exp(-n_updates / settings.ema_tau))

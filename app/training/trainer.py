@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from app.model import build, save_checkpoint, scored_state
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.stabilise import exempt_scales_from_decay, stabilisers
 from app.run import read_json, write_json
-from app.training.bn_images import BnImages
+from app.training.bn_images import BnImages, ema_decay
 from app.training.checkpoint import check_finite, continue_from_checkpoint, save_state
 from app.training.correction import correct_best
 from app.training.faults import explain
@@ -180,7 +179,7 @@ class Trainer(DetectionTrainer):
             self.model = self.ranks.parallel(self.model, may_skip)
             self.amp = self.ranks.share(self.amp)  # Ultralytics checks it in the first process alone
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
-        self.ema.decay = lambda x: t.ema_decay * (1 - math.exp(-x / t.ema_tau))
+        self.ema.decay = lambda x: ema_decay(t, x)
         self.full_accumulate = self.accumulate
         self.bn_images = BnImages(self.train_loader.dataset, self.args, self.config)
         self.oscillations = Oscillations(self.net)
@@ -201,6 +200,8 @@ class Trainer(DetectionTrainer):
         if first:
             self.train_loader.batch_sampler.sampler.start(self.epoch, self.batch_in_epoch)
             self.train_loader.reset()
+        if self.epoch == self.config.n_warmup_epochs:
+            self.codes_before = torch.zeros(0, dtype=torch.int8)  # of other bits
         for stabiliser in self.stabilisers:
             stabiliser.start_epoch(self.epoch)
         self._model_train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import pytest
 import torch
 from ultralytics.cfg import get_cfg
@@ -16,7 +18,8 @@ from app.training.loader import CocoDataset
 N_BATCHES = 4
 SETTINGS = [
     "data.coco_dir=coco-subset", "data.n_train=16", "data.n_val=4", "train.imgsz=64", "train.batch=4",
-    "train.epochs=8", "train.bn_batches=4", "train.ema_decay=0.9", "hyp.nbs=8", "hyp.close_mosaic=3",
+    "train.epochs=8", "train.bn_batches=4", "train.ema_decay=0.9", "train.ema_tau=0.1", "hyp.nbs=8",
+    "hyp.close_mosaic=3",
 ]  # fmt: skip
 
 
@@ -53,6 +56,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[bool]:
         ([], 5, 0.9**2),  # two optimizer steps of two batches each
         ([], 7, 0.9**6),
         (["hyp.nbs=4"], 5, 0.9**4),
+        (["train.ema_tau=10"], 5, 0.9**2 * (1 - exp(-1.1)) * (1 - exp(-1.2))),  # updates 11 and 12
         (["hyp.close_mosaic=0"], 7, 1.0),
         (["hyp.close_mosaic=9"], 0, 0.0),  # it was never on
     ],

@@ -146,3 +146,20 @@ def test_hash_ignores_the_machine_only() -> None:
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load("fp16").train.epochs = 3  # type: ignore[misc]
+
+
+def test_runs_from_before_the_warm_up_share_can_be_read() -> None:
+    tree = load("qat").model_dump(mode="json")
+    del tree["quant"]["warmup_share"]
+    tree["quant"] |= {"warmup_epochs": 0, "warmup_bits": "float"}
+    assert validate(tree) == load("qat")
+    tree["quant"]["warmup_epochs"] = 2
+    with pytest.raises(UserError, match=r"warmup_epochs has become warmup_share, a share of train\.epochs"):
+        validate(tree)
+
+
+@pytest.mark.parametrize(("share", "n_epochs"), [(0.0, 0), (0.67, 2), (0.99, 2)])
+def test_a_warm_up_leaves_epochs_for_the_scheme(share: float, n_epochs: int) -> None:
+    sets = ["train.epochs=3", f"quant.warmup_share={share}"]
+    assert load("qat", sets=sets).n_warmup_epochs == n_epochs
+    assert load("fp16", sets=sets).n_warmup_epochs == 0

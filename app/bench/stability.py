@@ -153,7 +153,7 @@ def read_arm(run: RunRoot, job: tuple[str, int], config: Config) -> dict[str, An
         "arm": job[0], "seed": job[1], "epochs": int(rows[-1]["epoch"]), "of_epochs": config.train.epochs,
         "epoch": [int(row["epoch"]) for row in rows], "AP": curves,
         "lowest_share_of_best": {state: lowest_share(curve) for state, curve in curves.items()},
-        "val_loss": rows[-1]["val_loss/ema_bn"],
+        "val_loss": [row["val_loss/ema_bn"] for row in rows],
     }  # fmt: skip
 
 
@@ -164,38 +164,30 @@ def lowest_share(aps: list[float]) -> float | None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """One row an arm: means over its seeds, each with its spread; the share of FP16 compares equal epochs."""
-    cells = [
-        [
-            "arm",
-            "seeds",
-            "epochs",
-            "AP raw",
-            "AP EMA",
-            "AP EMA+BN",
-            "of FP16",
-            "lowest share of best: raw",
-            "EMA",
-            "EMA+BN",
-        ]
-    ]
+    """One row an arm: means over its seeds, each with its spread; the share of FP16 compares equal epochs. The loss, of
+    EMA+BN, differs less between seeds than AP does."""
+    cells = [[
+        "arm", "seeds", "epochs", "AP raw", "AP EMA", "AP EMA+BN", "of FP16", "val loss", "lowest share of best: raw",
+        "EMA", "EMA+BN",
+    ]]  # fmt: skip
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
     for arm, of in by_arm.items():
         epochs = min(row["epochs"] for row in of)
-        finals = {state: [at(row, state, epochs) for row in of] for state in STATES}
+        finals = [[at(row, row["AP"][state], epochs) for row in of] for state in STATES]
+        losses = [at(row, row["val_loss"], epochs) for row in of]
         lows = [[row["lowest_share_of_best"][state] for row in of] for state in STATES]
         cells.append([
-            arm, str(len(of)), str(epochs), *(spread(finals[state]) for state in STATES),
-            share_of_fp16(of, by_arm.get("fp16", [])), *("-" if None in low else f"{min(low):.2f}" for low in lows),
+            arm, str(len(of)), str(epochs), *map(spread, finals), share_of_fp16(of, by_arm.get("fp16", [])),
+            spread(losses), *("-" if None in low else f"{min(low):.2f}" for low in lows),
         ])  # fmt: skip
     for line in markdown_table(cells):
         log.info("%s", line)
 
 
-def at(row: dict[str, Any], state: str, epoch: int) -> float:
-    """AP of a state at the last validation up to `epoch`; NaN where there is none."""
-    aps = [ap for of_epoch, ap in zip(row["epoch"], row["AP"][state], strict=True) if of_epoch <= epoch]
-    return aps[-1] if aps else math.nan
+def at(row: dict[str, Any], curve: list[float], epoch: int) -> float:
+    """Value of a curve of `row` at the last validation up to `epoch`; NaN where there is none."""
+    values = [value for of_epoch, value in zip(row["epoch"], curve, strict=True) if of_epoch <= epoch]
+    return values[-1] if values else math.nan
 
 
 def spread(values: list[float]) -> str:
@@ -209,5 +201,5 @@ def share_of_fp16(of: list[dict[str, Any]], fp16: list[dict[str, Any]]) -> str:
     if not fp16:
         return "-"
     epoch = min(row["epochs"] for row in (*of, *fp16))
-    ours, base = (statistics.fmean(at(row, "ema_bn", epoch) for row in rows) for rows in (of, fp16))
+    ours, base = (statistics.fmean(at(row, row["AP"]["ema_bn"], epoch) for row in rows) for rows in (of, fp16))
     return f"{ours / base:.3f} at {epoch}" if base and not math.isnan(ours / base) else "-"

@@ -65,20 +65,21 @@ def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) 
     (from 0)."""
     device = check_devices(config)[0]
     place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
-    log.info("ptq: BatchNorm on %d train batches", config.train.bn_batches)
+    workers = 0 if device == "cpu" else config.train.workers  # as the trainer has it
+    batches = bn_images(config, run, workers).after(epoch)
     with torch.no_grad():
-        reestimate_batchnorm(model.to(place), (images.to(place) / 255 for images in train_batches(config, run, epoch)))
+        n_batches = reestimate_batchnorm(model.to(place), (images.to(place) / 255 for images in batches))
+    log.info("ptq: BatchNorm re-estimated on %d train batches", n_batches)
     model.to("cpu")
 
 
-def train_batches(config: Config, run: RunRoot, epoch: int) -> list[torch.Tensor]:
-    """uint8 [N,3,imgsz,imgsz]."""
+def bn_images(config: Config, run: RunRoot, workers: int) -> BnImages:
+    """The images that a training of `config` on the run's data re-estimates BatchNorm on."""
     t, data = config.train, check_det_dataset(str(run.dataset_yaml))
-    workers = 0 if check_devices(config)[0] == "cpu" else t.workers  # as the trainer has it
     hyp = cast(Any, get_cfg(overrides={**config.hyp.model_dump(), "workers": workers}))
     dataset = CocoDataset(
         img_path=data["train"], imgsz=t.imgsz, batch_size=t.batch, augment=True, hyp=hyp, rect=False, cache=None,
         stride=32, pad=0.0, task="detect", data=data, seed=t.seed, split="train",
         provenance=read_json(run.provenance, "data"),
     )  # fmt: skip
-    return BnImages(dataset, hyp, config).after(epoch)
+    return BnImages(dataset, hyp, config)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from app.config import Config, UserError, load
-from app.curves import candidates, read_rows
+from app.curves import STATES, candidates, read_rows
 from app.data.prepare import prepare
 from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
@@ -45,7 +45,6 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     # Frozen from random weights on a network does not learn (runs/LOG.md).
     "8-bit warm-up, freezing": ("qat", [WARM, "quant.freeze_threshold=0.02"]),
 }
-STATES = ("raw", "ema", "ema_bn")
 GRACE_S = 30.0  # for saving when the time is up
 N_SETTLE = 2  # validations before the running best counts: AP starts at zero
 

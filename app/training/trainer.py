@@ -19,6 +19,7 @@ from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap_model
 
 from app.config import read_yaml, validate
+from app.curves import WARM_UP
 from app.model import build, save_checkpoint, scored_state
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.stabilise import exempt_scales_from_decay, stabilisers
@@ -326,8 +327,7 @@ class Trainer(DetectionTrainer):
         metrics = score_states(self, self._bn_batches())
         self.fitness = metrics["AP/ema_bn"]
         self.scored = scored_state(self.held_out)
-        is_candidate = self.epoch >= self.config.n_warmup_epochs
-        if is_candidate and (self.best_fitness is None or self.fitness > self.best_fitness):
+        if WARM_UP not in metrics and (self.best_fitness is None or self.fitness > self.best_fitness):
             entries = {"scored": self.scored, "epoch": self.epoch, "fitness": self.fitness}
             save_checkpoint(self.best, self.config, entries)
             self.best_fitness, self.best_epoch = self.fitness, self.epoch + 1

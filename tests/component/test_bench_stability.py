@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from app.bench.stability import ARMS, STATES, at, lowest_share, root_of, share_of_fp16, show
+from app.bench.stability import ARMS, at, lowest_share, root_of, share_of_fp16, show
 from app.config import load
+from app.curves import STATES
 from app.run import RunRoot
 
 

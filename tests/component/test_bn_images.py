@@ -6,14 +6,12 @@ from math import exp
 
 import pytest
 import torch
-from ultralytics.cfg import get_cfg
-from ultralytics.data.utils import check_det_dataset
 
 from app.config import Config, load
 from app.data.prepare import prepare
-from app.run import RunRoot, read_json
-from app.training.bn_images import BnImages, mosaic_share
-from app.training.loader import CocoDataset
+from app.ptq import bn_images
+from app.run import RunRoot
+from app.training.bn_images import mosaic_share
 
 N_BATCHES = 4
 SETTINGS = [
@@ -33,16 +31,6 @@ def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
     run = RunRoot(tmp_path_factory.mktemp("runs"), "r")
     prepare(config, run, force=False)
     return run
-
-
-def images_of(config: Config, run: RunRoot) -> BnImages:
-    hyp = get_cfg(overrides={**config.hyp.model_dump(), "workers": 0})
-    data = check_det_dataset(str(run.dataset_yaml))
-    dataset = CocoDataset(
-        img_path=data["train"], imgsz=64, batch_size=4, augment=True, hyp=hyp, rect=False, cache=None, stride=32,
-        pad=0.0, task="detect", data=data, seed=0, split="train", provenance=read_json(run.provenance, "data"),
-    )  # fmt: skip
-    return BnImages(dataset, hyp, config)
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[bool]:
@@ -70,7 +58,7 @@ def test_share_of_the_full_run_at_its_end() -> None:
 
 
 def test_images_become_those_without_mosaic_one_after_the_other(config: Config, run: RunRoot) -> None:
-    images = images_of(config, run)
+    images = bn_images(config, run, workers=0)
     before, again = list(images.after(3)), list(images.after(4))
     assert len(before) == N_BATCHES
     assert all(same(before, again))
@@ -80,7 +68,7 @@ def test_images_become_those_without_mosaic_one_after_the_other(config: Config, 
 
 
 def test_a_training_that_goes_on_draws_the_same(config: Config, run: RunRoot) -> None:
-    whole, resumed = images_of(config, run), images_of(config, run)
+    whole, resumed = bn_images(config, run, workers=0), bn_images(config, run, workers=0)
     whole.after(4)
     resumed.dataset.close_mosaic(resumed.hyp.__class__(**vars(resumed.hyp)))  # as the trainer has by then
     transforms = resumed.dataset.transforms

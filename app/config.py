@@ -16,7 +16,7 @@ BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 DEVICES = r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$"
 # Where a run is computed does not change what is computed; a run may continue on other hardware settings.
-MACHINE_KEYS = ("train.workers", "train.device", "train.cache", "train.save_every_s")
+MACHINE_KEYS = ("train.workers", "train.device", "train.cache", "train.save_every_s", "train.save_period")
 
 
 class UserError(Exception):
@@ -50,6 +50,7 @@ class Train(Section):
     bn_batches: int = Field(ge=0)
     val_every: int = Field(gt=0)
     save_every_s: float = Field(gt=0)
+    save_period: int = Field(default=0, ge=0)
     ema_decay: float = Field(ge=0, lt=1)
     ema_tau: float = Field(gt=0)
 
@@ -89,6 +90,7 @@ class Quant(Section):
     learned_scale: bool = False
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     warmup_bits: Literal["float", 8] = 8
+    warmup_from: str | None = None
     dampening: float = Field(default=0.0, ge=0)
     freeze_threshold: float = Field(default=0.0, ge=0, lt=1)
     freeze_momentum: float = Field(default=0.01, gt=0, le=1)
@@ -104,6 +106,12 @@ class Quant(Section):
         if tree["warmup_epochs"]:
             raise ValueError("warmup_epochs has become warmup_share, a share of train.epochs")
         return {key: value for key, value in tree.items() if key not in ("warmup_epochs", "warmup_bits")}
+
+    @model_validator(mode="after")
+    def _only_a_float_warmup_is_fp16(self) -> Quant:
+        if self.warmup_from and not (self.warmup_share and self.warmup_bits == "float"):
+            raise ValueError("warmup_from takes warmup_bits=float and a warmup_share: it is an FP16 training's epochs")
+        return self
 
 
 class Guard(Section):

@@ -116,7 +116,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | N
         write(part)
         flush(part)
         if previous and path.exists():
-            _keep(path, previous)
+            keep(path, previous)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -132,16 +132,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _keep(path: Path, previous: Path) -> None:
+def keep(path: Path, second: Path) -> None:
     """A second name for the file, so that it never lacks the first one; a copy where there are no hard links."""
-    part = previous.with_name(f".{previous.name}.{os.getpid()}.part")
+    part = second.with_name(f".{second.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:
         try:
             part.hardlink_to(path)
         except OSError:
             shutil.copyfile(path, part)
-        part.replace(previous)
+        part.replace(second)
     finally:
         part.unlink(missing_ok=True)  # rename leaves it where both names led to one file already
 

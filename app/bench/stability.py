@@ -27,26 +27,32 @@ from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
 
 log = logging.getLogger(__name__)
-WARM = "quant.warmup_share=0.67"
-# Arm -> variant and settings. That EMA and re-estimation are left out needs no arm: every arm scores all three states.
-ARMS: dict[str, tuple[str, list[str]]] = {
-    "fp16": ("fp16", []),
-    "w4a16": ("qat", []),
-    "w4a16-mixed": ("qat", ["quant.scheme=w4a16-mixed"]),
-    "earlier recipe": ("qat", ["quant.scheme=w4a16-decoupled", "quant.fast_path=false"]),
-    "DFL not exempt": ("qat", ["quant.scheme=w4a16-dfl"]),
-    "per tensor": ("qat", ["quant.scheme=w4a16-per-tensor"]),
-    "learned scale": ("qat", ["quant.learned_scale=true"]),
-    "dampening": ("qat", ["quant.dampening=1e-3"]),
-    "correction": ("qat", ["quant.correction_epochs=1"]),
-    "8-bit warm-up": ("qat", [WARM]),
-    "float warm-up": ("qat", [WARM, "quant.warmup_bits=float"]),
-    "w4a16-mixed, 8-bit warm-up": ("qat", ["quant.scheme=w4a16-mixed", WARM]),
-    # Frozen from random weights on a network does not learn (runs/LOG.md).
-    "8-bit warm-up, freezing": ("qat", [WARM, "quant.freeze_threshold=0.02"]),
+BASE, WARM = "fp16", "quant.warmup_share=0.67"
+BRANCH = "float warm-up"
+# Arm -> settings beside the variant's. That EMA and re-estimation are left out needs no arm: every arm scores all three
+# states. The arms named after BRANCH begin with the weights that fp16 of the same seed has after the warm-up: what an
+# option changes there is seen without the difference between two trainings; w8a16 shows how much noise is left.
+ARMS: dict[str, list[str]] = {
+    BASE: [],
+    "w4a16": [],
+    "w4a16-mixed": ["quant.scheme=w4a16-mixed"],
+    "earlier recipe": ["quant.scheme=w4a16-decoupled", "quant.fast_path=false"],
+    "8-bit warm-up": [WARM],
+    "8-bit warm-up, mixed": [WARM, "quant.scheme=w4a16-mixed"],
+    BRANCH: [],
+    f"{BRANCH}, mixed": ["quant.scheme=w4a16-mixed"],
+    f"{BRANCH}, w8a16": ["quant.scheme=w8a16"],
+    f"{BRANCH}, earlier recipe": ["quant.scheme=w4a16-decoupled", "quant.fast_path=false"],
+    f"{BRANCH}, DFL not exempt": ["quant.scheme=w4a16-dfl"],
+    f"{BRANCH}, per tensor": ["quant.scheme=w4a16-per-tensor"],
+    f"{BRANCH}, learned scale": ["quant.learned_scale=true"],
+    f"{BRANCH}, dampening": ["quant.dampening=1e-3"],
+    f"{BRANCH}, freezing": ["quant.freeze_threshold=0.02"],
+    f"{BRANCH}, correction": ["quant.correction_epochs=1"],
 }
 GRACE_S = 30.0  # for saving when the time is up
 N_SETTLE = 2  # validations before the running best counts: AP starts at zero
+N_LAST = 3  # validations whose mean is steadier than the last one's AP
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,14 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     bench-stability.json.
 
     Raises:
-        UserError: an unknown arm.
+        UserError: an unknown arm, or one that needs another's weights.
     """
     if unknown := [arm for arm in plan.arms if arm not in ARMS]:
         raise UserError(f"--arms {unknown[0]}: choose among {', '.join(ARMS)}")
+    if BASE not in plan.arms and (branches := [arm for arm in plan.arms if arm.startswith(BRANCH)]):
+        raise UserError(f"--arms {branches[0]}: it begins with the weights of {BASE}, name that arm too")
     jobs = {
-        (arm, seed): settings(arm, seed, overlays, sets) for seed in plan.seeds for arm in plan.arms
+        (arm, seed): settings(run, arm, seed, overlays, sets) for seed in plan.seeds for arm in plan.arms
     }  # fmt: skip
     for job, (variant, arm_sets) in jobs.items():
         prepare(load(variant, overlays, arm_sets), root_of(run, *job), force=False)
@@ -82,9 +90,16 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     show(rows)
 
 
-def settings(arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tuple[str, list[str]]:
-    variant, own = ARMS[arm]
-    return variant, [*sets, *own, f"train.seed={seed}"]
+def settings(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tuple[str, list[str]]:
+    """Variant and --set of one training."""
+    own = [*sets, *ARMS[arm], f"train.seed={seed}"]
+    n_warm = load("qat", overlays, [*own, WARM]).n_warmup_epochs
+    if arm == BASE:
+        return "fp16", [*own, f"train.save_period={n_warm}"]
+    if arm.startswith(BRANCH):
+        kept = root_of(run, BASE, seed).variant_dir("fp16") / "weights" / f"epoch{n_warm}.pt"
+        own += [WARM, "quant.warmup_bits=float", f"quant.warmup_from={kept}"]
+    return "qat", own
 
 
 def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
@@ -97,15 +112,19 @@ def train_all(
 ) -> None:
     """Runs the train stage of every job that is not done, n_jobs at a time, until the time is up."""
     deadline = time.monotonic() + plan.for_s
-    waiting = [job for job, (variant, sets) in jobs.items() if not is_done(run, job, load(variant, overlays, sets))]
+    configs = {job: load(variant, overlays, sets) for job, (variant, sets) in jobs.items()}
+    waiting = [job for job, config in configs.items() if not is_done(run, job, config)]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     place: dict[tuple[str, int], str] = {}  # job -> its GPU
     while (waiting or running) and time.monotonic() < deadline:
-        while waiting and len(running) < plan.n_jobs:
-            job = waiting.pop(0)
+        ready = [job for job in waiting if can_start(configs[job])]
+        for job in ready[: plan.n_jobs - len(running)]:
+            waiting.remove(job)
             taken = [place[other] for other in running]
             place[job] = min(visible_gpus(), key=taken.count)
             running[job] = start(run, job, overlays, (*jobs[job], place[job]))
+        if not running:  # the rest waits for one that failed
+            break
         time.sleep(0.5)
         for job in [job for job, process in running.items() if process.poll() is not None]:
             code = running.pop(job).returncode
@@ -115,7 +134,12 @@ def train_all(
     for process in running.values():
         process.wait(GRACE_S)
     if waiting or running:
-        log.info("time is up, %d trainings are not done: the same command goes on", len(waiting) + len(running))
+        log.info("%d trainings are not done: the same command goes on", len(waiting) + len(running))
+
+
+def can_start(config: Config) -> bool:
+    """Whether the checkpoint that it begins with is there."""
+    return config.quant is None or config.quant.warmup_from is None or Path(config.quant.warmup_from).exists()
 
 
 def visible_gpus() -> list[str]:
@@ -163,11 +187,11 @@ def lowest_share(aps: list[float]) -> float | None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """One row an arm: means over its seeds, each with its spread; the share of FP16 compares equal epochs. The loss, of
-    EMA+BN, differs less between seeds than AP does."""
+    """One row an arm: means over its seeds, each with its spread. The loss, of EMA+BN, differs less between seeds than
+    AP does."""
     cells = [[
-        "arm", "seeds", "epochs", "AP raw", "AP EMA", "AP EMA+BN", "of FP16", "val loss", "lowest share of best: raw",
-        "EMA", "EMA+BN",
+        "arm", "seeds", "epochs", "AP raw", "AP EMA", "AP EMA+BN", "of FP16", f"of FP16, last {N_LAST}", "val loss",
+        "lowest share of best: raw", "EMA", "EMA+BN",
     ]]  # fmt: skip
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
     for arm, of in by_arm.items():
@@ -176,17 +200,18 @@ def show(rows: list[dict[str, Any]]) -> None:
         losses = [at(row, row["val_loss"], epochs) for row in of]
         lows = [[row["lowest_share_of_best"][state] for row in of] for state in STATES]
         cells.append([
-            arm, str(len(of)), str(epochs), *map(spread, finals), share_of_fp16(of, by_arm.get("fp16", [])),
+            arm, str(len(of)), str(epochs), *map(spread, finals),
+            *(share_of_fp16(of, by_arm.get(BASE, []), n) for n in (1, N_LAST)),
             spread(losses), *("-" if None in low else f"{min(low):.2f}" for low in lows),
         ])  # fmt: skip
     for line in markdown_table(cells):
         log.info("%s", line)
 
 
-def at(row: dict[str, Any], curve: list[float], epoch: int) -> float:
-    """Value of a curve of `row` at the last validation up to `epoch`; NaN where there is none."""
+def at(row: dict[str, Any], curve: list[float], epoch: int, n_last: int = 1) -> float:
+    """Mean of a curve of `row` over the last `n_last` validations up to `epoch`; NaN where there are fewer."""
     values = [value for of_epoch, value in zip(row["epoch"], curve, strict=True) if of_epoch <= epoch]
-    return values[-1] if values else math.nan
+    return statistics.fmean(values[-n_last:]) if len(values) >= n_last else math.nan
 
 
 def spread(values: list[float]) -> str:
@@ -195,10 +220,17 @@ def spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.4f}{half}"
 
 
-def share_of_fp16(of: list[dict[str, Any]], fp16: list[dict[str, Any]]) -> str:
-    """Mean scored AP over FP16's mean scored AP, both at the last epoch that all of them have reached."""
-    if not fp16:
+def share_of_fp16(of: list[dict[str, Any]], fp16: list[dict[str, Any]], n_last: int) -> str:
+    """Mean scored AP over FP16's, of the seeds and up to the last epoch that both have, with the standard error of the
+    mean of the seeds' differences."""
+    pairs = [(row, base) for row in of for base in fp16 if row["seed"] == base["seed"]]
+    if not pairs:
         return "-"
-    epoch = min(row["epochs"] for row in (*of, *fp16))
-    ours, base = (statistics.fmean(at(row, row["AP"]["ema_bn"], epoch) for row in rows) for rows in (of, fp16))
-    return f"{ours / base:.3f} at {epoch}" if base and not math.isnan(ours / base) else "-"
+    epoch = min(row["epochs"] for pair in pairs for row in pair)
+    ours, base = ([at(row, row["AP"]["ema_bn"], epoch, n_last) for row in side] for side in zip(*pairs, strict=True))
+    mean = statistics.fmean(base)
+    if not mean or math.isnan(mean + sum(ours)):
+        return "-"
+    differences = [a - b for a, b in zip(ours, base, strict=True)]
+    error = f" ± {statistics.stdev(differences) / math.sqrt(len(pairs)) / mean:.3f}" if len(pairs) > 1 else ""
+    return f"{statistics.fmean(ours) / mean:.3f}{error} at {epoch}"

@@ -11,6 +11,8 @@ import torch
 from app.config import UserError
 from app.curves import write_rows
 from app.model import load_checkpoint, save_checkpoint, scored_state
+from app.run import keep
+from app.training.branch import branch
 from app.training.loss import criterion_after, criterion_of_part
 from app.training.nonfinite import NonFinite
 
@@ -28,7 +30,8 @@ def previous_of(last: Path) -> Path:
 
 
 def save_state(trainer: Trainer) -> None:
-    """Writes last.pt: the state after the last optimizer step, and the last scored state. The one before is kept.
+    """Writes last.pt: the state after the last optimizer step, and the last scored state. The one before is kept, and
+    that of every train.save_period-th epoch's end for good.
 
     Of several processes the first one writes. The file is the same for any number of them; BatchNorm's statistics,
     which training does not read, are the first one's.
@@ -39,6 +42,9 @@ def save_state(trainer: Trainer) -> None:
     check_finite(trainer)
     if trainer.ranks.is_first:
         save_checkpoint(trainer.last, trainer.config, state_of(trainer), previous_of(trainer.last))
+        n_done, period = trainer.epoch + 1, trainer.config.train.save_period
+        if period and n_done and n_done % period == 0 and trainer.batch_in_epoch == 0:
+            keep(trainer.last, trainer.last.with_name(f"epoch{n_done}.pt"))
 
 
 def check_finite(trainer: Trainer) -> None:
@@ -68,8 +74,12 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def continue_from_checkpoint(trainer: Trainer) -> None:
-    """Takes up the last whole checkpoint: at the next step, or the next epoch. Without one the start is saved."""
+    """Takes up the last whole checkpoint: at the next step, or the next epoch. Without one the start is saved, or the
+    warm-up's end that quant.warmup_from names."""
     state = read_in_turn(trainer)
+    if state is None and (state := branch(trainer)):
+        restore(trainer, state)
+        save_state(trainer)
     if state is None:
         trainer.net.criterion = criterion_of_part(trainer.net, trainer.ranks)
         trainer.epoch = -1

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from app.bench.stability import ARMS, at, lowest_share, root_of, share_of_fp16, show
-from app.config import load
+from app.bench.stability import (
+    ARMS,
+    BASE,
+    BRANCH,
+    Plan,
+    at,
+    bench_stability,
+    lowest_share,
+    root_of,
+    settings,
+    share_of_fp16,
+    show,
+)
+from app.config import UserError, load
 from app.curves import STATES
 from app.run import RunRoot
 
@@ -26,19 +39,42 @@ def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
 def test_every_arm_can_be_configured_and_has_a_folder_of_its_own(tmp_path: Any) -> None:
     roots = {root_of(RunRoot(tmp_path, "stability"), arm, 0).root for arm in ARMS}
     assert len(roots) == len(ARMS)
-    for variant, sets in ARMS.values():
+    for arm in ARMS:
+        variant, sets = settings(RunRoot(tmp_path, "stability"), arm, 0, [], [])
         assert load(variant, [], sets).variant == variant
+
+
+def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:
+    run, conf = RunRoot(tmp_path, "stability"), ["train.epochs=120"]
+    fp16, branch = (load(*of[:1], [], of[1]) for of in (settings(run, arm, 3, [], conf) for arm in (BASE, BRANCH)))
+    assert branch.quant is not None and branch.quant.warmup_from is not None
+    assert Path(branch.quant.warmup_from) == tmp_path / "stability-fp16-3" / "fp16" / "weights" / "epoch80.pt"
+    assert (fp16.train.save_period, branch.n_warmup_epochs) == (80, 80)
+
+
+def test_it_cannot_begin_without_fp16(tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="begins with the weights of fp16, name that arm too"):
+        bench_stability(RunRoot(tmp_path, "stability"), [], [], Plan([f"{BRANCH}, mixed"], [0], 0, 1))
 
 
 def test_the_share_compares_the_last_epoch_that_all_have() -> None:
     fp16 = [row("fp16", 0, {6: 0.1, 12: 0.2, 18: 0.4}), row("fp16", 1, {6: 0.1, 12: 0.2})]
-    assert share_of_fp16([row("w4a16", 0, {6: 0.05, 12: 0.15, 18: 0.4})], fp16) == "0.750 at 12"
+    w4a16 = [row("w4a16", 0, {6: 0.05, 12: 0.15, 18: 0.4}), row("w4a16", 1, {6: 0.1, 12: 0.1, 18: 0.4})]
+    assert share_of_fp16(w4a16, fp16, 1) == "0.625 ± 0.125 at 12"
+    assert share_of_fp16(w4a16, fp16, 2) == "0.667 ± 0.000 at 12"
+    assert share_of_fp16(w4a16, fp16, 3) == "-"
+
+
+def test_only_seeds_that_fp16_has_are_compared() -> None:
+    assert share_of_fp16([row("w4a16", 1, {6: 0.1}), row("w4a16", 2, {6: 0.3})], [row("fp16", 2, {6: 0.4})], 1) == (
+        "0.750 at 6"
+    )
 
 
 def test_no_share_before_the_first_validation_that_counts() -> None:
     """After a warm-up of two thirds that is late."""
     warm = row("8-bit warm-up", 0, {84: 0.2, 120: 0.3})
-    assert share_of_fp16([warm], [row("fp16", 0, {6: 0.1, 36: 0.2})]) == "-"
+    assert share_of_fp16([warm], [row("fp16", 0, {6: 0.1, 36: 0.2})], 1) == "-"
     assert at(warm, warm["AP"]["ema_bn"], 90) == 0.2
 
 
@@ -48,5 +84,6 @@ def test_table(caplog: pytest.LogCaptureFixture) -> None:
         show([row("fp16", 0, {6: 0.1, 12: 0.2}), row("fp16", 1, {6: 0.1, 12: 0.4}), fell])
     _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
-    assert fp16[7:] == ["6.7000 ± 0.1000", "-", "-", "-"]  # two validations only: the running best does not count yet
-    assert w4a16[6:] == ["0.667 at 12", "6.8000", "0.50", "0.50", "0.50"]
+    assert fp16[6:8] == ["1.000 ± 0.000 at 12", "-"]
+    assert fp16[8:] == ["6.7000 ± 0.1000", "-", "-", "-"]  # two validations only: the running best does not count yet
+    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "0.50", "0.50", "0.50"]

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from app.bench.soak import differences
-from app.config import Config, UserError, load
+from app.config import Config, UserError, load, validate
 from app.data.prepare import prepare
-from app.model import load_checkpoint, load_scored
+from app.model import load_checkpoint, load_scored, save_checkpoint
 from app.run import RunRoot, read_json
 from app.training.interrupt import Interrupted
 from app.training.train import train
@@ -306,3 +306,54 @@ def test_a_damaged_or_foreign_checkpoint_is_named(trained: dict[str, Path], tmp_
         path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"no checkpoint")
     with pytest.raises(UserError, match=r"best\.pt is not"):
         load_checkpoint(path)
+
+
+# --- a QAT training that begins with FP16's epochs -------------------------------------------------------------------
+
+FLOAT_WARM_UP = ("quant.warmup_share=0.67", "quant.warmup_bits=float", "quant.learned_scale=true")
+
+
+def test_fp16s_epochs_are_a_float_warm_up_bit_for_bit(runs_dir: Path) -> None:
+    """What the FP16 training kept after two epochs gives the QAT training that has trained them by itself."""
+    config, run = settle(runs_dir, "trunk", "fp16", ("train.save_period=2",))
+    train(config, run, force=False)
+    kept = run.variant_dir("fp16") / "weights" / "epoch2.pt"
+    assert [path.name for path in kept.parent.glob("epoch*.pt")] == [kept.name]
+    folders = []
+    for name, extra in (("branch", (f"quant.warmup_from={kept}",)), ("alone", ())):
+        config, run = settle(runs_dir, name, sets=(*FLOAT_WARM_UP, *extra))
+        train(config, run, force=False)
+        folders.append(run.variant_dir(config.label))
+    branched, alone = (load_checkpoint(folder / "weights" / "last.pt") for folder in folders)
+    for entry in ("model", "ema", "scored"):
+        assert all(torch.equal(branched[entry][key], value) for key, value in alone[entry].items())
+    shared = ("epoch", "train/box_loss", "AP/ema_bn", "val_loss/raw", "lr/pg0", "quant/warm_up")
+    ours, theirs = ([{key: row.get(key) for key in shared} for row in rows(folder)] for folder in folders)
+    assert ours == theirs
+    assert (
+        read_json(folders[0] / "done.json", "train")["best_ap"]
+        == read_json(folders[1] / "done.json", "train")["best_ap"]
+    )
+
+
+REFUSED = {
+    "later": (("quant.warmup_share=0.34",), r"has 2 epochs, the warm-up 1 \(quant.warmup_share=0.34 of 3\)"),
+    "recipe": (("hyp.lr0=0.5",), r"was trained with another recipe \(hyp.lr0: 0.01 -> 0.5\)"),
+    "QAT": ((), "is not an epochN.pt of an FP16 training"),
+    "none": ((), "nothing.pt is missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_checkpoint_that_is_no_warm_up_of_this_training_is_refused(
+    case: str, runs_dir: Path, trained: dict[str, Path]
+) -> None:
+    sets, message = REFUSED[case]
+    folder = trained["qat" if case == "QAT" else "fp16"]
+    path = folder / "weights" / "nothing.pt" if case == "none" else runs_dir / f"epoch2-{case}.pt"
+    if case != "none":
+        state = load_checkpoint(folder / "weights" / "last.pt")
+        save_checkpoint(path, validate(state.pop("config")), {**state, "epoch": 1})
+    config, run = settle(runs_dir, f"refused-{case}", sets=(*FLOAT_WARM_UP, f"quant.warmup_from={path}", *sets))
+    with pytest.raises(UserError, match=message):
+        train(config, run, force=False)

@@ -241,6 +241,8 @@ def validate(tree: dict[str, Any]) -> Config:
 
 def _describe(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # a rule of ours over a whole section
+        return f"{key}: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
         return f"{key} = {problem['input']!r}: {problem['msg']}"
     close = difflib.get_close_matches(key, sorted(known_keys()), n=1)

@@ -106,8 +106,9 @@ def device_of(config: Config, ranks: Ranks) -> str:
 
 
 def check_snapshot(config: Config, snapshot: Path) -> None:
-    """Compares with the configuration that a folder was trained with, as far as training depends on it."""
-    if not snapshot.exists():
+    """Compares with the configuration that a folder was trained with, as far as training depends on it; what ended
+    before its first checkpoint was not trained."""
+    if not snapshot.exists() or not any((snapshot.parent / "weights").glob("last*.pt")):
         return
     later_stages = tuple(key for key in flatten(config) if key.split(".")[0] in ("guard", "export", "eval", "report"))
     differences = difference(validate(read_yaml(snapshot)), config, ignore=(*MACHINE_KEYS, *later_stages))

@@ -20,7 +20,7 @@ from app.data.prepare import prepare
 from app.model import load_checkpoint, load_scored, save_checkpoint
 from app.run import RunRoot, read_json
 from app.training.interrupt import Interrupted
-from app.training.train import train
+from app.training.train import check_snapshot, train
 from app.training.trainer import Trainer
 from app.training.validation import score_states
 
@@ -357,3 +357,5 @@ def test_a_checkpoint_that_is_no_warm_up_of_this_training_is_refused(
     config, run = settle(runs_dir, f"refused-{case}", sets=(*FLOAT_WARM_UP, f"quant.warmup_from={path}", *sets))
     with pytest.raises(UserError, match=message):
         train(config, run, force=False)
+    mended, _ = settle(runs_dir, f"refused-{case}", sets=FLOAT_WARM_UP)  # nothing is left that it would be refused for
+    check_snapshot(mended, run.variant_dir(config.label) / "config.yaml")

@@ -174,6 +174,11 @@ SETTINGS = [
         ("quant.scheme=w3a16",),
     ),
     Case(
+        "warm-up from FP16 without one in float", nothing,
+        "configuration: quant: warmup_from takes warmup_bits=float and a warmup_share: it is an FP16 training's epochs",
+        ("quant.warmup_from=runs/full/fp16/weights/epoch200.pt",),
+    ),
+    Case(
         "setting without a value", nothing,
         "--set train.epochs: write it as key=value, for example --set train.epochs=3", ("train.epochs",),
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from app.config import Report, difference
+from app.config import MACHINE_KEYS, Report, difference
 from app.curves import STATES, candidates, train_loss
 from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, scheme_of
 
@@ -170,9 +170,8 @@ def doubts(evidence: Evidence) -> list[str]:
     trainings = list(evidence.trainings.values())
     found = []
     for other in trainings[1:]:
-        keys = [
-            key for key in difference(trainings[0].config, other.config) if key.split(".")[0] not in FAIR_DIFFERENCES
-        ]
+        differences = difference(trainings[0].config, other.config, ignore=MACHINE_KEYS)
+        keys = [key for key in differences if key.split(".")[0] not in FAIR_DIFFERENCES]
         if keys:
             found.append(
                 f"{other.label} was trained with another configuration than {trainings[0].label}: {', '.join(keys)}."

@@ -77,15 +77,17 @@ def continue_from_checkpoint(trainer: Trainer) -> None:
     """Takes up the last whole checkpoint: at the next step, or the next epoch. Without one the start is saved, or the
     warm-up's end that quant.warmup_from names."""
     state = read_in_turn(trainer)
-    if state is None and (state := branch(trainer)):
-        restore(trainer, state)
-        save_state(trainer)
+    is_new = state is None
+    if is_new:
+        state = branch(trainer)
     if state is None:
         trainer.net.criterion = criterion_of_part(trainer.net, trainer.ranks)
         trainer.epoch = -1
         save_state(trainer)
         return
     restore(trainer, state)
+    if is_new:
+        save_state(trainer)
     if trainer.rows and trainer.ranks.is_first:  # train.make_ready has deleted it
         write_rows(trainer.save_dir / "results.csv", trainer.rows)
     n_batches = trainer.batch_in_epoch

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,21 @@ SETTINGS = [
     "hyp.warmup_epochs=1", "hyp.close_mosaic=1", "train.ema_tau=5",
 ]  # fmt: skip
 STEPS_AN_EPOCH = 3
+WHOLE = "whole"  # run that the tests share
 
 
 @pytest.fixture(scope="session")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def room(runs_dir: Path) -> Iterator[None]:
+    """A test's own runs go with it, 100 MB each: in the container they lie in memory."""
+    yield
+    for root in runs_dir.iterdir():
+        if root.name not in (".cache", WHOLE):
+            shutil.rmtree(root) if root.is_dir() else root.unlink()
 
 
 def settle(runs_dir: Path, name: str, variant: str = "qat", sets: tuple[str, ...] = ()) -> tuple[Config, RunRoot]:
@@ -50,7 +62,7 @@ def trained(runs_dir: Path) -> dict[str, Path]:
     """Folders of both variants, trained without interruption."""
     folders = {}
     for variant in ("fp16", "qat"):
-        config, run = settle(runs_dir, "whole", variant)
+        config, run = settle(runs_dir, WHOLE, variant)
         train(config, run, force=False)
         folders[variant] = run.variant_dir(config.label)
     return folders
@@ -212,7 +224,7 @@ def test_a_killed_process_continues(runs_dir: Path, trained: dict[str, Path]) ->
 def test_a_finished_training_is_left_alone_and_another_configuration_is_refused(
     trained: dict[str, Path], runs_dir: Path
 ) -> None:
-    config, run = settle(runs_dir, "whole")
+    config, run = settle(runs_dir, WHOLE)
     before = (trained["qat"] / "weights" / "last.pt").stat().st_mtime_ns
     train(config, run, force=False)
     assert (trained["qat"] / "weights" / "last.pt").stat().st_mtime_ns == before

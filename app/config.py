@@ -17,6 +17,7 @@ VARIANTS = ("fp16", "qat")
 DEVICES = r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$"
 # Where a run is computed does not change what is computed; a run may continue on other hardware settings.
 MACHINE_KEYS = ("train.workers", "train.device", "train.cache", "train.save_every_s", "train.save_period")
+LATER_STAGES = ("guard", "export", "eval", "report")  # sections that a training's weights do not depend on
 
 
 class UserError(Exception):
@@ -171,6 +172,11 @@ class Config(Section):
         """Epochs at quant.warmup_bits, before those at the bits of the scheme; what they score is not the result."""
         return int(self.quant.warmup_share * self.train.epochs) if self.quant else 0
 
+    @property
+    def warmup_from(self) -> Path | None:
+        """Checkpoint of the FP16 training whose epochs are the warm-up; None: it is trained here, or there is none."""
+        return Path(self.quant.warmup_from) if self.quant and self.quant.warmup_from else None
+
 
 def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | None = None) -> Config:
     """Resolves the configuration of one variant.
@@ -268,9 +274,15 @@ def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
 def difference(
     old: Config | dict[str, Any], new: Config | dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with (old, new)."""
+    """Dotted keys whose values differ, with (old, new); `ignore` names keys and whole sections."""
     a, b = flatten(old), flatten(new)
-    return {key: (a.get(key), b.get(key)) for key in sorted(a | b) if a.get(key) != b.get(key) and key not in ignore}
+    keys = [key for key in sorted(a | b) if key not in ignore and key.split(".")[0] not in ignore]
+    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+
+
+def shown(differences: dict[str, tuple[Any, Any]]) -> str:
+    """What `difference` gave, for a message."""
+    return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differences.items())
 
 
 def config_hash(config: Config) -> str:

@@ -77,9 +77,6 @@ def bn_images(config: Config, run: RunRoot, workers: int) -> BnImages:
     """The images that a training of `config` on the run's data re-estimates BatchNorm on."""
     t, data = config.train, check_det_dataset(str(run.dataset_yaml))
     hyp = cast(Any, get_cfg(overrides={**config.hyp.model_dump(), "workers": workers}))
-    dataset = CocoDataset(
-        img_path=data["train"], imgsz=t.imgsz, batch_size=t.batch, augment=True, hyp=hyp, rect=False, cache=None,
-        stride=32, pad=0.0, task="detect", data=data, seed=t.seed, split="train",
-        provenance=read_json(run.provenance, "data"),
-    )  # fmt: skip
+    provenance = read_json(run.provenance, "data")
+    dataset = CocoDataset("train", data, provenance, t.seed, imgsz=t.imgsz, batch_size=t.batch, hyp=hyp, cache=None)
     return BnImages(dataset, hyp, config)

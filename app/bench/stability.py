@@ -79,10 +79,11 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     jobs = {
         (arm, seed): settings(run, arm, seed, overlays, sets) for seed in plan.seeds for arm in plan.arms
     }  # fmt: skip
-    for job, (variant, arm_sets) in jobs.items():
-        prepare(load(variant, overlays, arm_sets), root_of(run, *job), force=False)
-    train_all(run, overlays, jobs, plan)
-    rows = [row for job, of in jobs.items() if (row := read_arm(run, job, load(of[0], overlays, of[1])))]
+    configs = {job: load(variant, overlays, arm_sets) for job, (variant, arm_sets) in jobs.items()}
+    for job, config in configs.items():
+        prepare(config, root_of(run, *job), force=False)
+    train_all(run, overlays, {job: (configs[job], arm_sets) for job, (_, arm_sets) in jobs.items()}, plan)
+    rows = [row for job, config in configs.items() if (row := read_arm(run, job, config))]
     result = {
         "settings": sets, "overlays": [str(path) for path in overlays], "rows": rows, "environment": environment()
     }  # fmt: skip
@@ -108,21 +109,21 @@ def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
 
 
 def train_all(
-    run: RunRoot, overlays: list[Path], jobs: dict[tuple[str, int], tuple[str, list[str]]], plan: Plan
+    run: RunRoot, overlays: list[Path], jobs: dict[tuple[str, int], tuple[Config, list[str]]], plan: Plan
 ) -> None:
     """Runs the train stage of every job that is not done, n_jobs at a time, until the time is up."""
     deadline = time.monotonic() + plan.for_s
-    configs = {job: load(variant, overlays, sets) for job, (variant, sets) in jobs.items()}
-    waiting = [job for job, config in configs.items() if not is_done(run, job, config)]
+    waiting = [job for job, (config, _) in jobs.items() if not is_done(run, job, config)]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     place: dict[tuple[str, int], str] = {}  # job -> its GPU
     while (waiting or running) and time.monotonic() < deadline:
-        ready = [job for job in waiting if can_start(configs[job])]
+        ready = [job for job in waiting if can_start(jobs[job][0])]
         for job in ready[: plan.n_jobs - len(running)]:
             waiting.remove(job)
             taken = [place[other] for other in running]
             place[job] = min(visible_gpus(), key=taken.count)
-            running[job] = start(run, job, overlays, (*jobs[job], place[job]))
+            config, sets = jobs[job]
+            running[job] = start(run, job, overlays, (config.variant, sets, place[job]))
         if not running:  # the rest waits for one that failed
             break
         time.sleep(0.5)
@@ -139,7 +140,7 @@ def train_all(
 
 def can_start(config: Config) -> bool:
     """Whether the checkpoint that it begins with is there."""
-    return config.quant is None or config.quant.warmup_from is None or Path(config.quant.warmup_from).exists()
+    return config.warmup_from is None or config.warmup_from.exists()
 
 
 def visible_gpus() -> list[str]:

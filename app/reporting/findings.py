@@ -12,7 +12,7 @@ from app.reporting.evidence import BASELINE_DIR, REPACKED, Evidence, Training, s
 Metrics = dict[str, Any]
 QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
 TELLING_AP = 0.01  # below it an AP is a handful of lucky boxes
-FAIR_DIFFERENCES = ("variant", "quant")  # keys in which the configs of the variants may differ
+FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the variants may differ
 
 
 def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
@@ -170,9 +170,7 @@ def doubts(evidence: Evidence) -> list[str]:
     trainings = list(evidence.trainings.values())
     found = []
     for other in trainings[1:]:
-        differences = difference(trainings[0].config, other.config, ignore=MACHINE_KEYS)
-        keys = [key for key in differences if key.split(".")[0] not in FAIR_DIFFERENCES]
-        if keys:
+        if keys := difference(trainings[0].config, other.config, ignore=(*MACHINE_KEYS, *FAIR_DIFFERENCES)):
             found.append(
                 f"{other.label} was trained with another configuration than {trainings[0].label}: {', '.join(keys)}."
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from app.config import MACHINE_KEYS, UserError, difference, flatten
+from app.config import MACHINE_KEYS, UserError, difference, flatten, shown
 from app.reporting.evidence import Evidence
 from app.reporting.findings import compare, health, measured_alike, meter
 
@@ -24,11 +24,9 @@ def check_same(first: Evidence, other: Evidence) -> None:
     names = f"{other.run.name} cannot be merged with {first.run.name}"
     for label in first.finished.keys() & other.finished.keys():
         a, b = first.finished[label].config, other.finished[label].config
-        differences = difference(a, b, ignore=MACHINE_KEYS)
-        wrong = {key: of for key, of in differences.items() if key not in SEEDS and not _is_later(key)}
-        if wrong:
-            shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in wrong.items())
-            raise UserError(f"{names}: the settings of {label} differ in more than seeds ({shown})")
+        differences = difference(a, b, ignore=(*MACHINE_KEYS, *LATER_SECTIONS))
+        if wrong := {key: of for key, of in differences.items() if key not in SEEDS}:
+            raise UserError(f"{names}: the settings of {label} differ in more than seeds ({shown(wrong)})")
         if not any(key in SEEDS for key in differences):
             seeds = ", ".join(f"{key}={flatten(a)[key]}" for key in SEEDS)
             raise UserError(f"{names}: {label} has the same seeds in both ({seeds}): train with --set train.seed=N")
@@ -38,10 +36,6 @@ def check_same(first: Evidence, other: Evidence) -> None:
         raise UserError(
             f"{names}: their files were measured differently, run 'make eval' for both with the same settings"
         )
-
-
-def _is_later(key: str) -> bool:
-    return key.split(".")[0] in LATER_SECTIONS
 
 
 def enter_seeds(found: dict[str, Any], evidences: list[Evidence]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from app.config import MACHINE_KEYS, Config, UserError, difference, flatten, validate
+from app.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, shown, validate
 from app.curves import WARM_UP
 from app.model import load_checkpoint
 from app.quant.stabilise import Stabiliser, WarmUp
@@ -29,9 +29,9 @@ def branch(trainer: Trainer) -> dict[str, Any] | None:
         UserError: it is missing, of another recipe, or from a later epoch than the warm-up's last.
     """
     config = trainer.config
-    if config.quant is None or config.quant.warmup_from is None:
+    path = config.warmup_from
+    if path is None:
         return None
-    path = Path(config.quant.warmup_from)
     state = load_checkpoint(path)
     check(config, path, state)
     log.info("train %s: the first %d epochs are those of %s", config.label, state["epoch"] + 1, path)
@@ -57,11 +57,8 @@ def check(config: Config, path: Path, state: dict[str, Any]) -> None:
             f"quant.warmup_from={path} has {n_done} epochs, the warm-up {config.n_warmup_epochs} "
             f"(quant.warmup_share={config.quant.warmup_share if config.quant else 0} of {config.train.epochs})"
         )
-    others = ("variant", "quant", "guard", "export", "eval", "report")
-    ignore = tuple(key for key in {**flatten(source), **flatten(config)} if key.split(".")[0] in others)
-    if differences := difference(source, config, ignore=(*MACHINE_KEYS, *ignore)):
-        shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differences.items())
-        raise UserError(f"quant.warmup_from={path} was trained with another recipe ({shown})")
+    if differences := difference(source, config, ignore=(*MACHINE_KEYS, *LATER_STAGES, "variant", "quant")):
+        raise UserError(f"quant.warmup_from={path} was trained with another recipe ({shown(differences)})")
 
 
 def begun(stabiliser: Stabiliser) -> dict[str, Any]:

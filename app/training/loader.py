@@ -86,12 +86,17 @@ class CocoDataset(YOLODataset):
     (ultralytics/data/utils.py check_image); its samples depend on what the loader process did before (8.4.190).
     """
 
-    def __init__(self, *args: Any, provenance: dict[str, Any], split: str, seed: int, **kwargs: Any) -> None:
+    def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
+        """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
         self._view, self.seed = (provenance, split), seed
         self.lane: tuple[int, int, int] | None = None
         self.recent: dict[int, None] = {}
         self.partners: list[int] = []
-        super().__init__(*args, **kwargs)
+        train = split == "train"
+        super().__init__(
+            img_path=data[split], data=data, task="detect", stride=32, prefix=f"{split}: ",
+            augment=train, rect=not train, pad=0.0 if train else 0.5, **kwargs,
+        )  # fmt: skip
         self.n_recent = min(self.ni, MOSAIC_WINDOW * self.batch_size, 1000)
         self.max_buffer_length = sys.maxsize  # load_image below lets go of images, not BaseDataset's own
 

@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-from app.config import MACHINE_KEYS, Config, UserError, config_hash, difference, dump, flatten, read_yaml, validate
+from app.config import (
+    LATER_STAGES,
+    MACHINE_KEYS,
+    Config,
+    UserError,
+    config_hash,
+    difference,
+    dump,
+    read_yaml,
+    shown,
+    validate,
+)
 from app.curves import write_loss_curve
 from app.device import check_devices
 from app.run import RunRoot, environment, read_json, record_stage, sha256, utc_now, write_json, write_text
@@ -110,13 +121,10 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
     before its first checkpoint was not trained."""
     if not snapshot.exists() or not any((snapshot.parent / "weights").glob("last*.pt")):
         return
-    later_stages = tuple(key for key in flatten(config) if key.split(".")[0] in ("guard", "export", "eval", "report"))
-    differences = difference(validate(read_yaml(snapshot)), config, ignore=(*MACHINE_KEYS, *later_stages))
-    if differences:
-        shown = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differences.items())
+    if differences := difference(validate(read_yaml(snapshot)), config, ignore=(*MACHINE_KEYS, *LATER_STAGES)):
         raise UserError(
-            f"{snapshot.parent} was trained with another configuration ({shown}): take another RUN=name, or start over "
-            "with ARGS=--force"
+            f"{snapshot.parent} was trained with another configuration ({shown(differences)}): take another RUN=name, "
+            "or start over with ARGS=--force"
         )
 
 

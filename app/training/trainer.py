@@ -124,11 +124,9 @@ class Trainer(DetectionTrainer):
         return fuse(optimizer) if self.device.type == "cuda" else optimizer
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CocoDataset:
-        augment = mode == "train"
         return CocoDataset(
-            img_path=img_path, imgsz=self.args.imgsz, batch_size=batch, augment=augment, hyp=self.args,
-            rect=not augment, cache=self.args.cache or None, stride=32, pad=0.0 if augment else 0.5, task="detect",
-            prefix=f"{mode}: ", data=self.data, provenance=self.provenance, split=mode, seed=self.args.seed,
+            mode, self.data, self.provenance, self.args.seed,
+            imgsz=self.args.imgsz, batch_size=batch, hyp=self.args, cache=self.args.cache or None,
         )  # fmt: skip
 
     def get_validator(self) -> Validator:

@@ -92,6 +92,7 @@ class Quant(Section):
     warmup_share: float = Field(default=0.0, ge=0, lt=1)
     warmup_bits: Literal["float", 8] = 8
     warmup_from: str | None = None
+    averaged_scales: bool = True
     dampening: float = Field(default=0.0, ge=0)
     freeze_threshold: float = Field(default=0.0, ge=0, lt=1)
     freeze_momentum: float = Field(default=0.01, gt=0, le=1)
@@ -112,6 +113,12 @@ class Quant(Section):
     def _only_a_float_warmup_is_fp16(self) -> Quant:
         if self.warmup_from and not (self.warmup_share and self.warmup_bits == "float"):
             raise ValueError("warmup_from takes warmup_bits=float and a warmup_share: it is an FP16 training's epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _only_decoupled_scales_are_left_out(self) -> Quant:
+        if not self.averaged_scales and self.scheme != "w4a16-decoupled":
+            raise ValueError("averaged_scales=false is for scheme w4a16-decoupled, the others have all in the average")
         return self
 
 

@@ -27,7 +27,7 @@ from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
 
 log = logging.getLogger(__name__)
-BASE, WARM = "fp16", "quant.warmup_share=0.67"
+BASE, WARM, EARLIER = "fp16", "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"
 BRANCH = "float warm-up"
 # Arm -> settings beside the variant's. That EMA and re-estimation are left out needs no arm: every arm scores all three
 # states. The arms named after BRANCH begin with the weights that fp16 of the same seed has after the warm-up: what an
@@ -36,13 +36,13 @@ ARMS: dict[str, list[str]] = {
     BASE: [],
     "w4a16": [],
     "w4a16-mixed": ["quant.scheme=w4a16-mixed"],
-    "earlier recipe": ["quant.scheme=w4a16-decoupled", "quant.fast_path=false"],
+    "earlier recipe": [EARLIER, "quant.averaged_scales=false"],
+    "earlier recipe, scales averaged": [EARLIER],
     "8-bit warm-up": [WARM],
     "8-bit warm-up, mixed": [WARM, "quant.scheme=w4a16-mixed"],
     BRANCH: [],
     f"{BRANCH}, mixed": ["quant.scheme=w4a16-mixed"],
     f"{BRANCH}, w8a16": ["quant.scheme=w8a16"],
-    f"{BRANCH}, earlier recipe": ["quant.scheme=w4a16-decoupled", "quant.fast_path=false"],
     f"{BRANCH}, DFL not exempt": ["quant.scheme=w4a16-dfl"],
     f"{BRANCH}, per tensor": ["quant.scheme=w4a16-per-tensor"],
     f"{BRANCH}, learned scale": ["quant.learned_scale=true"],

@@ -9,7 +9,7 @@ import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from app.quant.fused import FastPath, scale_of
+from app.quant.fused import FastPath, codes_of
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,9 @@ def read_codes(model: nn.Module) -> list[Codes]:
     if "_fast_path" in vars(model):
         path: FastPath = vars(model)["_fast_path"]
         pairs = zip(path.layers, path.specs, strict=True)
-        return [_fast_codes(layer, scale_of(layer, spec), spec.largest) for layer, spec in pairs]
+        return [Codes(layer, *codes_of(layer, spec), spec.largest) for layer, spec in pairs]
     layers = (layer for layer in model.modules() if isinstance(layer, QuantConv2d))
     return [_brevitas_codes(layer) for layer in layers if cast(Any, layer.weight_quant).is_quant_enabled]
-
-
-def _fast_codes(layer: QuantConv2d, scale: torch.Tensor, largest: int) -> Codes:
-    return Codes(layer, (layer.weight / scale).round_().clamp_(-largest, largest), scale, largest)
 
 
 def _brevitas_codes(layer: QuantConv2d) -> Codes:

@@ -20,18 +20,23 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from brevitas.core.function_wrapper import RoundSte
+from brevitas.core.function_wrapper import RoundSte, TensorClampSte
 from brevitas.core.quant import RescalingIntQuant
+from brevitas.core.quant.int import DecoupledRescalingIntQuant
 from brevitas.core.restrict_val import FloatRestrictValue, LogFloatRestrictValue
-from brevitas.core.scaling import ParameterScaling, StatsFromParameterScaling
-from brevitas.core.stats import AbsMax
+from brevitas.core.scaling import (
+    ParameterFromStatsFromParameterScaling,
+    ParameterScaling,
+    StatsFromParameterScaling,
+)
+from brevitas.core.stats import AbsMax, AbsMaxL2
 from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from app.config import UserError
 from app.quant import kernels, learned
-from app.quant.kernels import Layout, Spec
+from app.quant.kernels import Kind, Layout, Spec
 
 Tensors = tuple[torch.Tensor, ...]
 # Hooks run between the graphs of torch.compile; compiled layers take their weight as an input.
@@ -84,7 +89,7 @@ class FastPath:
     def __init__(self, model: nn.Module, layers: dict[str, FastQuantConv2d]) -> None:
         self.layers = list(layers.values())
         self.specs = [_spec(name, layer) for name, layer in layers.items()]
-        if len({spec.learned for spec in self.specs}) > 1:
+        if len({spec.kind == "abs-max" for spec in self.specs}) > 1:
             raise UserError("some layers have learned scales and some not; set quant.fast_path=false")
         self.layout: Layout | None = None
         self.handles = (
@@ -101,8 +106,9 @@ class FastPath:
         device_type = weights[0].device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else torch.float32
-        if self.specs[0].learned:
-            quantized = learned.quantize(self.layers, self.layout_of(weights), dtype, weights)
+        kind = self.specs[0].kind
+        if kind != "abs-max":
+            quantized = learned.quantize(self.layers, self.layout_of(weights), kind, dtype)
         else:
             node, how = (_Together, self.layout_of(weights)) if weights[0].is_cuda else (_EachInTurn, self.specs)
             quantized = cast(Tensors, node.apply(how, dtype, *weights))
@@ -132,17 +138,34 @@ def _spec(name: str, layer: FastQuantConv2d) -> Spec:
     quant = proxy.tensor_quant
     if any(other.is_quant_enabled for other in others):
         raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
-    if not isinstance(quant, RescalingIntQuant):
+    if isinstance(quant, DecoupledRescalingIntQuant):
+        per_channel, per_tensor, kind, int_quant = False, _is_decoupled(quant), "decoupled", quant.decoupled_int_quant
+    elif isinstance(quant, RescalingIntQuant):
+        is_learned, int_quant = isinstance(quant.scaling_impl, ParameterScaling), quant.int_quant
+        kind: Kind = "learned" if is_learned else "abs-max"
+        shape = _learned_shape(quant.scaling_impl) if is_learned else _absmax_shape(quant.scaling_impl)
+        per_channel, per_tensor = shape == (layer.out_channels, 1, 1, 1), shape == () and not is_learned
+    else:
         raise UserError(f"layer {name}: not a quantizer that the fast path computes; set quant.fast_path=false")
-    learned_scale = isinstance(quant.scaling_impl, ParameterScaling)
-    shape = _learned_shape(quant.scaling_impl) if learned_scale else _absmax_shape(quant.scaling_impl)
-    per_channel, per_tensor = shape == (layer.out_channels, 1, 1, 1), shape == () and not learned_scale
-    rounds = isinstance(quant.int_quant.float_to_int_impl, RoundSte)
-    symmetric = (quant.int_quant.signed, quant.int_quant.narrow_range) == (True, True)
+    rounds = isinstance(int_quant.float_to_int_impl, RoundSte)
+    symmetric = (int_quant.signed, int_quant.narrow_range) == (True, True)
     if not (rounds and symmetric and (per_channel or per_tensor)):
         raise UserError(f"layer {name}: not a symmetric abs-max or learned scale; set quant.fast_path=false")
     largest = int(quant.int_scaling_impl(quant.msb_clamp_bit_width_impl()))
-    return Spec(largest, per_tensor, learned_scale)
+    return Spec(largest, per_tensor, kind)
+
+
+def _is_decoupled(quant: Any) -> bool:
+    """Whether codes are made with the L2 mean of the channels' abs-max, and their scale is a trained number a layer."""
+    pre, scaling = quant.pre_scaling_impl, quant.scaling_impl
+    return (
+        isinstance(pre, StatsFromParameterScaling)
+        and isinstance(pre.parameter_list_stats.stats.stats_impl, AbsMaxL2)
+        and isinstance(scaling, ParameterFromStatsFromParameterScaling)
+        and isinstance(scaling.stats_scaling_impl.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
+        and isinstance(quant.decoupled_int_quant.tensor_clamp_impl, TensorClampSte)
+        and scaling.value.shape == ()
+    )
 
 
 def _absmax_shape(scaling: Any) -> tuple[int, ...] | None:
@@ -185,12 +208,16 @@ class _EachInTurn(torch.autograd.Function):
         return None, None, *(None if g is None else _gradient(g.float(), part, spec) for g, part, spec in each)
 
 
-def scale_of(layer: QuantConv2d, spec: Spec) -> torch.Tensor:
-    """The scale of a layer's codes: [out_channels,1,1,1], or [] where it is per tensor."""
-    if spec.learned:
-        scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
-        return scaling.restrict_clamp_scaling(scaling.value) / spec.largest
-    return _scale(layer.weight, spec)[0]
+def codes_of(layer: QuantConv2d, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's codes, as floats shaped like the weight, and their scale: [out_channels,1,1,1], or [] per tensor."""
+    quant = cast(Any, layer.weight_quant).tensor_quant
+    if spec.kind == "decoupled":
+        step, scale = quant.pre_scaling_impl(layer.weight) / spec.largest, quant.scaling_impl.value / spec.largest
+    elif spec.kind == "learned":
+        step = scale = quant.scaling_impl.restrict_clamp_scaling(quant.scaling_impl.value) / spec.largest
+    else:
+        step = scale = _scale(layer.weight, spec)[0]
+    return (layer.weight / step).round_().clamp_(-spec.largest, spec.largest), scale
 
 
 def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,16 +1,20 @@
-"""Learned scales (LSQ): where they lie in Brevitas' modules, and the fast path of weights that have them.
+"""Learned scales: where they lie in Brevitas' modules, and the fast path of weights that have them.
 
-What is computed for a weight w and its channel's parameter v, with Brevitas' order of operations (0.13.4):
-    scale = max(2**v, 1e-10) / largest      in autograd, all channels of the model at once
-    q     = clamp(round(w / scale), -largest, largest) * scale
-Backward, with g the gradient of q, straight through the rounding and 0 where the clamp acts:
-    of_ratio = g * scale, 0 where |round(w / scale)| > largest
-    grad     = of_ratio / scale
-    of_scale = sum(g * code) - sum(of_ratio * ((w / scale) / scale))
+What is computed for a weight w and its parameter v, with Brevitas' order of operations (0.13.4):
+    q = clamp(round(w / step), -largest, largest) * scale
+    LSQ, one v a channel:       step = scale = max(2**v, 1e-10) / largest
+    decoupled, one v a layer:   step = |(max |w| of each channel)|_2 / sqrt(channels) / largest, scale = v / largest
+The scales are made in autograd, those of all layers at once. Backward of the rest, with g the gradient of q, straight
+through the rounding:
+    of_ratio = g * scale                    LSQ: 0 where |round(w / step)| > largest
+    grad     = of_ratio / step
+    of_scale = sum(g * code)
+    of_step  = -sum(of_ratio * ((w / step) / step))
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -21,7 +25,7 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from app.quant.kernels import MIN_ABSMAX, Layout, _code
+from app.quant.kernels import MIN_ABSMAX, Kind, Layout, _code
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -46,86 +50,110 @@ def reset_scales(model: nn.Module) -> None:
         cast(nn.Parameter, scale_parameter(layer)).copy_(absmax.clamp_min(MIN_ABSMAX).log2())
 
 
-def quantize(layers: list[Any], layout: Layout, dtype: torch.dtype, weights: list[torch.Tensor]) -> Tensors:
+def quantize(layers: list[Any], layout: Layout, kind: Kind, dtype: torch.dtype) -> Tensors:
     """Fake-quantized weights in `dtype`, with gradients for the weights and the layers' scale parameters."""
-    values = [cast(nn.Parameter, scale_parameter(layer)) for layer in layers]
-    restrict = layers[0].weight_quant.tensor_quant.scaling_impl.restrict_clamp_scaling
-    if weights[0].is_cuda:
-        node, limits = _Together, restrict(torch.cat([value.flatten() for value in values]))
+    weights = [layer.weight for layer in layers]
+    steps, scales = _steps_and_scales(layers, layout, kind)
+    node = _Together if weights[0].is_cuda else _EachInTurn
+    return cast(Tensors, node.apply(layout, kind == "decoupled", dtype, steps, scales, *weights))
+
+
+def _steps_and_scales(layers: list[Any], layout: Layout, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both [n_rows], a row being a channel or, decoupled, a layer."""
+    scalings = [layer.weight_quant.tensor_quant.scaling_impl for layer in layers]
+    if kind == "decoupled":
+        absmax = (layer.weight.abs().flatten(1).max(1)[0] for layer in layers)
+        steps = torch.stack([row.norm() / math.sqrt(len(row)) for row in absmax])
+        return steps / layout.largest, torch.stack([scaling.value for scaling in scalings]) / layout.largest
+    restrict = scalings[0].restrict_clamp_scaling
+    if layout.table.is_cuda:
+        limits = restrict(torch.cat([scaling.value.flatten() for scaling in scalings]))
     else:  # a CPU's last bit of 2**v depends on where v lies in its tensor
-        node, limits = _EachInTurn, torch.cat([restrict(value).flatten() for value in values])
-    return cast(Tensors, node.apply(layout, dtype, limits / layout.largest, *weights))
+        limits = torch.cat([restrict(scaling.value).flatten() for scaling in scalings])
+    scales = limits / layout.largest
+    return scales, scales
 
 
 class _EachInTurn(torch.autograd.Function):
     """One autograd node, layer after layer, for the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, dtype: torch.dtype, scales: torch.Tensor, *weights: torch.Tensor) -> Tensors:
+    def forward(  # noqa: PLR0913 - one argument a tensor
+        ctx: Any, layout: Layout, through: bool, dtype: torch.dtype, steps: torch.Tensor, scales: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> Tensors:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.layout = layout
-        ctx.save_for_backward(scales, *weights)
-        layers = zip(weights, _split(scales, layout), _split(layout.largest, layout), strict=True)
-        return tuple(_clamp((weight / scale).round_(), most).mul_(scale).to(dtype) for weight, scale, most in layers)
+        ctx.layout, ctx.through = layout, through
+        ctx.save_for_backward(steps, scales, *weights)
+        layers = zip(weights, *(_split(rows, layout) for rows in (steps, scales, layout.largest)), strict=True)
+        return tuple(_clamp((w / step).round_(), most).mul_(scale).to(dtype) for w, step, scale, most in layers)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        scales, *weights = ctx.saved_tensors
-        of_scales = torch.zeros_like(scales)
-        parts = zip(weights, *(_split(rows, ctx.layout) for rows in (scales, ctx.layout.largest)), strict=True)
-        rows = _split(of_scales, ctx.layout)
-        return None, None, of_scales, *(map(_gradient, grads, parts, rows))
+        steps, scales, *weights = ctx.saved_tensors
+        of_steps, of_scales = torch.zeros_like(steps), torch.zeros_like(scales)
+        rows = (_split(rows, ctx.layout) for rows in (steps, scales, ctx.layout.largest, of_steps, of_scales))
+        parts = zip(grads, weights, *rows, strict=True)
+        return None, None, None, of_steps, of_scales, *(_gradient(grad, ctx.through, *part) for grad, *part in parts)
 
 
 def _split(rows: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """One number a channel -> a view [out_channels,1,1,1] a layer."""
-    return [part.view(-1, 1, 1, 1) for part in rows.split([shape[0] for shape in layout.shapes])]
+    """One number a row -> a view [n_rows,1,1,1] a layer."""
+    return [part.view(-1, 1, 1, 1) for part in rows.split(layout.n_rows)]
 
 
 def _clamp(rounded: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
     return rounded.clamp_(-most, most)  # NaN stays NaN
 
 
-def _gradient(grad: torch.Tensor | None, layer: Tensors, of_scale: torch.Tensor) -> torch.Tensor | None:
-    """Gradient of one weight; that of its scales is written to `of_scale`."""
+def _gradient(  # noqa: PLR0913 - one argument a tensor
+    grad: torch.Tensor | None, through: bool, weight: torch.Tensor, step: torch.Tensor, scale: torch.Tensor,
+    most: torch.Tensor, of_step: torch.Tensor, of_scale: torch.Tensor,
+) -> torch.Tensor | None:  # fmt: skip
+    """Gradient of one weight; those of its steps and scales are written to `of_step` and `of_scale`."""
     if grad is None:
         return None
-    weight, scale, most = layer
-    grad, ratio = grad.float(), weight / scale
+    grad, ratio = grad.float(), weight / step
     rounded = ratio.round()
-    of_ratio = (grad * scale).masked_fill_(rounded.abs() > most, 0.0)
-    # Two sums of the shapes autograd sums, because the order of additions decides the last bit.
-    through_range = (of_ratio * (ratio / scale)).sum_to_size(scale.shape)
-    of_scale.copy_((grad * _clamp(rounded, most)).sum_to_size(scale.shape) - through_range)
-    return of_ratio.div_(scale)
+    of_ratio = grad * scale
+    if not through:
+        of_ratio.masked_fill_(rounded.abs() > most, 0.0)
+    # Sums of the shapes autograd sums, because the order of additions decides the last bit.
+    of_step.copy_(-(of_ratio * (ratio / step)).sum_to_size(step.shape))
+    of_scale.copy_((grad * _clamp(rounded, most)).sum_to_size(scale.shape))
+    return of_ratio.div_(step)
 
 
 class _Together(torch.autograd.Function):
     """One autograd node, all layers in one kernel, for the GPU."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, dtype: torch.dtype, scales: torch.Tensor, *weights: torch.Tensor) -> Tensors:
+    def forward(  # noqa: PLR0913
+        ctx: Any, layout: Layout, through: bool, dtype: torch.dtype, steps: torch.Tensor, scales: torch.Tensor,
+        *weights: torch.Tensor,
+    ) -> Tensors:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.layout = layout
+        ctx.layout, ctx.through = layout, through
         flat = layout.join(list(weights))
-        ctx.save_for_backward(flat, scales)
+        ctx.save_for_backward(flat, steps, scales)
         out = torch.empty_like(flat, dtype=dtype)
         with torch.cuda.device_of(flat):  # Triton launches on the current device
-            _quantize_kernel[(len(scales),)](flat, layout.table, scales, out, **cast(Any, layout.launch))
+            _quantize_kernel[(len(scales),)](flat, layout.table, steps, scales, out, **cast(Any, layout.launch))
         return tuple(layout.split(out))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         layout: Layout = ctx.layout
-        flat, scales = ctx.saved_tensors
-        upstream, out, of_scales = layout.join_grads(grads), torch.empty_like(flat), torch.empty_like(scales)
-        args = (upstream, flat, layout.table, scales, out, of_scales)
+        flat, steps, scales = ctx.saved_tensors
+        upstream, out = layout.join_grads(grads), torch.empty_like(flat)
+        of_steps, of_scales = torch.empty_like(steps), torch.empty_like(scales)
+        args = (upstream, flat, layout.table, steps, scales, out, of_steps, of_scales)
         with torch.cuda.device_of(flat):
-            _gradient_kernel[(len(scales),)](*args, **cast(Any, layout.launch))
+            _gradient_kernel[(len(scales),)](*args, THROUGH=ctx.through, **cast(Any, layout.launch))
         of_weights = (None if g is None else part for g, part in zip(grads, layout.split(out), strict=True))
-        return None, None, of_scales, *of_weights
+        return None, None, None, of_steps, of_scales, *of_weights
 
 
 @triton.jit
@@ -141,40 +169,49 @@ def _clamped(rounded, most):
 
 
 @triton.jit
-def _quantize_kernel(flat, table, scales, out, BLOCK: tl.constexpr):
+def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
     start = tl.load(table + row * 6)
     length = tl.load(table + row * 6 + 1)
     most = tl.load(table + row * 6 + 4).to(tl.float32)
+    step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)
     i = 0
     while i < length:
         mask = i + lanes < length
         weight = tl.load(flat + start + i + lanes, mask=mask, other=0.0)
-        code = _clamped(_rounded(tl.math.div_rn(weight, scale), most), most)
+        code = _clamped(_rounded(tl.math.div_rn(weight, step), most), most)
         tl.store(out + start + i + lanes, (code * scale).to(out.dtype.element_ty), mask=mask)
         i += BLOCK
 
 
 @triton.jit
-def _gradient_kernel(grads, flat, table, scales, out, of_scales, BLOCK: tl.constexpr):  # noqa: PLR0913
+def _gradient_kernel(  # noqa: PLR0913
+    grads, flat, table, steps, scales, out, of_steps, of_scales, THROUGH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0)
     start = tl.load(table + row * 6)
     length = tl.load(table + row * 6 + 1)
     most = tl.load(table + row * 6 + 4).to(tl.float32)
+    step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)
+    of_step = tl.zeros([BLOCK], tl.float32)
     of_scale = tl.zeros([BLOCK], tl.float32)
     i = 0
     while i < length:
         mask = i + lanes < length
         weight = tl.load(flat + start + i + lanes, mask=mask, other=0.0)
         grad = tl.load(grads + start + i + lanes, mask=mask, other=0.0).to(tl.float32)
-        ratio = tl.math.div_rn(weight, scale)
+        ratio = tl.math.div_rn(weight, step)
         rounded = _rounded(ratio, most)
-        of_ratio = tl.where(tl.abs(rounded) > most, 0.0, grad * scale)
-        of_scale += grad * _clamped(rounded, most) - of_ratio * tl.math.div_rn(ratio, scale)
-        tl.store(out + start + i + lanes, tl.math.div_rn(of_ratio, scale), mask=mask)
+        of_ratio = grad * scale
+        if not THROUGH:
+            of_ratio = tl.where(tl.abs(rounded) > most, 0.0, of_ratio)
+        of_step -= of_ratio * tl.math.div_rn(ratio, step)
+        of_scale += grad * _clamped(rounded, most)
+        tl.store(out + start + i + lanes, tl.math.div_rn(of_ratio, step), mask=mask)
         i += BLOCK
+    tl.store(of_steps + row, tl.sum(of_step, axis=0))
     tl.store(of_scales + row, tl.sum(of_scale, axis=0))

@@ -60,14 +60,13 @@ LEARNED: dict[int, Any] = {4: LearnedInt4WeightPerChannel, 8: LearnedInt8WeightP
 class Rule:
     """Layers whose name matches `pattern` (fnmatch) get `bits`; None leaves the layer in float. First match wins.
 
-    `quantizer` is for schemes that are defined by it; without `fast` they run through plain Brevitas.
+    `quantizer` is for schemes that are defined by it.
     """
 
     pattern: str
     bits: int | None
     why: str
     quantizer: Any = None
-    fast: bool = True
 
 
 DFL = Rule("model.*.dfl.conv", None, "not a learned weight: the fixed integral 0..15 over the box distribution")
@@ -82,7 +81,7 @@ SCHEMES: dict[str, tuple[Rule, ...]] = {
     "w4a16-dfl": (Rule("*", 4, "every convolution, DFL too"),),
     "w4a16-per-tensor": (DFL, Rule("*", 4, "every learned convolution", Int4WeightPerTensor)),
     # The earlier recipe, a negative example: one learned scale per tensor, on the fixed integral of DFL too.
-    "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled, fast=False),),
+    "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled),),
 }
 
 
@@ -119,7 +118,7 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
     for name, quantizer in quantizers.items():
         if quantizer is not None:
             parent, _, child = name.rpartition(".")
-            layer = FastQuantConv2d if quant.fast_path and rules[name].fast else QuantConv2d
+            layer = FastQuantConv2d if quant.fast_path else QuantConv2d
             setattr(model.get_submodule(parent), child, _quant_conv(convs[name], quantizer, layer))
     if quant.fast_path:
         attach(model)
@@ -136,8 +135,10 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
         return None
     if rule.quantizer is None:
         return (LEARNED if quant.learned_scale else QUANTIZERS)[rule.bits]
-    if quant.learned_scale or quant.warmup_share:
-        raise UserError(f"scheme {quant.scheme}: quant.learned_scale and quant.warmup_share are not for this scheme")
+    if quant.learned_scale:
+        raise UserError(f"scheme {quant.scheme}: quant.learned_scale is not for this scheme, it has scales of its own")
+    if quant.warmup_share and rule.quantizer is Int4WeightPerTensorFloatDecoupled:
+        raise UserError(f"scheme {quant.scheme}: quant.warmup_share is not for this scheme, it would train no scale")
     return rule.quantizer
 
 

@@ -47,6 +47,8 @@ def stabilisers(config: Config, model: nn.Module, ema: nn.Module) -> list[Stabil
         chosen.append(WarmUp(quant, n_warm, (model, ema)))
     if quant.learned_scale:
         chosen.append(LearnedScale(model))
+    if not quant.averaged_scales:
+        chosen.append(FirstUseScales(ema))
     if quant.dampening:
         chosen.append(Dampening(quant, model, n_warm))
     if quant.freeze_threshold:
@@ -128,6 +130,41 @@ def exempt_scales_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module)
     ids = {id(scale) for scale in scales}
     groups["weight"][:] = [parameter for parameter in groups["weight"] if id(parameter) not in ids]
     groups["bn"].extend(scales)
+
+
+class FirstUseScales(Stabiliser):
+    """The decoupled scales of the EMA copy stay what they are at its first use, at the end of the first epoch.
+
+    What Ultralytics' EMA (8.4.190) makes of Brevitas' scales (0.13.4) when nothing is done about it. Brevitas sets such
+    a scale in a layer's first forward, to its L2 mean of the channels' abs-max, and leaves it out of state_dict before.
+    The copy is made before any forward, so at the first step, when ModelEMA pairs the entries of the two state_dicts,
+    it has none; its own are set in the first validation and follow the trained ones no more.
+    """
+
+    def __init__(self, ema: nn.Module) -> None:
+        self.layers = [layer for layer in ema.modules() if isinstance(layer, QuantConv2d)]
+        self.quantizers = [cast(Any, layer.weight_quant).tensor_quant for layer in self.layers]
+        self.scales: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def start_epoch(self, epoch: int) -> None:
+        if epoch >= 1 and self.scales is None:
+            pairs = zip(self.quantizers, self.layers, strict=True)
+            self.scales = torch.cat([quantizer.pre_scaling_impl(layer.weight).view(1) for quantizer, layer in pairs])
+        self.after_step()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.scales is not None:
+            for quantizer, scale in zip(self.quantizers, self.scales, strict=True):
+                quantizer.scaling_impl.value.copy_(scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scales is None else {"scales": self.scales}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.layers[0].weight.device
+        self.scales = state["scales"].to(device) if state else None
 
 
 class Dampening(Stabiliser):

@@ -23,6 +23,7 @@ from app.bench.stability import (
 )
 from app.config import UserError, load
 from app.curves import STATES
+from app.model import build
 from app.run import RunRoot
 
 
@@ -36,12 +37,13 @@ def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_every_arm_can_be_configured_and_has_a_folder_of_its_own(tmp_path: Any) -> None:
+def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> None:
     roots = {root_of(RunRoot(tmp_path, "stability"), arm, 0).root for arm in ARMS}
     assert len(roots) == len(ARMS)
     for arm in ARMS:
-        variant, sets = settings(RunRoot(tmp_path, "stability"), arm, 0, [], [])
-        assert load(variant, [], sets).variant == variant
+        variant, sets = settings(RunRoot(tmp_path, "stability"), arm, 0, [], ["model=yolov10n.yaml"])
+        _, quant_config = build(load(variant, [], sets))
+        assert (quant_config is None) == (variant == "fp16")
 
 
 def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:

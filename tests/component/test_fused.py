@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from brevitas.nn import QuantConv2d
-from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+from brevitas.quant import (
+    Int4WeightPerTensorFloatDecoupled,
+    Int8WeightNormL2PerChannelFixedPoint,
+    Int8WeightPerChannelFloat,
+    Int8WeightPerTensorFloat,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -38,6 +43,7 @@ QUANTIZERS = {
     "8 tensor": Int8WeightPerTensorFloat,
     "4 channel learned": LEARNED[4],
     "8 channel learned": LEARNED[8],
+    "4 tensor decoupled": Int4WeightPerTensorFloatDecoupled,
 }
 
 
@@ -55,6 +61,7 @@ class Weights(nn.Module):
             if (scale := scale_parameter(layer)) is not None:
                 reset_scales(layer)
                 scale.data[::2] -= 1.0  # every other channel is clipped at half its abs-max
+            layer.quant_weight()  # a decoupled scale is made at its first use
         attach(self)
 
     def forward(self) -> list[torch.Tensor]:
@@ -195,17 +202,21 @@ def step(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]
     return out.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("learned", ["false", "true"])
-def test_yolov10n_step_equals_brevitas(learned: str) -> None:
+@pytest.mark.parametrize(("scheme", "learned"), [
+    ("w4a16-mixed", "false"), ("w4a16-mixed", "true"), ("w4a16-decoupled", "false")
+])  # fmt: skip
+def test_yolov10n_step_equals_brevitas(scheme: str, learned: str) -> None:
     from app.config import load
     from app.model import build
 
     results = []
     for fast_path in ("true", "false"):
-        sets = ["model=yolov10n.yaml", "quant.scheme=w4a16-mixed", f"quant.fast_path={fast_path}"]
+        sets = ["model=yolov10n.yaml", f"quant.scheme={scheme}", f"quant.fast_path={fast_path}"]
         sets += [f"quant.learned_scale={learned}"]
         model, _ = build(load("qat", [], sets))
         assert any(isinstance(layer, FastQuantConv2d) for layer in model.modules()) == (fast_path == "true")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".dfl" not in name)  # as in Ultralytics' trainer
         out = model(torch.rand(2, 3, PX, PX, generator=torch.Generator().manual_seed(0)))
         sum(branch["scores"].square().sum() + branch["boxes"].square().sum() for branch in out.values()).backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -294,6 +305,6 @@ def test_ddp_gradients_reach_the_parameters(tmp_path: Path) -> None:
 
 
 def test_other_quantizer_is_refused_by_name() -> None:
-    layer = FastQuantConv2d(4, 4, 3, weight_quant=Int4WeightPerTensorFloatDecoupled)
+    layer = FastQuantConv2d(4, 4, 3, weight_quant=Int8WeightNormL2PerChannelFixedPoint)
     with pytest.raises(UserError, match=r"layer 0: .*quant\.fast_path=false"):
         attach(nn.Sequential(layer))

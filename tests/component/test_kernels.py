@@ -16,7 +16,7 @@ from test_fused import exactly, small_weights
 
 from app.quant import learned
 from app.quant.fused import _EachInTurn, _Together
-from app.quant.kernels import Layout, Spec
+from app.quant.kernels import Kind, Layout, Spec
 
 # The kernel adds up the scale's gradient in another order than torch. The sum of up to 1,100 terms of size 1 / scale
 # cancels partly; it reaches only the elements that are the absmax.
@@ -53,27 +53,30 @@ def compare_kernels() -> None:
             compare_gradients(weights, *gradients)
 
 
-def compare_learned() -> None:
-    """As compare_kernels, for learned scales: the gradient of a scale is equal up to the order of its sum."""
+def compare_learned(kind: Kind) -> None:
+    """As compare_kernels, for learned scales: the gradients of steps and scales are equal up to the order of a sum."""
+    is_decoupled = kind == "decoupled"
     bad = torch.randn(4, 2, 3, 3)
     bad[0, 0, 0, 0], bad[1, 1, 1, 1], bad[2] = float("nan"), float("inf"), 1e30
     more_than_a_block = torch.randn(2, 1100, 1, 1)
     for order in (torch.contiguous_format, torch.channels_last):
         weights = [w.to(memory_format=order).requires_grad_() for w in (*small_weights(), more_than_a_block, bad)]
-        specs = [Spec(largest, False, True) for largest in (7, 127, 7, 127, 7)]
-        layout = Layout([w.detach() for w in weights], specs)
-        clipped = torch.cat([w.detach().abs().nan_to_num(1.0, 1.0).amax((1, 2, 3)) * 0.6 for w in weights])
-        scales = (clipped.clamp_min(1e-10) / layout.largest).requires_grad_()
+        layout = Layout([w.detach() for w in weights], [Spec(n, is_decoupled, kind) for n in (7, 127, 7, 127, 7)])
+        dims = (0, 1, 2, 3) if is_decoupled else (1, 2, 3)
+        clipped = [w.detach().abs().nan_to_num(1.0, 1.0).clamp_max(9.0).amax(dims).flatten() * 0.6 for w in weights]
+        steps = (torch.cat(clipped).clamp_min(1e-10) / layout.largest).requires_grad_()
+        scales = (steps.detach() * 1.7).requires_grad_()
         for dtype in (torch.float32, torch.float16):
             torch.manual_seed(4)
-            both = [node.apply(layout, dtype, scales, *weights) for node in (learned._Together, learned._EachInTurn)]
+            nodes = (learned._Together, learned._EachInTurn)
+            both = [node.apply(layout, is_decoupled, dtype, steps, scales, *weights) for node in nodes]
             exactly(*both)
             upstream = [torch.randn(value.shape).to(dtype) for value in both[0]]
-            inputs = (scales, *weights)
+            inputs = (steps, scales, *weights)
             ours, theirs = (torch.autograd.grad(out[1:], inputs, upstream[1:], allow_unused=True) for out in both)
-            torch.testing.assert_close(ours[0], theirs[0], rtol=SUM_RTOL, atol=SUM_RTOL, equal_nan=True)
-            exactly(ours[1:], theirs[1:])
-            assert ours[1] is None
+            torch.testing.assert_close(ours[:2], theirs[:2], rtol=SUM_RTOL, atol=SUM_RTOL, equal_nan=True)
+            exactly(ours[2:], theirs[2:])
+            assert ours[2] is None
 
 
 def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> None:
@@ -87,4 +90,5 @@ def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> No
 
 if __name__ == "__main__":
     compare_kernels()
-    compare_learned()
+    compare_learned("learned")
+    compare_learned("decoupled")

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from brevitas.nn import QuantConv2d
 from torch import nn
+from ultralytics.utils.torch_utils import ModelEMA
 
 from app.config import Config, Quant, UserError, load
 from app.quant import schemes
@@ -326,6 +328,63 @@ def test_learned_scales_have_no_weight_decay() -> None:
 def test_decoupled_scheme_refuses_options_that_are_not_for_it() -> None:
     with pytest.raises(UserError, match="not for this scheme"):
         toy(config_of("scheme=w4a16-decoupled", "learned_scale=true"))
+    with pytest.raises(UserError, match="not for this scheme"):
+        toy(config_of("scheme=w4a16-decoupled", *FLOAT_WARMUP))
+
+
+def test_first_use_scales_are_what_ultralytics_ema_leaves_of_brevitas_scales() -> None:
+    """Against the real thing: a network that nothing has run before ModelEMA copies it."""
+    config = config_of("scheme=w4a16-decoupled", "averaged_scales=false", "fast_path=false")
+    models: list[nn.Module] = [toy(config), toy(config)]
+    for layer in (layer for layer in models[0].modules() if isinstance(layer, QuantConv2d)):
+        layer.weight_quant.tensor_quant.scaling_impl.init_done = False
+        layer.weight_quant.tensor_quant.scaling_impl.value.data.fill_(1.0)
+    emas = [ModelEMA(model, decay=0.9, tau=1) for model in models]
+    hooks = stabilisers(config, models[1], emas[1].ema)
+    for epoch in range(3):
+        for hook in hooks:
+            hook.start_epoch(epoch)
+        for model, ema in zip(models, emas, strict=True):
+            torch.manual_seed(epoch)
+            train_with_ema(model, ema, hooks if model is models[1] else [])
+            ema.ema(torch.rand(2, 3, 8, 8))  # the validation
+        if epoch:
+            assert same(*(ema.ema.state_dict() for ema in emas))
+    key = "0.weight_quant.tensor_quant.scaling_impl.value"
+    assert (models[1].state_dict()[key] / emas[1].ema.state_dict()[key] - 1).abs() > 0.001  # it would have followed
+
+
+def train_with_ema(model: nn.Module, ema: ModelEMA, hooks: list[Stabiliser]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(torch.rand(4, 3, 8, 8)) - torch.rand(4, 6, 8, 8)).square().mean().backward()
+        optimizer.step()
+        ema.update(model)
+        for hook in hooks:
+            hook.after_step()
+
+
+def test_first_use_scales_survive_a_resume() -> None:
+    sets = ("scheme=w4a16-decoupled", "averaged_scales=false")
+    first = Toy(*sets)
+    first.epoch(0)
+    first.epoch(1)
+    resumed = Toy(*sets)
+    resumed.load(first.state())
+    for of in (first, resumed):
+        of.epoch(2)
+    assert same(first.ema.state_dict(), resumed.ema.state_dict())
+    averaged = Toy(sets[0])
+    for epoch in range(3):
+        averaged.epoch(epoch)
+    assert same(averaged.model.state_dict(), first.model.state_dict())  # training does not see it
+    assert not same(averaged.ema.state_dict(), first.ema.state_dict())
+
+
+def test_scales_are_left_out_of_the_average_with_the_earlier_scheme_alone() -> None:
+    with pytest.raises(UserError, match="averaged_scales=false is for scheme w4a16-decoupled"):
+        config_of("averaged_scales=false")
 
 
 def test_attach_again_follows_the_bits() -> None:

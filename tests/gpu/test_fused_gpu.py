@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from brevitas.quant import Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
+from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
@@ -49,7 +49,8 @@ class Int4PerTensor(Int8WeightPerTensorFloat):
 
 
 KINDS = [
-    Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat, LearnedInt4WeightPerChannel
+    Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat, LearnedInt4WeightPerChannel,
+    Int4WeightPerTensorFloatDecoupled,
 ]  # fmt: skip
 
 
@@ -66,6 +67,8 @@ class Weights(nn.Module):
         layers[1].weight.data[0] = 0.0  # a dead channel
         layers[1].weight.data[1, 0] = -3.0  # tied maxima
         reset_scales(self)
+        for layer in layers:
+            layer.quant_weight()  # a decoupled scale is made at its first use
         attach(self)
 
     def forward(self) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ def add_bench_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--steps", type=int, default=5, help="step: steps of a turn (default: %(default)s)")
     stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
+    stage.add_argument("--images", type=int, help="eval: repeat the images up to this many for time and memory")
     stage.add_argument("--arms", nargs="+", help="stability: some of its arms (default: all)")
     stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
     stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
@@ -40,9 +41,9 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
 
             bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs))
         case "eval":
-            from app.bench.eval import bench_eval
+            from app.bench.eval import Amount, bench_eval
 
-            bench_eval(run, args.conf, sets, args.onnx, args.rounds or 3)
+            bench_eval(run, args.conf, sets, args.onnx, Amount(args.rounds or 3, args.images))
         case "profile":
             from app.bench.profile import bench_profile
 

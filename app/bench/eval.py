@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import shutil
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from app.tables import markdown_table
 
 log = logging.getLogger(__name__)
 OURS, STOCK = "our eval", "yolo val"
-COPIES = (1, 2, 4)  # how often the images are repeated, to see whether memory grows with them
+COPIES = (1, 2, 4)  # how often the images are repeated, to see whether memory and time an image grow with them
 N_PRELOADED = 64  # images in memory for the pure session time
 
 
@@ -46,14 +47,25 @@ class Given:
     settings: Eval
 
 
-def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: Path | None, n_rounds: int) -> None:
-    """Times both evaluators in turns, each in a process of its own, and writes bench-eval.json.
+@dataclass(frozen=True)
+class Amount:
+    """Turns of each side, and how many images our evaluator gets at last: the same repeated; None: COPIES of them."""
+
+    n_rounds: int
+    n_images: int | None
+
+    def copies(self, n_given: int) -> tuple[int, ...]:
+        return COPIES if self.n_images is None else (1, max(2, math.ceil(self.n_images / n_given)))
+
+
+def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: Path | None, amount: Amount) -> None:
+    """Times both evaluators in turns, each in a process of its own, then ours with the images repeated, and writes
+    bench-eval.json.
 
     Args:
         run: its val images are scored; its exported baseline is the file, unless `onnx_path` names another.
         overlays, sets: as for every stage; eval.* are the settings of both sides.
         onnx_path: a file of a contract whose input size is that of the training's.
-        n_rounds: turns of each side.
 
     Raises:
         UserError: nothing exported, or a file that keeps no contract.
@@ -66,15 +78,15 @@ def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: P
     warm = run_ours(given, 1)
     explained = explain(given.truth, [image.id for image in given.images], warm["out_dir"], recorded)
     turns = []
-    for turn in range(n_rounds):
+    for turn in range(amount.n_rounds):
         sides = {OURS: run_ours(given, 1), STOCK: run_stock(given, model, record=False), "session": pure(given, model)}
         turns.append(sides)
         log.info("turn %d: %s", turn + 1, ", ".join(f"{name} {side['total_s']:.2f} s" for name, side in sides.items()))
-    memory = {str(len(given.images) * n): run_ours(given, n)["peak_mib"] for n in COPIES}
+    repeated = {str(len(given.images) * n): run_ours(given, n) for n in amount.copies(len(given.images))}
     result = {
         "file": given.onnx_path.name, "contract": model.contract, "imgsz": model.imgsz, "n_images": len(given.images),
         "provider": model.provider, "device": cpu_name() if model.provider == CPU else gpu_name(),
-        "batch": model.batch or given.settings.batch, "turns": turns, "peak_mib_by_images": memory, **judge(turns),
+        "batch": model.batch or given.settings.batch, "turns": turns, "ours_by_images": repeated, **judge(turns),
         "AP": explained, "environment": environment(),
     }  # fmt: skip
     write_json(run.root / "bench-eval.json", result)
@@ -94,10 +106,7 @@ def set_up(config: Config, run: RunRoot, onnx_path: Path) -> Given:
     path = folder / onnx_path.name
     settings = config.eval.model_copy(update={"max_images": None})
     add_stock_metadata(onnx_path, path, settings)
-    given = Given(path, folder, truth, images, settings)
-    for n in COPIES:
-        repeat(given, n)
-    return given
+    return Given(path, folder, truth, images, settings)
 
 
 def add_stock_metadata(source: Path, target: Path, settings: Eval) -> None:
@@ -113,8 +122,10 @@ def add_stock_metadata(source: Path, target: Path, settings: Eval) -> None:
 
 
 def repeat(given: Given, n_times: int) -> None:
-    """A COCO folder with every image n times, as links with ids of their own; once: the ids stay."""
+    """A COCO folder with every image n times, as links with ids of their own; once: the ids stay. Made once."""
     root = given.folder / f"coco-{n_times}"
+    if root.exists():
+        return
     (root / "val2017").mkdir(parents=True)
     tree: dict[str, Any] = {"categories": given.truth.dataset["categories"], "images": [], "annotations": []}
     for number in range(n_times * len(given.images)):
@@ -130,6 +141,7 @@ def repeat(given: Given, n_times: int) -> None:
 
 def run_ours(given: Given, n_times: int) -> dict[str, Any]:
     """`python -m app eval --onnx` on the images n times: seconds, scoring included, and MiB of the process."""
+    repeat(given, n_times)
     out_dir = given.folder / f"ours-{n_times}"
     sets = {**given.settings.model_dump(exclude={"max_images"}), "latency_warmup": 0, "latency_runs": 1}
     command = [sys.executable, "-m", "app", "eval", "--onnx", str(given.onnx_path), "--out", str(out_dir)]
@@ -226,11 +238,12 @@ def show(result: dict[str, Any]) -> None:
     ap = result["AP"]
     steps = [["from our AP to that of yolo val", "AP"], ["our eval", f"{ap['ours']:.4f}"]]
     steps += [[name, f"{value:+.4f}"] for name, value in ap["steps"].items()] + [["yolo val", f"{ap['stock']:.4f}"]]
-    memory = [
-        ["images", "peak MiB of our eval"],
-        *([n, f"{mib:.0f}"] for n, mib in result["peak_mib_by_images"].items()),
-    ]
-    for line in [*markdown_table(cells), "", *markdown_table(steps), "", *markdown_table(memory)]:
+    repeated = [["images of our eval", "peak MiB", "seconds", "in ONNX Runtime", "to the session alone"]]
+    for n, side in result["ours_by_images"].items():
+        to_session = side["total_s"] / (pure_s / result["n_images"] * int(n))
+        repeated.append([n, f"{side['peak_mib']:.0f}", f"{side['total_s']:.1f}",
+                         f"{side['session_s'] / side['total_s']:.3f}", f"{to_session:.3f}"])  # fmt: skip
+    for line in [*markdown_table(cells), "", *markdown_table(steps), "", *markdown_table(repeated)]:
         log.info("%s", line)
     log.info("detections: %d ours, %d of yolo val, %d in both", ap["n_ours"], ap["n_stock"], ap["n_same"])
     log.info(

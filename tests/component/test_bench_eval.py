@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from app.bench.eval import OURS, STOCK, Given, add_stock_metadata, judge, repeat, run_measured
+from app.bench.eval import OURS, STOCK, Amount, Given, add_stock_metadata, judge, repeat, run_measured
 from app.bench.explain import explain, stock_ap
 from app.config import load
 from app.scoring.score import ImageFile, load_truth
@@ -67,7 +67,9 @@ def test_repeated_images_keep_their_boxes_under_ids_of_their_own(tmp_path: Path)
         path.write_bytes(b"picture %d" % image_id)
         images.append(ImageFile(image_id, path, *SIZES[image_id]))
     given = Given(tmp_path / "m.onnx", tmp_path, load_truth(annotations), images, load("qat").eval)
-    for n_times in (1, 3):
+    assert Amount(1, None).copies(2) == (1, 2, 4)
+    assert Amount(1, 5).copies(2) == (1, 3)
+    for n_times in Amount(1, 5).copies(2):
         repeat(given, n_times)
     once, thrice = (load_truth(tmp_path / f"coco-{n}" / "annotations" / "instances_val2017.json") for n in (1, 3))
     assert sorted(once.imgs) == [1, 2]

@@ -108,3 +108,13 @@ def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
         for (_, old), (_, new) in zip(*norms, strict=True)
     ]
     return dict(zip([name for name, _ in norms[0]], torch.stack(ratios).tolist(), strict=True))
+
+
+@torch.no_grad()
+def scale_ratios(raw: nn.Module, averaged: nn.Module) -> list[float]:
+    """Scale of the raw weights over that of their average, a number a quantized layer: the mean over its channels.
+
+    1 means that the average follows. A trained scale may be left behind, and may change its sign.
+    """
+    pairs = zip(read_codes(raw), read_codes(averaged), strict=True)
+    return torch.stack([(of.scale / kept.scale).mean() for of, kept in pairs]).tolist()

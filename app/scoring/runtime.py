@@ -124,6 +124,9 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.
             f"{path} cannot be loaded by ONNX Runtime ({first_line(error)}): "
             "export it again with 'make export ARGS=--force'"
         ) from error
+    # In its first run cuDNN logs an error for every FP16 convolution that its newer interface leaves to the older one.
+    # What stops a run is raised besides being logged.
+    ort.set_default_logger_severity(4)
     if session.get_providers()[0] != provider:
         raise UserError(
             f"ONNX Runtime gave {session.get_providers()[0]} instead of {provider} (its libraries missing?): "

@@ -72,9 +72,10 @@ def with_own_scales(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> d
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """State of the float network's optimizer for one whose groups may end with more parameters: learned scales."""
+    """State of the float network's optimizer for one whose groups may end with more parameters, learned scales: those
+    keep what `optimizer` begins with (fused SGD refuses a parameter without momentum beside others that have it)."""
     own = optimizer.state_dict()
-    moved: dict[int, Any] = {}
+    moved: dict[int, Any] = dict(own["state"])
     groups: list[dict[str, Any]] = []
     for mine, theirs in zip(own["param_groups"], state["param_groups"], strict=True):
         numbers = dict(zip(theirs["params"], mine["params"], strict=False))

@@ -13,7 +13,7 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.torch_utils import autocast
 
 from app.curves import WARM_UP
-from app.quant.health import flat_codes, share_of_different, signal_to_noise, variance_ratios
+from app.quant.health import flat_codes, scale_ratios, share_of_different, signal_to_noise, variance_ratios
 from app.quant.stabilise import reestimate_batchnorm
 from app.run import write_json
 
@@ -91,18 +91,23 @@ def examine(trainer: Trainer) -> dict[str, float]:
     Returns:
         health/bn_ratio_*: re-estimated over averaged running variance, the layers' median and extremes. For quantized
         models also, as shares of the quantized weights: health/flipped since the last validation,
-        health/oscillating at the end of the epoch, health/ema_differs from the raw codes; and health/snr_*_db.
+        health/oscillating at the end of the epoch, health/ema_differs from the raw codes; health/scale_ratio_*, the raw
+        weights' scales over the EMA's, as of the variances; and health/snr_*_db.
     """
-    ratios = sorted(variance_ratios(trainer.ema.ema, trainer.held_out).values())
-    health = {"bn_ratio_min": ratios[0], "bn_ratio_median": statistics.median(ratios), "bn_ratio_max": ratios[-1]}
+    health = extremes("bn_ratio", list(variance_ratios(trainer.ema.ema, trainer.held_out).values()))
     codes = flat_codes(trainer.net)
     if len(codes):
         health["flipped"] = share_of_different(codes, trainer.codes_before.to(codes.device))
         health["oscillating"] = trainer.oscillations.share()
         health["ema_differs"] = share_of_different(codes, flat_codes(trainer.ema.ema))
+        health |= extremes("scale_ratio", scale_ratios(trainer.net, trainer.ema.ema))
         snr = signal_to_noise(trainer.held_out)
         health |= {"snr_min_db": min(snr.values()), "snr_mean_db": statistics.fmean(snr.values())}
         if trainer.best_epoch == trainer.epoch + 1:
             write_json(trainer.save_dir / "health.json", {"epoch": trainer.best_epoch, "snr_db": snr})
     trainer.codes_before = codes.cpu()
     return {f"health/{name}": round(value, 6) for name, value in health.items()}
+
+
+def extremes(name: str, values: list[float]) -> dict[str, float]:
+    return {f"{name}_min": min(values), f"{name}_median": statistics.median(values), f"{name}_max": max(values)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from app.training.branch import optimizer_state
 from app.training.optimizer import fuse
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
@@ -51,3 +52,28 @@ def test_fused_is_the_plain_optimizer(make: type[torch.optim.Optimizer], grads: 
 def test_pytorch_still_needs_it() -> None:
     """When this fails, torch has mended its fused SGD, and the zeros in app/training/optimizer.py can go."""
     assert after(torch.optim.SGD, [float("inf"), 1.0], fused=True, ours=False).isnan().all()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_learned_scale_that_a_branch_adds_begins_as_in_a_new_optimizer(fused: bool) -> None:
+    """The momentum of the weights goes on; the fused SGD takes no weight without one beside weights with one."""
+
+    def make(*parameters: torch.nn.Parameter) -> torch.optim.Optimizer:
+        plain = torch.optim.SGD(parameters, **SETTINGS)
+        return fuse(plain) if fused else plain
+
+    weight, scale = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    weight.grad, scale.grad = torch.full((3,), 2.0), torch.full((3,), -1.0)
+    trunk = make(weight)
+    trunk.step()
+    branch = make(weight, scale)
+    branch.load_state_dict(optimizer_state(branch, trunk.state_dict()))
+    before = weight.detach().clone()
+    branch.step()
+    alone = torch.nn.Parameter(torch.ones(3))
+    alone.grad = scale.grad.clone()
+    make(alone).step()
+    torch.testing.assert_close(scale, alone)
+    torch.testing.assert_close(
+        before - weight, torch.full((3,), 0.1 * (2.0 + 0.9 * (2.0 + 0.9 * 2.0))), atol=0.01, rtol=0
+    )

@@ -15,6 +15,7 @@ from app.config import Config, Quant, UserError, load
 from app.quant import schemes
 from app.quant.codes import read_codes
 from app.quant.fused import attach
+from app.quant.health import scale_ratios
 from app.quant.learned import learned_layers, scale_parameter
 from app.quant.schemes import Rule
 from app.quant.stabilise import Freezing, Stabiliser, exempt_scales_from_decay, stabilisers
@@ -380,6 +381,20 @@ def test_first_use_scales_survive_a_resume() -> None:
         averaged.epoch(epoch)
     assert same(averaged.model.state_dict(), first.model.state_dict())  # training does not see it
     assert not same(averaged.ema.state_dict(), first.ema.state_dict())
+
+
+@pytest.mark.parametrize("sets", [[], ["learned_scale=true"], ["scheme=w4a16-decoupled"]])
+def test_scale_ratio_shows_an_average_that_was_left_behind(sets: list[str]) -> None:
+    raw = toy(config_of(*sets))
+    averaged = deepcopy(raw)
+    assert scale_ratios(raw, averaged) == [1.0, 1.0]
+    with torch.no_grad():
+        for name, parameter in raw[0].named_parameters():  # half the scale, whatever makes it
+            if name.endswith("value"):
+                parameter.copy_(parameter - 1 if "learned" in sets[0] else parameter / 2)
+            else:
+                parameter.div_(2)
+    assert scale_ratios(raw, averaged) == [pytest.approx(0.5), 1.0]
 
 
 def test_scales_are_left_out_of_the_average_with_the_earlier_scheme_alone() -> None:

@@ -13,7 +13,7 @@ from app.run import RunRoot
 from app.scoring.runtime import CPU, gpu_name, nodes_by_provider, open_model
 from tests.component.export_run import config_of, make_run
 
-pytest.importorskip("onnxruntime")
+ort = pytest.importorskip("onnxruntime")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(gpu_name() is None, reason="needs a CUDA device"),
@@ -49,7 +49,8 @@ def test_cuda_is_within_the_tolerance_of_the_gates(run: RunRoot, stem: str) -> N
 
 
 def test_native_int4_nodes_on_the_cpu_are_named(run: RunRoot) -> None:
-    """Opset 21 has operators without a CUDA kernel in the pinned ONNX Runtime, Resize among them."""
+    """Opset 21 has operators without a CUDA kernel in the pinned ONNX Runtime 1.26, Resize among them; 1.27 has all."""
     model = open_model(run.onnx_dir / "yolov10n-w4a16-int4-qat.onnx", "cuda")
     images = load_trained(run, "qat-w4a16").truth.images[:1]
-    assert any(name.startswith("Resize ") for name in nodes_by_provider(model, images)[CPU])
+    on_cpu = nodes_by_provider(model, images).get(CPU, [])
+    assert any(name.startswith("Resize ") for name in on_cpu) == (ort.__version__ < "1.27")

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from app.config import Config, UserError, load
-from app.curves import STATES, candidates, read_rows
+from app.curves import AP_LABEL, COLOURS, NEUTRAL, STATES, candidates, read_rows, save_png
 from app.data.prepare import prepare
 from app.run import RunRoot, environment, write_json
 from app.tables import markdown_table
@@ -66,8 +68,8 @@ class Plan:
 
 
 def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) -> None:
-    """Trains all arms, prints their table; every arm and seed has a run root beside run.root, which holds
-    bench-stability.json.
+    """Trains all arms, prints their table and draws their curves; every arm and seed has a run root beside run.root,
+    which holds bench-stability.json and .png.
 
     Raises:
         UserError: an unknown arm, or one that needs another's weights.
@@ -88,7 +90,10 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
         "settings": sets, "overlays": [str(path) for path in overlays], "rows": rows, "environment": environment()
     }  # fmt: skip
     write_json(run.root / "bench-stability.json", result)
-    show(rows)
+    if rows:
+        show(rows)
+        save_png(draw(rows), run.root / "bench-stability.png")
+        log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
 
 
 def settings(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tuple[str, list[str]]:
@@ -177,7 +182,7 @@ def read_arm(run: RunRoot, job: tuple[str, int], config: Config) -> dict[str, An
         "arm": job[0], "seed": job[1], "epochs": int(rows[-1]["epoch"]), "of_epochs": config.train.epochs,
         "epoch": [int(row["epoch"]) for row in rows], "AP": curves,
         "lowest_share_of_best": {state: lowest_share(curve) for state, curve in curves.items()},
-        "val_loss": [row["val_loss/ema_bn"] for row in rows],
+        "val_loss": [row["val_loss/ema_bn"] for row in rows], "corrected": rows[-1].get("AP/corrected"),
     }  # fmt: skip
 
 
@@ -189,24 +194,73 @@ def lowest_share(aps: list[float]) -> float | None:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """One row an arm: means over its seeds, each with its spread. The loss, of EMA+BN, differs less between seeds than
-    AP does."""
+    AP does. The lowest share is that of the worst seed, whose AP also jumps with the few images it is measured on; the
+    last one is that of the mean curve of all seeds."""
     cells = [[
         "arm", "seeds", "epochs", "AP raw", "AP EMA", "AP EMA+BN", "of FP16", f"of FP16, last {N_LAST}", "val loss",
-        "lowest share of best: raw", "EMA", "EMA+BN",
+        "lowest share of best: raw", "EMA", "EMA+BN", "EMA+BN, mean curve", "best -> corrected",
     ]]  # fmt: skip
-    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
+    by_arm = rows_by_arm(rows)
     for arm, of in by_arm.items():
         epochs = min(row["epochs"] for row in of)
         finals = [[at(row, row["AP"][state], epochs) for row in of] for state in STATES]
         losses = [at(row, row["val_loss"], epochs) for row in of]
         lows = [[row["lowest_share_of_best"][state] for row in of] for state in STATES]
+        lows.append([lowest_share(list(mean_curve(of).values()))])
         cells.append([
             arm, str(len(of)), str(epochs), *map(spread, finals),
             *(share_of_fp16(of, by_arm.get(BASE, []), n) for n in (1, N_LAST)),
-            spread(losses), *("-" if None in low else f"{min(low):.2f}" for low in lows),
+            spread(losses), *("-" if None in low else f"{min(low):.2f}" for low in lows), corrected(of),
         ])  # fmt: skip
     for line in markdown_table(cells):
         log.info("%s", line)
+
+
+def mean_curve(of: list[dict[str, Any]], state: str = "ema_bn") -> dict[int, float]:
+    """Epoch -> mean AP of the seeds, for every epoch that all have validated."""
+    curves = [dict(zip(row["epoch"], row["AP"][state], strict=True)) for row in of]
+    epochs = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
+    return {epoch: statistics.fmean(curve[epoch] for curve in curves) for epoch in epochs}
+
+
+def draw(rows: list[dict[str, Any]]) -> Figure:
+    """A panel an arm: mean AP of its seeds in the three states; FP16's scored one is grey behind each."""
+    by_arm = rows_by_arm(rows)
+    n_columns = math.ceil(math.sqrt(len(by_arm)))
+    n_rows = -(-len(by_arm) // n_columns)
+    size = (max(3.2 * n_columns, 8), 2.9 * n_rows + 0.5)  # the legend takes a line of eight inches
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, (arm, of) in zip(panels, by_arm.items(), strict=False):
+        if arm != BASE and BASE in by_arm:
+            base = mean_curve(by_arm[BASE])
+            panel.plot(list(base), list(base.values()), color=NEUTRAL, alpha=0.5, linewidth=4)
+        for state, (style, width, _) in STATES.items():
+            curve = mean_curve(of, state)
+            panel.plot(list(curve), list(curve.values()), style, linewidth=width, color=COLOURS[arm != BASE])
+        panel.set_title(f"{arm} (n={len(of)})", fontsize=10)
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("epoch")
+        panel.tick_params(labelbottom=True)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(by_arm) :]:
+        panel.remove()
+    figure.supylabel(AP_LABEL, fontsize=10)
+    lines = [Line2D([], [], ls=style, lw=width, color=COLOURS[1], label=name) for style, width, name in STATES.values()]
+    lines.append(Line2D([], [], lw=4, alpha=0.5, color=NEUTRAL, label="FP16, scored"))
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
+    return figure
+
+
+def rows_by_arm(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {arm: [row for row in rows if row["arm"] == arm] for arm in dict.fromkeys(row["arm"] for row in rows)}
+
+
+def corrected(of: list[dict[str, Any]]) -> str:
+    """Mean AP of the best states before and after quant.correction_epochs; '-' until all have it."""
+    after = [row["corrected"] for row in of]
+    best = statistics.fmean(max(row["AP"]["ema_bn"]) for row in of)
+    return "-" if None in after else f"{best:.4f} -> {statistics.fmean(after):.4f}"
 
 
 def at(row: dict[str, Any], curve: list[float], epoch: int, n_last: int = 1) -> float:

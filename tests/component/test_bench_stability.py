@@ -15,7 +15,10 @@ from app.bench.stability import (
     Plan,
     at,
     bench_stability,
+    corrected,
+    draw,
     lowest_share,
+    mean_curve,
     root_of,
     settings,
     share_of_fp16,
@@ -33,7 +36,7 @@ def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
     return {
         "arm": arm, "seed": seed, "epochs": max(curve), "of_epochs": 120, "epoch": list(curve),
         "AP": dict.fromkeys(STATES, aps), "lowest_share_of_best": dict.fromkeys(STATES, lowest_share(aps)),
-        "val_loss": [7 - ap for ap in aps],
+        "val_loss": [7 - ap for ap in aps], "corrected": None,
     }  # fmt: skip
 
 
@@ -87,5 +90,26 @@ def test_table(caplog: pytest.LogCaptureFixture) -> None:
     _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
     assert fp16[6:8] == ["1.000 ± 0.000 at 12", "-"]
-    assert fp16[8:] == ["6.7000 ± 0.1000", "-", "-", "-"]  # two validations only: the running best does not count yet
-    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "0.50", "0.50", "0.50"]
+    assert fp16[8:13] == ["6.7000 ± 0.1000", "-", "-", "-", "-"]  # two validations: the running best does not count yet
+    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "0.50", "0.50", "0.50", "0.50", "-"]
+
+
+def test_a_jump_of_one_seed_is_smaller_in_the_mean_curve() -> None:
+    of = [row("fp16", 0, {6: 0.1, 12: 0.2, 18: 0.1, 24: 0.3}), row("fp16", 1, {6: 0.1, 12: 0.2, 18: 0.3})]
+    assert mean_curve(of) == pytest.approx({6: 0.1, 12: 0.2, 18: 0.2})
+    assert lowest_share(list(mean_curve(of).values())) == 1.0
+    assert lowest_share(of[0]["AP"]["ema_bn"]) == 0.5
+
+
+def test_the_correction_is_shown_beside_the_best_state() -> None:
+    of = [row("correction", seed, {6: 0.2, 12: 0.1}) | {"corrected": 0.3 + 0.2 * seed} for seed in (0, 1)]
+    assert corrected(of) == "0.2000 -> 0.4000"
+    assert corrected([*of, row("correction", 2, {6: 0.2})]) == "-"
+
+
+def test_a_panel_an_arm_with_three_states_and_fp16_behind() -> None:
+    rows = [row("fp16", 0, {6: 0.1, 12: 0.3}), row("fp16", 1, {6: 0.3, 12: 0.5}), row("w4a16", 0, {6: 0.1, 12: 0.2})]
+    fp16, w4a16 = draw(rows).axes
+    assert [line.get_ydata().tolist() for line in fp16.lines] == [pytest.approx([0.2, 0.4])] * 3
+    assert [line.get_ydata().tolist() for line in w4a16.lines] == [pytest.approx([0.2, 0.4]), *[[0.1, 0.2]] * 3]
+    assert (fp16.get_title(), w4a16.get_title()) == ("fp16 (n=2)", "w4a16 (n=1)")

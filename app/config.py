@@ -118,7 +118,9 @@ class Quant(Section):
     @model_validator(mode="after")
     def _only_decoupled_scales_are_left_out(self) -> Quant:
         if not self.averaged_scales and self.scheme != "w4a16-decoupled":
-            raise ValueError("averaged_scales=false is for scheme w4a16-decoupled, the others have all in the average")
+            raise ValueError(
+                "averaged_scales=false is for scheme w4a16-decoupled: no other has trained scales to leave out"
+            )
         return self
 
 

@@ -38,7 +38,7 @@ N_PRELOADED = 64  # images in memory for the pure session time
 
 @dataclass(frozen=True)
 class Given:
-    """What both sides get: the file, its folder with COCO and YOLO views of the same images, and the settings."""
+    """What both sides get: the file, the folder for views of the same images as YOLO and COCO, and the settings."""
 
     onnx_path: Path
     folder: Path
@@ -49,7 +49,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Amount:
-    """Turns of each side, and how many images our evaluator gets at last: the same repeated; None: COPIES of them."""
+    """How many turns, and to how many images at least our evaluator's are repeated at last; None: COPIES."""
 
     n_rounds: int
     n_images: int | None
@@ -94,7 +94,7 @@ def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: P
 
 
 def set_up(config: Config, run: RunRoot, onnx_path: Path) -> Given:
-    """Writes bench-eval/: the file with Ultralytics' metadata added, and the images in both layouts."""
+    """Writes bench-eval/: the file with Ultralytics' metadata added, and the images in the layout of `yolo val`."""
     if not onnx_path.is_file():
         raise UserError(f"{onnx_path} is missing: give --onnx a file, or run 'make export' first")
     folder = run.root / "bench-eval"
@@ -122,7 +122,7 @@ def add_stock_metadata(source: Path, target: Path, settings: Eval) -> None:
 
 
 def repeat(given: Given, n_times: int) -> None:
-    """A COCO folder with every image n times, as links with ids of their own; once: the ids stay. Made once."""
+    """A COCO folder with every image n times, as links with ids of their own (once: the ids stay); made once."""
     root = given.folder / f"coco-{n_times}"
     if root.exists():
         return

@@ -12,7 +12,7 @@ Backward, with g the gradient of q and the straight-through estimator for the ro
     grad     = g * scale / scale, plus sign(w) * of_scale / largest where |w| is the absmax: at the first such element
                of a channel (torch.max over a dim), in equal shares where the scale is per tensor (torch.max over all)
 The 1e-10 passes the gradient on, as Brevitas' clamp does. A channel of zeros gives zeros. A channel with an infinite or
-NaN weight gives NaN, as in Brevitas: the loss shows it at once.
+NaN weight gives NaN, as in Brevitas: the loss shows it at once. Trained scales are in app/quant/learned.py.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class FastPath:
     def __init__(self, model: nn.Module, layers: dict[str, FastQuantConv2d]) -> None:
         self.layers = list(layers.values())
         self.specs = [_spec(name, layer) for name, layer in layers.items()]
-        if len({spec.kind == "abs-max" for spec in self.specs}) > 1:
-            raise UserError("some layers have learned scales and some not; set quant.fast_path=false")
+        if len({spec.kind for spec in self.specs}) > 1:
+            raise UserError("the layers' scales are made in different ways; set quant.fast_path=false")
         self.layout: Layout | None = None
         self.handles = (
             model.register_forward_pre_hook(self.compute),
@@ -139,20 +139,22 @@ def _spec(name: str, layer: FastQuantConv2d) -> Spec:
     if any(other.is_quant_enabled for other in others):
         raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
     if isinstance(quant, DecoupledRescalingIntQuant):
-        per_channel, per_tensor, kind, int_quant = False, _is_decoupled(quant), "decoupled", quant.decoupled_int_quant
+        int_quant, kind, fits = quant.decoupled_int_quant, "decoupled", _is_decoupled(quant)
+        per_tensor = True
     elif isinstance(quant, RescalingIntQuant):
-        is_learned, int_quant = isinstance(quant.scaling_impl, ParameterScaling), quant.int_quant
-        kind: Kind = "learned" if is_learned else "abs-max"
-        shape = _learned_shape(quant.scaling_impl) if is_learned else _absmax_shape(quant.scaling_impl)
-        per_channel, per_tensor = shape == (layer.out_channels, 1, 1, 1), shape == () and not is_learned
+        is_lsq, int_quant = isinstance(quant.scaling_impl, ParameterScaling), quant.int_quant
+        kind = "lsq" if is_lsq else "abs-max"
+        shape = _learned_shape(quant.scaling_impl) if is_lsq else _absmax_shape(quant.scaling_impl)
+        per_tensor = shape == () and not is_lsq
+        fits = per_tensor or shape == (layer.out_channels, 1, 1, 1)
     else:
         raise UserError(f"layer {name}: not a quantizer that the fast path computes; set quant.fast_path=false")
     rounds = isinstance(int_quant.float_to_int_impl, RoundSte)
     symmetric = (int_quant.signed, int_quant.narrow_range) == (True, True)
-    if not (rounds and symmetric and (per_channel or per_tensor)):
-        raise UserError(f"layer {name}: not a symmetric abs-max or learned scale; set quant.fast_path=false")
+    if not (rounds and symmetric and fits):
+        raise UserError(f"layer {name}: not a symmetric abs-max or trained scale; set quant.fast_path=false")
     largest = int(quant.int_scaling_impl(quant.msb_clamp_bit_width_impl()))
-    return Spec(largest, per_tensor, kind)
+    return Spec(largest, per_tensor, cast(Kind, kind))
 
 
 def _is_decoupled(quant: Any) -> bool:
@@ -162,10 +164,16 @@ def _is_decoupled(quant: Any) -> bool:
         isinstance(pre, StatsFromParameterScaling)
         and isinstance(pre.parameter_list_stats.stats.stats_impl, AbsMaxL2)
         and isinstance(scaling, ParameterFromStatsFromParameterScaling)
-        and isinstance(scaling.stats_scaling_impl.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
+        and all(_is_plain(of.stats_scaling_impl) for of in (pre, scaling))
         and isinstance(quant.decoupled_int_quant.tensor_clamp_impl, TensorClampSte)
         and scaling.value.shape == ()
     )
+
+
+def _is_plain(stats_scaling: Any) -> bool:
+    """Whether it gives the absolute value, without a smallest one."""
+    is_float = isinstance(stats_scaling.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
+    return is_float and stats_scaling.clamp_scaling.min_val is None
 
 
 def _absmax_shape(scaling: Any) -> tuple[int, ...] | None:
@@ -210,13 +218,10 @@ class _EachInTurn(torch.autograd.Function):
 
 def codes_of(layer: QuantConv2d, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's codes, as floats shaped like the weight, and their scale: [out_channels,1,1,1], or [] per tensor."""
-    quant = cast(Any, layer.weight_quant).tensor_quant
-    if spec.kind == "decoupled":
-        step, scale = quant.pre_scaling_impl(layer.weight) / spec.largest, quant.scaling_impl.value / spec.largest
-    elif spec.kind == "learned":
-        step = scale = quant.scaling_impl.restrict_clamp_scaling(quant.scaling_impl.value) / spec.largest
-    else:
+    if spec.kind == "abs-max":
         step = scale = _scale(layer.weight, spec)[0]
+    else:
+        step, scale = (limit / spec.largest for limit in learned.limits(layer, spec.kind))
     return (layer.weight / step).round_().clamp_(-spec.largest, spec.largest), scale
 
 

@@ -25,7 +25,7 @@ _ROUND: Any = tl.constexpr(12582912.0)
 _NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
 
 
-Kind = Literal["abs-max", "learned", "decoupled"]
+Kind = Literal["abs-max", "lsq", "decoupled"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Layout:
 
     `table` int32 [n_rows, 6] describes the rows: first element in the flat buffer; number of elements; n_inner and
     stride, which turn the position k in memory into the logical one, k % n_inner * stride + k // n_inner; largest code;
-    1 if per tensor. `largest` float32 [n_rows] is the largest code; `n_rows` the number of rows of each weight.
+    1 if per tensor. `largest` float32 [n_rows] is the largest code; `rows_of` the number of rows of each weight.
     """
 
     def __init__(self, weights: list[torch.Tensor], specs: list[Spec]) -> None:
@@ -52,8 +52,9 @@ class Layout:
         self.channels_last = [not weight.is_contiguous() for weight in weights]
         self.starts = [0, *itertools.accumulate(shape.numel() for shape in self.shapes)][:-1]
         layers = zip(self.shapes, self.starts, self.channels_last, specs, strict=True)
-        table = torch.cat([_rows(*layer) for layer in layers])
-        self.n_rows = [1 if spec.per_tensor else shape[0] for shape, spec in zip(self.shapes, specs, strict=True)]
+        tables = [_rows(*layer) for layer in layers]
+        self.rows_of = [len(rows) for rows in tables]
+        table = torch.cat(tables)
         longest = int(table[:, 1].max())
         self.table = table.to(weights[0].device)
         self.largest = self.table[:, 4].float()

@@ -1,9 +1,9 @@
-"""Learned scales: where they lie in Brevitas' modules, and the fast path of weights that have them.
+"""Trained scales: where LSQ's lie in Brevitas' modules, and the fast path of weights that have trained ones.
 
 What is computed for a weight w and its parameter v, with Brevitas' order of operations (0.13.4):
     q = clamp(round(w / step), -largest, largest) * scale
     LSQ, one v a channel:       step = scale = max(2**v, 1e-10) / largest
-    decoupled, one v a layer:   step = |(max |w| of each channel)|_2 / sqrt(channels) / largest, scale = v / largest
+    decoupled, one v a layer:   step = |(max |w| of each channel)|_2 / sqrt(channels) / largest, scale = |v| / largest
 The scales are made in autograd, those of all layers at once. Backward of the rest, with g the gradient of q, straight
 through the rounding:
     of_ratio = g * scale                    LSQ: 0 where |round(w / step)| > largest
@@ -31,20 +31,20 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def scale_parameter(layer: QuantConv2d) -> nn.Parameter | None:
-    """log2 of the largest weight that is not clipped, [out_channels,1,1,1]; None where the scale is not learned."""
+    """log2 of the largest weight that is not clipped, [out_channels,1,1,1]; None where the scale is not LSQ's."""
     scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
     return scaling.value if isinstance(scaling, ParameterScaling) else None
 
 
 def learned_layers(model: nn.Module) -> dict[str, QuantConv2d]:
-    """The layers with a learned scale, by name."""
+    """The layers with an LSQ scale, by name."""
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantConv2d))
     return {name: layer for name, layer in layers if scale_parameter(layer) is not None}
 
 
 @torch.no_grad()
 def reset_scales(model: nn.Module) -> None:
-    """Sets every learned scale to what the abs-max quantizer would use."""
+    """Sets every LSQ scale to what the abs-max quantizer would use."""
     for layer in learned_layers(model).values():
         absmax = layer.weight.abs().amax((1, 2, 3), keepdim=True)
         cast(nn.Parameter, scale_parameter(layer)).copy_(absmax.clamp_min(MIN_ABSMAX).log2())
@@ -59,19 +59,26 @@ def quantize(layers: list[Any], layout: Layout, kind: Kind, dtype: torch.dtype) 
 
 
 def _steps_and_scales(layers: list[Any], layout: Layout, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [n_rows], a row being a channel or, decoupled, a layer."""
-    scalings = [layer.weight_quant.tensor_quant.scaling_impl for layer in layers]
-    if kind == "decoupled":
-        absmax = (layer.weight.abs().flatten(1).max(1)[0] for layer in layers)
-        steps = torch.stack([row.norm() / math.sqrt(len(row)) for row in absmax])
-        return steps / layout.largest, torch.stack([scaling.value for scaling in scalings]) / layout.largest
-    restrict = scalings[0].restrict_clamp_scaling
-    if layout.table.is_cuda:
-        limits = restrict(torch.cat([scaling.value.flatten() for scaling in scalings]))
-    else:  # a CPU's last bit of 2**v depends on where v lies in its tensor
-        limits = torch.cat([restrict(scaling.value).flatten() for scaling in scalings])
-    scales = limits / layout.largest
-    return scales, scales
+    """Both [n_rows], a row being a channel or, decoupled, a layer; the same tensor for LSQ, whose gradients add up."""
+    if kind == "lsq" and layout.table.is_cuda:
+        scalings = [layer.weight_quant.tensor_quant.scaling_impl for layer in layers]
+        scales = scalings[0].restrict_clamp_scaling(torch.cat([scaling.value.flatten() for scaling in scalings]))
+        scales = scales / layout.largest
+        return scales, scales
+    # A CPU's last bit of 2**v depends on where v lies in its tensor, so there they are made layer by layer.
+    pairs = [limits(layer, kind) for layer in layers]
+    scales = torch.cat([scale.flatten() for _, scale in pairs]) / layout.largest
+    return scales if kind == "lsq" else torch.stack([step for step, _ in pairs]) / layout.largest, scales
+
+
+def limits(layer: QuantConv2d, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a step and the scale are times the largest code: each [out_channels,1,1,1], or [] where it is per tensor."""
+    scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
+    if kind == "lsq":
+        limit = scaling.restrict_clamp_scaling(scaling.value)
+        return limit, limit
+    absmax = layer.weight.abs().flatten(1).max(1)[0]  # max over a dim, which gives one of two equal maxima the gradient
+    return absmax.norm() / math.sqrt(len(absmax)), scaling.value.abs()
 
 
 class _EachInTurn(torch.autograd.Function):
@@ -79,11 +86,11 @@ class _EachInTurn(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913 - one argument a tensor
-        ctx: Any, layout: Layout, through: bool, dtype: torch.dtype, steps: torch.Tensor, scales: torch.Tensor,
+        ctx: Any, layout: Layout, passes_clamp: bool, dtype: torch.dtype, steps: torch.Tensor, scales: torch.Tensor,
         *weights: torch.Tensor,
     ) -> Tensors:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.through = layout, through
+        ctx.layout, ctx.passes_clamp = layout, passes_clamp
         ctx.save_for_backward(steps, scales, *weights)
         layers = zip(weights, *(_split(rows, layout) for rows in (steps, scales, layout.largest)), strict=True)
         return tuple(_clamp((w / step).round_(), most).mul_(scale).to(dtype) for w, step, scale, most in layers)
@@ -95,12 +102,19 @@ class _EachInTurn(torch.autograd.Function):
         of_steps, of_scales = torch.zeros_like(steps), torch.zeros_like(scales)
         rows = (_split(rows, ctx.layout) for rows in (steps, scales, ctx.layout.largest, of_steps, of_scales))
         parts = zip(grads, weights, *rows, strict=True)
-        return None, None, None, of_steps, of_scales, *(_gradient(grad, ctx.through, *part) for grad, *part in parts)
+        return (
+            None,
+            None,
+            None,
+            of_steps,
+            of_scales,
+            *(_gradient(grad, ctx.passes_clamp, *part) for grad, *part in parts),
+        )
 
 
 def _split(rows: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
     """One number a row -> a view [n_rows,1,1,1] a layer."""
-    return [part.view(-1, 1, 1, 1) for part in rows.split(layout.n_rows)]
+    return [part.view(-1, 1, 1, 1) for part in rows.split(layout.rows_of)]
 
 
 def _clamp(rounded: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
@@ -108,7 +122,7 @@ def _clamp(rounded: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
 
 
 def _gradient(  # noqa: PLR0913 - one argument a tensor
-    grad: torch.Tensor | None, through: bool, weight: torch.Tensor, step: torch.Tensor, scale: torch.Tensor,
+    grad: torch.Tensor | None, passes_clamp: bool, weight: torch.Tensor, step: torch.Tensor, scale: torch.Tensor,
     most: torch.Tensor, of_step: torch.Tensor, of_scale: torch.Tensor,
 ) -> torch.Tensor | None:  # fmt: skip
     """Gradient of one weight; those of its steps and scales are written to `of_step` and `of_scale`."""
@@ -117,7 +131,7 @@ def _gradient(  # noqa: PLR0913 - one argument a tensor
     grad, ratio = grad.float(), weight / step
     rounded = ratio.round()
     of_ratio = grad * scale
-    if not through:
+    if not passes_clamp:
         of_ratio.masked_fill_(rounded.abs() > most, 0.0)
     # Sums of the shapes autograd sums, because the order of additions decides the last bit.
     of_step.copy_(-(of_ratio * (ratio / step)).sum_to_size(step.shape))
@@ -130,11 +144,11 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913
-        ctx: Any, layout: Layout, through: bool, dtype: torch.dtype, steps: torch.Tensor, scales: torch.Tensor,
+        ctx: Any, layout: Layout, passes_clamp: bool, dtype: torch.dtype, steps: torch.Tensor, scales: torch.Tensor,
         *weights: torch.Tensor,
     ) -> Tensors:  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.through = layout, through
+        ctx.layout, ctx.passes_clamp = layout, passes_clamp
         flat = layout.join(list(weights))
         ctx.save_for_backward(flat, steps, scales)
         out = torch.empty_like(flat, dtype=dtype)
@@ -151,7 +165,7 @@ class _Together(torch.autograd.Function):
         of_steps, of_scales = torch.empty_like(steps), torch.empty_like(scales)
         args = (upstream, flat, layout.table, steps, scales, out, of_steps, of_scales)
         with torch.cuda.device_of(flat):
-            _gradient_kernel[(len(scales),)](*args, THROUGH=ctx.through, **cast(Any, layout.launch))
+            _gradient_kernel[(len(scales),)](*args, PASSES_CLAMP=ctx.passes_clamp, **cast(Any, layout.launch))
         of_weights = (None if g is None else part for g, part in zip(grads, layout.split(out), strict=True))
         return None, None, None, of_steps, of_scales, *of_weights
 
@@ -188,7 +202,7 @@ def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # n
 
 @triton.jit
 def _gradient_kernel(  # noqa: PLR0913
-    grads, flat, table, steps, scales, out, of_steps, of_scales, THROUGH: tl.constexpr, BLOCK: tl.constexpr
+    grads, flat, table, steps, scales, out, of_steps, of_scales, PASSES_CLAMP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     start = tl.load(table + row * 6)
@@ -207,7 +221,7 @@ def _gradient_kernel(  # noqa: PLR0913
         ratio = tl.math.div_rn(weight, step)
         rounded = _rounded(ratio, most)
         of_ratio = grad * scale
-        if not THROUGH:
+        if not PASSES_CLAMP:
             of_ratio = tl.where(tl.abs(rounded) > most, 0.0, of_ratio)
         of_step -= of_ratio * tl.math.div_rn(ratio, step)
         of_scale += grad * _clamped(rounded, most)

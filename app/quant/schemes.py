@@ -135,10 +135,11 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
         return None
     if rule.quantizer is None:
         return (LEARNED if quant.learned_scale else QUANTIZERS)[rule.bits]
-    if quant.learned_scale:
-        raise UserError(f"scheme {quant.scheme}: quant.learned_scale is not for this scheme, it has scales of its own")
-    if quant.warmup_share and rule.quantizer is Int4WeightPerTensorFloatDecoupled:
-        raise UserError(f"scheme {quant.scheme}: quant.warmup_share is not for this scheme, it would train no scale")
+    unfit = ["learned_scale"]
+    if rule.quantizer is Int4WeightPerTensorFloatDecoupled:  # codes are not weights over scale, float trains no scale
+        unfit += ["warmup_share", "dampening", "freeze_threshold"]
+    if given := [name for name in unfit if getattr(quant, name)]:
+        raise UserError(f"scheme {quant.scheme}: quant.{given[0]} is not for this scheme, choose w4a16 or w4a16-mixed")
     return rule.quantizer
 
 

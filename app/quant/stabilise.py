@@ -138,7 +138,8 @@ class FirstUseScales(Stabiliser):
     What Ultralytics' EMA (8.4.190) makes of Brevitas' scales (0.13.4) when nothing is done about it. Brevitas sets such
     a scale in a layer's first forward, to its L2 mean of the channels' abs-max, and leaves it out of state_dict before.
     The copy is made before any forward, so at the first step, when ModelEMA pairs the entries of the two state_dicts,
-    it has none; its own are set in the first validation and follow the trained ones no more.
+    it has none; its own are set in the first validation and follow the trained ones no more. Here they are set right
+    after that one, which still scores averaged scales.
     """
 
     def __init__(self, ema: nn.Module) -> None:

@@ -111,7 +111,7 @@ def open_model(path: Path, provider: str) -> Model:
 
 def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
     options.intra_op_num_threads = n_cores()
-    # The CUDA build warns about device discovery where there is no GPU; errors still show.
+    # The CUDA build warns about device discovery where there is no GPU; errors while a file is loaded still show.
     options.log_severity_level = 3
     ort.set_default_logger_severity(3)
     if provider != CPU:

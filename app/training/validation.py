@@ -91,8 +91,8 @@ def examine(trainer: Trainer) -> dict[str, float]:
     Returns:
         health/bn_ratio_*: re-estimated over averaged running variance, the layers' median and extremes. For quantized
         models also, as shares of the quantized weights: health/flipped since the last validation,
-        health/oscillating at the end of the epoch, health/ema_differs from the raw codes; health/scale_ratio_*, the raw
-        weights' scales over the EMA's, as of the variances; and health/snr_*_db.
+        health/oscillating at the end of the epoch, health/ema_differs from the raw codes. Of their layers also
+        health/scale_ratio_*, the raw weights' scale over the EMA's, median and extremes; and health/snr_*_db.
     """
     health = extremes("bn_ratio", list(variance_ratios(trainer.ema.ema, trainer.held_out).values()))
     codes = flat_codes(trainer.net)

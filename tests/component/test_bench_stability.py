@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 
-from app.bench.stability import (
-    ARMS,
-    BASE,
-    BRANCH,
-    Plan,
-    at,
-    bench_stability,
-    corrected,
-    draw,
-    lowest_share,
-    mean_curve,
-    root_of,
-    settings,
-    share_of_fp16,
-    show,
-)
+from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, settings
+from app.bench.stability_table import BASE, at, corrected, draw, lowest_share, mean_curve, share_of_fp16, show
 from app.config import UserError, load
 from app.curves import STATES
 from app.model import build
@@ -34,7 +21,7 @@ def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
     """A training whose three states have the same AP, by epoch."""
     aps = list(curve.values())
     return {
-        "arm": arm, "seed": seed, "epochs": max(curve), "of_epochs": 120, "epoch": list(curve),
+        "arm": arm, "seed": seed, "epochs": max(curve), "epoch": list(curve),
         "AP": dict.fromkeys(STATES, aps), "lowest_share_of_best": dict.fromkeys(STATES, lowest_share(aps)),
         "val_loss": [7 - ap for ap in aps], "corrected": None,
     }  # fmt: skip
@@ -65,9 +52,19 @@ def test_it_cannot_begin_without_fp16(tmp_path: Any) -> None:
 def test_the_share_compares_the_last_epoch_that_all_have() -> None:
     fp16 = [row("fp16", 0, {6: 0.1, 12: 0.2, 18: 0.4}), row("fp16", 1, {6: 0.1, 12: 0.2})]
     w4a16 = [row("w4a16", 0, {6: 0.05, 12: 0.15, 18: 0.4}), row("w4a16", 1, {6: 0.1, 12: 0.1, 18: 0.4})]
-    assert share_of_fp16(w4a16, fp16, 1) == "0.625 ± 0.125 at 12"
-    assert share_of_fp16(w4a16, fp16, 2) == "0.667 ± 0.000 at 12"
+    assert share_of_fp16(w4a16, fp16, 1) == "0.625 at 12"
+    assert share_of_fp16(w4a16, fp16, 2) == "0.667 at 12"
     assert share_of_fp16(w4a16, fp16, 3) == "-"
+
+
+def test_the_error_of_a_share_is_what_the_seeds_are_off_it() -> None:
+    """Half of FP16, whatever FP16 is: no error; one seed a third off."""
+    fp16 = [row("fp16", seed, {6: 0.1 + 0.1 * seed}) for seed in range(3)]
+    half = [row("w4a16", seed, {6: 0.05 + 0.05 * seed}) for seed in range(3)]
+    assert share_of_fp16(half, fp16, 1) == "0.500 ± 0.000 at 6"
+    half[1]["AP"]["ema_bn"] = [0.13]
+    off = [0.05 - 0.055, 0.13 - 0.11, 0.15 - 0.165]  # from 0.55 of FP16
+    assert share_of_fp16(half, fp16, 1) == f"0.550 ± {stdev(off) / 3**0.5 / 0.2:.3f} at 6"
 
 
 def test_only_seeds_that_fp16_has_are_compared() -> None:
@@ -89,7 +86,7 @@ def test_table(caplog: pytest.LogCaptureFixture) -> None:
         show([row("fp16", 0, {6: 0.1, 12: 0.2}), row("fp16", 1, {6: 0.1, 12: 0.4}), fell])
     _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
-    assert fp16[6:8] == ["1.000 ± 0.000 at 12", "-"]
+    assert fp16[6:8] == ["1.000 at 12", "-"]
     assert fp16[8:13] == ["6.7000 ± 0.1000", "-", "-", "-", "-"]  # two validations: the running best does not count yet
     assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "0.50", "0.50", "0.50", "0.50", "-"]
 

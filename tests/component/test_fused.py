@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from app.config import UserError
+from app.quant.codes import read_codes
 from app.quant.fused import FastQuantConv2d, attach, detach
 from app.quant.learned import reset_scales, scale_parameter
 from app.quant.schemes import LEARNED
@@ -62,6 +63,8 @@ class Weights(nn.Module):
                 reset_scales(layer)
                 scale.data[::2] -= 1.0  # every other channel is clipped at half its abs-max
             layer.quant_weight()  # a decoupled scale is made at its first use
+            if quantizer is Int4WeightPerTensorFloatDecoupled:
+                layer.weight_quant.tensor_quant.scaling_impl.value.data *= 0.6 if len(self.layers) % 2 else -1.7
         attach(self)
 
     def forward(self) -> list[torch.Tensor]:
@@ -80,8 +83,10 @@ def compare(model: Weights, dtype: torch.dtype = torch.float32) -> None:
     plain = [tensor.value.to(dtype) for tensor in quantized]
     fast = model()
     upstream = [torch.randn_like(value) for value in plain]
-    for ours, theirs, of in zip(fast, plain, quantized, strict=True):
+    for ours, theirs, of, codes in zip(fast, plain, quantized, read_codes(model), strict=True):
         exactly(ours, theirs)
+        exactly(codes.scale.flatten(), of.scale.detach().flatten())
+        exactly((codes.codes * codes.scale).to(dtype), theirs.detach())
         assert ours.dtype == dtype
         for order in (torch.contiguous_format, torch.channels_last):
             assert ours.is_contiguous(memory_format=order) == of.value.is_contiguous(memory_format=order)
@@ -168,9 +173,10 @@ def test_a_tie_beside_a_channel_of_nan_equals_brevitas() -> None:
     compare(Weights([weight], Int4PerChannel))
 
 
-def test_learned_and_other_scales_in_one_model_are_refused() -> None:
-    layers = [FastQuantConv2d(4, 4, 3, weight_quant=quantizer) for quantizer in (LEARNED[4], Int4PerChannel)]
-    with pytest.raises(UserError, match="some layers have learned scales"):
+@pytest.mark.parametrize("other", [Int4PerChannel, Int4WeightPerTensorFloatDecoupled])
+def test_scales_of_different_kinds_in_one_model_are_refused(other: Any) -> None:
+    layers = [FastQuantConv2d(4, 4, 3, weight_quant=quantizer) for quantizer in (LEARNED[4], other)]
+    with pytest.raises(UserError, match="scales are made in different ways"):
         attach(nn.Sequential(*layers))
 
 

@@ -90,5 +90,5 @@ def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> No
 
 if __name__ == "__main__":
     compare_kernels()
-    compare_learned("learned")
+    compare_learned("lsq")
     compare_learned("decoupled")

@@ -53,4 +53,4 @@ def test_native_int4_nodes_on_the_cpu_are_named(run: RunRoot) -> None:
     model = open_model(run.onnx_dir / "yolov10n-w4a16-int4-qat.onnx", "cuda")
     images = load_trained(run, "qat-w4a16").truth.images[:1]
     on_cpu = nodes_by_provider(model, images).get(CPU, [])
-    assert any(name.startswith("Resize ") for name in on_cpu) == (ort.__version__ < "1.27")
+    assert any(name.startswith("Resize ") for name in on_cpu) == ort.__version__.startswith("1.26.")

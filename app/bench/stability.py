@@ -22,6 +22,7 @@ from app.config import Config, UserError, load
 from app.curves import save_png
 from app.data.prepare import prepare
 from app.run import RunRoot, environment, write_json
+from app.training.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 WARM, EARLIER = "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"
@@ -112,31 +113,37 @@ def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
 def train_all(
     run: RunRoot, overlays: list[Path], jobs: dict[tuple[str, int], tuple[Config, list[str]]], plan: Plan
 ) -> None:
-    """Runs the train stage of every job that is not done, n_jobs at a time, until the time is up."""
+    """Runs the train stage of every job that is not done, n_jobs at a time, until the time is up.
+
+    Raises:
+        Interrupted: a signal came; the trainings have saved everything and ended.
+    """
     deadline = time.monotonic() + plan.for_s
     waiting = [job for job, (config, _) in jobs.items() if not is_done(run, job, config)]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     place: dict[tuple[str, int], str] = {}  # job -> its GPU
-    while (waiting or running) and time.monotonic() < deadline:
-        ready = [job for job in waiting if can_start(jobs[job][0])]
-        for job in ready[: plan.n_jobs - len(running)]:
-            waiting.remove(job)
-            taken = [place[other] for other in running]
-            place[job] = min(visible_gpus(), key=taken.count)
-            config, sets = jobs[job]
-            running[job] = start(run, job, overlays, (config.variant, sets, place[job]))
-        if not running:  # the rest waits for one that failed
-            break
-        time.sleep(0.5)
-        for job in [job for job, process in running.items() if process.poll() is not None]:
-            code = running.pop(job).returncode
-            log.info("%s, seed %d: %s", *job, "done" if code == 0 else f"ended with exit code {code}")
-    for process in running.values():
-        process.send_signal(signal.SIGTERM)
-    for process in running.values():
-        process.wait(GRACE_S)
+    with Interrupt() as interrupt:
+        while (waiting or running) and not interrupt.signal and time.monotonic() < deadline:
+            ready = [job for job in waiting if can_start(jobs[job][0])]
+            for job in ready[: plan.n_jobs - len(running)]:
+                waiting.remove(job)
+                taken = [place[other] for other in running]
+                place[job] = min(visible_gpus(), key=taken.count)
+                config, sets = jobs[job]
+                running[job] = start(run, job, overlays, (config.variant, sets, place[job]))
+            if not running:  # the rest waits for one that failed
+                break
+            time.sleep(0.5)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                code = running.pop(job).returncode
+                log.info("%s, seed %d: %s", *job, "done" if code == 0 else f"ended with exit code {code}")
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait(GRACE_S)
     if waiting or running:
         log.info("%d trainings are not done: the same command goes on", len(waiting) + len(running))
+    interrupt.leave()
 
 
 def can_start(config: Config) -> bool:
@@ -160,7 +167,8 @@ def start(
     command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
     command += [part for item in of[1] for part in ("--set", item)]
     with open(root.root / "bench.log", "ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environ)
+        # A session of its own: a terminal's Ctrl-C reaches it as our SIGTERM alone, a second signal would not save.
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environ, start_new_session=True)
 
 
 def is_done(run: RunRoot, job: tuple[str, int], config: Config) -> bool:

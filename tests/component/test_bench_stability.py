@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import threading
 from pathlib import Path
 from statistics import stdev
 from typing import Any
 
 import pytest
 
-from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, settings
+from app.bench import stability
+from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, settings, train_all
 from app.bench.stability_table import BASE, at, corrected, draw, lowest_share, mean_curve, share_of_fp16, show
 from app.config import UserError, load
 from app.curves import STATES
 from app.model import build
 from app.run import RunRoot
+from app.training.interrupt import Interrupted
 
 
 def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
@@ -47,6 +53,20 @@ def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:
 def test_it_cannot_begin_without_fp16(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="begins with the weights of fp16, name that arm too"):
         bench_stability(RunRoot(tmp_path, "stability"), [], [], Plan([f"{BRANCH}, mixed"], [0], 0, 1))
+
+
+def test_a_signal_ends_the_trainings_too(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, started = RunRoot(tmp_path, "stability"), []
+
+    def start(*args: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[0]
+
+    monkeypatch.setattr(stability, "start", start)
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Interrupted):
+        train_all(run, [], {("fp16", 0): (load("fp16"), [])}, Plan(["fp16"], [0], 60, 1))
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_the_share_compares_the_last_epoch_that_all_have() -> None:

@@ -114,7 +114,7 @@ def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
 def scale_ratios(raw: nn.Module, averaged: nn.Module) -> list[float]:
     """Scale of the raw weights over that of their average, a number a quantized layer: the mean over its channels.
 
-    1 means that the average follows. A trained scale may be left behind, and may change its sign.
+    Near 1 the average follows; a trained scale may be left behind.
     """
     pairs = zip(read_codes(raw), read_codes(averaged), strict=True)
     return torch.stack([(of.scale / kept.scale).mean() for of, kept in pairs]).tolist()

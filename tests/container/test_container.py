@@ -195,7 +195,7 @@ class EndOfMake(unittest.TestCase):
         before = running()
         make = subprocess.Popen(
             ["make", "tensorboard"], cwd=REPO_DIR, env=environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=hear_ctrl_c,
         )  # fmt: skip
         deadline = time.monotonic() + 120
         self.addCleanup(end, make)
@@ -234,6 +234,11 @@ class EndOfMake(unittest.TestCase):
         make.kill()
         make.wait()
         self.check_gone(container)
+
+
+def hear_ctrl_c() -> None:
+    """A shell that starts these tests in the background (`... &`) has them ignore it, and all their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(make: subprocess.Popen[bytes]) -> None:

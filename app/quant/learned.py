@@ -102,14 +102,8 @@ class _EachInTurn(torch.autograd.Function):
         of_steps, of_scales = torch.zeros_like(steps), torch.zeros_like(scales)
         rows = (_split(rows, ctx.layout) for rows in (steps, scales, ctx.layout.largest, of_steps, of_scales))
         parts = zip(grads, weights, *rows, strict=True)
-        return (
-            None,
-            None,
-            None,
-            of_steps,
-            of_scales,
-            *(_gradient(grad, ctx.passes_clamp, *part) for grad, *part in parts),
-        )
+        of_weights = (_gradient(grad, ctx.passes_clamp, *part) for grad, *part in parts)
+        return None, None, None, of_steps, of_scales, *of_weights
 
 
 def _split(rows: torch.Tensor, layout: Layout) -> list[torch.Tensor]:

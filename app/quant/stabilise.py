@@ -13,7 +13,7 @@ from torch import nn
 from app.config import Config, Quant
 from app.quant.codes import Codes, read_codes
 from app.quant.fused import attach
-from app.quant.learned import learned_layers, reset_scales, scale_parameter
+from app.quant.learned import learned_layers, limits, reset_scales, scale_parameter
 
 
 class Stabiliser:
@@ -144,21 +144,20 @@ class FirstUseScales(Stabiliser):
 
     def __init__(self, ema: nn.Module) -> None:
         self.layers = [layer for layer in ema.modules() if isinstance(layer, QuantConv2d)]
-        self.quantizers = [cast(Any, layer.weight_quant).tensor_quant for layer in self.layers]
+        self.values = [cast(Any, layer.weight_quant).tensor_quant.scaling_impl.value for layer in self.layers]
         self.scales: torch.Tensor | None = None
 
     @torch.no_grad()
     def start_epoch(self, epoch: int) -> None:
         if epoch >= 1 and self.scales is None:
-            pairs = zip(self.quantizers, self.layers, strict=True)
-            self.scales = torch.cat([quantizer.pre_scaling_impl(layer.weight).view(1) for quantizer, layer in pairs])
+            self.scales = torch.stack([limits(layer, "decoupled")[0] for layer in self.layers])
         self.after_step()
 
     @torch.no_grad()
     def after_step(self) -> None:
         if self.scales is not None:
-            for quantizer, scale in zip(self.quantizers, self.scales, strict=True):
-                quantizer.scaling_impl.value.copy_(scale)
+            for value, scale in zip(self.values, self.scales, strict=True):
+                value.copy_(scale)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.scales is None else {"scales": self.scales}

@@ -22,9 +22,10 @@ def add_bench_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
     stage.add_argument("--images", type=int, help="eval: repeat the images to at least this many for time and memory")
     stage.add_argument("--arms", nargs="+", help="stability: some of its arms (default: all)")
-    stage.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="stability (default: 0 1)")
-    stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends")
+    stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")
+    stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends, 0 shows")
     stage.add_argument("--until", type=int, help="stability: show the arms as of this epoch (default: their last)")
+    stage.add_argument("--with", dest="files", type=Path, nargs="+", default=[], help="stability: rows of other calls")
     stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
     stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
     stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
@@ -54,7 +55,7 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
             from app.config import CONF_DIR
 
             overlays = [CONF_DIR / "stability.yaml", *args.conf]
-            plan = Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs, args.until)
+            plan = Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs, args.until, tuple(args.files))
             bench_stability(run, overlays, sets, plan)
         case "soak":
             from app.bench.soak import Plan, bench_soak

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from app.bench.stability_table import BASE, draw, read_arm, show
+from app.bench.stability_rows import read_arm, recipe, up_to, with_others
+from app.bench.stability_table import BASE, draw, show
 from app.config import Config, UserError, load
 from app.curves import save_png
 from app.data.prepare import prepare
-from app.run import RunRoot, environment, write_json
+from app.run import RunRoot, write_json
 from app.training.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
@@ -48,19 +49,22 @@ ARMS: dict[str, list[str]] = {
     f"{BRANCH}, freezing": ["quant.freeze_threshold=0.02"],
     f"{BRANCH}, correction": ["quant.correction_epochs=1"],
 }
+DEFAULT_SEEDS = [0, 1]
 GRACE_S = 30.0  # for saving when the time is up
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call does: arms by name, seeds, seconds until it saves and returns, trainings at a time, and the epoch up
-    to which they are shown (None: each arm's last)."""
+    """What a call does: arms by name, seeds, seconds until it saves and returns (0: trains nothing and needs no data),
+    trainings at a time, the epoch up to which they are shown (None: each training's last), and files of other calls
+    whose rows join the table."""
 
     arms: list[str]
-    seeds: list[int]
+    seeds: list[int] | None
     for_s: float
     n_jobs: int
     until: int | None = None
+    files: tuple[Path, ...] = ()
 
 
 def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) -> None:
@@ -68,28 +72,26 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     which holds bench-stability.json and .png.
 
     Raises:
-        UserError: an unknown arm, or one that needs another's weights.
+        UserError: an unknown arm, one that needs another's weights, or files of other trainings than these.
     """
     if unknown := [arm for arm in plan.arms if arm not in ARMS]:
         raise UserError(f"--arms {unknown[0]}: choose among {', '.join(ARMS)}")
     if BASE not in plan.arms and (branches := [arm for arm in plan.arms if arm.startswith(BRANCH)]):
         raise UserError(f"--arms {branches[0]}: it begins with the weights of {BASE}, name that arm too")
-    jobs = {
-        (arm, seed): settings(run, arm, seed, overlays, sets) for seed in plan.seeds for arm in plan.arms
-    }  # fmt: skip
+    seeds = DEFAULT_SEEDS if plan.seeds is None else plan.seeds
+    jobs = {(arm, seed): settings(run, arm, seed, overlays, sets) for seed in seeds for arm in plan.arms}
     configs = {job: load(variant, overlays, arm_sets) for job, (variant, arm_sets) in jobs.items()}
-    for job, config in configs.items():
-        prepare(config, root_of(run, *job), force=False)
-    train_all(run, overlays, {job: (configs[job], arm_sets) for job, (_, arm_sets) in jobs.items()}, plan)
-    paths = {job: root_of(run, *job).variant_dir(config.label) / "results.csv" for job, config in configs.items()}
-    rows = [row for job, path in paths.items() if (row := read_arm(job, path, plan.until))]
-    result = {
-        "settings": sets, "overlays": [str(path) for path in overlays], "rows": rows, "environment": environment()
-    }  # fmt: skip
-    write_json(run.root / "bench-stability.json", result)
-    if rows:
-        show(rows)
-        save_png(draw(rows), run.root / "bench-stability.png")
+    if plan.for_s:
+        for job, config in configs.items():
+            prepare(config, root_of(run, *job), force=False)
+        train_all(run, overlays, {job: (configs[job], arm_sets) for job, (_, arm_sets) in jobs.items()}, plan)
+    own = [read_arm(job, root_of(run, *job).variant_dir(config.label)) for job, config in configs.items()]
+    of_all = recipe(load("fp16", overlays, sets), {arm: ARMS[arm] for arm in plan.arms})
+    rows = with_others(filter(None, own), list(plan.files), of_all, plan.seeds)
+    write_json(run.root / "bench-stability.json", {**of_all, "rows": rows})
+    if visible := [part for row in rows if (part := up_to(row, plan.until))]:
+        show(visible)
+        save_png(draw(visible), run.root / "bench-stability.png")
         log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -15,22 +17,30 @@ import pytest
 
 from app.bench import stability
 from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, settings, train_all
-from app.bench.stability_table import BASE, at, corrected, draw, lowest_share, mean_curve, share_of_fp16, show
-from app.config import UserError, load
+from app.bench.stability_rows import recipe, up_to, with_others
+from app.bench.stability_table import (
+    BASE,
+    at,
+    corrected,
+    draw,
+    loss_over_fp16,
+    lowest_share,
+    mean_curve,
+    share_of_fp16,
+    show,
+)
+from app.config import CONF_DIR, UserError, load
 from app.curves import STATES
 from app.model import build
-from app.run import RunRoot
+from app.run import REPO_DIR, RunRoot, write_json
 from app.training.interrupt import Interrupted
 
 
 def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
     """A training whose three states have the same AP, by epoch."""
-    aps = list(curve.values())
-    return {
-        "arm": arm, "seed": seed, "epochs": max(curve), "epoch": list(curve),
-        "AP": dict.fromkeys(STATES, aps), "lowest_share_of_best": dict.fromkeys(STATES, lowest_share(aps)),
-        "val_loss": [7 - ap for ap in aps], "corrected": None,
-    }  # fmt: skip
+    aps, losses = list(curve.values()), [7 - ap for ap in curve.values()]
+    of_states = dict.fromkeys(STATES, aps)
+    return {"arm": arm, "seed": seed, "epoch": list(curve), "AP": of_states, "val_loss": losses, "corrected": None}
 
 
 def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> None:
@@ -93,6 +103,14 @@ def test_only_seeds_that_fp16_has_are_compared() -> None:
     )
 
 
+def test_the_loss_over_fp16_is_that_of_pairs() -> None:
+    fp16 = [row("fp16", seed, {6: 0.1 * seed}) for seed in range(3)]
+    ours = [row("w4a16", seed, {6: 0.1 * seed - 0.02 - 0.01 * (seed - 1)}) for seed in range(3)]
+    assert loss_over_fp16(ours, fp16) == f"+0.020 ± {0.01 / 3**0.5:.3f}"
+    assert loss_over_fp16(ours[:2], fp16) == "+0.015"
+    assert loss_over_fp16(ours, []) == "-"
+
+
 def test_no_share_before_the_first_validation_that_counts() -> None:
     """After a warm-up of two thirds that is late."""
     warm = row("8-bit warm-up", 0, {84: 0.2, 120: 0.3})
@@ -107,8 +125,66 @@ def test_table(caplog: pytest.LogCaptureFixture) -> None:
     _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
     assert fp16[6:8] == ["1.000 at 12", "-"]
-    assert fp16[8:13] == ["6.7000 ± 0.1000", "-", "-", "-", "-"]  # two validations: the running best does not count yet
-    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "0.50", "0.50", "0.50", "0.50", "-"]
+    assert fp16[8:14] == [
+        "6.7000 ± 0.1000",
+        "+0.000",
+        "-",
+        "-",
+        "-",
+        "-",
+    ]  # the running best does not count yet
+    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "+0.000", "0.50", "0.50", "0.50", "0.50", "-"]
+
+
+def test_a_row_as_it_was_at_an_epoch() -> None:
+    of = row("fp16", 0, {6: 0.1, 12: 0.2}) | {"corrected": 0.3}
+    assert up_to(of, None) == up_to(of, 12) == of
+    assert up_to(of, 11) == row("fp16", 0, {6: 0.1})
+    assert up_to(of, 5) is None
+
+
+def test_rows_of_other_calls_join_the_table(tmp_path: Any) -> None:
+    """Own rows come before a file's; arms and seeds that were not asked for stay away."""
+    curve = {6: 0.1}
+    of_all = recipe(load("fp16"), {"fp16": [], "w4a16": ["quant.scheme=w4a16"]})
+    others = [row(arm, seed, {6: 0.3}) for arm in ("w4a16-mixed", "w4a16", "fp16") for seed in (0, 1, 2)]
+    write_json(tmp_path / "other.json", {**of_all, "rows": others})
+    for seeds, expected in ((None, [0, 1, 2]), ([0, 2], [0, 2])):
+        rows = with_others([row("w4a16", 2, curve)], [tmp_path / "other.json"], of_all, seeds)
+        assert [(of["arm"], of["seed"]) for of in rows] == [(arm, n) for arm in ("fp16", "w4a16") for n in expected]
+        assert [of["AP"]["ema_bn"] for of in rows if of["arm"] == "w4a16"][-1] == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("sets", "arms", "message"),
+    [
+        (["train.epochs=7"], {"w4a16": []}, "other settings (train.epochs: 300 -> 7)"),
+        ([], {"w4a16": ["quant.dampening=1e-3"]}, "w4a16 was [], now it is ['quant.dampening=1e-3']"),
+        (["train.seed=3", "train.workers=5", "data.coco_dir=elsewhere", "guard.collapse=warn"], {"w4a16": []}, None),
+    ],
+)
+def test_rows_of_another_recipe_do_not(tmp_path: Any, sets: list[str], arms: Any, message: str | None) -> None:
+    write_json(tmp_path / "a.json", {**recipe(load("fp16"), {"w4a16": []}), "rows": [row("w4a16", 0, {6: 0.1})]})
+    context = pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext()
+    with context:
+        assert with_others([], [tmp_path / "a.json"], recipe(load("fp16", sets=sets), arms), None)
+
+
+def test_a_file_that_is_none(tmp_path: Any) -> None:
+    write_json(tmp_path / "a.json", {"rows": []})
+    with pytest.raises(UserError, match=r"a\.json: not a bench-stability\.json"):
+        with_others([], [tmp_path / "a.json"], recipe(load("fp16"), {}), None)
+
+
+def test_the_readme_table_and_figure_can_be_had_without_data(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """docs/stability.json is of the recipe that conf/stability.yaml has now."""
+    overlays, arms = [CONF_DIR / "stability.yaml"], ["fp16", "w4a16"]
+    plan = Plan(arms, [6, 7, 8, 9], 0, 1, 108, (REPO_DIR / "docs" / "stability.json",))
+    with caplog.at_level(logging.INFO):
+        bench_stability(RunRoot(tmp_path, "stability"), overlays, ["data.coco_dir=not-there"], plan)
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages]
+    assert [of[:3] for of in cells[2:4]] == [["fp16", "4", "108"], ["w4a16", "4", "108"]]
+    assert (tmp_path / "stability" / "bench-stability.png").exists()
 
 
 def test_a_jump_of_one_seed_is_smaller_in_the_mean_curve() -> None:
@@ -127,6 +203,7 @@ def test_the_correction_is_shown_beside_the_best_state() -> None:
 def test_a_panel_an_arm_with_three_states_and_fp16_behind() -> None:
     rows = [row("fp16", 0, {6: 0.1, 12: 0.3}), row("fp16", 1, {6: 0.3, 12: 0.5}), row("w4a16", 0, {6: 0.1, 12: 0.2})]
     fp16, w4a16 = draw(rows).axes
-    assert [line.get_ydata().tolist() for line in fp16.lines] == [pytest.approx([0.2, 0.4])] * 3
-    assert [line.get_ydata().tolist() for line in w4a16.lines] == [pytest.approx([0.2, 0.4]), *[[0.1, 0.2]] * 3]
+    mean = pytest.approx([0.2, 0.4])
+    assert [line.get_ydata().tolist() for line in fp16.lines] == [[0.1, 0.3], [0.3, 0.5], mean, mean, mean]
+    assert [line.get_ydata().tolist() for line in w4a16.lines] == [mean, *[[0.1, 0.2]] * 3]
     assert (fp16.get_title(), w4a16.get_title()) == ("fp16 (n=2)", "w4a16 (n=1)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, flatten, shown
-from app.curves import STATES, candidates, read_rows
+from app.curves import STATES, candidates, read_rows, train_loss
 from app.run import read_json
 
 Row = dict[str, Any]
@@ -24,7 +24,8 @@ def read_arm(job: tuple[str, int], out_dir: Path) -> Row | None:
     return {
         "arm": job[0], "seed": job[1], "epoch": [int(row["epoch"]) for row in rows],
         "AP": {state: [row[f"AP/{state}"] for row in rows] for state in STATES},
-        "val_loss": [row["val_loss/ema_bn"] for row in rows], "corrected": rows[-1].get("AP/corrected"),
+        "train_loss": [round(train_loss(row), 5) for row in rows],
+        "val_loss": [round(row["val_loss/ema_bn"], 5) for row in rows], "corrected": rows[-1].get("AP/corrected"),
         "gpu": gpu, "torch": env["packages"]["torch"], "code_version": env["code_version"],
     }  # fmt: skip
 
@@ -70,6 +71,6 @@ def up_to(row: Row, epoch: int | None) -> Row | None:
     n = sum(epoch is None or of <= epoch for of in row["epoch"])
     if n == len(row["epoch"]):
         return row
+    curves = {key: row[key][:n] for key in ("epoch", "train_loss", "val_loss")}
     aps = {state: curve[:n] for state, curve in row["AP"].items()}
-    part = {**row, "epoch": row["epoch"][:n], "AP": aps, "val_loss": row["val_loss"][:n], "corrected": None}
-    return part if n else None
+    return {**row, **curves, "AP": aps, "corrected": None} if n else None

@@ -33,12 +33,16 @@ def worst(shares: list[float | None]) -> str:
 
 
 def show(rows: list[Row]) -> None:
-    """One row an arm: means over its seeds, with half their range; what is beside FP16, with the standard error. The
-    loss, of EMA+BN, differs less between seeds than AP does. The lowest share is that of the worst seed, whose AP also
-    jumps with the few images it is measured on, and for EMA+BN also that of the mean curve of all seeds."""
+    """One row an arm: means over its seeds, with half their range; what is beside FP16, with the standard error.
+
+    The validation loss, of EMA+BN, differs less between seeds than AP does; where it lies further above FP16's than the
+    train loss does, what is scored is not what was trained. The lowest share is that of the worst seed, whose AP also
+    jumps with the few images it is measured on, and for EMA+BN also that of the mean curve of all seeds.
+    """
     cells = [[
         "arm", "seeds", "epochs", "AP raw", "AP EMA", "AP EMA+BN", "of FP16", f"of FP16, last {N_LAST}", "val loss",
-        "over FP16's", "lowest share of best: raw", "EMA", "EMA+BN", "EMA+BN, mean curve", "best -> corrected",
+        "over FP16's", "train loss over FP16's", "lowest share of best: raw", "EMA", "EMA+BN", "EMA+BN, mean curve",
+        "best -> corrected",
     ]]  # fmt: skip
     by_arm = rows_by_arm(rows)
     fp16 = by_arm.get(BASE, [])
@@ -50,8 +54,8 @@ def show(rows: list[Row]) -> None:
         lows.append([lowest_share(list(mean_curve(of).values()))])
         cells.append([
             arm, str(len(of)), str(epochs), *map(spread, finals),
-            *(share_of_fp16(of, fp16, n) for n in (1, N_LAST)), spread(losses), loss_over_fp16(of, fp16),
-            *map(worst, lows), corrected(of),
+            *(share_of_fp16(of, fp16, n) for n in (1, N_LAST)), spread(losses),
+            *(loss_over_fp16(of, fp16, name) for name in ("val_loss", "train_loss")), *map(worst, lows), corrected(of),
         ])  # fmt: skip
     for line in markdown_table(cells):
         log.info("%s", line)
@@ -139,10 +143,10 @@ def share_of_fp16(of: list[Row], fp16: list[Row], n_last: int) -> str:
     return f"{share:.3f}{error} at {epoch}"
 
 
-def loss_over_fp16(of: list[Row], fp16: list[Row]) -> str:
-    """Mean of the scored state's validation loss less FP16's of the same seed, with its standard error."""
+def loss_over_fp16(of: list[Row], fp16: list[Row], name: str) -> str:
+    """Mean of a loss less FP16's of the same seed, with its standard error."""
     pairs, epoch = paired(of, fp16)
-    over = [at(row, row["val_loss"], epoch) - at(base, base["val_loss"], epoch) for row, base in pairs]
+    over = [at(row, row[name], epoch) - at(base, base[name], epoch) for row, base in pairs]
     return "-" if not over or math.isnan(sum(over)) else f"{statistics.fmean(over):+.3f}{standard_error(over)}"
 
 

@@ -39,8 +39,10 @@ from app.training.interrupt import Interrupted
 def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
     """A training whose three states have the same AP, by epoch."""
     aps, losses = list(curve.values()), [7 - ap for ap in curve.values()]
-    of_states = dict.fromkeys(STATES, aps)
-    return {"arm": arm, "seed": seed, "epoch": list(curve), "AP": of_states, "val_loss": losses, "corrected": None}
+    return {
+        "arm": arm, "seed": seed, "epoch": list(curve), "AP": dict.fromkeys(STATES, aps),
+        "train_loss": [loss / 2 for loss in losses], "val_loss": losses, "corrected": None,
+    }  # fmt: skip
 
 
 def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> None:
@@ -106,9 +108,10 @@ def test_only_seeds_that_fp16_has_are_compared() -> None:
 def test_the_loss_over_fp16_is_that_of_pairs() -> None:
     fp16 = [row("fp16", seed, {6: 0.1 * seed}) for seed in range(3)]
     ours = [row("w4a16", seed, {6: 0.1 * seed - 0.02 - 0.01 * (seed - 1)}) for seed in range(3)]
-    assert loss_over_fp16(ours, fp16) == f"+0.020 ± {0.01 / 3**0.5:.3f}"
-    assert loss_over_fp16(ours[:2], fp16) == "+0.015"
-    assert loss_over_fp16(ours, []) == "-"
+    assert loss_over_fp16(ours, fp16, "val_loss") == f"+0.020 ± {0.01 / 3**0.5:.3f}"
+    assert loss_over_fp16(ours, fp16, "train_loss") == f"+0.010 ± {0.005 / 3**0.5:.3f}"
+    assert loss_over_fp16(ours[:2], fp16, "val_loss") == "+0.015"
+    assert loss_over_fp16(ours, [], "val_loss") == "-"
 
 
 def test_no_share_before_the_first_validation_that_counts() -> None:
@@ -125,15 +128,8 @@ def test_table(caplog: pytest.LogCaptureFixture) -> None:
     _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
     assert fp16[6:8] == ["1.000 at 12", "-"]
-    assert fp16[8:14] == [
-        "6.7000 ± 0.1000",
-        "+0.000",
-        "-",
-        "-",
-        "-",
-        "-",
-    ]  # the running best does not count yet
-    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "+0.000", "0.50", "0.50", "0.50", "0.50", "-"]
+    assert fp16[8:] == ["6.7000 ± 0.1000", *["+0.000"] * 2, *["-"] * 5]  # the running best does not count yet
+    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "+0.000", "+0.000", "0.50", "0.50", "0.50", "0.50", "-"]
 
 
 def test_a_row_as_it_was_at_an_epoch() -> None:

@@ -86,7 +86,7 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
             prepare(config, root_of(run, *job), force=False)
         train_all(run, overlays, {job: (configs[job], arm_sets) for job, (_, arm_sets) in jobs.items()}, plan)
     own = [read_arm(job, root_of(run, *job).variant_dir(config.label)) for job, config in configs.items()]
-    of_all = recipe(load("fp16", overlays, sets), {arm: ARMS[arm] for arm in plan.arms})
+    of_all = recipe(load("qat", overlays, sets), {arm: ARMS[arm] for arm in plan.arms})
     rows = with_others(filter(None, own), list(plan.files), of_all, plan.seeds)
     write_json(run.root / "bench-stability.json", {**of_all, "rows": rows})
     if visible := [part for row in rows if (part := up_to(row, plan.until))]:

@@ -31,8 +31,8 @@ def read_arm(job: tuple[str, int], out_dir: Path) -> Row | None:
 
 
 def recipe(base: Config, arms: dict[str, list[str]]) -> dict[str, Any]:
-    """What rows of one table have in common: the configuration of the arm that all are compared with, and what each
-    arm sets beside it."""
+    """What rows of one table have in common: the configuration that the arms start from, a qat variant's, and what each
+    sets beside it."""
     return {"config": {key: value for key, value in flatten(base).items() if not is_own(key)}, "arms": arms}
 
 
@@ -44,7 +44,7 @@ def with_others(own: Iterable[Row], files: list[Path], expected: dict[str, Any],
     """Own rows, and those of the files' arms and seeds asked for that are not among them, in the arms' order.
 
     Raises:
-        UserError: a file is missing or no such file, or it holds trainings of another recipe.
+        UserError: a file is missing or of something else, or it holds trainings of another recipe.
     """
     rows = {(row["arm"], row["seed"]): row for row in own}
     for path in files:

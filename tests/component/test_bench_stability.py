@@ -142,7 +142,7 @@ def test_a_row_as_it_was_at_an_epoch() -> None:
 def test_rows_of_other_calls_join_the_table(tmp_path: Any) -> None:
     """Own rows come before a file's; arms and seeds that were not asked for stay away."""
     curve = {6: 0.1}
-    of_all = recipe(load("fp16"), {"fp16": [], "w4a16": ["quant.scheme=w4a16"]})
+    of_all = recipe(load("qat"), {"fp16": [], "w4a16": ["quant.scheme=w4a16"]})
     others = [row(arm, seed, {6: 0.3}) for arm in ("w4a16-mixed", "w4a16", "fp16") for seed in (0, 1, 2)]
     write_json(tmp_path / "other.json", {**of_all, "rows": others})
     for seeds, expected in ((None, [0, 1, 2]), ([0, 2], [0, 2])):
@@ -155,21 +155,22 @@ def test_rows_of_other_calls_join_the_table(tmp_path: Any) -> None:
     ("sets", "arms", "message"),
     [
         (["train.epochs=7"], {"w4a16": []}, "other settings (train.epochs: 300 -> 7)"),
+        (["quant.dampening=1e-3"], {"w4a16": []}, "other settings (quant.dampening: 0.0 -> 0.001)"),
         ([], {"w4a16": ["quant.dampening=1e-3"]}, "w4a16 was [], now it is ['quant.dampening=1e-3']"),
         (["train.seed=3", "train.workers=5", "data.coco_dir=elsewhere", "guard.collapse=warn"], {"w4a16": []}, None),
     ],
 )
 def test_rows_of_another_recipe_do_not(tmp_path: Any, sets: list[str], arms: Any, message: str | None) -> None:
-    write_json(tmp_path / "a.json", {**recipe(load("fp16"), {"w4a16": []}), "rows": [row("w4a16", 0, {6: 0.1})]})
+    write_json(tmp_path / "a.json", {**recipe(load("qat"), {"w4a16": []}), "rows": [row("w4a16", 0, {6: 0.1})]})
     context = pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext()
     with context:
-        assert with_others([], [tmp_path / "a.json"], recipe(load("fp16", sets=sets), arms), None)
+        assert with_others([], [tmp_path / "a.json"], recipe(load("qat", sets=sets), arms), None)
 
 
 def test_a_file_that_is_none(tmp_path: Any) -> None:
     write_json(tmp_path / "a.json", {"rows": []})
     with pytest.raises(UserError, match=r"a\.json: not a bench-stability\.json"):
-        with_others([], [tmp_path / "a.json"], recipe(load("fp16"), {}), None)
+        with_others([], [tmp_path / "a.json"], recipe(load("qat"), {}), None)
 
 
 def test_the_readme_table_and_figure_can_be_had_without_data(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

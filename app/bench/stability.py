@@ -17,17 +17,18 @@ from pathlib import Path
 
 import torch
 
-from app.bench.stability_rows import read_arm, recipe, up_to, with_others
+from app.bench.stability_rows import merge, read_arm, read_file, recipe, up_to, write_file
 from app.bench.stability_table import BASE, draw, show
 from app.config import Config, UserError, load
 from app.curves import save_png
 from app.data.prepare import prepare
-from app.run import RunRoot, write_json
+from app.run import RunRoot
 from app.training.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 WARM, EARLIER = "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"
 BRANCH = "float warm-up"
+FLOAT = [WARM, "quant.warmup_bits=float"]
 # Arm -> settings beside the variant's. That EMA and re-estimation are left out needs no arm: every arm scores all three
 # states. The arms named after BRANCH begin with the weights that fp16 of the same seed has after the warm-up: what an
 # option changes there is seen without the difference between two trainings; w8a16 shows how much noise is left.
@@ -39,15 +40,15 @@ ARMS: dict[str, list[str]] = {
     "earlier recipe, scales averaged": [EARLIER],
     "8-bit warm-up": [WARM],
     "8-bit warm-up, mixed": [WARM, "quant.scheme=w4a16-mixed"],
-    BRANCH: [],
-    f"{BRANCH}, mixed": ["quant.scheme=w4a16-mixed"],
-    f"{BRANCH}, w8a16": ["quant.scheme=w8a16"],
-    f"{BRANCH}, DFL not exempt": ["quant.scheme=w4a16-dfl"],
-    f"{BRANCH}, per tensor": ["quant.scheme=w4a16-per-tensor"],
-    f"{BRANCH}, learned scale": ["quant.learned_scale=true"],
-    f"{BRANCH}, dampening": ["quant.dampening=1e-3"],
-    f"{BRANCH}, freezing": ["quant.freeze_threshold=0.02"],
-    f"{BRANCH}, correction": ["quant.correction_epochs=1"],
+    BRANCH: FLOAT,
+    f"{BRANCH}, mixed": [*FLOAT, "quant.scheme=w4a16-mixed"],
+    f"{BRANCH}, w8a16": [*FLOAT, "quant.scheme=w8a16"],
+    f"{BRANCH}, DFL not exempt": [*FLOAT, "quant.scheme=w4a16-dfl"],
+    f"{BRANCH}, per tensor": [*FLOAT, "quant.scheme=w4a16-per-tensor"],
+    f"{BRANCH}, learned scale": [*FLOAT, "quant.learned_scale=true"],
+    f"{BRANCH}, dampening": [*FLOAT, "quant.dampening=1e-3"],
+    f"{BRANCH}, freezing": [*FLOAT, "quant.freeze_threshold=0.02"],
+    f"{BRANCH}, correction": [*FLOAT, "quant.correction_epochs=1"],
 }
 DEFAULT_SEEDS = [0, 1]
 GRACE_S = 30.0  # for saving when the time is up
@@ -81,18 +82,23 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     seeds = DEFAULT_SEEDS if plan.seeds is None else plan.seeds
     jobs = {(arm, seed): settings(run, arm, seed, overlays, sets) for seed in seeds for arm in plan.arms}
     configs = {job: load(variant, overlays, arm_sets) for job, (variant, arm_sets) in jobs.items()}
+    of_all = recipe(load("qat", overlays, sets), ARMS)
+    others = [row for path in plan.files for row in read_file(path, of_all)]
     if plan.for_s:
         for job, config in configs.items():
             prepare(config, root_of(run, *job), force=False)
         train_all(run, overlays, {job: (configs[job], arm_sets) for job, (_, arm_sets) in jobs.items()}, plan)
-    own = [read_arm(job, root_of(run, *job).variant_dir(config.label)) for job, config in configs.items()]
-    of_all = recipe(load("qat", overlays, sets), {arm: ARMS[arm] for arm in plan.arms})
-    rows = with_others(filter(None, own), list(plan.files), of_all, plan.seeds)
-    write_json(run.root / "bench-stability.json", {**of_all, "rows": rows})
-    if visible := [part for row in rows if (part := up_to(row, plan.until))]:
-        show(visible)
-        save_png(draw(visible), run.root / "bench-stability.png")
-        log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
+    own = [read_arm(job, config, root_of(run, *job).variant_dir(config.label)) for job, config in configs.items()]
+    rows = merge([*filter(None, own), *others], list(ARMS))
+    write_file(run.root / "bench-stability.json", of_all, rows)
+    wanted = [row for row in rows if row["arm"] in plan.arms and (plan.seeds is None or row["seed"] in plan.seeds)]
+    visible = wanted if plan.until is None else [part for row in wanted if (part := up_to(row, plan.until))]
+    if not visible:
+        log.info("nothing to show yet: no such training has been validated")
+        return
+    show(visible)
+    save_png(draw(visible), run.root / "bench-stability.png")
+    log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
 
 
 def settings(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tuple[str, list[str]]:
@@ -103,7 +109,7 @@ def settings(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list
         return "fp16", [*own, f"train.save_period={n_warm}"]
     if arm.startswith(BRANCH):
         kept = root_of(run, BASE, seed).variant_dir("fp16") / "weights" / f"epoch{n_warm}.pt"
-        own += [WARM, "quant.warmup_bits=float", f"quant.warmup_from={kept}"]
+        own.append(f"quant.warmup_from={kept}")
     return "qat", own
 
 

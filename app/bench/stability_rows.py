@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
 from pathlib import Path
 from typing import Any
 
-from app.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, flatten, shown
+from app.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, flatten, load, read_yaml, shown
 from app.curves import STATES, candidates, read_rows, train_loss
-from app.run import read_json
+from app.run import read_json, write_text
 
 Row = dict[str, Any]
 OWN_KEYS = (*MACHINE_KEYS, *LATER_STAGES, "data.coco_dir", "train.seed")  # may differ between rows of one table
 
 
-def read_arm(job: tuple[str, int], out_dir: Path) -> Row | None:
-    """The curves of one training so far, [validations] each, and where it ran; None before a validation that counts."""
+def read_arm(job: tuple[str, int], config: Config, out_dir: Path) -> Row | None:
+    """The curves of one training so far, [validations] each, and where it last ran; None before a validation that
+    counts.
+
+    Raises:
+        UserError: the folder holds a training of another configuration.
+    """
     rows = candidates(read_rows(out_dir / "results.csv")) if (out_dir / "results.csv").exists() else []
     if not rows:
         return None
+    ignore = (*MACHINE_KEYS, *LATER_STAGES, "data.coco_dir", "quant.warmup_from")  # folders may have moved
+    if differences := difference(read_yaml(out_dir / "config.yaml"), config, ignore=ignore):
+        raise UserError(f"{out_dir} was trained with another configuration ({shown(differences)}): take another --run")
     env = read_json(out_dir / "env.json", "bench")
     gpu = (env["gpus"] or ["none"])[0].split(",")[0]
     return {
@@ -40,35 +48,45 @@ def is_own(key: str) -> bool:
     return key in OWN_KEYS or key.split(".")[0] in OWN_KEYS
 
 
-def with_others(own: Iterable[Row], files: list[Path], expected: dict[str, Any], seeds: list[int] | None) -> list[Row]:
-    """Own rows, and those of the files' arms and seeds asked for that are not among them, in the arms' order.
+def read_file(path: Path, expected: dict[str, Any]) -> list[Row]:
+    """The rows of a file that `write_file` wrote.
 
     Raises:
-        UserError: a file is missing or of something else, or it holds trainings of another recipe.
+        UserError: the file is missing or of something else, or its trainings have another recipe than `expected`.
     """
-    rows = {(row["arm"], row["seed"]): row for row in own}
-    for path in files:
-        other = read_json(path, "bench ARGS=stability")
-        if not {"config", "arms", "rows"} <= set(other):
-            raise UserError(f"--with {path}: not a bench-stability.json")
-        # A key that is new since then has the value that it had without it.
-        known = {key: value for key, value in expected["config"].items() if key in other["config"]}
-        if differences := difference(other["config"], known):
-            raise UserError(f"--with {path}: other settings ({shown(differences)})")
-        for row in other["rows"]:
-            arm = row["arm"]
-            if arm not in expected["arms"] or (seeds is not None and row["seed"] not in seeds):
-                continue
-            if other["arms"][arm] != expected["arms"][arm]:
-                raise UserError(f"--with {path}: {arm} was {other['arms'][arm]}, now it is {expected['arms'][arm]}")
-            rows.setdefault((arm, row["seed"]), row)
-    order = list(expected["arms"])
-    return sorted(rows.values(), key=lambda row: (order.index(row["arm"]), row["seed"]))
+    other = read_json(path, "bench ARGS=stability")
+    if not (isinstance(other, dict) and {"config", "arms", "rows"} <= set(other)):
+        raise UserError(f"--with {path}: not a bench-stability.json")
+    then = flatten(load("qat")) | other["config"]  # a key that is new since then had its default
+    then = {key: value for key, value in then.items() if not is_own(key)}
+    if differences := difference(then, expected["config"]):
+        raise UserError(f"--with {path}: other settings ({shown(differences)})")
+    for arm in dict.fromkeys(row["arm"] for row in other["rows"]):
+        if other["arms"][arm] != (now := expected["arms"].get(arm)):
+            raise UserError(f"--with {path}: {arm} was {other['arms'][arm]}, now it is {now}")
+    return other["rows"]
 
 
-def up_to(row: Row, epoch: int | None) -> Row | None:
+def merge(rows: list[Row], arms: list[str]) -> list[Row]:
+    """One row for each arm and seed, the longest there is, in the order of `arms`."""
+    longest: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        key = (row["arm"], row["seed"])
+        if key not in longest or row["epoch"][-1] > longest[key]["epoch"][-1]:
+            longest[key] = row
+    return sorted(longest.values(), key=lambda row: (arms.index(row["arm"]), row["seed"]))
+
+
+def write_file(path: Path, of_all: dict[str, Any], rows: list[Row]) -> None:
+    """A recipe and its rows as JSON, one row a line, so that a diff shows what a call has added."""
+    parts = [f'"{key}": {json.dumps(value)}' for key, value in of_all.items()]
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    write_text(path, "{" + ",\n".join([*parts, f'"rows": [\n{lines}\n]']) + "}\n")
+
+
+def up_to(row: Row, epoch: int) -> Row | None:
     """A row as it was at an epoch; None before a validation that counts."""
-    n = sum(epoch is None or of <= epoch for of in row["epoch"])
+    n = sum(of <= epoch for of in row["epoch"])
     if n == len(row["epoch"]):
         return row
     curves = {key: row[key][:n] for key in ("epoch", "train_loss", "val_loss")}

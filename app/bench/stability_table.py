@@ -9,7 +9,7 @@ import statistics
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from app.bench.stability_rows import Row
+from app.bench.stability_rows import Row, up_to
 from app.curves import AP_LABEL, COLOURS, NEUTRAL, STATES
 from app.tables import markdown_table
 
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 BASE = "fp16"  # the arm that the others are compared with
 N_SETTLE = 2  # validations before the running best counts: AP starts at zero
 N_LAST = 3  # validations whose mean is steadier than the last one's AP
+FAINT = 0.35  # how much of a single seed's curve is seen
 N_PAIRS = 2  # seeds whose spread says nothing yet
 
 
@@ -46,8 +47,9 @@ def show(rows: list[Row]) -> None:
     ]]  # fmt: skip
     by_arm = rows_by_arm(rows)
     fp16 = by_arm.get(BASE, [])
-    for arm, of in by_arm.items():
-        epochs = min(row["epoch"][-1] for row in of)
+    for arm, whole in by_arm.items():
+        epochs = min(row["epoch"][-1] for row in whole)
+        of = [row for row in (up_to(row, epochs) for row in whole) if row]
         finals = [[at(row, row["AP"][state], epochs) for row in of] for state in STATES]
         losses = [at(row, row["val_loss"], epochs) for row in of]
         lows = [[lowest_share(row["AP"][state]) for row in of] for state in STATES]
@@ -70,7 +72,7 @@ def mean_curve(of: list[Row], state: str = "ema_bn") -> dict[int, float]:
 
 def draw(rows: list[Row]) -> Figure:
     """A panel an arm: mean AP of its seeds in the three states, thin behind it the scored one of each seed, and grey
-    FP16's scored mean."""
+    that of FP16 with the same seeds, or with all where it has none of them."""
     by_arm = rows_by_arm(rows)
     n_columns = math.ceil(math.sqrt(len(by_arm)))
     n_rows = -(-len(by_arm) // n_columns)
@@ -79,10 +81,10 @@ def draw(rows: list[Row]) -> Figure:
     panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (arm, of) in zip(panels, by_arm.items(), strict=False):
         if arm != BASE and BASE in by_arm:
-            base = mean_curve(by_arm[BASE])
+            base = mean_curve([row for row, _ in paired(by_arm[BASE], of)[0]] or by_arm[BASE])
             panel.plot(list(base), list(base.values()), color=NEUTRAL, alpha=0.5, linewidth=4)
         for row in of if len(of) > 1 else []:
-            panel.plot(row["epoch"], row["AP"]["ema_bn"], color=COLOURS[arm != BASE], alpha=0.3, linewidth=0.8)
+            panel.plot(row["epoch"], row["AP"]["ema_bn"], color=COLOURS[arm != BASE], alpha=FAINT, linewidth=0.8)
         for state, (style, width, _) in STATES.items():
             curve = mean_curve(of, state)
             panel.plot(list(curve), list(curve.values()), style, linewidth=width, color=COLOURS[arm != BASE])
@@ -95,8 +97,8 @@ def draw(rows: list[Row]) -> Figure:
         panel.remove()
     figure.supylabel(AP_LABEL, fontsize=10)
     lines = [Line2D([], [], ls=style, lw=width, color=COLOURS[1], label=name) for style, width, name in STATES.values()]
-    lines.append(Line2D([], [], lw=0.8, alpha=0.4, color=COLOURS[1], label="scored, each seed"))
-    lines.append(Line2D([], [], lw=4, alpha=0.5, color=NEUTRAL, label="FP16, scored"))
+    lines.append(Line2D([], [], lw=0.8, alpha=FAINT, color=COLOURS[1], label="scored, each seed"))
+    lines.append(Line2D([], [], lw=4, alpha=0.5, color=NEUTRAL, label="FP16, same seeds"))
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
     return figure
 

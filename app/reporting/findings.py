@@ -27,6 +27,7 @@ def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
         "groups": [{"measured": describe_meter(g[0]), "rows": compare(g)} for g in groups],
         "health": {label: health(t, settings.min_share_of_best) for label, t in evidence.trainings.items()},
         "trainings": {label: speed(training) for label, training in evidence.trainings.items()},
+        "losses": {label: loss_over(t, evidence.trainings["fp16"]) for label, t in quantized_beside_fp16(evidence)},
         "configs": {label: training.config for label, training in evidence.trainings.items()},
     }
 
@@ -140,6 +141,26 @@ def health(training: Training, min_share: float) -> dict[str, Any]:
         "lowest_share": None if lowest is None else finite(lowest),
         "lowest_epoch": lowest_epoch,
     }
+
+
+def quantized_beside_fp16(evidence: Evidence) -> list[tuple[str, Training]]:
+    trainings = evidence.trainings
+    return [(label, t) for label, t in trainings.items() if label != "fp16"] if "fp16" in trainings else []
+
+
+def loss_over(training: Training, base: Training) -> dict[str, Any] | None:
+    """Train and validation loss less the baseline's, at the last epoch that both have validated; None without one.
+
+    Where the second is much larger than the first, what is scored is not what was trained: the earlier recipe of
+    runs/LOG.md had +0.13 and +3.67.
+    """
+    of_base = {row["epoch"]: row for row in candidates(base.history)}
+    both = [(row, of_base[row["epoch"]]) for row in candidates(training.history) if row["epoch"] in of_base]
+    if not both:
+        return None
+    ours, theirs = both[-1]
+    val = finite(ours["val_loss/ema_bn"] - theirs["val_loss/ema_bn"])
+    return {"epoch": int(ours["epoch"]), "train": finite(train_loss(ours) - train_loss(theirs)), "val": val}
 
 
 def finite(value: float) -> float | None:

@@ -105,7 +105,19 @@ def health_lines(found: Findings) -> list[str]:
         return []
     share = found["settings"]["min_share_of_best"]
     told = "; ".join(f"{label} {_health(judged, share)}" for label, judged in found["health"].items())
-    return [f"**Training:** {told}."]
+    return [f"**Training:** {told}.", *losses_lines(found)]
+
+
+def losses_lines(found: Findings) -> list[str]:
+    """Whether what is scored is what was trained, in losses: they differ less from seed to seed than AP does."""
+    told = [
+        f"at epoch {over['epoch']} {label}'s differ from fp16's by {signed(over['train'])} on train images and "
+        f"{signed(over['val'])} on validation images"
+        for label, over in found["losses"].items()
+        if over
+    ]
+    note = "Much more on validation images would mean that what is scored is not what was trained."
+    return [f"**Losses:** {'; '.join(told)}. {note}"] if told else []
 
 
 def _health(judged: dict[str, Any], share: float) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from statistics import stdev
@@ -17,7 +18,7 @@ import pytest
 
 from app.bench import stability
 from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, settings, train_all
-from app.bench.stability_rows import recipe, up_to, with_others
+from app.bench.stability_rows import merge, read_file, recipe, up_to, write_file
 from app.bench.stability_table import (
     BASE,
     at,
@@ -28,9 +29,10 @@ from app.bench.stability_table import (
     mean_curve,
     share_of_fp16,
     show,
+    worst,
 )
-from app.config import CONF_DIR, UserError, load
-from app.curves import STATES
+from app.config import UserError, dump, load
+from app.curves import STATES, write_rows
 from app.model import build
 from app.run import REPO_DIR, RunRoot, write_json
 from app.training.interrupt import Interrupted
@@ -122,66 +124,129 @@ def test_no_share_before_the_first_validation_that_counts() -> None:
 
 
 def test_table(caplog: pytest.LogCaptureFixture) -> None:
-    fell = row("w4a16", 0, {6: 0.1, 12: 0.2, 18: 0.4, 24: 0.2})
+    fell = row("w4a16", 0, {6: 0.1, 12: 0.22, 18: 0.4, 24: 0.2})
     with caplog.at_level(logging.INFO):
         show([row("fp16", 0, {6: 0.1, 12: 0.2}), row("fp16", 1, {6: 0.1, 12: 0.4}), fell])
     _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
     assert fp16[6:8] == ["1.000 at 12", "-"]
     assert fp16[8:] == ["6.7000 ± 0.1000", *["+0.000"] * 2, *["-"] * 5]  # the running best does not count yet
-    assert w4a16[6:] == ["1.000 at 12", "-", "6.8000", "+0.000", "+0.000", "0.50", "0.50", "0.50", "0.50", "-"]
+    assert w4a16[6:] == ["1.100 at 12", "-", "6.8000", "-0.020", "-0.010", "0.50", "0.50", "0.50", "0.50", "-"]
+
+
+def test_a_seed_that_went_on_does_not_count_beyond_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        show([row("fp16", 0, {6: 0.1, 12: 0.2, 18: 0.3}), row("fp16", 1, {6: 0.1, 12: 0.2, 18: 0.3, 24: 0.1})])
+    assert cells_of(caplog.messages[2])[11:14] == ["1.00", "1.00", "1.00"]
+    assert worst([0.5, None]) == "-"
 
 
 def test_a_row_as_it_was_at_an_epoch() -> None:
     of = row("fp16", 0, {6: 0.1, 12: 0.2}) | {"corrected": 0.3}
-    assert up_to(of, None) == up_to(of, 12) == of
+    assert up_to(of, 12) == of
     assert up_to(of, 11) == row("fp16", 0, {6: 0.1})
     assert up_to(of, 5) is None
 
 
-def test_rows_of_other_calls_join_the_table(tmp_path: Any) -> None:
-    """Own rows come before a file's; arms and seeds that were not asked for stay away."""
-    curve = {6: 0.1}
-    of_all = recipe(load("qat"), {"fp16": [], "w4a16": ["quant.scheme=w4a16"]})
-    others = [row(arm, seed, {6: 0.3}) for arm in ("w4a16-mixed", "w4a16", "fp16") for seed in (0, 1, 2)]
-    write_json(tmp_path / "other.json", {**of_all, "rows": others})
-    for seeds, expected in ((None, [0, 1, 2]), ([0, 2], [0, 2])):
-        rows = with_others([row("w4a16", 2, curve)], [tmp_path / "other.json"], of_all, seeds)
-        assert [(of["arm"], of["seed"]) for of in rows] == [(arm, n) for arm in ("fp16", "w4a16") for n in expected]
-        assert [of["AP"]["ema_bn"] for of in rows if of["arm"] == "w4a16"][-1] == [0.1]
+def test_of_a_training_the_longest_row_counts() -> None:
+    short, long = row("fp16", 1, {6: 0.1}), row("fp16", 1, {6: 0.1, 12: 0.2})
+    others = [row("w4a16", 0, {6: 0.3}), row("fp16", 0, {6: 0.3})]
+    for given in ([short, long], [long, short]):
+        assert merge([*others, *given], ["fp16", "w4a16"]) == [others[1], long, others[0]]
+
+
+ROW = {"w4a16": ["quant.dampening=1e-3"]}
 
 
 @pytest.mark.parametrize(
     ("sets", "arms", "message"),
     [
-        (["train.epochs=7"], {"w4a16": []}, "other settings (train.epochs: 300 -> 7)"),
-        (["quant.dampening=1e-3"], {"w4a16": []}, "other settings (quant.dampening: 0.0 -> 0.001)"),
-        ([], {"w4a16": ["quant.dampening=1e-3"]}, "w4a16 was [], now it is ['quant.dampening=1e-3']"),
-        (["train.seed=3", "train.workers=5", "data.coco_dir=elsewhere", "guard.collapse=warn"], {"w4a16": []}, None),
+        (["train.epochs=7"], ROW, "other settings (train.epochs: 300 -> 7)"),
+        (["quant.dampening=1e-3"], ROW, "other settings (quant.dampening: 0.0 -> 0.001)"),
+        (["quant.freeze_momentum=0.1"], ROW, "other settings (quant.freeze_momentum: 0.01 -> 0.1)"),  # not in the file
+        ([], {"w4a16": []}, "w4a16 was ['quant.dampening=1e-3'], now it is []"),
+        ([], {}, "w4a16 was ['quant.dampening=1e-3'], now it is None"),
+        (["train.seed=3", "train.workers=5", "data.coco_dir=elsewhere", "guard.collapse=warn"], ROW, None),
     ],
 )
-def test_rows_of_another_recipe_do_not(tmp_path: Any, sets: list[str], arms: Any, message: str | None) -> None:
-    write_json(tmp_path / "a.json", {**recipe(load("qat"), {"w4a16": []}), "rows": [row("w4a16", 0, {6: 0.1})]})
-    context = pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext()
-    with context:
-        assert with_others([], [tmp_path / "a.json"], recipe(load("qat", sets=sets), arms), None)
+def test_rows_of_another_recipe_stay_apart(tmp_path: Any, sets: list[str], arms: Any, message: str | None) -> None:
+    written = recipe(load("qat"), ROW)
+    del written["config"]["quant.freeze_momentum"]  # as if the key were new since then
+    write_file(tmp_path / "a.json", written, [row("w4a16", 0, {6: 0.1})])
+    with pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext():
+        assert read_file(tmp_path / "a.json", recipe(load("qat", sets=sets), arms)) == [row("w4a16", 0, {6: 0.1})]
 
 
-def test_a_file_that_is_none(tmp_path: Any) -> None:
-    write_json(tmp_path / "a.json", {"rows": []})
+@pytest.mark.parametrize("text", ['{"rows": []}', "[]", "7"])
+def test_a_file_of_something_else(tmp_path: Any, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=r"a\.json: not a bench-stability\.json"):
-        with_others([], [tmp_path / "a.json"], recipe(load("qat"), {}), None)
+        read_file(tmp_path / "a.json", recipe(load("qat"), ROW))
 
 
-def test_the_readme_table_and_figure_can_be_had_without_data(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """docs/stability.json is of the recipe that conf/stability.yaml has now."""
-    overlays, arms = [CONF_DIR / "stability.yaml"], ["fp16", "w4a16"]
-    plan = Plan(arms, [6, 7, 8, 9], 0, 1, 108, (REPO_DIR / "docs" / "stability.json",))
+def finished(run: RunRoot, arm: str, seed: int, sets: list[str]) -> Path:
+    """A folder as a training of two validations leaves it."""
+    variant, own = settings(run, arm, seed, [], sets)
+    config = load(variant, [], own)
+    folder = root_of(run, arm, seed).variant_dir(config.label)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config))
+    states = {f"AP/{state}": 0.1 for state in STATES}
+    rows = [{"epoch": n, "train/a": 2.0, "train/b": 3.0, **states, "val_loss/ema_bn": 6.0} for n in (6, 12)]
+    write_rows(folder / "results.csv", [{"epoch": 1, "train/a": 9.0, "train/b": 9.0}, *rows])
+    write_json(folder / "env.json", {"gpus": ["A, 1, 2"], "packages": {"torch": "2"}, "code_version": "abc"})
+    return folder
+
+
+def test_own_rows_and_those_of_a_file(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """What is written holds all of them, whatever is shown, and can be read again."""
+    run, sets = RunRoot(tmp_path, "stability"), ["model=yolov10n.yaml"]
+    finished(run, "w4a16", 0, sets)
+    of_all = recipe(load("qat", sets=sets), ARMS)
+    write_file(tmp_path / "b.json", of_all, [row("fp16", seed, {6: 0.2}) for seed in (0, 1)])
     with caplog.at_level(logging.INFO):
-        bench_stability(RunRoot(tmp_path, "stability"), overlays, ["data.coco_dir=not-there"], plan)
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages]
-    assert [of[:3] for of in cells[2:4]] == [["fp16", "4", "108"], ["w4a16", "4", "108"]]
-    assert (tmp_path / "stability" / "bench-stability.png").exists()
+        bench_stability(run, [], sets, Plan(["w4a16"], [0], 0, 1, files=(tmp_path / "b.json",)))
+    assert [line.split("|")[1].strip() for line in caplog.messages if line.startswith("|")][2:] == ["w4a16"]
+    fp16, other, ours = read_file(run.root / "bench-stability.json", of_all)
+    assert (fp16["arm"], other["seed"]) == ("fp16", 1)
+    assert ours == {
+        "arm": "w4a16", "seed": 0, "epoch": [6, 12], "AP": {key: [0.1, 0.1] for key in STATES},
+        "train_loss": [5.0, 5.0], "val_loss": [6.0, 6.0], "corrected": None,
+        "gpu": "A", "torch": "2", "code_version": "abc",
+    }  # fmt: skip
+
+
+def test_a_folder_of_another_configuration_is_not_shown(tmp_path: Any) -> None:
+    run = RunRoot(tmp_path, "stability")
+    finished(run, "w4a16", 0, ["train.epochs=7"])
+    with pytest.raises(UserError, match=r"another configuration \(train.epochs: 7 -> 300\)"):
+        bench_stability(run, [], [], Plan(["w4a16"], [0], 0, 1))
+
+
+def test_nothing_to_show(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        bench_stability(RunRoot(tmp_path, "stability"), [], [], Plan(["w4a16"], [0], 0, 1))
+    assert caplog.messages == ["nothing to show yet: no such training has been validated"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns"),
+    [("--seeds 6 7 8 9", {6: 2}), ("--until 96 --seeds 10 11 12 13 14 15", {6: 3}), ("--until 96", {9: 6, 10: 5})],
+)
+def test_the_readme_shows_what_the_file_says(tmp_path: Any, arguments: str, columns: dict[int, int]) -> None:
+    """Column of the printed table -> column of the README's; without data, with the recipe of conf/stability.yaml."""
+    command = [sys.executable, "-m", "app", "bench", "stability", "--run", "s", "--runs-dir", str(tmp_path)]
+    command += ["--with", "docs/stability.json", "--for-s", "0", "--set", "data.coco_dir=not-there", *arguments.split()]
+    done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=True)
+    printed = {cells[0]: cells for cells in map(cells_of, done.stderr.splitlines())}
+    told = {cells[0]: cells for cells in map(cells_of, (REPO_DIR / "README.md").read_text().splitlines())}
+    for arm, name in (("w4a16", "w4a16 (the default)"), ("w4a16-mixed", "w4a16-mixed")):
+        for ours, theirs in columns.items():
+            assert printed[arm][ours].partition(" at ")[0] == told[name][theirs].partition(" at ")[0]
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
 
 
 def test_a_jump_of_one_seed_is_smaller_in_the_mean_curve() -> None:
@@ -202,5 +267,5 @@ def test_a_panel_an_arm_with_three_states_and_fp16_behind() -> None:
     fp16, w4a16 = draw(rows).axes
     mean = pytest.approx([0.2, 0.4])
     assert [line.get_ydata().tolist() for line in fp16.lines] == [[0.1, 0.3], [0.3, 0.5], mean, mean, mean]
-    assert [line.get_ydata().tolist() for line in w4a16.lines] == [mean, *[[0.1, 0.2]] * 3]
+    assert [line.get_ydata().tolist() for line in w4a16.lines] == [[0.1, 0.3], *[[0.1, 0.2]] * 3]
     assert (fp16.get_title(), w4a16.get_title()) == ("fp16 (n=2)", "w4a16 (n=1)")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from app.config import Config, UserError, load
+from app.curves import read_rows, write_rows
 from app.reporting.report import report
 from app.run import RunRoot
 from tests.unit.report_fixtures import SHA, build_run, export_file, metrics, write
@@ -281,6 +282,17 @@ HEALTH = {
 def test_health(config: Config, run: RunRoot, aps: list[float], said: str) -> None:
     write_aps(run, aps)  # warm-up is epoch 1
     assert said in page(config, run)
+
+
+def test_losses_beside_fp16(config: Config, run: RunRoot) -> None:
+    """At the last epoch that both have validated, before an FP16 training that went on."""
+    told = "at epoch {} qat-w4a16's differ from fp16's by +0.0200 on train images and +0.0400 on validation images"
+    assert told.format(4) in page(config, run)
+    rows = read_rows(run.variant_dir("qat-w4a16") / "results.csv")
+    write_rows(run.variant_dir("qat-w4a16") / "results.csv", rows[:2])
+    assert told.format(2) in page(config, run)
+    shutil.rmtree(run.variant_dir("fp16"))
+    assert "**Losses:**" not in page(config, run)
 
 
 def test_a_fall_during_warm_up_does_not_count(config: Config, run: RunRoot) -> None:

@@ -33,15 +33,15 @@ FLOAT32 = Tolerance(1e-2, 1e-4)
 # FP16 has 11 bits. Seen: 0.08 px and 1e-3 on trained YOLOv10n at 160 px. A decode in FP16 alone would cost 0.25 px.
 FLOAT16 = Tolerance(2.0, 1e-2)
 # A network that magnifies rounding more than that, as one that is all but random does, gets this many times what torch
-# itself moves by when it sums in another order: FP16 rounds 2**13 times as coarsely. A wrong weight or node is orders
-# of magnitude beyond. Its file says `magnifies_rounding`, and export and report warn of it.
+# itself moves by when something is rounded otherwise: FP16 rounds 2**13 times as coarsely. A wrong weight or node is
+# orders of magnitude beyond. Its file says `magnifies_rounding`, and export and report warn of it.
 TIMES_ROUNDING = {FLOAT32: 10, FLOAT16: 2**13}
 
 
 @dataclass(frozen=True)
 class Truth:
     """What torch computes: images float32 [N,3,S,S], raw output [N,84,A], number of quantized layers by bits, and how
-    far `raw` moves when torch computes it with other kernels."""
+    far rounding moves `raw`."""
 
     images: np.ndarray
     raw: np.ndarray

@@ -52,7 +52,8 @@ def enliven(model: torch.nn.Module, images: torch.Tensor) -> None:
     """Scores and boxes that depend on the image: an untrained network puts out nearly the same everywhere.
 
     BatchNorm gets the statistics of the images (those of noise would magnify rounding a hundredfold), class scores a
-    bias of about 0.05 instead of 1e-5.
+    bias of about 0.05 instead of 1e-5. The last convolution of a box is a quarter of itself: by that much less rounding
+    moves boxes, which leaves every processor's sums room within the tolerance for trained networks.
     """
     norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for norm in norms:
@@ -62,3 +63,5 @@ def enliven(model: torch.nn.Module, images: torch.Tensor) -> None:
         for name, parameter in model.named_parameters():
             if "one2one_cv3" in name and name.endswith(".2.bias"):
                 parameter.fill_(-3.0)
+            if "one2one_cv2" in name and name.endswith(".2.weight"):
+                parameter.mul_(0.25)

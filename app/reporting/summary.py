@@ -116,7 +116,10 @@ def losses_lines(found: Findings) -> list[str]:
         for label, over in found["losses"].items()
         if over
     ]
-    note = "Much more on validation images would mean that what is scored is not what was trained."
+    note = (
+        "Where the second is larger by whole units, what is scored is not what was trained; tenths are what one short "
+        "training differs from the next."
+    )
     return [f"**Losses:** {'; '.join(told)}. {note}"] if told else []
 
 

@@ -41,11 +41,8 @@ def read_arm(job: tuple[str, int], config: Config, out_dir: Path) -> Row | None:
 def recipe(base: Config, arms: dict[str, list[str]]) -> dict[str, Any]:
     """What rows of one table have in common: the configuration that the arms start from, a qat variant's, and what each
     sets beside it."""
-    return {"config": {key: value for key, value in flatten(base).items() if not is_own(key)}, "arms": arms}
-
-
-def is_own(key: str) -> bool:
-    return key in OWN_KEYS or key.split(".")[0] in OWN_KEYS
+    shared = {key: value for key, value in flatten(base).items() if not {key, key.split(".")[0]} & set(OWN_KEYS)}
+    return {"config": shared, "arms": arms}
 
 
 def read_file(path: Path, expected: dict[str, Any]) -> list[Row]:
@@ -58,8 +55,7 @@ def read_file(path: Path, expected: dict[str, Any]) -> list[Row]:
     if not (isinstance(other, dict) and {"config", "arms", "rows"} <= set(other)):
         raise UserError(f"--with {path}: not a bench-stability.json")
     then = flatten(load("qat")) | other["config"]  # a key that is new since then had its default
-    then = {key: value for key, value in then.items() if not is_own(key)}
-    if differences := difference(then, expected["config"]):
+    if differences := difference(then, expected["config"], ignore=OWN_KEYS):
         raise UserError(f"--with {path}: other settings ({shown(differences)})")
     for arm in dict.fromkeys(row["arm"] for row in other["rows"]):
         if other["arms"][arm] != (now := expected["arms"].get(arm)):

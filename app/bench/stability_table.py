@@ -49,14 +49,14 @@ def show(rows: list[Row]) -> None:
     fp16 = by_arm.get(BASE, [])
     for arm, whole in by_arm.items():
         epochs = min(row["epoch"][-1] for row in whole)
-        of = [row for row in (up_to(row, epochs) for row in whole) if row]
-        finals = [[at(row, row["AP"][state], epochs) for row in of] for state in STATES]
-        losses = [at(row, row["val_loss"], epochs) for row in of]
+        of = [part for row in whole if (part := up_to(row, epochs))]
+        finals = [[row["AP"][state][-1] for row in of] for state in STATES]
         lows = [[lowest_share(row["AP"][state]) for row in of] for state in STATES]
         lows.append([lowest_share(list(mean_curve(of).values()))])
         cells.append([
             arm, str(len(of)), str(epochs), *map(spread, finals),
-            *(share_of_fp16(of, fp16, n) for n in (1, N_LAST)), spread(losses),
+            *(share_of_fp16(of, fp16, n) for n in (1, N_LAST)),
+            spread([row["val_loss"][-1] for row in of]),
             *(loss_over_fp16(of, fp16, name) for name in ("val_loss", "train_loss")), *map(worst, lows), corrected(of),
         ])  # fmt: skip
     for line in markdown_table(cells):

@@ -17,7 +17,7 @@ FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the 
 
 def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
     """Every number of the page that no other file of the run holds, and the sentences of doubt."""
-    groups = measured_alike(evidence.scored)
+    groups, base = measured_alike(evidence.scored), evidence.trainings.get("fp16")
     return {
         "run": evidence.run.name,
         "settings": settings.model_dump(mode="json"),
@@ -27,7 +27,7 @@ def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
         "groups": [{"measured": describe_meter(g[0]), "rows": compare(g)} for g in groups],
         "health": {label: health(t, settings.min_share_of_best) for label, t in evidence.trainings.items()},
         "trainings": {label: speed(training) for label, training in evidence.trainings.items()},
-        "losses": {label: loss_over(t, evidence.trainings["fp16"]) for label, t in quantized_beside_fp16(evidence)},
+        "losses": {label: loss_over(t, base) for label, t in evidence.trainings.items() if base and t is not base},
         "configs": {label: training.config for label, training in evidence.trainings.items()},
     }
 
@@ -141,11 +141,6 @@ def health(training: Training, min_share: float) -> dict[str, Any]:
         "lowest_share": None if lowest is None else finite(lowest),
         "lowest_epoch": lowest_epoch,
     }
-
-
-def quantized_beside_fp16(evidence: Evidence) -> list[tuple[str, Training]]:
-    trainings = evidence.trainings
-    return [(label, t) for label, t in trainings.items() if label != "fp16"] if "fp16" in trainings else []
 
 
 def loss_over(training: Training, base: Training) -> dict[str, Any] | None:

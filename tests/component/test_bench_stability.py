@@ -127,7 +127,7 @@ def test_table(caplog: pytest.LogCaptureFixture) -> None:
     fell = row("w4a16", 0, {6: 0.1, 12: 0.22, 18: 0.4, 24: 0.2})
     with caplog.at_level(logging.INFO):
         show([row("fp16", 0, {6: 0.1, 12: 0.2}), row("fp16", 1, {6: 0.1, 12: 0.4}), fell])
-    _, _, fp16, w4a16 = ([cell.strip() for cell in line.strip("| ").split("|")] for line in caplog.messages)
+    _, _, fp16, w4a16 = map(cells_of, caplog.messages)
     assert fp16[:4] == ["fp16", "2", "12", "0.3000 ± 0.1000"]
     assert fp16[6:8] == ["1.000 at 12", "-"]
     assert fp16[8:] == ["6.7000 ± 0.1000", *["+0.000"] * 2, *["-"] * 5]  # the running best does not count yet
@@ -184,7 +184,7 @@ def test_a_file_of_something_else(tmp_path: Any, text: str) -> None:
         read_file(tmp_path / "a.json", recipe(load("qat"), ROW))
 
 
-def finished(run: RunRoot, arm: str, seed: int, sets: list[str]) -> Path:
+def finished(run: RunRoot, arm: str, seed: int, sets: list[str]) -> None:
     """A folder as a training of two validations leaves it."""
     variant, own = settings(run, arm, seed, [], sets)
     config = load(variant, [], own)
@@ -195,7 +195,6 @@ def finished(run: RunRoot, arm: str, seed: int, sets: list[str]) -> Path:
     rows = [{"epoch": n, "train/a": 2.0, "train/b": 3.0, **states, "val_loss/ema_bn": 6.0} for n in (6, 12)]
     write_rows(folder / "results.csv", [{"epoch": 1, "train/a": 9.0, "train/b": 9.0}, *rows])
     write_json(folder / "env.json", {"gpus": ["A, 1, 2"], "packages": {"torch": "2"}, "code_version": "abc"})
-    return folder
 
 
 def test_own_rows_and_those_of_a_file(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,7 +205,7 @@ def test_own_rows_and_those_of_a_file(tmp_path: Any, caplog: pytest.LogCaptureFi
     write_file(tmp_path / "b.json", of_all, [row("fp16", seed, {6: 0.2}) for seed in (0, 1)])
     with caplog.at_level(logging.INFO):
         bench_stability(run, [], sets, Plan(["w4a16"], [0], 0, 1, files=(tmp_path / "b.json",)))
-    assert [line.split("|")[1].strip() for line in caplog.messages if line.startswith("|")][2:] == ["w4a16"]
+    assert [cells_of(line)[0] for line in caplog.messages if line.startswith("|")][2:] == ["w4a16"]
     fp16, other, ours = read_file(run.root / "bench-stability.json", of_all)
     assert (fp16["arm"], other["seed"]) == ("fp16", 1)
     assert ours == {

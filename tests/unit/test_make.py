@@ -18,6 +18,8 @@ PROMISED = (
     "smoke test train-fp16 train-qat export ptq eval report all data download-coco tensorboard bench build lint stop"
 )
 GPU_JOBS = {"train-fp16", "train-qat", "export", "ptq", "eval", "all", "bench", "smoke"}
+# What `make test` without a container hands down to the tests.
+OF_A_MAKE_AROUND = "RUNNER ACCEL RUN GPUS CONF COCO_DIR ARGS MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
 PLAIN_ENGINE = '20.10 {"runc":{"path":"runc"}}'  # what `docker info` says without NVIDIA's toolkit
 
 
@@ -33,7 +35,7 @@ def services(file: str) -> dict[str, Any]:
 
 
 def make(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RUNNER", "ACCEL", "CONF", "COCO_DIR")}
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_MAKE_AROUND}
     settings = {**kept, "PATH": f"{STAND_INS_DIR}:{os.environ['PATH']}", "ENGINE": "", **env}
     return subprocess.run(
         ["make", "--no-print-directory", *args], cwd=REPO_DIR, env=settings, capture_output=True, text=True, check=False

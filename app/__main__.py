@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from app.bench.command import add_bench_arguments, run_bench
 
 if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
-    from app.config import Config
-    from app.run import RunRoot
+    from app.core.config import Config
+    from app.core.run import RunRoot
 
 log = logging.getLogger("app")
 STAGES = {
@@ -39,9 +39,9 @@ def main() -> int:
     """Runs one stage. Exit codes: 0 done, 1 a fault of ours, 2 a mistake of the user's."""
     args = parse(sys.argv[1:])
     set_up_terminal()
-    from app.config import UserError
-    from app.training.guard import GuardStop
-    from app.training.interrupt import Interrupted, PeerLost
+    from app.core.config import UserError
+    from app.train.guard import GuardStop
+    from app.train.interrupt import Interrupted, PeerLost
 
     try:
         run_stage(args)
@@ -137,17 +137,19 @@ def run_stage(args: argparse.Namespace) -> None:
         from app.data.download import download_coco
 
         return download_coco(args.to, args.keep_archives)
-    from app.config import load
-    from app.run import explain_full_disk, isolate_libraries, open_run
+    from app.core.config import load
+    from app.core.environment import isolate_libraries
+    from app.core.files import explain_full_disk
+    from app.core.run import open_run
 
     if args.stage == "compare":
         isolate_libraries(args.out.parent / ".cache")
-        from app.reporting.compare import compare
+        from app.report.compare import compare
 
         return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
     run = open_run(args.run, args.runs_dir)
     if args.stage == "publish":
-        from app.reporting.publish import publish
+        from app.report.publish import publish
 
         return publish(run, args.aim, args.force)
     sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
@@ -160,7 +162,7 @@ def run_stage(args: argparse.Namespace) -> None:
 
 def alone(args: argparse.Namespace, run: RunRoot) -> contextlib.AbstractContextManager[None]:
     """The lock of the run root. `all` and bench leave it to the stages they start, train sees to it by itself."""
-    from app.lock import hold
+    from app.core.run import hold
 
     free = args.stage in ("all", "bench", "train") or (args.stage == "eval" and args.onnx is not None)
     return contextlib.nullcontext() if free else hold(run, args.stage)
@@ -180,18 +182,18 @@ def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
         case "train":
             run_train(config, run, args.force)
         case "export":
-            from app.onnx.export import export
+            from app.export.export import export
 
             export(config, run, args.force)
         case "ptq":
-            from app.ptq import ptq
+            from app.train.ptq import ptq
 
             ptq(config, run, args.force)
         case "eval":
             run_eval(args, config, run)
         case "report":
-            from app.reporting.report import report
-            from app.run import open_run
+            from app.core.run import open_run
+            from app.report.report import report
 
             report(config, run, args.force, [open_run(name, args.runs_dir) for name in args.runs])
 
@@ -201,10 +203,10 @@ def run_train(config: Config, run: RunRoot, force: bool) -> None:
 
     On several devices it starts itself again, once for each, unless torchrun has done so.
     """
+    from app.core.run import hold
     from app.data.prepare import prepare
-    from app.device import check_devices
-    from app.lock import hold
-    from app.training.ranks import is_launched, joined
+    from app.train.device import check_devices
+    from app.train.processes import is_launched, joined
 
     devices = check_devices(config)
     if len(devices) > 1 and not is_launched():
@@ -213,17 +215,17 @@ def run_train(config: Config, run: RunRoot, force: bool) -> None:
         if ranks.is_first:
             prepare(config, run, force=False)
         ranks.wait()
-        from app.training.train import train
+        from app.train.train import train
 
         train(config, run, force, ranks)
 
 
 def launch_train(n: int, config: Config, run: RunRoot, force: bool) -> None:
     """Refuses here, once, what can be refused, and starts n processes."""
+    from app.core.run import hold
     from app.data.prepare import prepare
-    from app.lock import hold
-    from app.training.launch import launch
-    from app.training.train import make_ready
+    from app.train.processes import launch
+    from app.train.train import make_ready
 
     with hold(run, "train"):  # then the first of them holds it
         prepare(config, run, force=False)
@@ -233,8 +235,8 @@ def launch_train(n: int, config: Config, run: RunRoot, force: bool) -> None:
 
 
 def run_eval(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
-    from app.config import UserError
-    from app.scoring.evaluate import evaluate, evaluate_standalone
+    from app.core.config import UserError
+    from app.eval.evaluate import evaluate, evaluate_standalone
 
     if args.onnx is None:
         return evaluate(config, run, args.force)

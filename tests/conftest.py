@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from app.run import isolate_libraries
+from app.core.environment import isolate_libraries
 
-# Several tests run at a time, beside each other on the same cores: no OpenMP thread spins (app/run.py sets a little).
+# Several tests share the cores: OpenMP threads do not spin (app/core/environment.py lets them spin a little).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 isolate_libraries(Path(tempfile.mkdtemp(prefix="w4a16-tests-")))

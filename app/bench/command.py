@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # --help answers without it
-    from app.run import RunRoot
+    from app.core.run import RunRoot
 
 BENCHES = ("step", "train", "eval", "profile", "stability", "soak")
 
@@ -52,13 +52,13 @@ def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
             bench_profile(run, args.conf, sets)
         case "stability":
             from app.bench.stability import ARMS, Plan, bench_stability
-            from app.config import CONF_DIR
+            from app.core.config import CONF_DIR
 
             overlays = [CONF_DIR / "stability.yaml", *args.conf]
             plan = Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs, args.until, tuple(args.files))
             bench_stability(run, overlays, sets, plan)
         case "soak":
             from app.bench.soak import Plan, bench_soak
-            from app.config import CONF_DIR
+            from app.core.config import CONF_DIR
 
             bench_soak(run, [CONF_DIR / "soak.yaml", *args.conf], sets, Plan(args.kills, args.seed))

@@ -21,14 +21,16 @@ from pycocotools.coco import COCO
 
 from app.bench.explain import explain
 from app.bench.train import stock_dataset
-from app.config import Config, Eval, UserError, load
+from app.coco.score import ImageFile, image_files, load_truth, usable_ids
+from app.core.config import Config, Eval, UserError, load
+from app.core.environment import environment
+from app.core.files import read_json, write_json
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.run import RunRoot, environment, read_json, write_json
-from app.scoring.evaluate import dataset_of_run, exported_files
-from app.scoring.pipeline import load_input
-from app.scoring.runtime import CPU, Model, cpu_name, gpu_name, open_model
-from app.scoring.score import ImageFile, image_files, load_truth, usable_ids
-from app.tables import markdown_table
+from app.eval.evaluate import dataset_of_run, exported_files
+from app.eval.pipeline import load_input
+from app.eval.runtime import CPU, Model, cpu_name, gpu_name, open_model
+from app.report.tables import markdown_table
 
 log = logging.getLogger(__name__)
 OURS, STOCK = "our eval", "yolo val"

@@ -12,9 +12,9 @@ from pycocotools.coco import COCO
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
-from app.coco import CLASS_INDEX
-from app.run import read_json, write_json
-from app.scoring.score import quiet, score
+from app.coco.annotations import CLASS_INDEX
+from app.coco.score import quiet, score
+from app.core.files import read_json, write_json
 
 Rows = list[dict[str, Any]]
 SAME_SCORE, SAME_PX = 1e-4, 0.1  # two detections of one class are the same up to float32 and rounding to 3 decimals

@@ -9,13 +9,14 @@ from typing import Any
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from app.config import dump, load
+from app.core.config import dump, load
+from app.core.files import write_text
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.device import check_devices
-from app.run import RunRoot, write_text
-from app.tables import markdown_table
-from app.training.train import ultralytics_args
-from app.training.trainer import Trainer
+from app.report.tables import markdown_table
+from app.train.device import check_devices
+from app.train.train import ultralytics_args
+from app.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 N_WAIT, N_WARMUP, N_STEPS = 8, 2, 8

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from app.config import VARIANTS, Config, load
+from app.core.config import VARIANTS, Config, load
+from app.core.run import RunRoot, hold
 from app.data.prepare import prepare
-from app.lock import hold
-from app.model import load_checkpoint
-from app.run import RunRoot
-from app.training.train import train
+from app.quant.model import load_checkpoint
+from app.train.train import train
 
 log = logging.getLogger(__name__)
 LIMIT_S = 1800.0  # for a training that nobody kills; longer means that it hangs

@@ -19,11 +19,11 @@ import torch
 
 from app.bench.stability_rows import merge, read_arm, read_file, recipe, up_to, write_file
 from app.bench.stability_table import BASE, draw, show
-from app.config import Config, UserError, load
-from app.curves import save_png
+from app.core.config import Config, UserError, load
+from app.core.curves import save_png
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.run import RunRoot
-from app.training.interrupt import Interrupt
+from app.train.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 WARM, EARLIER = "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, flatten, load, read_yaml, shown
-from app.curves import STATES, candidates, read_rows, train_loss
-from app.run import read_json, write_text
+from app.core.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, flatten, load, read_yaml, shown
+from app.core.curves import STATES
+from app.core.files import read_json, write_text
+from app.core.results import candidates, read_rows, train_loss
 
 Row = dict[str, Any]
 OWN_KEYS = (*MACHINE_KEYS, *LATER_STAGES, "data.coco_dir", "train.seed")  # may differ between rows of one table

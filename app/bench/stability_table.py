@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from app.bench.stability_rows import Row, up_to
-from app.curves import AP_LABEL, COLOURS, NEUTRAL, STATES
-from app.tables import markdown_table
+from app.core.curves import AP_LABEL, COLOURS, NEUTRAL, STATES
+from app.report.tables import markdown_table
 
 log = logging.getLogger(__name__)
 BASE = "fp16"  # the arm that the others are compared with

@@ -14,11 +14,13 @@ from torch.amp.grad_scaler import GradScaler
 from ultralytics.cfg import get_cfg
 from ultralytics.utils.torch_utils import ModelEMA, autocast
 
-from app.config import Config, UserError, load
-from app.model import build
-from app.run import RunRoot, environment, write_json
-from app.tables import markdown_table
-from app.training.optimizer import clipped_step
+from app.core.config import Config, UserError, load
+from app.core.environment import environment
+from app.core.files import write_json
+from app.core.run import RunRoot
+from app.quant.model import build
+from app.report.tables import markdown_table
+from app.train.step import clipped_step
 
 log = logging.getLogger(__name__)
 # Arms of the step bench: name -> variant and settings.

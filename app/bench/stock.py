@@ -13,9 +13,9 @@ from typing import Any
 
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from app.config import validate
-from app.device import check_devices
-from app.run import write_json
+from app.core.config import validate
+from app.core.files import write_json
+from app.train.device import check_devices
 
 
 def main(folder: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionValidator
 
-from app.coco import CATEGORY_IDS
-from app.run import write_json
+from app.coco.annotations import CATEGORY_IDS
+from app.core.files import write_json
 
 
 class Recorder(DetectionValidator):

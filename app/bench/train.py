@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.config import Config, UserError, load
-from app.curves import read_rows
+from app.core.config import Config, UserError, load
+from app.core.environment import environment
+from app.core.files import read_json, write_json, write_text
+from app.core.results import read_rows
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.run import RunRoot, environment, read_json, write_json, write_text
-from app.tables import markdown_table
+from app.report.tables import markdown_table
 
 log = logging.getLogger(__name__)
 ARMS = ("stock", "fp16", "qat")

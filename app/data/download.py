@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from app.config import UserError
-from app.progress import track
-from app.run import FULL_DISK_ERRNOS, explain_full_disk
+from app.core.config import UserError
+from app.core.files import FULL_DISK_ERRNOS, explain_full_disk
+from app.core.progress import track
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 2**20

@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from app.coco import N_TRAIN, N_VAL, NAMES
-from app.config import BUILTIN_DATASET, Config, Data, UserError
+from app.coco.annotations import N_TRAIN, N_VAL, NAMES
+from app.core.config import BUILTIN_DATASET, Config, Data, UserError
+from app.core.files import explain_full_disk, read_json, sha256, write_json, write_text
+from app.core.run import RunRoot, record_stage
 from app.data.synthetic import VERSION, draw_coco_subset
 from app.data.view import SPLITS, build_view, is_current, read_index, view_dir
-from app.run import RunRoot, explain_full_disk, read_json, record_stage, sha256, write_json, write_text
 
 log = logging.getLogger(__name__)
 N_SHOWN_FAULTS = 5

@@ -14,7 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from app.coco import CATEGORIES
+from app.coco.annotations import CATEGORIES
 
 VERSION = 1  # of the drawing; part of the folder's name, so that another drawing never passes for this one
 SIZES_HW = ((160, 160), (120, 160), (160, 120), (97, 161), (161, 97), (200, 199), (144, 160), (160, 133))

@@ -1,5 +1,3 @@
-"""The YOLO view of a COCO folder: links to its images, label files, an index; built once, never inside the dataset."""
-
 from __future__ import annotations
 
 import contextlib
@@ -12,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from app.coco import CLASS_INDEX, Split, read_instances
-from app.progress import track
+from app.coco.annotations import CLASS_INDEX, Split, read_instances
+from app.coco.images import fault
+from app.core.progress import track
 
 VIEW_VERSION = 3
 SPLITS = {"train": "train2017", "val": "val2017"}
-JPEG_SUFFIXES, JPEG_END = (".jpg", ".jpeg"), b"\xff\xd9"
 N_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -114,36 +111,6 @@ def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
         for category, x, y, w, h in boxes
     ]
     return "".join(f"{c} {cx:.6f} {cy:.6f} {w:.6f} {h:.6f}\n" for c, cx, cy, w, h in rows)
-
-
-def fault(image_dir: Path, file_name: str, width: int, height: int) -> str:
-    """What is wrong with an image file, or ''. It is decoded in full: a header says nothing of the pixels.
-
-    width and height in px are those of the annotations; they mean the decoded image, after any EXIF rotation.
-    A whole folder may be a link, of the user's making; a single file that leads elsewhere came with the dataset.
-    """
-    path = image_dir / file_name
-    roots = [os.path.realpath(folder) for folder in (image_dir, image_dir.parent)]
-    if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
-        return "is a link out of the dataset"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if not data:
-        return "is empty"
-    # OpenCV decodes a cut JPEG without an error and fills the rest with grey.
-    if path.suffix.lower() in JPEG_SUFFIXES and not data.rstrip(b"\0").endswith(JPEG_END):
-        return "is cut off or damaged (a JPEG must end in FF D9)"
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error:  # for example more pixels than OpenCV takes
-        pixels = None
-    if pixels is None:
-        return "cannot be decoded"
-    if pixels.shape[:2] != (height, width):
-        return f"has {pixels.shape[1]} x {pixels.shape[0]} px, the annotations say {width} x {height}"
-    return ""
 
 
 def read_index(view: Path, split: str) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from app.config import UserError
+from app.core.config import UserError
 from app.quant import kernels, learned
 from app.quant.kernels import Kind, Layout, Spec
 

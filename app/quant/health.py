@@ -1,5 +1,3 @@
-"""How healthy a quantized training is: codes that flip and oscillate, EMA against raw weights, BatchNorm, noise."""
-
 from __future__ import annotations
 
 import math
@@ -9,7 +7,7 @@ import torch
 from torch import nn
 
 from app.quant.codes import read_codes
-from app.quant.stabilise import Stabiliser
+from app.quant.options import Stabiliser
 
 WINDOW_STEPS = 20  # last steps of a validated epoch, at most a quarter of it, in which oscillations are counted
 
@@ -91,23 +89,6 @@ def signal_to_noise(model: nn.Module) -> dict[str, float]:
     return {
         names[of.layer]: 10 * math.log10(p / n) if p and n else 0.0 for of, (p, n) in zip(layers, pairs, strict=True)
     }
-
-
-@torch.no_grad()
-def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
-    """Running variance of every BatchNorm layer in `after` over that in `before`, geometric mean over its channels.
-
-    1 means that the statistics fit; far from 1 the layer is normalised wrongly before the re-estimation.
-    """
-    norms = [
-        [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
-        for model in (before, after)
-    ]
-    ratios = [
-        (new.running_var.log() - old.running_var.log()).mean().exp()  # pyright: ignore[reportOptionalMemberAccess]
-        for (_, old), (_, new) in zip(*norms, strict=True)
-    ]
-    return dict(zip([name for name, _ in norms[0]], torch.stack(ratios).tolist(), strict=True))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from brevitas.nn import QuantConv2d
 from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChannelFloat, Int8WeightPerTensorFloat
 from torch import nn
 
-from app.config import Quant, UserError
+from app.core.config import Quant, UserError
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
 

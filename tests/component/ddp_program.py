@@ -17,13 +17,13 @@ from typing import Any
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from app.config import Config, load
+from app.core.config import Config, load
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.run import RunRoot
-from app.training.interrupt import Interrupted
-from app.training.ranks import joined
-from app.training.train import train
-from app.training.trainer import Trainer
+from app.train.interrupt import Interrupted
+from app.train.processes import joined
+from app.train.train import train
+from app.train.trainer import Trainer
 
 # 30 images: batches of 8, 8, 8 and 6, which 3 processes share as 2, 3, 3 and 2, 2, 2; two batches to an optimizer step.
 # Mosaic in the first of two epochs; a fast EMA.

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from app.config import Config, dump, load
+from app.core.config import Config, dump, load
+from app.core.files import write_json, write_text
+from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.data.synthetic import draw_coco_subset
-from app.model import build, save_checkpoint, scored_state
-from app.onnx.export import parity_images
-from app.run import RunRoot, write_json, write_text
+from app.export.export import parity_images
+from app.quant.model import build, save_checkpoint, scored_state
 
 IMGSZ = 96
 SETS = [

@@ -11,8 +11,8 @@ import pytest
 
 from app.bench.eval import OURS, STOCK, Amount, Given, add_stock_metadata, judge, repeat, run_measured
 from app.bench.explain import explain, stock_ap
-from app.config import load
-from app.scoring.score import ImageFile, load_truth
+from app.coco.score import ImageFile, load_truth
+from app.core.config import load
 from tests.unit.eval_fixtures import raw_output, truth_box, write_annotations, write_model
 
 SIZES = {1: (400, 300), 2: (400, 300)}

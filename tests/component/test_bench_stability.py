@@ -31,11 +31,14 @@ from app.bench.stability_table import (
     show,
     worst,
 )
-from app.config import UserError, dump, load
-from app.curves import STATES, write_rows
-from app.model import build
-from app.run import REPO_DIR, RunRoot, write_json
-from app.training.interrupt import Interrupted
+from app.core.config import UserError, dump, load
+from app.core.curves import STATES
+from app.core.environment import REPO_DIR
+from app.core.files import write_json
+from app.core.results import write_rows
+from app.core.run import RunRoot
+from app.quant.model import build
+from app.train.interrupt import Interrupted
 
 
 def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:

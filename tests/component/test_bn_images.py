@@ -7,11 +7,11 @@ from math import exp
 import pytest
 import torch
 
-from app.config import Config, load
+from app.core.config import Config, load
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.ptq import bn_images
-from app.run import RunRoot
-from app.training.bn_images import mosaic_share
+from app.train.bn_images import mosaic_share
+from app.train.ptq import bn_images
 
 N_BATCHES = 4
 SETTINGS = [

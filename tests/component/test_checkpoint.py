@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from app.config import UserError, load
-from app.model import load_checkpoint, save_checkpoint
-from app.run import REPO_DIR
-from app.training.checkpoint import last_whole
+from app.core.config import UserError, load
+from app.core.environment import REPO_DIR
+from app.quant.model import load_checkpoint, save_checkpoint
+from app.train.checkpoint import last_whole
 
 CONFIG = load("fp16")
 LIMIT_S = 280  # of the processes of one test together

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from app.config import UserError, load
-from app.model import build
+from app.core.config import UserError, load
 from app.quant import schemes
-from app.quant.correct import _corrections, correct
+from app.quant.model import build
 from app.quant.schemes import Rule
+from app.train.correction import _corrections, correct
 
 # Float32 in another order of operations: BatchNorm of scaled numbers against BatchNorm with scaled weights.
 FOLD_TOLERANCE = 1e-5

@@ -17,13 +17,14 @@ import pytest
 import torch
 from ddp_program import POISONED, SETTINGS, STOP_AT, fixed_norm, settle
 
-from app.config import UserError, load
-from app.model import load_checkpoint, load_scored
-from app.run import RunRoot, read_json
-from app.training.loader import EpochBatches
-from app.training.ranks import Ranks
-from app.training.train import device_of, train
-from app.training.trainer import Trainer
+from app.core.config import UserError, load
+from app.core.files import read_json
+from app.core.run import RunRoot
+from app.quant.model import load_checkpoint, load_scored
+from app.train.loader import EpochBatches
+from app.train.processes import Ranks
+from app.train.train import device_of, train
+from app.train.trainer import Trainer
 
 PROGRAM = Path(__file__).parent / "ddp_program.py"
 STEPS = 5  # optimizer steps of a training: three in the epoch of the warm-up, two in the other
@@ -59,7 +60,7 @@ def torchrun(n: int, runs_dir: Path, run: str, *words: str) -> subprocess.Comple
     """The program in n processes of this machine."""
     settle(runs_dir, run, "qat")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}"]
-    # As app/training/launch.py has it: a container without a network cannot look up its own name.
+    # As app/train/processes.py has it: a container without a network cannot look up its own name.
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
     command += [str(PROGRAM), str(runs_dir), run, "cpu", *words]
     env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2]), "GLOO_SOCKET_IFNAME": "lo"}
@@ -174,7 +175,7 @@ def test_a_process_without_an_image_is_refused() -> None:
 
 
 def test_each_process_takes_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.training.train.check_devices", lambda config: config.train.device.split(","))
+    monkeypatch.setattr("app.train.train.check_devices", lambda config: config.train.device.split(","))
     config = load("qat", sets=["train.device=1,3"])
     assert [device_of(config, Ranks(local=local, n=4)) for local in (0, 1)] == ["1", "3"]
     with pytest.raises(UserError, match=r"4 processes on this machine, train\.device names 2 GPU"):

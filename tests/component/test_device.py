@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from app import device
-from app.config import UserError, load
+from app.core.config import UserError, load
+from app.train import device
 
 CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # what torch 2.10.0+cu128 lists
 

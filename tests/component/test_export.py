@@ -16,16 +16,17 @@ from cuda_kernels import without_kernel
 from export_run import IMGSZ, config_of, make_run, write_checkpoint
 from onnx import TensorProto, numpy_helper
 
-from app.coco import NAMES
-from app.config import UserError, load
-from app.model import build
-from app.onnx import gates as onnx_gates
-from app.onnx.export import Trained, export, load_trained, one_head, write_file
-from app.onnx.files import quant_weights
-from app.onnx.gates import run_file
-from app.reporting.evidence import RECORD_KEYS, lacking
-from app.run import RunRoot, read_json, sha256
-from app.scoring.detections import select
+from app.coco.annotations import NAMES
+from app.coco.detections import select
+from app.core.config import UserError, load
+from app.core.files import read_json, sha256
+from app.core.run import RunRoot
+from app.export import gates as onnx_gates
+from app.export.export import Trained, export, load_trained, one_head, write_file
+from app.export.gates import run_file
+from app.export.graphs import quant_weights
+from app.quant.model import build
+from app.report.evidence import RECORD_KEYS, lacking
 
 BOTH = "export.contracts=[raw,end2end]"
 N_QUANTIZED = 83  # convolutions of YOLOv10n with one head, without DFL's
@@ -207,7 +208,7 @@ def test_failed_gate_leaves_no_file(
     def fail(path: Path, *_: object) -> None:
         raise RuntimeError(f"{path.name} is wrong")
 
-    monkeypatch.setattr(f"app.onnx.export.{gate}", fail)
+    monkeypatch.setattr(f"app.export.export.{gate}", fail)
     with pytest.raises(RuntimeError, match="is wrong"):
         export(config_of(other, "qat"), other, force=True)
     stem = STEMS[1] if label == "fp16" else STEMS[3]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from app.config import UserError
+from app.core.config import UserError
 from app.quant.codes import read_codes
 from app.quant.fused import FastQuantConv2d, attach, detach
 from app.quant.learned import reset_scales, scale_parameter
@@ -212,8 +212,8 @@ def step(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]
     ("w4a16-mixed", "false"), ("w4a16-mixed", "true"), ("w4a16-decoupled", "false")
 ])  # fmt: skip
 def test_yolov10n_step_equals_brevitas(scheme: str, learned: str) -> None:
-    from app.config import load
-    from app.model import build
+    from app.core.config import load
+    from app.quant.model import build
 
     results = []
     for fast_path in ("true", "false"):

@@ -13,8 +13,9 @@ from ultralytics.data.base import BaseDataset
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import ops
 
-from app.config import load
-from app.scoring.detections import letterbox, select, undo
+from app.coco.detections import select
+from app.coco.images import letterbox, undo
+from app.core.config import load
 
 SIZES = [(640, 480), (480, 640), (161, 97), (97, 161), (160, 160), (40, 30), (500, 333), (333, 500), (300, 1), (1, 300)]
 FLOAT32_PX = 1e-4  # Ultralytics computes boxes in float32; their size is up to 640 px

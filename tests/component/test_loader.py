@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from torch.utils.data import get_worker_info
 
-from app.config import UserError, load
+from app.core.config import UserError, load
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.run import RunRoot
-from app.training.loader import CocoDataset
-from app.training.train import train
-from app.training.trainer import Trainer
+from app.train.loader import CocoDataset
+from app.train.train import train
+from app.train.trainer import Trainer
 
 SETTINGS = [
     "data.coco_dir=coco-subset", "data.n_train=8", "data.n_val=12", "model=yolov10n.yaml", "train.imgsz=64",
@@ -62,7 +62,7 @@ def test_a_loader_process_that_fails_is_a_line(
 
     monkeypatch.setattr(CocoDataset, "__getitem__", fail)
     monkeypatch.setattr(Trainer, "get_dataloader", with_a_process)
-    monkeypatch.setattr("app.training.loader.WAIT_S", WAIT_S)
+    monkeypatch.setattr("app.train.loader.WAIT_S", WAIT_S)
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         train(config, run, force=False)

@@ -12,8 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from app.config import load
-from app.training.monitor import Monitor
+from app.core.config import load
+from app.train.monitor import Monitor
 
 ROW = {"train/box_loss": 1.0, "val_loss/ema_bn": 2.0, "time/images_per_s": 5.0}
 APS = {f"AP/{state}": 0.25 for state in ("raw", "ema", "ema_bn")}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from app.training.branch import optimizer_state
-from app.training.optimizer import fuse
+from app.train.checkpoint import optimizer_state
+from app.train.step import fuse
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
 WEIGHT_DECAYS_PART = 0.01  # of a step
@@ -51,7 +51,7 @@ def test_fused_is_the_plain_optimizer(make: type[torch.optim.Optimizer], grads: 
 
 
 def test_pytorch_still_needs_it() -> None:
-    """When this fails, torch has mended its fused SGD, and the zeros in app/training/optimizer.py can go."""
+    """When this fails, torch has mended its fused SGD, and the zeros in app/train/step.py can go."""
     assert after(torch.optim.SGD, [float("inf"), 1.0], fused=True, ours=False).isnan().all()
 
 

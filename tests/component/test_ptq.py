@@ -8,11 +8,12 @@ import pytest
 import torch
 from export_run import config_of, make_run
 
-from app.config import UserError
-from app.model import load_checkpoint, load_scored
-from app.ptq import ptq
-from app.run import RunRoot, read_json
-from app.scoring.evaluate import exported_files
+from app.core.config import UserError
+from app.core.files import read_json
+from app.core.run import RunRoot
+from app.eval.evaluate import exported_files
+from app.quant.model import load_checkpoint, load_scored
+from app.train.ptq import ptq
 
 SETS = ("quant.scheme=w4a16-mixed", "train.batch=2", "train.bn_batches=2")
 LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]

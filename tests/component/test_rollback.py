@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from app.config import Config, load
+from app.core.config import Config, load
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.model import load_checkpoint, load_scored
-from app.run import RunRoot
-from app.training.checkpoint import check_finite
-from app.training.guard import GuardStop
-from app.training.nonfinite import NonFinite, Watch
-from app.training.train import train
-from app.training.trainer import Trainer
+from app.quant.model import load_checkpoint, load_scored
+from app.train.checkpoint import check_finite
+from app.train.guard import GuardStop
+from app.train.nonfinite import NonFinite, Watch
+from app.train.train import train
+from app.train.trainer import Trainer
 
 # 24 images in batches of 8, one to an optimizer step.
 SETTINGS = [

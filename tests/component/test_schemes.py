@@ -11,9 +11,9 @@ from brevitas.export import export_onnx_qcdq
 from brevitas.nn import QuantConv2d
 from torch import nn
 
-from app.config import UserError, load
-from app.model import build, load_scored, save_checkpoint, scored_state
+from app.core.config import UserError, load
 from app.quant.learned import learned_layers
+from app.quant.model import build, load_scored, save_checkpoint, scored_state
 from app.quant.schemes import DFL, SCHEMES, Rule, assign, quantize
 
 SIZES = ["n", "m"]

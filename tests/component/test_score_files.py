@@ -17,13 +17,14 @@ from ultralytics import YOLO
 from app.bench import stock_val
 from app.bench.explain import by_image, n_same, with_ids
 from app.bench.train import stock_dataset
-from app.coco import CATEGORY_IDS, NAMES
-from app.onnx.export import export, load_trained, one_head
-from app.run import RunRoot, read_json, write_json
-from app.scoring.detections import results, select
-from app.scoring.evaluate import evaluate_standalone
-from app.scoring.pipeline import load_input
-from app.scoring.score import image_files, load_truth, score, standalone_dataset
+from app.coco.annotations import CATEGORY_IDS, NAMES
+from app.coco.detections import results, select
+from app.coco.score import image_files, load_truth, score, standalone_dataset
+from app.core.files import read_json, write_json
+from app.core.run import RunRoot
+from app.eval.evaluate import evaluate_standalone
+from app.eval.pipeline import load_input
+from app.export.export import export, load_trained, one_head
 
 SAME_AP = 1e-4  # what the issue asks
 # Of all detections; the rest lie on a threshold (of NMS, or place 300), where float32 rounding decides.

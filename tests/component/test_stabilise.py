@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from app.quant.stabilise import reestimate_batchnorm
+from app.quant.batchnorm import reestimate_batchnorm
 
 
 def small_net() -> nn.Sequential:

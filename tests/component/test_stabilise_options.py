@@ -11,14 +11,14 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 from ultralytics.utils.torch_utils import ModelEMA
 
-from app.config import Config, Quant, UserError, load
+from app.core.config import Config, Quant, UserError, load
 from app.quant import schemes
 from app.quant.codes import read_codes
 from app.quant.fused import attach
 from app.quant.health import scale_ratios
 from app.quant.learned import learned_layers, scale_parameter
+from app.quant.options import Freezing, Stabiliser, exempt_scales_from_decay, stabilisers
 from app.quant.schemes import Rule
-from app.quant.stabilise import Freezing, Stabiliser, exempt_scales_from_decay, stabilisers
 
 FLOAT_WARMUP = ["warmup_share=0.25", "warmup_bits=float"]  # one of four epochs
 PATHS = ["fast_path=true", "fast_path=false"]

@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from app.bench.soak import differences
-from app.config import Config, UserError, load, validate
+from app.core.config import Config, UserError, load, validate
+from app.core.files import read_json
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.model import load_checkpoint, load_scored, save_checkpoint
-from app.run import RunRoot, read_json
-from app.training.interrupt import Interrupted
-from app.training.train import check_snapshot, train
-from app.training.trainer import Trainer
-from app.training.validation import score_states
+from app.quant.model import load_checkpoint, load_scored, save_checkpoint
+from app.train.interrupt import Interrupted
+from app.train.train import check_snapshot, train
+from app.train.trainer import Trainer
+from app.train.validation import score_states
 
 # 40 images in batches of 8, two of them to an optimizer step; mosaic in all but the last epoch. A fast EMA.
 SETTINGS = [
@@ -99,7 +100,7 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
 ) -> None:
     config, run = settle(runs_dir, "corrected", sets=("quant.correction_epochs=1", "quant.correction_lr=0.01"))
     with monkeypatch.context() as patch:  # a crash in it: the next start has nothing else to do
-        patch.setattr("app.training.correction.correct", interrupt)
+        patch.setattr("app.train.correction.correct", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config, run, force=False)
     train(config, run, force=False)
@@ -110,7 +111,7 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     assert all(torch.equal(plain[name], corrected[name]) for name in plain if name.endswith("conv.weight"))
     assert rows(folder)[-1]["AP/corrected"] != ""
     (folder / "done.json").unlink()  # the next start finds that all is done
-    monkeypatch.setattr("app.training.correction.correct", None)
+    monkeypatch.setattr("app.train.correction.correct", None)
     train(config, run, force=False)
 
 
@@ -290,7 +291,7 @@ def test_no_epoch_of_the_quant_warm_up_is_the_best(runs_dir: Path, monkeypatch: 
     def score_warm_epochs_higher(self: Trainer) -> dict[str, float]:
         with monkeypatch.context() as patch:
             scores = {"AP/ema_bn": 0.9 - 0.1 * self.epoch if self.epoch < 2 else 0.1}
-            patch.setattr("app.training.trainer.score_states", lambda *args: score_states(*args) | scores)
+            patch.setattr("app.train.trainer.score_states", lambda *args: score_states(*args) | scores)
             return validate(self)
 
     monkeypatch.setattr(Trainer, "validate", score_warm_epochs_higher)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from ddp_program import STOP_AT, fixed_norm, settle
 
-from app.model import load_checkpoint
-from app.run import RunRoot
-from app.training.train import train
-from app.training.trainer import Trainer
+from app.core.run import RunRoot
+from app.quant.model import load_checkpoint
+from app.train.train import train
+from app.train.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

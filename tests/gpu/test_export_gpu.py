@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.onnx.export import export, load_trained
-from app.run import RunRoot
-from app.scoring.runtime import CPU, gpu_name, nodes_by_provider, open_model
+from app.core.run import RunRoot
+from app.eval.runtime import CPU, gpu_name, nodes_by_provider, open_model
+from app.export.export import export, load_trained
 from tests.component.export_run import config_of, make_run
 
 ort = pytest.importorskip("onnxruntime")

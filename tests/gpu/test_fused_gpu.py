@@ -18,10 +18,10 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
 
-from app.config import load
-from app.model import build
+from app.core.config import load
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
+from app.quant.model import build
 from app.quant.schemes import LearnedInt4WeightPerChannel
 
 pytestmark = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.training.nonfinite import GPU_LAG, NonFinite, Watch
+from app.train.nonfinite import GPU_LAG, NonFinite, Watch
 
 pytestmark = pytest.mark.gpu
 BAD = 3

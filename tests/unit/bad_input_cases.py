@@ -12,7 +12,7 @@ from typing import get_args
 from bad_annotation_cases import CATEGORIES, IDS, JSON, TRAIN_JSON, Case, first
 from data_fixtures import annotation_file, edit, write_image
 
-from app.config import Quant
+from app.core.config import Quant
 
 LAYOUT = (
     "it must hold train2017/, val2017/ and annotations/ as COCO 2017 does; give COCO_DIR=path, "

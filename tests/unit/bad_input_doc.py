@@ -5,7 +5,8 @@ from __future__ import annotations
 from bad_annotation_cases import CATEGORIES, IDS, JSON, Case
 from bad_input_cases import BOXES, FILES, FOLDER, SETTINGS
 
-from app.run import REPO_DIR, write_text
+from app.core.environment import REPO_DIR
+from app.core.files import write_text
 
 DOC = REPO_DIR / "docs" / "bad-input.md"
 HEAD = """# What a bad input says

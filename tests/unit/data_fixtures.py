@@ -10,10 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from app.coco import CATEGORIES
-from app.config import CONF_DIR, Config, load
+from app.coco.annotations import CATEGORIES
+from app.core.config import CONF_DIR, Config, load
+from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.run import RunRoot
 
 SIZES_WH = {1: (40, 30), 2: (24, 32), 3: (32, 24)}  # image id -> px
 

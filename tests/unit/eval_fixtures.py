@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from app.coco import CATEGORIES, NAMES
-from app.config import Eval
+from app.coco.annotations import CATEGORIES, NAMES
+from app.core.config import Eval
 
 IMGSZ = 32
 SETTINGS = Eval(

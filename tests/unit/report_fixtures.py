@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from app.config import load
-from app.curves import write_rows
-from app.reporting.evidence import COCO_NAMES
-from app.run import RunRoot, sha256
-from app.scoring.score import Dataset, describe_dataset, load_truth, score
+from app.coco.score import Dataset, describe_dataset, load_truth, score
+from app.core.config import load
+from app.core.files import sha256
+from app.core.results import write_rows
+from app.core.run import RunRoot
+from app.report.evidence import COCO_NAMES
 from tests.unit.eval_fixtures import truth_box, write_annotations
 
 NAMES = ("lock", "train", "val", "ids", "fp16", "qat", "fp16 checkpoint", "qat checkpoint")

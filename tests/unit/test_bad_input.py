@@ -13,8 +13,10 @@ from bad_input_cases import BOXES, CASES, FILES
 from bad_input_doc import DOC, document
 from data_fixtures import listing, run_data, write_dataset
 
-from app.config import UserError
-from app.run import REPO_DIR, RunRoot, open_run, read_json
+from app.core.config import UserError
+from app.core.environment import REPO_DIR
+from app.core.files import read_json
+from app.core.run import RunRoot, open_run
 
 N_PROMISED = 30
 TIMEOUT_S = 60  # of one process; it takes about a second

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from eval_fixtures import truth_box, write_annotations
 
-from app.config import UserError
-from app.scoring.score import STATS, load_truth, score
+from app.coco.score import STATS, load_truth, score
+from app.core.config import UserError
 
 EXACT = 1e-12  # float64 arithmetic on both sides
 SIZES = {1: (400, 300), 2: (400, 300)}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from app.config import Report, UserError, load
-from app.reporting.compare import compare, pair_up
-from app.run import RunRoot
+from app.core.config import Report, UserError, load
+from app.core.run import RunRoot
+from app.report.compare import compare, pair_up
 from tests.unit.report_fixtures import add_dataset, build_run
 
 

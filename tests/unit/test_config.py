@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.config import (
+from app.core.config import (
     CONF_DIR,
     Quant,
     UserError,

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from app.config import UserError
-from app.scoring.contract import refuse_foreign_data
+from app.core.config import UserError
+from app.eval.contract import refuse_foreign_data
 
 
 def external(location: str) -> TensorProto:

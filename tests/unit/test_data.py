@@ -18,10 +18,11 @@ from data_fixtures import annotation_file, edit, listing, run_data, write_datase
 
 import app.data.prepare
 import app.data.view
-from app.coco import CATEGORIES, NAMES
-from app.config import UserError
+from app.coco.annotations import CATEGORIES, NAMES
+from app.core.config import UserError
+from app.core.files import read_json
+from app.core.run import RunRoot, open_run
 from app.data.view import read_split
-from app.run import RunRoot, open_run, read_json
 
 HALF_DIGIT = 5e-7  # label files have six decimals
 Usage = namedtuple("Usage", "total used free")

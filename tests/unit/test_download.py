@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from download_server import Server
 
-from app.config import UserError
+from app.core.config import UserError
 from app.data import download
 from app.data.download import ARCHIVES, Archive, download_coco
 

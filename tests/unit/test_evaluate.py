@@ -15,11 +15,12 @@ import pytest
 from eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 from onnx import TensorProto
 
-from app.config import Eval, UserError, load
-from app.run import RunRoot, read_json, sha256, write_json
-from app.scoring import pipeline, runtime
-from app.scoring.evaluate import evaluate, evaluate_file, evaluate_standalone
-from app.scoring.score import Dataset, first_of, hash_ids, load_truth, score
+from app.coco.score import Dataset, first_of, hash_ids, load_truth, score
+from app.core.config import Eval, UserError, load
+from app.core.files import read_json, sha256, write_json
+from app.core.run import RunRoot
+from app.eval import pipeline, runtime
+from app.eval.evaluate import evaluate, evaluate_file, evaluate_standalone
 
 # Images are 64 x 48, inputs 32 x 32: halved, 4 px of padding above and below.
 BOX_IN_IMAGE = [16.0, 8.0, 32.0, 24.0]
@@ -320,7 +321,7 @@ def test_standalone(tmp_path: Path, coco_dir: Path) -> None:
 
 def test_evaluator_imports_no_training_library() -> None:
     code = (
-        "import sys, app.scoring.evaluate; "
+        "import sys, app.eval.evaluate; "
         "assert not {'torch', 'torchvision', 'ultralytics', 'brevitas'} & sys.modules.keys(), sorted(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.config import load
-from app.curves import overlay_figure, write_rows
-from app.reporting.analysis import choose
-from app.reporting.figures import AUTHORS_YOLOV10M, size_figure
-from app.reporting.layer_figures import FLOAT, layer_figure
-from app.reporting.page import page
-from app.reporting.report import report
-from app.run import RunRoot
+from app.coco.detail import choose
+from app.core.config import load
+from app.core.curves import overlay_figure
+from app.core.results import write_rows
+from app.core.run import RunRoot
+from app.report.figures import AUTHORS_YOLOV10M, size_figure
+from app.report.html import page
+from app.report.layer_figures import FLOAT, layer_figure
+from app.report.report import report
 from tests.unit.report_fixtures import add_dataset, build_run, history, layer, metrics, write
 from tests.unit.test_report import numbers_without_source
 

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from app.config import Guard
-from app.training.guard import GuardStop, judge
+from app.core.config import Guard
+from app.train.guard import GuardStop, judge
 
 HEALTHY = [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from eval_fixtures import SETTINGS
 
-from app.coco import CATEGORY_IDS
-from app.config import UserError
-from app.scoring.detections import Placement, letterbox, place, read_image, results, select, undo
+from app.coco.annotations import CATEGORY_IDS
+from app.coco.detections import results, select
+from app.coco.images import Placement, letterbox, place, read_image, undo
+from app.core.config import UserError
 
 GREY = np.float32(114) / np.float32(255)
 ROUNDING_PX = 1e-9  # float64 there and back

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from app.config import UserError, load
-from app.reporting.publish import NO_PHOTOS, publish
-from app.reporting.report import report
-from app.run import RunRoot
+from app.core.config import UserError, load
+from app.core.run import RunRoot
+from app.report.publish import NO_PHOTOS, publish
+from app.report.report import report
 from tests.unit.report_fixtures import add_dataset, build_run
 from tests.unit.test_report import edit, numbers_without_source
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from app.config import Config, UserError, load
-from app.curves import read_rows, write_rows
-from app.reporting.report import report
-from app.run import RunRoot
+from app.core.config import Config, UserError, load
+from app.core.results import read_rows, write_rows
+from app.core.run import RunRoot
+from app.report.report import report
 from tests.unit.report_fixtures import SHA, build_run, export_file, metrics, write
 
 GOLDEN = Path(__file__).with_name("golden_summary.md")

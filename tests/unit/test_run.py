@@ -12,19 +12,10 @@ from typing import Any
 
 import pytest
 
-from app.config import UserError
-from app.lock import hold
-from app.run import (
-    REPO_DIR,
-    RunRoot,
-    explain_full_disk,
-    open_run,
-    read_json,
-    record_stage,
-    write_atomic,
-    write_json,
-    write_text,
-)  # fmt: skip
+from app.core.config import UserError
+from app.core.environment import REPO_DIR
+from app.core.files import explain_full_disk, read_json, write_atomic, write_json, write_text
+from app.core.run import RunRoot, hold, open_run, record_stage
 
 WAIT_S = 60  # for another process to start
 
@@ -133,7 +124,7 @@ def test_a_full_disk_is_a_line_and_the_old_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     write_text(path, "old")
     code = (
-        "import resource, sys; from pathlib import Path; from app.run import *; "
+        "import resource, sys; from pathlib import Path; from app.core.run import *; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_text(Path(sys.argv[1]), 'n' * 2000)"
     )
     done = subprocess.run(
@@ -155,7 +146,7 @@ def test_a_full_disk_is_a_line_and_the_old_file_stays(tmp_path: Path) -> None:
 def holder(run: RunRoot) -> subprocess.Popen[str]:
     """Another process that holds the run root."""
     code = (
-        "import sys; from pathlib import Path; from app.lock import hold; from app.run import RunRoot\n"
+        "import sys; from pathlib import Path; from app.core.run import hold; from app.core.run import RunRoot\n"
         "with hold(RunRoot(Path(sys.argv[1]), sys.argv[2]), 'train'):\n    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(run.runs_dir), run.name]

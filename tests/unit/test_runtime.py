@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 from eval_fixtures import raw_output, write_model
 
-from app.config import UserError
-from app.scoring import runtime
+from app.core.config import UserError
+from app.eval import runtime
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from faster_coco_eval import COCOeval_faster
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from app.coco import CATEGORY_IDS
-from app.config import UserError
-from app.scoring.score import STATS, load_truth, quiet, read_results, score
+from app.coco.annotations import CATEGORY_IDS
+from app.coco.score import STATS, load_truth, quiet, read_results, score
+from app.core.config import UserError
 
 AGREEMENT = 1e-6  # what the issue asks; both sum the same numbers in another order
 N_IMAGES, N_CLASSES = 40, 6

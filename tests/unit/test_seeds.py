@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from app.config import Config, UserError, load
-from app.reporting.report import report
-from app.run import RunRoot
+from app.core.config import Config, UserError, load
+from app.core.run import RunRoot
+from app.report.report import report
 from tests.unit.report_fixtures import build_run
 from tests.unit.test_report import add_ptq, edit, numbers_without_source
 

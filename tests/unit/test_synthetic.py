@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from app.coco import CATEGORIES, read_instances
+from app.coco.annotations import CATEGORIES, read_instances
 from app.data import synthetic
 from app.data.synthetic import draw_coco_subset
 

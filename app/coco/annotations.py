@@ -1,0 +1,200 @@
+"""COCO 2017: its 80 categories, and reading and checking an instances_*.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from app.core.config import UserError
+
+# Supercategory: official category id and name, in the order of the ids. A class index of the network is the rank.
+_OFFICIAL = {
+    "person": "1 person",
+    "vehicle": "2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat",
+    "outdoor": "10 traffic light, 11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench",
+    "animal": "16 bird, 17 cat, 18 dog, 19 horse, 20 sheep, 21 cow, 22 elephant, 23 bear, 24 zebra, 25 giraffe",
+    "accessory": "27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase",
+    "sports": "34 frisbee, 35 skis, 36 snowboard, 37 sports ball, 38 kite, 39 baseball bat, 40 baseball "
+    "glove, 41 skateboard, 42 surfboard, 43 tennis racket",
+    "kitchen": "44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl",
+    "food": "52 banana, 53 apple, 54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 "
+    "pizza, 60 donut, 61 cake",
+    "furniture": "62 chair, 63 couch, 64 potted plant, 65 bed, 67 dining table, 70 toilet",
+    "electronic": "72 tv, 73 laptop, 74 mouse, 75 remote, 76 keyboard, 77 cell phone",
+    "appliance": "78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator",
+    "indoor": "84 book, 85 clock, 86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush",
+}
+CATEGORIES: list[dict[str, Any]] = [
+    {"supercategory": group, "id": int(entry.split(" ", 1)[0]), "name": entry.split(" ", 1)[1]}
+    for group, entries in _OFFICIAL.items()
+    for entry in entries.split(", ")
+]
+CATEGORY_IDS: list[int] = [category["id"] for category in CATEGORIES]
+NAMES: list[str] = [category["name"] for category in CATEGORIES]
+CLASS_INDEX = {number: index for index, number in enumerate(CATEGORY_IDS)}
+
+N_TRAIN, N_VAL = 118_287, 5_000  # images listed in the official train2017 and val2017
+ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+LARGEST_ID = 2**53  # beyond, a float64 cannot hold an id exactly; COCOeval keeps ids in float64 arrays
+NOT_COCO = "give an instances file of COCO 2017, or of a dataset in its layout and categories"
+BOX_TOLERANCE_PX = 1.0  # annotators' boxes may pass the border by a rounding
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checked annotation file. `boxes` maps image id -> rows [category_id, x, y, w, h] in pixels, crowds left out."""
+
+    file: Path
+    images: list[dict[str, Any]]
+    boxes: dict[int, list[list[float]]]
+    n_annotations: dict[int, int]
+    n_crowd: dict[int, int]
+    n_degenerate: dict[int, int]
+    problems: dict[int, str]
+
+
+def read_instances(file: Path) -> Split:
+    """Reads and checks an annotation file in COCO's instances layout.
+
+    Faults of single images (a box outside its image, a path that leaves the folder) are collected in `problems`, by
+    image id; boxes without area are counted and left out, as the official train2017 has some.
+
+    Raises:
+        UserError: the file as a whole cannot be used.
+    """
+    tree = _read_json(file)
+    _check_categories(file, tree["categories"])
+    images = {}
+    names = set()
+    for image in tree["images"]:
+        _check_image(file, image)
+        label_name = PurePosixPath(image["file_name"]).with_suffix("")  # a.jpg and a.png would share a label file
+        if image["id"] in images or label_name in names:
+            raise UserError(
+                f"{file}: image id {image['id']} or file name {image['file_name']} is listed twice: "
+                "mend the annotations"
+            )
+        images[image["id"]] = image
+        names.add(label_name)
+    split = Split(
+        file, [images[key] for key in sorted(images)], {key: [] for key in images}, dict.fromkeys(images, 0),
+        dict.fromkeys(images, 0), dict.fromkeys(images, 0), {},
+    )  # fmt: skip
+    for image_id, image in images.items():
+        if PurePosixPath(image["file_name"]).is_absolute() or ".." in PurePosixPath(image["file_name"]).parts:
+            split.problems[image_id] = "its file name leaves the image folder"
+    annotation_ids: set[int] = set()
+    for number, annotation in enumerate(tree["annotations"]):
+        _check_annotation(file, annotation, number, images)
+        if annotation["id"] in annotation_ids:
+            raise UserError(f"{file}: annotation id {annotation['id']} is given twice: number the annotations from 1")
+        annotation_ids.add(annotation["id"])
+        _add_annotation(split, images[annotation["image_id"]], annotation)
+    return split
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing: COCO_DIR must hold train2017/, val2017/ and annotations/") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{file} is not readable JSON ({error}): unpack the official annotations again") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
+            raise UserError(f"{file} has no list '{key}': {NOT_COCO}")
+    if not tree["images"]:
+        raise UserError(f"{file} lists no images: {NOT_COCO}")
+    return tree
+
+
+def _check_categories(file: Path, categories: list[Any]) -> None:
+    """Unknown ids mean another dataset; so do known ids with other names, whose boxes would train the wrong class."""
+    for category in categories:
+        number = category.get("id") if isinstance(category, dict) else None
+        if not _is_id(number) or number not in CLASS_INDEX:
+            raise UserError(f"{file}: category id {number!r} is not among the 80 official COCO ids: {NOT_COCO}")
+        official = NAMES[CLASS_INDEX[number]]
+        if category.get("name") != official:
+            raise UserError(
+                f"{file}: category {number} is '{category.get('name')}', in COCO it is '{official}': {NOT_COCO}"
+            )
+
+
+def _check_image(file: Path, image: Any) -> None:
+    if not isinstance(image, dict) or not {"id", "file_name", "width", "height"} <= set(image):
+        raise UserError(f"{file}: an image entry lacks id, file_name, width or height: {str(image)[:80]}")
+    if not _is_id(image["id"]):
+        raise UserError(f"{file}: image id {image['id']!r} is not a whole number from 0 to 2^53: {NOT_COCO}")
+    name = image["file_name"]
+    if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
+        raise UserError(f"{file}: image id {image['id']} has file name {name!r}: {NOT_COCO}")
+    if not all(_is_id(image[key]) and image[key] > 0 for key in ("width", "height")):
+        raise UserError(f"{file}: image {name} has size {image['width']} x {image['height']}: mend the annotations")
+    stem = PurePosixPath(name).stem  # which Ultralytics and others take for the id
+    if stem.isdecimal() and (stem.lstrip("0") or "0") != str(image["id"]):
+        raise UserError(f"{file}: image id {image['id']} has the file name {name}: mend the ids")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_ID
+
+
+def _check_annotation(file: Path, annotation: Any, number: int, images: dict[int, dict[str, Any]]) -> None:
+    if not isinstance(annotation, dict) or not set(ANNOTATION_KEYS) <= set(annotation):
+        raise UserError(f"{file}: annotation {number} lacks one of {', '.join(ANNOTATION_KEYS)}: {NOT_COCO}")
+    key, image_id, category = annotation["id"], annotation["image_id"], annotation["category_id"]
+    if not _is_id(key) or key == 0:  # COCOeval (pycocotools 2.0.11) marks a match by this id and reads 0 as none
+        raise UserError(f"{file}: annotation id {key!r} is not a whole number from 1 to 2^53: number them from 1")
+    if not _is_id(image_id) or image_id not in images:
+        raise UserError(f"{file}: annotation {key} is for unknown image id {image_id!r}: {NOT_COCO}")
+    if not _is_id(category) or category not in CLASS_INDEX:
+        raise UserError(f"{file}: annotation {key} has unknown category id {category!r}: {NOT_COCO}")
+    if annotation["iscrowd"] not in (0, 1):
+        raise UserError(f"{file}: annotation {key} has iscrowd {annotation['iscrowd']!r}, not 0 or 1: {NOT_COCO}")
+
+
+def _add_annotation(split: Split, image: dict[str, Any], annotation: dict[str, Any]) -> None:
+    """Counts one annotation and keeps its box, clipped to the image."""
+    image_id = image["id"]
+    split.n_annotations[image_id] += 1
+    if annotation["iscrowd"]:
+        split.n_crowd[image_id] += 1
+    if fault := _box_fault(annotation["bbox"], annotation["area"], image["width"], image["height"]):
+        split.problems.setdefault(image_id, f"annotation {annotation['id']}: {fault}")
+    elif not annotation["iscrowd"]:
+        box = _clip(annotation["bbox"], image["width"], image["height"])
+        if box is None:
+            split.n_degenerate[image_id] += 1
+        else:
+            split.boxes[image_id].append([annotation["category_id"], *box])
+
+
+def _box_fault(bbox: Any, area: Any, width: int, height: int) -> str:
+    """What is wrong with an annotation's box x,y,w,h in px and its area in px^2, or ''."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        return f"bbox {bbox!r} is not four finite numbers"
+    if not _is_number(area) or area < 0:
+        return f"area {area!r} is not a finite number from 0 on"
+    x, y, w, h = bbox
+    if w < 0 or h < 0:
+        return f"bbox {bbox} has a negative size"
+    t = BOX_TOLERANCE_PX
+    if x < -t or y < -t or x + w > width + t or y + h > height + t:
+        return f"bbox {bbox} lies outside its image of {width} x {height}"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a float holds it; NaN and infinity, which Python's JSON reader lets pass, compare as false."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST_ID
+
+
+def _clip(bbox: list[float], width: int, height: int) -> list[float] | None:
+    """The part of a box x,y,w,h (px) inside its image; None where it has no area."""
+    x, y, w, h = map(float, bbox)
+    x2, y2 = min(x + w, width), min(y + h, height)
+    x, y = max(x, 0.0), max(y, 0.0)
+    return [x, y, x2 - x, y2 - y] if x2 > x and y2 > y else None

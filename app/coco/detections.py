@@ -1,0 +1,91 @@
+"""What stands on either side of the network: image file -> input array, output array -> rows of COCO results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+
+from app.coco.annotations import CATEGORY_IDS
+from app.coco.images import Placement, undo
+from app.core.config import Eval, UserError
+
+# For contract nms, as `yolo val` does it (ultralytics/utils/nms.py and cfg/default.yaml, 8.4.190).
+NMS_IOU = 0.7
+N_NMS_CANDIDATES = 30_000
+
+
+def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
+    """One image's output -> detections [n,6] x1,y1,x2,y2 (input px), score, class; best first, scores above conf.
+
+    Args:
+        output: raw and nms [84,A] or end2end [K,6], as the contract says.
+        contract: 'raw', 'end2end' or 'nms'.
+        settings: scores up to `conf` are dropped, at most `max_det` rows are kept.
+
+    Raises:
+        UserError: the output holds NaN or infinite values.
+    """
+    if contract == "end2end":
+        rows = output
+    else:
+        rows = raw_rows(output, settings.max_det) if contract == "raw" else suppressed_rows(output, settings.conf)
+    rows = rows[np.argsort(-rows[:, 4], kind="stable")[: settings.max_det]]
+    if not np.isfinite(rows).all():
+        raise UserError("the model puts out values that are not finite: it is damaged or its precision overflows")
+    return rows[rows[:, 4] > settings.conf]
+
+
+def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
+    """raw layout [84,A] of a one2many head -> rows [n,6] after non-maximum suppression within each class.
+
+    An anchor counts once for every class above `conf`, as in `yolo val` (multi_label).
+    """
+    if not np.isfinite(output).all():
+        return np.full((1, 6), np.nan, np.float32)  # `select` names the fault
+    classes, anchors = np.nonzero(output[4:] > conf)
+    scores = output[4:][classes, anchors]
+    best = np.argsort(-scores, kind="stable")[:N_NMS_CANDIDATES]
+    classes, anchors, scores = classes[best], anchors[best], scores[best]
+    cx, cy, w, h = output[:4, anchors]
+    xywh = np.stack([cx - w / 2, cy - h / 2, w, h], axis=1).astype(np.float64)
+    suppress: Any = cv2.dnn.NMSBoxesBatched  # takes arrays, whatever OpenCV's stubs say
+    kept = np.array(suppress(xywh, scores, classes.astype(np.int32), conf, NMS_IOU), dtype=int)
+    corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=1)
+    return np.concatenate([corners, scores[:, None], classes[:, None]], axis=1, dtype=np.float32)[kept]
+
+
+def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
+    """raw [84,A] -> the max_det best rows [n,6], in no order; NaN counts as best so that nobody misses it.
+
+    The choice is that of the end2end graph (ultralytics/nn/modules/head.py Detect.get_topk_index, 8.4.190): the
+    anchors with the best class score, then the best anchor-class pairs of those. So one anchor can give two classes.
+    """
+    scores = output[4:]
+    n = min(max_det, scores.shape[1])
+    anchors = top(scores.max(axis=0), n)
+    chosen = scores[:, anchors]
+    pairs = top(chosen.ravel(), n)
+    classes, columns = np.divmod(pairs, n)
+    cx, cy, w, h = output[:4, anchors[columns]]
+    corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    return np.stack([*corners, chosen.ravel()[pairs], classes.astype(np.float32)], axis=1)
+
+
+def top(values: np.ndarray, n: int) -> np.ndarray:
+    """Indices of the n largest of a flat array, in no order; NumPy sorts NaN above all numbers."""
+    return np.argpartition(values, len(values) - n)[len(values) - n :]
+
+
+def results(image_id: int, detections: np.ndarray, placement: Placement) -> list[dict[str, Any]]:
+    """Detections [n,6] of `select` -> rows of COCO's results format.
+
+    Boxes are rounded to 3 decimals of a pixel; scores keep every bit, as rounding would make ties and move the AP.
+    """
+    boxes = np.round(undo(detections[:, :4], placement), 3).tolist()
+    scores, classes = detections[:, 4].tolist(), detections[:, 5].astype(int).tolist()
+    return [
+        {"image_id": image_id, "category_id": CATEGORY_IDS[index], "bbox": box, "score": score}
+        for box, score, index in zip(boxes, scores, classes, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""What every stage uses: configuration, run root, files. No torch here."""

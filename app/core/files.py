@@ -1,0 +1,94 @@
+"""Files: written atomically, kept under a second name, read with the remedy in the message."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from app.core.config import UserError
+
+FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
+    """Turns 'no space left' inside the block into a UserError that names the folder, its free space and the need."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK_ERRNOS:
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise UserError(f"no space left in {folder} ({free:,.0f} MiB free): {need}") from error
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
+    """Lets `write` fill a temporary file beside `path`, flushes it to disk, then renames it over `path`.
+
+    A crash or a full disk leaves the old file whole and, short of kill -9, no temporary file behind. With `previous`
+    the file that is replaced stays under that name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        flush(part)
+        if previous and path.exists():
+            keep(path, previous)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    flush(path.parent)  # else the new name may not outlive a power failure
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def keep(path: Path, second: Path) -> None:
+    """A second name for the file, so that it never lacks the first one; a copy where there are no hard links."""
+    part = second.with_name(f".{second.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    try:
+        try:
+            part.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, part)
+        part.replace(second)
+    finally:
+        part.unlink(missing_ok=True)  # rename leaves it where both names led to one file already
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """Reads a JSON file of the run root; `made_by` names the make target that writes it, for the message."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: run 'make {made_by}' first") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: delete it and run 'make {made_by}' again") from error
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

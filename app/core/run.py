@@ -1,0 +1,112 @@
+"""The run root: every path in one place, its record, and its lock."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.core.config import UserError
+from app.core.environment import code_version, utc_now
+from app.core.files import read_json, write_json
+
+
+@contextlib.contextmanager
+def hold(run: RunRoot, stage: str) -> Iterator[None]:
+    """Holds the run root for this process, and clears it of what a killed process left half-written.
+
+    The lock is POSIX's: it belongs to the process alone, not to its loader processes, and the kernel takes it away when
+    the process dies, however that happens. It lies in the shared cache, so that a refused input leaves no run root.
+
+    Raises:
+        UserError: another process holds it; the message names that.
+    """
+    path = run.cache_dir / "locks" / run.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(
+                f"{run.root} is in use by {file.read().strip()}: let it end, or take another RUN=name"
+            ) from error
+        file.truncate(0)
+        file.write(f"'{stage}' (process {os.getpid()} on {socket.gethostname()}, since {utc_now()})\n")
+        file.flush()
+        for part in run.root.rglob(".*.part"):
+            part.unlink()
+        yield
+
+
+@dataclass(frozen=True)
+class RunRoot:
+    """Paths of runs/<name>. Stages talk only through these files."""
+
+    runs_dir: Path
+    name: str
+
+    @property
+    def root(self) -> Path:
+        return self.runs_dir / self.name
+
+    @property
+    def cache_dir(self) -> Path:
+        """Shared by all runs: the drawn coco-subset, YOLO views, Ultralytics' settings."""
+        return self.runs_dir / ".cache"
+
+    @property
+    def run_json(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def dataset_yaml(self) -> Path:
+        return self.root / "dataset" / "coco.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "dataset" / "provenance.json"
+
+    def variant_dir(self, label: str) -> Path:
+        """Folder of a trained variant; label is fp16 or qat-<scheme>."""
+        return self.root / label
+
+    def best(self, label: str) -> Path:
+        """Checkpoint of the variant as it is exported."""
+        return self.variant_dir(label) / "weights" / "best.pt"
+
+    def trained_labels(self) -> list[str]:
+        """Labels of the variants whose training has finished, fp16 first."""
+        labels = sorted(path.parent.name for path in self.root.glob("*/done.json"))
+        return sorted(labels, key=lambda label: label != "fp16")
+
+    @property
+    def onnx_dir(self) -> Path:
+        return self.root / "onnx"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.md"
+
+    @property
+    def figures_dir(self) -> Path:
+        return self.root / "figures"
+
+
+def open_run(name: str, runs_dir: Path) -> RunRoot:
+    """Checks the name of a run; nothing is created before a stage has something to write."""
+    if not name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name.startswith("."):
+        raise UserError(f"--run '{name}': use letters, digits, '.', '_' and '-' (it becomes a folder under {runs_dir})")
+    return RunRoot(runs_dir, name)
+
+
+def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
+    """Enters what a stage did, when and with what into run.json."""
+    record = read_json(run.run_json, "data") if run.run_json.exists() else {"name": run.name, "stages": {}}
+    record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
+    write_json(run.run_json, record)

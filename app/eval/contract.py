@@ -1,0 +1,145 @@
+"""What an ONNX file promises: contract, size and batch of the input, class names. Ours, or Ultralytics' own export."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, NodeProto, TensorProto
+from onnx.external_data_helper import ExternalDataInfo
+
+from app.coco.annotations import NAMES
+from app.core.config import UserError
+
+N_CLASSES = len(NAMES)
+# nms: Ultralytics' export of the one2many head, laid out as raw, whose detections still need suppression.
+CONTRACTS = ("raw", "end2end", "nms")
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Contract and input of a file: side of the square input in px; batch None where it is free."""
+
+    input_name: str
+    contract: str
+    imgsz: int
+    batch: int | None
+
+
+def refuse_foreign_data(path: Path) -> None:
+    """A model may keep its weights in files beside it, but not elsewhere: a file from a stranger could name any path.
+
+    Raises:
+        UserError: not an ONNX file, or one with weights outside its folder.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise UserError(f"{path} cannot be loaded, it is no ONNX file: export it again with --force") from error
+    folder = path.parent.resolve()
+    in_functions = (tensor for function in model.functions for node in function.node for tensor in _of_node(node))
+    for tensor in itertools.chain(_of_graph(model.graph), in_functions):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            location = ExternalDataInfo(tensor).location
+            if not (folder / location).resolve().is_relative_to(folder):
+                raise UserError(f"{path}: weights of {tensor.name} lie outside its folder, in {location}: refused")
+
+
+def _of_graph(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor that a graph carries, in those inside it too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _of_node(node)
+
+
+def _of_node(node: NodeProto) -> Iterator[TensorProto]:
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            yield from _of_graph(graph)
+
+
+def read_contract(path: Path, metadata: Mapping[str, str]) -> str:
+    """'raw', 'end2end' or 'nms' from our metadata or that of Ultralytics (engine/exporter.py, 8.4.190).
+
+    Raises:
+        UserError: neither is there, or the classes are not COCO's.
+    """
+    by_ultralytics = "contract" not in metadata and {"task", "stride", "names"} <= metadata.keys()
+    if by_ultralytics:
+        if metadata["task"] != "detect":
+            raise UserError(f"{path} is an Ultralytics model for the task {metadata['task']}: it must be detect")
+        names: Any = list(ast.literal_eval(metadata["names"]).values())
+        contract = "end2end" if metadata.get("end2end") == "True" or has_nms(metadata) else "nms"
+    else:
+        names = json.loads(metadata.get("names", "null"))
+        contract = metadata.get("contract", "missing")
+        if contract not in CONTRACTS:
+            raise UserError(
+                f"{path}: metadata 'contract' is {contract}, it must be raw or end2end: export it with 'make export'"
+            )
+    if names is not None and names != NAMES:
+        raise UserError(f"{path}: metadata 'names' are not the {N_CLASSES} COCO classes in their order: another model")
+    return contract
+
+
+def has_nms(metadata: Mapping[str, str]) -> bool:
+    """Whether Ultralytics' exporter put its own suppression into the graph (nms=True): [N,300,6] too."""
+    return bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
+
+
+def read_promise(path: Path, session: Any, metadata: Mapping[str, str]) -> Promise:
+    """Checks the interface of an open session against what the metadata says.
+
+    Raises:
+        UserError: another input or output than the contract's.
+    """
+    contract = read_contract(path, metadata)
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or inputs[0].name != "images" or inputs[0].type != "tensor(float)":
+        found = ", ".join(f"{value.name}: {value.type}" for value in inputs)
+        raise UserError(
+            f"{path}: inputs are {found}; the contract is one input 'images', tensor(float), also in FP16 files"
+        )
+    shape = inputs[0].shape
+    imgsz = read_imgsz(metadata)
+    fixed = {side for side in shape[2:] if isinstance(side, int)}
+    if len(shape) != 4 or shape[1] != 3 or len(fixed | (imgsz - {None})) != 1:
+        raise UserError(
+            f"{path}: input shape {shape}, metadata imgsz {metadata.get('imgsz')}; "
+            "the contract is [N,3,imgsz,imgsz], square"
+        )
+    promise = Promise("images", contract, (fixed | imgsz).pop(), shape[0] if isinstance(shape[0], int) else None)
+    shapes = [output.shape for output in outputs]
+    if len(outputs) != 1 or outputs[0].type != "tensor(float)" or not shape_fits(contract, shapes[0]):
+        types = ", ".join(output.type for output in outputs)
+        raise UserError(f"{path}: outputs are {shapes} {types}, {wanted_shape(contract)}")
+    return promise
+
+
+def read_imgsz(metadata: Mapping[str, str]) -> set[int]:
+    """'160' of ours, '[160, 160]' of Ultralytics: the sides in px; empty where nothing is said."""
+    text = metadata.get("imgsz", "")
+    return {int(part) for part in text.strip("[]").split(",") if part.strip().isdigit()}
+
+
+def shape_fits(contract: str, shape: list[Any]) -> bool:
+    """Sides that are free (names or None in ONNX) fit anything."""
+    side, size = (2, 6) if contract == "end2end" else (1, 4 + N_CLASSES)
+    return len(shape) == 3 and (shape[side] == size or not isinstance(shape[side], int))
+
+
+def wanted_shape(contract: str) -> str:
+    shape = "[N,300,6]" if contract == "end2end" else f"[N,{4 + N_CLASSES},A]"
+    return f"the contract '{contract}' is one float32 output {shape}: a model of other classes or another task"

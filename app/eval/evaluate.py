@@ -1,0 +1,192 @@
+"""Eval: ONNX files -> COCO numbers and latency. Knows ONNX and COCO, nothing else; the same code for all models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from app.coco.score import (
+    Dataset,
+    describe_dataset,
+    first_of,
+    hash_ids,
+    image_files,
+    load_truth,
+    score,
+    standalone_dataset,
+    usable_ids,
+)
+from app.core.config import Config, Eval, UserError, load
+from app.core.environment import environment
+from app.core.files import read_json, sha256, write_atomic, write_json
+from app.core.run import RunRoot, record_stage
+from app.eval.pipeline import detect, measure_latency
+from app.eval.runtime import Model, describe_runtime, open_model
+
+FORMAT_VERSION = 1  # raise it when this code changes what a number means: older metrics.json become stale
+EVALUATOR = "onnxruntime + pycocotools"
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: Config, run: RunRoot, force: bool) -> None:
+    """Scores every exported ONNX file of the run, each into its own folder (see `folder_of`).
+
+    Raises:
+        UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
+    """
+    files = exported_files(run)
+    dataset, wanted_hash = dataset_of_run(config, run)
+    for label, (onnx_path, record) in files.items():
+        out_dir = run.root / folder_of(label)
+        if not force and is_done(out_dir, record["sha256"], wanted_hash):
+            log.info("eval: %s done already", out_dir)
+            continue
+        metrics = evaluate_file(onnx_path, dataset, out_dir, config.eval)
+        record_stage(
+            run, f"eval {label}", {"file": onnx_path.name, "sha256": record["sha256"], "coco": metrics["coco"]}
+        )
+
+
+def folder_of(label: str) -> str:
+    """Label of a file -> folder of its result: fp16 -> baseline-coco, fp16-half -> baseline-half-coco, else LABEL-coco.
+
+    Labels are qat-w4a16 for the QCDQ file and qat-w4a16-int4 for the native one; end2end files end in -end2end.
+    """
+    return (f"baseline{label.removeprefix('fp16')}" if label.startswith("fp16") else label) + "-coco"
+
+
+def evaluate_standalone(config: Config, onnx_path: Path, coco_dir: Path, split: str, out_dir: Path) -> None:
+    """Scores any ONNX file that keeps the contract on a split of a COCO folder; it always scores anew."""
+    evaluate_file(onnx_path, standalone_dataset(coco_dir, split), out_dir, config.eval)
+
+
+def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Eval) -> dict[str, Any]:
+    """Scores one ONNX file: writes out_dir/detections.json, then out_dir/metrics.json, and returns the metrics.
+
+    The score is computed from what detections.json holds, so that anyone who scores the file gets the same numbers.
+
+    Raises:
+        UserError: the model, the annotations or an image is not usable; nothing half-written stays.
+    """
+    model = open_model(onnx_path, settings.provider)
+    truth = load_truth(dataset.annotation_file)
+    all_ids = usable_ids(truth, dataset)
+    ids = first_of(all_ids, settings.max_images)
+    images = image_files(truth, dataset, ids)
+    facts = describe_dataset(truth, dataset, ids)
+    latency_ms = measure_latency(model, images[0], settings)
+    title = f"eval {model.label}" + (" (subset)" if facts["subset"] else "")
+    detections_path, metrics_path = out_dir / "detections.json", out_dir / "metrics.json"
+    time_s: dict[str, float] = {}
+
+    def write(part: Path) -> None:
+        metrics_path.unlink(missing_ok=True)  # it would no longer describe the detections beside it
+        with open(part, "w", encoding="utf-8") as file:
+            time_s.update(detect(model, images, file, settings, title))
+
+    write_atomic(detections_path, write)
+    start = time.perf_counter()
+    coco = score(truth, detections_path, ids)
+    time_s["score"] = time.perf_counter() - start
+    metrics = {
+        "model": describe_model(model),
+        "dataset": facts,
+        "coco": coco,
+        "settings": {
+            "conf": settings.conf, "max_det": settings.max_det, "batch": model.batch or settings.batch,
+            "evaluator": EVALUATOR,
+        },
+        "runtime": describe_runtime(model),
+        "latency_ms": latency_ms,
+        "time_s": time_s,
+        "environment": environment(),
+        "settings_hash": settings_hash(settings, hash_ids(all_ids), facts["annotation_sha256"]),
+    }  # fmt: skip
+    write_json(metrics_path, metrics)
+    log.info("%s: %s, %s", title, result(metrics), metrics_path)
+    return metrics
+
+
+def exported_files(run: RunRoot) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """label -> (ONNX file, its .json), fp16 first; every file is the one that its .json describes."""
+    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(run.onnx_dir.glob("*.onnx")):
+        record = read_json(path.with_suffix(".json"), "export")
+        if record["sha256"] != sha256(path):
+            raise UserError(f"{path} is not the file that its .json describes: run 'make export ARGS=--force'")
+        if record["label"] in files:
+            raise UserError(f"{path} and {files[record['label']][0].name} are both {record['label']}: delete one")
+        files[record["label"]] = (path, record)
+    if not files:
+        raise UserError(f"no ONNX file in {run.onnx_dir}: run 'make export' first")
+    return dict(sorted(files.items(), key=lambda item: item[0] != "fp16"))
+
+
+def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
+    """The val split of the run, as its data stage chose it, and the settings_hash that its metrics.json must have.
+
+    Says so where data.coco_dir names other images: it has no effect here.
+    """
+    provenance, asked = read_json(run.provenance, "data"), config.data.coco_dir
+    scored = (provenance["settings"]["coco_dir"], provenance["coco_dir"])
+    if asked not in scored and asked != load(config.variant).data.coco_dir:
+        log.warning(
+            "eval: scores the images of the run (%s), not those of data.coco_dir=%s: take another RUN=name for them, "
+            "or python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
+        )  # fmt: skip
+    split = provenance["splits"]["val"]
+    annotation_file = Path(split["annotation_file"])
+    if not annotation_file.is_file() or sha256(annotation_file) != split["annotation_sha256"]:
+        raise UserError(f"{annotation_file} is missing or has changed: run 'make data ARGS=--force'")
+    images_dir = Path(provenance["coco_dir"]) / split["name"]
+    dataset = Dataset(images_dir, annotation_file, split["name"], split["image_ids"], provenance["title"])
+    return dataset, settings_hash(config.eval, split["image_ids_sha256"], split["annotation_sha256"])
+
+
+def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> str:
+    """SHA-256 (16 hex digits) over everything but the model that a metrics.json depends on."""
+    parts = [FORMAT_VERSION, settings.model_dump(mode="json"), ids_sha256, annotation_sha256]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
+    """Whether the result is there and is of this model file and these settings; says so where it is stale."""
+    metrics_path = out_dir / "metrics.json"
+    if not metrics_path.exists() or not (out_dir / "detections.json").exists():
+        return False
+    metrics = read_json(metrics_path, "eval")
+    same_model, same_settings = metrics["model"]["sha256"] == model_sha256, metrics["settings_hash"] == wanted_hash
+    if not same_model or not same_settings:
+        other = "model file" if not same_model else "settings or images"
+        log.info("eval: %s is of another %s, scoring again", metrics_path, other)
+    return same_model and same_settings
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    return {
+        "file": model.path.name,
+        "sha256": sha256(model.path),
+        "size_bytes": model.path.stat().st_size,
+        "label": model.label,
+        "scheme": model.scheme,
+        "precision": model.precision,
+        "contract": model.contract,
+        "imgsz": model.imgsz,
+    }
+
+
+def result(metrics: dict[str, Any]) -> str:
+    """AP, AP50, images, speed and latency in one line."""
+    coco, dataset, seconds = metrics["coco"], metrics["dataset"], metrics["time_s"]
+    ap, ap50 = ("-" if coco[name] is None else f"{coco[name]:.4f}" for name in ("AP", "AP50"))
+    of = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
+    rate = dataset["n_images"] / seconds["total"]
+    latency = metrics["latency_ms"]
+    return (
+        f"AP {ap}, AP50 {ap50}, {dataset['n_images']:,} images{of}, {rate:.1f} images/s, "
+        f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}"
+    )

@@ -1,0 +1,112 @@
+"""The network: built from a configuration with random weights, saved to and loaded from plain state_dicts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+from app.coco.annotations import NAMES
+from app.core.config import Config, UserError, validate
+from app.core.files import write_atomic
+from app.quant.schemes import quantize
+
+CHECKPOINT_FORMAT = 1
+SEAL = b"\nsha256:"  # ends a checkpoint, with 64 hex digits; torch.load reads the ZIP before it and ignores the rest
+SEAL_BYTES = len(SEAL) + 64
+ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how a ZIP without a seal ends
+
+
+def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
+    """Builds the network of one variant with random weights.
+
+    The weights are drawn from train.seed before any layer is replaced, so fp16 and qat start from the same numbers.
+
+    Returns:
+        the model in training mode on the CPU, and the content of quant_config.json (None for fp16).
+    """
+    torch.manual_seed(config.train.seed)
+    model = DetectionModel(config.model, ch=3, nc=len(NAMES), verbose=False)
+    model.names = dict(enumerate(NAMES))
+    return model, quantize(model, config.quant) if config.quant else None
+
+
+def scored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """FP32 CPU copy of a state_dict, contiguous whatever the memory format in training was."""
+    return {
+        key: value.detach()
+        .to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        .contiguous()
+        for key, value in model.state_dict().items()
+    }
+
+
+def save_checkpoint(path: Path, config: Config, entries: dict[str, Any], previous: Path | None = None) -> None:
+    """Writes a checkpoint atomically: format, configuration and `entries` (tensors and plain values only).
+
+    With `previous` the checkpoint that is replaced stays under that name.
+
+    Raises:
+        OSError: for example no space is left; the old file is whole.
+    """
+    checkpoint = {"format": CHECKPOINT_FORMAT, "config": config.model_dump(mode="json"), **entries}
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a reason
+    torch.save(checkpoint, buffer)
+    buffer.write(seal(buffer.getbuffer()))
+    write_atomic(path, lambda part: part.write_bytes(buffer.getbuffer()), previous)
+
+
+def seal(data: bytes | memoryview) -> bytes:
+    return SEAL + hashlib.sha256(data).hexdigest().encode()
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether the seal fits; a plain ZIP, as torch.save writes it, has none."""
+    plain = data[-ZIP_END_BYTES:].startswith(ZIP_END)
+    return plain or data[-SEAL_BYTES:] == seal(memoryview(data)[:-SEAL_BYTES])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint without executing any pickle code (weights_only).
+
+    Raises:
+        UserError: missing, truncated, changed on the disk, or not a checkpoint of this project.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: train first, for example 'make train-fp16'") from error
+    if not is_whole(data):
+        raise UserError(f"{path} is not a whole checkpoint: its checksum does not fit, it is cut off or damaged")
+    try:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a readable checkpoint of this project ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project (format {CHECKPOINT_FORMAT} expected)")
+    return checkpoint
+
+
+def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
+    """Rebuilds the evaluated model (EMA weights, re-estimated BatchNorm) from a checkpoint file alone.
+
+    Quantized layers are plain Brevitas here, whatever the fast path in training was: they are the definition.
+
+    Returns:
+        the model in eval mode on the CPU, its configuration, and the whole checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    config = validate(checkpoint["config"])
+    plain = config.quant.model_copy(update={"fast_path": False}) if config.quant else None
+    model, _ = build(config.model_copy(update={"quant": plain}))
+    try:
+        model.load_state_dict(checkpoint["scored"])
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not hold the weights of {config.model} ({config.label}) that it names") from error
+    return model.eval(), config, checkpoint

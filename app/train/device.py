@@ -1,0 +1,77 @@
+"""Is the machine fit for training? Device, GPU architecture and shared memory, checked before the GPU is taken."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from app.core.config import Config, UserError
+
+# Each loader process of training keeps 4 batches ahead, each one of validation 2 of double size; both stay alive
+# (ultralytics/data/build.py build_dataloader and engine/trainer.py, 8.4.190).
+BATCHES_PER_WORKER = 4 + 2 * 2
+
+
+def check_devices(config: Config) -> list[str]:
+    """Resolves train.device: one name for each process of a training, 'cpu' or the index of a GPU for Ultralytics.
+
+    Raises:
+        UserError: no such GPU, a GPU that this torch build has no kernels for, or too little shared memory.
+    """
+    wanted, n_gpus = config.train.device, torch.cuda.device_count()
+    if wanted == "auto":
+        wanted = ",".join(map(str, range(n_gpus))) or "cpu"
+    devices = wanted.split(",")
+    gpus = [int(device) for device in devices if device != "cpu"]
+    if len(set(gpus)) < len(gpus):
+        raise UserError(f"train.device={wanted} names a GPU twice: one process trains on each")
+    for index in gpus:
+        if index >= n_gpus:
+            raise UserError(
+                f"train.device={wanted}: torch sees {n_gpus} GPU(s); choose another, or cpu; make shows a job GPUS=n "
+                "of them (1), in Docker with ACCEL=gpu"
+            )
+        archs = (torch._C._cuda_getArchFlags() or "").split()  # torch.cuda.get_arch_list() is empty without a GPU
+        check_arch(torch.cuda.get_device_capability(index), archs, torch.__version__)
+    if gpus:
+        check_shared_memory(config, Path("/dev/shm"))  # noqa: S108 - this is the folder that torch's loader uses
+    return devices
+
+
+def check_arch(capability: tuple[int, int], archs: list[str], torch_version: str) -> None:
+    """A CUDA binary sm_XY runs on major version X from minor Y on; PTX compute_XY compiles on XY and everything newer.
+
+    Raises:
+        UserError: `archs` (as torch lists them, e.g. sm_90, sm_120, compute_120) hold nothing for this GPU.
+    """
+    major, minor = capability
+    if not any(_runs(arch, major, minor) for arch in archs):
+        raise UserError(
+            f"this GPU is sm_{major}{minor}, but torch {torch_version} holds only {' '.join(archs)}: "
+            "rebuild the image with a torch that lists it (README, 'GPU architectures')"
+        )
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    kind, _, number = arch.partition("_")
+    if not number.isdigit():  # sm_90a and the like run on that one chip alone; torch lists them beside the plain one
+        return False
+    built_for = divmod(int(number), 10)
+    if kind == "compute":
+        return built_for <= (major, minor)
+    return built_for[0] == major and built_for[1] <= minor
+
+
+def check_shared_memory(config: Config, shm_dir: Path) -> None:
+    """Loader processes hand batches over through shared memory; too little of it kills them with a bus error."""
+    t = config.train
+    need = t.workers * BATCHES_PER_WORKER * t.batch * 3 * t.imgsz**2
+    total = shutil.disk_usage(shm_dir).total if shm_dir.exists() else need
+    if total < need:
+        raise UserError(
+            f"shared memory {shm_dir}: {total / 2**30:.1f} GiB, {t.workers} loader processes need {need / 2**30:.1f}: "
+            f"start the container with SHM_SIZE={math.ceil(need / 2**30)}g, or lower train.workers"
+        )

@@ -1,0 +1,195 @@
+"""What training reads: the checked view through Ultralytics' augmentation. A sample is a function of its ticket alone:
+(epoch, position in the epoch) and the seed decide image, mosaic partners and augmentation, so that a training can
+start again anywhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler, get_worker_info
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.dataset import YOLODataset
+
+from app.core.config import UserError
+from app.data.view import read_split
+
+MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
+PREFETCH_BATCHES = 4  # each loader process keeps ahead
+WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
+
+
+class Ticket(NamedTuple):
+    """What to read: `position` counts the images of an epoch in its shuffled order."""
+
+    epoch: int
+    position: int
+
+
+class EpochBatches(Sampler[list[Ticket]]):
+    """Tickets of batch after batch, epoch after epoch, starting anywhere: a pass of `iter` is what is left of an epoch.
+
+    Args:
+        n_images: of the dataset.
+        batch_size: of a batch, over all processes.
+        part: (k, n) for the k-th of n processes: it gets images b*k//n to b*(k+1)//n of a batch of b.
+
+    Raises:
+        UserError: a process would get nothing of an epoch's last batch.
+    """
+
+    def __init__(
+        self, n_images: int, batch_size: int, part: tuple[int, int] = (0, 1), start: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.n_images, self.batch_size, self.part = n_images, batch_size, part
+        last = n_images % batch_size or batch_size
+        if last < part[1]:
+            raise UserError(
+                f"train.batch={batch_size} leaves {last} of {n_images} images for the last batch of an epoch, fewer "
+                f"than {part[1]} processes: choose another train.batch, or fewer devices"
+            )
+        self.start(*start)
+
+    def start(self, epoch: int, batch: int) -> None:
+        """The next pass begins at a batch of `epoch`, counted from 0."""
+        self.epoch, self.batch = epoch, batch
+
+    def __len__(self) -> int:
+        return -(-self.n_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Ticket]]:
+        epoch, first = self.epoch, self.batch
+        self.start(epoch + 1, 0)
+        return (self._tickets(epoch, i) for i in range(first, len(self)))
+
+    def _tickets(self, epoch: int, batch: int) -> list[Ticket]:
+        start, (k, n) = batch * self.batch_size, self.part
+        size = min(self.batch_size, self.n_images - start)
+        return [Ticket(epoch, start + i) for i in range(size * k // n, size * (k + 1) // n)]
+
+
+def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of range(n_images) that an epoch reads its images in, int64 [n_images]."""
+    return np.random.default_rng([seed, epoch]).permutation(n_images)
+
+
+class CocoDataset(YOLODataset):
+    """YOLODataset whose labels come from the checked view and whose train samples are functions of their tickets.
+
+    Ultralytics' own scan would pickle a cache beside the labels, drop images silently and rewrite JPEGs in place
+    (ultralytics/data/utils.py check_image); its samples depend on what the loader process did before (8.4.190).
+    """
+
+    def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
+        """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
+        self._view, self.seed = (provenance, split), seed
+        self.lane: tuple[int, int, int] | None = None
+        self.recent: dict[int, None] = {}
+        self.partners: list[int] = []
+        train = split == "train"
+        super().__init__(
+            img_path=data[split], data=data, task="detect", stride=32, prefix=f"{split}: ",
+            augment=train, rect=not train, pad=0.0 if train else 0.5, **kwargs,
+        )  # fmt: skip
+        self.n_recent = min(self.ni, MOSAIC_WINDOW * self.batch_size, 1000)
+        self.max_buffer_length = sys.maxsize  # load_image below lets go of images, not BaseDataset's own
+
+    def get_labels(self) -> list[dict[str, Any]]:
+        """One dict an image in the layout of BaseDataset.get_labels; boxes are xywh, normalised."""
+        images = read_split(*self._view)
+        self.im_files = [image.path for image in images]
+        return [
+            {
+                "im_file": image.path, "shape": image.shape_hw, "segments": [], "keypoints": None,
+                "cls": image.labels[:, :1], "bboxes": image.labels[:, 1:], "normalized": True, "bbox_format": "xywh",
+            }
+            for image in images
+        ]  # fmt: skip
+
+    def __getitem__(self, key: int | Ticket) -> dict[str, Any]:
+        """Sample of a ticket (training) or of an image number (validation)."""
+        if not isinstance(key, Ticket):
+            return super().__getitem__(key)
+        info = get_worker_info()
+        batch, place = divmod(key.position, self.batch_size)
+        n_lanes = info.num_workers if info else 1
+        self._choose_lane(key.epoch, batch % n_lanes, n_lanes)
+        place += batch // n_lanes * self.batch_size
+        n_partners = max(min(self.n_recent, len(self.stream)) - 1, 1)
+        self.partners = self.stream.take(range(place - n_partners, place), mode="wrap").tolist()
+        self.buffer = self.partners.copy()
+        state = np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
+        random.seed(int(state))
+        np.random.seed(state)
+        return super().__getitem__(int(self.stream[place % len(self.stream)]))
+
+    def _choose_lane(self, epoch: int, lane: int, n_lanes: int) -> None:
+        """Batches of an epoch go to the loader processes in turns; `stream` is what this one reads, in order.
+
+        Mosaic partners are taken from a process's own stream: those images are decoded already. At the beginning of an
+        epoch the window reaches round to the end of the stream.
+        """
+        if self.lane != (epoch, lane, n_lanes):
+            self.lane = (epoch, lane, n_lanes)
+            order = epoch_order(self.ni, self.seed, epoch)
+            self.stream = order[np.arange(self.ni) // self.batch_size % n_lanes == lane]
+
+    def load_image(self, i: int, rect_mode: bool = True, resize_short: bool = False) -> Any:
+        """As BaseDataset.load_image; the last `n_recent` decoded images of training are kept for mosaic."""
+        image = super().load_image(i, rect_mode, resize_short)
+        if self.augment and self.cache != "ram":
+            self.buffer = self.partners.copy()  # without the image that has just been read
+            self.recent.pop(i, None)
+            self.recent[i] = None
+            if len(self.recent) > self.n_recent:
+                oldest = next(iter(self.recent))
+                del self.recent[oldest]
+                cast(list[Any], self.ims)[oldest] = None  # with cache=ram it is another type
+        return image
+
+
+def train_loader(
+    dataset: CocoDataset,
+    workers: int,
+    pin_memory: bool,
+    start: tuple[int, int] = (0, 0),
+    part: tuple[int, int] = (0, 1),
+) -> InfiniteDataLoader:
+    """Loader of shuffled batches, or of this process's part of each, from `start` (epoch, batch) on without an end.
+
+    Its `batch_sampler.sampler.start(epoch, batch)` together with `reset()` begins anywhere.
+    """
+    batch_size = min(dataset.batch_size, dataset.ni)
+    loader = InfiniteDataLoader(
+        dataset,
+        batch_sampler=EpochBatches(dataset.ni, batch_size, part, start),
+        num_workers=workers,
+        prefetch_factor=PREFETCH_BATCHES if workers else None,
+        timeout=WAIT_S if workers else 0,
+        pin_memory=pin_memory,
+        collate_fn=dataset.collate_fn,
+        worker_init_fn=_init_worker,
+    )
+    # DataLoader has none beside a batch sampler; Ultralytics' trainer asks for it (_build_train_pipeline, 8.4.190).
+    object.__setattr__(loader, "batch_size", batch_size)
+    return loader
+
+
+def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
+    """Gives a loader of Ultralytics' making, before it is first used, what train_loader has: no endless wait."""
+    if loader.num_workers:
+        loader.timeout, loader.worker_init_fn = WAIT_S, _init_worker
+    return loader
+
+
+def _init_worker(worker: int) -> None:
+    """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

@@ -1,0 +1,188 @@
+"""What a training shows while it runs: progress line, epoch line, log file, results.csv, TensorBoard, loss curve."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.plugins.hparams import summary_v2 as hparams
+from torch.utils.tensorboard import SummaryWriter
+from ultralytics.utils import LOGGER, ops
+from ultralytics.utils.plotting import plot_images
+
+from app.core.config import Config, dump, flatten
+from app.core.curves import curve_figure
+from app.core.progress import Meter, clock
+from app.core.results import WARM_UP, train_loss, write_rows
+
+N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
+HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp")
+BEST_AP = "AP/best"
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Sends every log record of this process to `path` as well, Ultralytics' own included; only its warnings and ours
+    reach the terminal."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    LOGGER.handlers.clear()
+    LOGGER.propagate = True
+    LOGGER.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+class Monitor:
+    """Collects the facts of an epoch and shows them.
+
+    Args:
+        out_dir: folder of the variant.
+        config: its configuration; `label` is the first word of every line.
+        writes: False in a process that only counts, beside the one that writes.
+    """
+
+    writer: SummaryWriter  # of the process that writes
+
+    def __init__(self, out_dir: Path, config: Config, writes: bool = True) -> None:
+        self.out_dir, self.label = out_dir, config.label
+        if writes:
+            self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10)
+            self.writer.add_text("config", f"```yaml\n{dump(config)}\n```")
+            self._add_hparams(config)
+        self.run_start = time.monotonic()
+        self.epochs_here = 0.0  # trained by this process; the first may have begun in the middle
+        self.n_pictures = 0
+
+    def _add_hparams(self, config: Config) -> None:
+        """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own."""
+        flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in HPARAM_SECTIONS}
+        values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in flat.items()}
+        # One value for the whole section: TensorBoard shows no hyper-parameter that one of the runs lacks.
+        quant = config.quant.model_dump() if config.quant else {}
+        values["quant"] = ", ".join(f"{key}={value}" for key, value in quant.items()) or "none"
+        metrics = [hparams.Metric(BEST_AP), hparams.Metric("AP/ema_bn")]
+        writer: Any = self.writer.file_writer
+        writer.add_summary(hparams.hparams_config_pb([hparams.HParam(key) for key in values], metrics))
+        writer.add_summary(hparams.hparams_pb(values, trial_id=f"{self.out_dir.parent.name}/{self.label}"))
+
+    def start_epoch(self, epoch: int, n_epochs: int, n_images: int, n_trained: int) -> None:
+        """`epoch` counts from 0; of its n_images, n_trained were trained before, by a process that was stopped."""
+        self.epoch, self.n_epochs = epoch, n_epochs
+        n_left = max(n_images - n_trained, 0)  # the last batch may be smaller than the others
+        self.share_here = n_left / n_images
+        self.epoch_start = self.saved = time.monotonic()
+        self.meter = Meter(f"{self.label} epoch {epoch + 1}/{n_epochs}", n_left)
+
+    def step(self, n_images: int, losses: Callable[[], dict[str, float]]) -> None:
+        """`losses` gives the running means of the epoch; it is called only when a line is shown."""
+
+        def note() -> str:
+            left = clock(self._run_left_s())
+            return f"{left} left for the run, loss {sum(losses().values()):.3f}, {memory_gib():.1f} GiB"
+
+        self.meter.update(n_images, note)
+
+    def _run_left_s(self) -> float:
+        """From the mean epoch so far; during the first from its own rate, which knows nothing of validation yet."""
+        image_s = self.meter.seconds / self.meter.done
+        epoch_s = image_s * self.meter.total / self.share_here
+        if self.epochs_here:
+            epoch_s = (self.epoch_start - self.run_start) / self.epochs_here
+        return image_s * (self.meter.total - self.meter.done) + epoch_s * (self.n_epochs - self.epoch - 1)
+
+    def save_due(self, every_s: float) -> bool:
+        """Whether so many seconds have passed since the epoch's start or since this was last true."""
+        due = time.monotonic() - self.saved >= every_s
+        self.saved = time.monotonic() if due else self.saved
+        return due
+
+    def end_train_pass(self) -> None:
+        self.meter.close()
+        self.train_s = self.meter.seconds
+
+    def epoch_facts(self) -> dict[str, float]:
+        """Seconds and images/s of the epoch so far, validation included in time/epoch_s."""
+        return {
+            "time/train_s": round(self.train_s, 3),
+            "time/epoch_s": round(time.monotonic() - self.epoch_start, 3),
+            "time/images_per_s": round(self.meter.done / self.train_s, 2),
+        }
+
+    def end_epoch(self, rows: list[dict[str, float]], validator: Any, best: tuple[float | None, int]) -> None:
+        """Writes results.csv and TensorBoard, and logs one line. `rows` are all epochs so far; `best` is AP and epoch
+        of best.pt, (None, 0) where there is none yet."""
+        row = rows[-1]
+        write_rows(self.out_dir / "results.csv", rows)
+        for name, value in row.items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, self.epoch + 1)
+        n_done, validated = self.epoch + 1, "AP/ema_bn" in row
+        if validated and best[0] is not None:
+            self.writer.add_scalar(BEST_AP, best[0], n_done)
+        if validated:
+            self._add_pictures(rows, validator, n_done)
+        self.epochs_here += self.share_here
+        left = "?"
+        if self.epochs_here:
+            left = clock((time.monotonic() - self.run_start) / self.epochs_here * (self.n_epochs - n_done))
+        aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row) if validated else "no AP"
+        best_text = "" if best[0] is None else f" (best {best[0]:.3f} at {best[1]})"
+        best_text += ", quant warm-up" if row.get(WARM_UP) else ""
+        log.info(
+            "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left",
+            self.label, n_done, self.n_epochs, train_loss(row), aps, best_text, row["time/images_per_s"], left,
+        )  # fmt: skip
+
+    def _add_pictures(self, rows: list[dict[str, float]], validator: Any, n_done: int) -> None:
+        """The same val batch every time, its ground truth once, and the curves so far."""
+        every = max(self.n_epochs // N_PICTURES, 1)
+        if self.n_pictures and n_done // every <= self.n_pictures and n_done < self.n_epochs:
+            return
+        if not self.n_pictures:
+            self.writer.add_image("val/labels", draw_batch(validator, validator.first_batch[1]), 0, dataformats="HWC")
+        self.n_pictures = max(n_done // every, 1)
+        self.writer.add_image("val/predictions", draw_predictions(validator), n_done, dataformats="HWC")
+        self.writer.add_figure("loss_curve", curve_figure(rows), n_done)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def memory_gib() -> float:
+    """Peak of what PyTorch has reserved on the GPU; without one, of this process's resident memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def draw_predictions(validator: Any) -> Any:
+    """First validation batch with the detections of the scored model: uint8 [H,W,3]."""
+    preds, _ = validator.first_batch
+    labels = {
+        "batch_idx": torch.cat([torch.full_like(p["conf"], i) for i, p in enumerate(preds)]),
+        "cls": torch.cat([p["cls"] for p in preds]),
+        "conf": torch.cat([p["conf"] for p in preds]),
+        "bboxes": ops.xyxy2xywh(torch.cat([p["bboxes"] for p in preds])),
+    }
+    return draw_batch(validator, labels)
+
+
+def draw_batch(validator: Any, labels: dict[str, Any]) -> Any:
+    """The images of the first validation batch with the boxes of `labels`."""
+    _, batch = validator.first_batch
+    boxes = {key: labels[key] for key in ("batch_idx", "cls", "bboxes", "conf") if key in labels}
+    options: dict[str, Any] = {"max_size": 1280, "save": False, "threaded": False}  # `threaded` is its decorator's
+    return plot_images(boxes, batch["img"], batch["im_file"], names=validator.names, **options)

@@ -25,6 +25,7 @@ from app.coco.score import ImageFile, image_files, load_truth, usable_ids
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
+from app.core.labels import BASELINE
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.eval.evaluate import dataset_of_run, exported_files
@@ -74,7 +75,7 @@ def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: P
     """
     config = load("qat", overlays, sets)
     prepare(config, run, force=False)
-    given = set_up(config, run, onnx_path or exported_files(run)["fp16"][0])
+    given = set_up(config, run, onnx_path or exported_files(run)[str(BASELINE)].path)
     model = open_model(given.onnx_path, given.settings.provider)
     recorded = run_stock(given, model, record=True)  # untimed: it warms the caches of both sides and keeps detections
     warm = run_ours(given, 1)

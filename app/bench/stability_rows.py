@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.core.config import LATER_STAGES, MACHINE_KEYS, Config, UserError, difference, flatten, load, read_yaml, shown
-from app.core.curves import STATES
+from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, flatten, load, read_yaml, shown
 from app.core.files import read_json, write_text
-from app.core.results import candidates, read_rows, train_loss
+from app.core.results import STATES, candidates, read_rows, train_loss
 
 Row = dict[str, Any]
-OWN_KEYS = (*MACHINE_KEYS, *LATER_STAGES, "data.coco_dir", "train.seed")  # may differ between rows of one table
+OWN_KEYS = (*WITHOUT_EFFECT, "data.coco_dir", "train.seed")  # may differ between rows of one table
 
 
 def read_arm(job: tuple[str, int], config: Config, out_dir: Path) -> Row | None:
@@ -25,7 +24,7 @@ def read_arm(job: tuple[str, int], config: Config, out_dir: Path) -> Row | None:
     rows = candidates(read_rows(out_dir / "results.csv")) if (out_dir / "results.csv").exists() else []
     if not rows:
         return None
-    ignore = (*MACHINE_KEYS, *LATER_STAGES, "data.coco_dir", "quant.warmup_from")  # folders may have moved
+    ignore = (*WITHOUT_EFFECT, "data.coco_dir", "quant.warmup_from")  # folders may have moved
     if differences := difference(read_yaml(out_dir / "config.yaml"), config, ignore=ignore):
         raise UserError(f"{out_dir} was trained with another configuration ({shown(differences)}): take another --run")
     env = read_json(out_dir / "env.json", "bench")

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from app.bench.stability_rows import Row, up_to
-from app.core.curves import AP_LABEL, COLOURS, NEUTRAL, STATES
+from app.core.curves import AP_LABEL, COLOURS, NEUTRAL, STYLES
+from app.core.results import STATES
 from app.report.tables import markdown_table
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,9 @@ def draw(rows: list[Row]) -> Figure:
             panel.plot(list(base), list(base.values()), color=NEUTRAL, alpha=0.5, linewidth=4)
         for row in of if len(of) > 1 else []:
             panel.plot(row["epoch"], row["AP"]["ema_bn"], color=COLOURS[arm != BASE], alpha=FAINT, linewidth=0.8)
-        for state, (style, width, _) in STATES.items():
+        for state, style in STYLES.items():
             curve = mean_curve(of, state)
-            panel.plot(list(curve), list(curve.values()), style, linewidth=width, color=COLOURS[arm != BASE])
+            panel.plot(list(curve), list(curve.values()), style.line, linewidth=style.width, color=COLOURS[arm != BASE])
         panel.set_title(f"{arm} (n={len(of)})", fontsize=10)
         panel.set_ylim(bottom=0)
         panel.set_xlabel("epoch")
@@ -96,7 +97,9 @@ def draw(rows: list[Row]) -> Figure:
     for panel in panels[len(by_arm) :]:
         panel.remove()
     figure.supylabel(AP_LABEL, fontsize=10)
-    lines = [Line2D([], [], ls=style, lw=width, color=COLOURS[1], label=name) for style, width, name in STATES.values()]
+    lines = [
+        Line2D([], [], ls=style.line, lw=style.width, color=COLOURS[1], label=style.name) for style in STYLES.values()
+    ]
     lines.append(Line2D([], [], lw=0.8, alpha=FAINT, color=COLOURS[1], label="scored, each seed"))
     lines.append(Line2D([], [], lw=4, alpha=0.5, color=NEUTRAL, label="FP16, same seeds"))
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from app.coco.dataset import COCO_2017, LAYOUT
 from app.core.config import UserError
 
-# Supercategory: official category id and name, in the order of the ids. A class index of the network is the rank.
+# Supercategory: official category ids and names, in the order of the ids. A class of the network is a place in it.
 _OFFICIAL = {
     "person": "1 person",
     "vehicle": "2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat",
@@ -35,16 +36,19 @@ CATEGORY_IDS: list[int] = [category["id"] for category in CATEGORIES]
 NAMES: list[str] = [category["name"] for category in CATEGORIES]
 CLASS_INDEX = {number: index for index, number in enumerate(CATEGORY_IDS)}
 
-N_TRAIN, N_VAL = 118_287, 5_000  # images listed in the official train2017 and val2017
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 LARGEST_ID = 2**53  # beyond, a float64 cannot hold an id exactly; COCOeval keeps ids in float64 arrays
-NOT_COCO = "give an instances file of COCO 2017, or of a dataset in its layout and categories"
+NOT_COCO = f"give an instances file of {COCO_2017}, or of a dataset in its layout and categories"
 BOX_TOLERANCE_PX = 1.0  # annotators' boxes may pass the border by a rounding
 
 
 @dataclass(frozen=True)
 class Split:
-    """A checked annotation file. `boxes` maps image id -> rows [category_id, x, y, w, h] in pixels, crowds left out."""
+    """A checked annotation file; everything but `images` is by image id.
+
+    `images` are its entries in the order of their ids, `boxes` rows [category_id, x, y, w, h] in px without crowds,
+    `n_degenerate` counts boxes without area, `problems` says why an image cannot be used.
+    """
 
     file: Path
     images: list[dict[str, Any]]
@@ -66,24 +70,19 @@ def read_instances(file: Path) -> Split:
     """
     tree = _read_json(file)
     _check_categories(file, tree["categories"])
-    images = {}
-    names = set()
-    for image in tree["images"]:
-        _check_image(file, image)
-        label_name = PurePosixPath(image["file_name"]).with_suffix("")  # a.jpg and a.png would share a label file
-        if image["id"] in images or label_name in names:
-            raise UserError(
-                f"{file}: image id {image['id']} or file name {image['file_name']} is listed twice: "
-                "mend the annotations"
-            )
-        images[image["id"]] = image
-        names.add(label_name)
+    images = _check_images(file, tree["images"])
     split = Split(
-        file, [images[key] for key in sorted(images)], {key: [] for key in images}, dict.fromkeys(images, 0),
-        dict.fromkeys(images, 0), dict.fromkeys(images, 0), {},
-    )  # fmt: skip
+        file=file,
+        images=[images[image_id] for image_id in sorted(images)],
+        boxes={image_id: [] for image_id in images},
+        n_annotations=dict.fromkeys(images, 0),
+        n_crowd=dict.fromkeys(images, 0),
+        n_degenerate=dict.fromkeys(images, 0),
+        problems={},
+    )
     for image_id, image in images.items():
-        if PurePosixPath(image["file_name"]).is_absolute() or ".." in PurePosixPath(image["file_name"]).parts:
+        path = PurePosixPath(image["file_name"])
+        if path.is_absolute() or ".." in path.parts:
             split.problems[image_id] = "its file name leaves the image folder"
     annotation_ids: set[int] = set()
     for number, annotation in enumerate(tree["annotations"]):
@@ -99,7 +98,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{file} is missing: COCO_DIR must hold train2017/, val2017/ and annotations/") from error
+        raise UserError(f"{file} is missing: COCO_DIR must hold {LAYOUT}") from error
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file} is not readable JSON ({error}): unpack the official annotations again") from error
     for key in ("images", "annotations", "categories"):
@@ -111,7 +110,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_categories(file: Path, categories: list[Any]) -> None:
-    """Unknown ids mean another dataset; so do known ids with other names, whose boxes would train the wrong class."""
+    """Refuses unknown ids, and known ids with other names: their boxes would train the wrong class."""
     for category in categories:
         number = category.get("id") if isinstance(category, dict) else None
         if not _is_id(number) or number not in CLASS_INDEX:
@@ -121,6 +120,23 @@ def _check_categories(file: Path, categories: list[Any]) -> None:
             raise UserError(
                 f"{file}: category {number} is '{category.get('name')}', in COCO it is '{official}': {NOT_COCO}"
             )
+
+
+def _check_images(file: Path, entries: list[Any]) -> dict[int, dict[str, Any]]:
+    """Image id -> its entry, in the order of the file."""
+    images: dict[int, dict[str, Any]] = {}
+    label_names = set()
+    for image in entries:
+        _check_image(file, image)
+        label_name = PurePosixPath(image["file_name"]).with_suffix("")  # a.jpg and a.png would share a label file
+        if image["id"] in images or label_name in label_names:
+            raise UserError(
+                f"{file}: image id {image['id']} or file name {image['file_name']} is listed twice: "
+                "mend the annotations"
+            )
+        images[image["id"]] = image
+        label_names.add(label_name)
+    return images
 
 
 def _check_image(file: Path, image: Any) -> None:
@@ -162,14 +178,17 @@ def _add_annotation(split: Split, image: dict[str, Any], annotation: dict[str, A
     split.n_annotations[image_id] += 1
     if annotation["iscrowd"]:
         split.n_crowd[image_id] += 1
-    if fault := _box_fault(annotation["bbox"], annotation["area"], image["width"], image["height"]):
+    fault = _box_fault(annotation["bbox"], annotation["area"], image["width"], image["height"])
+    if fault:
         split.problems.setdefault(image_id, f"annotation {annotation['id']}: {fault}")
-    elif not annotation["iscrowd"]:
-        box = _clip(annotation["bbox"], image["width"], image["height"])
-        if box is None:
-            split.n_degenerate[image_id] += 1
-        else:
-            split.boxes[image_id].append([annotation["category_id"], *box])
+        return
+    if annotation["iscrowd"]:
+        return
+    box = _clip(annotation["bbox"], image["width"], image["height"])
+    if box is None:
+        split.n_degenerate[image_id] += 1
+    else:
+        split.boxes[image_id].append([annotation["category_id"], *box])
 
 
 def _box_fault(bbox: Any, area: Any, width: int, height: int) -> str:
@@ -181,8 +200,8 @@ def _box_fault(bbox: Any, area: Any, width: int, height: int) -> str:
     x, y, w, h = bbox
     if w < 0 or h < 0:
         return f"bbox {bbox} has a negative size"
-    t = BOX_TOLERANCE_PX
-    if x < -t or y < -t or x + w > width + t or y + h > height + t:
+    tolerance = BOX_TOLERANCE_PX
+    if min(x, y) < -tolerance or x + w > width + tolerance or y + h > height + tolerance:
         return f"bbox {bbox} lies outside its image of {width} x {height}"
     return ""
 

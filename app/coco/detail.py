@@ -11,16 +11,16 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from app.coco.score import Dataset, first_of, hash_ids, load_results, load_truth, quiet, usable_ids
+from app.coco.dataset import Dataset, hash_ids
+from app.coco.score import first_of, load_results, load_truth, quiet, usable_ids
 from app.core.config import UserError
-from app.core.files import sha256
-from app.report.evidence import Evidence
-from app.report.findings import Metrics
 
+Metrics = dict[str, Any]  # the content of a metrics.json, with `dir` and `path` of its folder
 PR_IOUS = (0.5, 0.75)
 F1_IOU = 0.5
 AP_TOLERANCE = 1e-6  # the same code on the same file: only the order of additions may differ
-ALL_SIZES = [[0.0, 1e10]]
+ALL_SIZES = [[0.0, 1e10]]  # range of areas in px^2
+MAX_DETECTIONS = 100
 
 
 def analyse(dataset: Dataset, group: list[Metrics]) -> tuple[dict[str, Any], COCO]:
@@ -37,50 +37,51 @@ def analyse(dataset: Dataset, group: list[Metrics]) -> tuple[dict[str, Any], COC
     ids = first_of(usable_ids(truth, dataset), group[0]["dataset"]["n_images"])
     if hash_ids(ids) != group[0]["dataset"]["image_ids_sha256"]:
         raise UserError("the images of metrics.json are not those of the dataset")
-    variants = {m["dir"]: detail(truth, Path(m["path"]), ids, m["coco"]["AP"]) for m in group}
-    facts = {"iou_of_f1": F1_IOU, "recalls": np.linspace(0, 1, 101).round(2).tolist(), "variants": variants}
-    return facts, truth
-
-
-def annotations_of(evidence: Evidence, metrics: Metrics) -> Dataset:
-    """The val split of the run, if it is the one that was scored.
-
-    Raises:
-        UserError: it is not, or the annotations are gone; the message is the reason.
-    """
-    if evidence.provenance is None:
-        raise UserError("dataset/provenance.json is not there")
-    split = evidence.provenance["splits"]["val"]
-    file = Path(split["annotation_file"])
-    if not file.is_file() or sha256(file) != metrics["dataset"]["annotation_sha256"]:
-        raise UserError(f"the scored annotations ({file.name}) are not on this machine, or have changed")
-    images_dir = Path(evidence.provenance["coco_dir"]) / split["name"]
-    return Dataset(images_dir, file, split["name"], split["image_ids"], evidence.provenance["title"])
+    variants = {}
+    for metrics in group:
+        variants[metrics["dir"]] = detail(truth, Path(metrics["path"]), ids, metrics["coco"]["AP"])
+    recalls = np.linspace(0, 1, 101).round(2).tolist()
+    return {"iou_of_f1": F1_IOU, "recalls": recalls, "variants": variants}, truth
 
 
 def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None) -> dict[str, Any]:
     """Facts of one detections.json; `expected_ap` of metrics.json proves that both are of the same scoring."""
-    if not (folder / "detections.json").exists():
-        raise UserError(f"{folder.name}/detections.json is not there")
-    with quiet():
-        scorer = COCOeval(truth, load_results(truth, folder / "detections.json"), "bbox")
-        scorer.params.imgIds = ids
-        scorer.params.areaRng, scorer.params.areaRngLbl, scorer.params.maxDets = ALL_SIZES, ["all"], [100]
-        scorer.evaluate()
-        scorer.accumulate()
+    path = folder / "detections.json"
+    if not path.exists():
+        raise UserError(f"{folder.name}/{path.name} is not there")
+    scorer = evaluated(truth, path, ids)
     precision = scorer.eval["precision"][:, :, :, 0, 0]  # [IoU, recall, class]; -1 where a class has no object
     present = (precision > -1).any(axis=(0, 1))
     precision = precision[:, :, present]
     ap = float(precision.mean()) if present.any() else None
-    if (ap is None) != (expected_ap is None) or abs((ap or 0) - (expected_ap or 0)) > AP_TOLERANCE:
-        raise UserError(f"{folder.name}/detections.json does not give the AP of metrics.json")
+    if not is_same_ap(ap, expected_ap):
+        raise UserError(f"{folder.name}/{path.name} does not give the AP of metrics.json")
     names = [truth.cats[number]["name"] for number in np.array(scorer.params.catIds)[present]]
-    ious = [int(np.argmin(abs(scorer.params.iouThrs - iou))) for iou in PR_IOUS]
-    return {
-        "ap_by_class": dict(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True)),
-        "precision": {str(scorer.params.iouThrs[i].round(2)): precision[i].mean(axis=1).tolist() for i in ious},
-        **f1(scorer, ids),
-    }
+    over_recall = {}
+    for iou in PR_IOUS:
+        nearest = int(np.argmin(abs(scorer.params.iouThrs - iou)))
+        over_recall[str(iou)] = precision[nearest].mean(axis=1).tolist()
+    ap_by_class = dict(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True))
+    return {"ap_by_class": ap_by_class, "precision": over_recall, **f1(scorer, ids)}
+
+
+def evaluated(truth: COCO, detections_path: Path, ids: list[int]) -> COCOeval:
+    """COCOeval over objects of all sizes and at most 100 detections an image, as its AP has them."""
+    with quiet():
+        scorer = COCOeval(truth, load_results(truth, detections_path), "bbox")
+        scorer.params.imgIds = ids
+        scorer.params.areaRng, scorer.params.areaRngLbl = ALL_SIZES, ["all"]
+        scorer.params.maxDets = [MAX_DETECTIONS]
+        scorer.evaluate()
+        scorer.accumulate()
+    return scorer
+
+
+def is_same_ap(ap: float | None, expected: float | None) -> bool:
+    """Whether two APs are of one scoring; None where there was nothing to measure."""
+    if ap is None or expected is None:
+        return ap is expected
+    return abs(ap - expected) <= AP_TOLERANCE
 
 
 def f1(scorer: COCOeval, ids: list[int]) -> dict[str, Any]:
@@ -90,17 +91,16 @@ def f1(scorer: COCOeval, ids: list[int]) -> dict[str, Any]:
     found has F1 1.
     """
     hits, n_objects = matches(scorer.evalImgs, ids)
-    scores = np.concatenate([h[:, 0] for h in hits.values()])
-    correct = np.concatenate([h[:, 1] for h in hits.values()])
-    n_all = sum(n_objects.values())
-    if not len(scores):
-        return {"best_f1": 0.0, "best_score": 1.0, "f1_by_image": {str(i): float(not n_objects[i]) for i in ids}}
-    order = np.argsort(-scores, kind="stable")
-    curve = 2 * np.cumsum(correct[order]) / (np.arange(1, len(scores) + 1) + n_all)
-    best = int(curve.argmax())
-    threshold = float(scores[order][best])
-    by_image = {str(i): _image_f1(hits[i], n_objects[i], threshold) for i in ids}
-    return {"best_f1": float(curve[best]), "best_score": threshold, "f1_by_image": by_image}
+    scores, correct = np.concatenate(list(hits.values())).T
+    best_f1, threshold = 0.0, 1.0
+    if len(scores):
+        order = np.argsort(-scores, kind="stable")
+        n_shown = np.arange(1, len(scores) + 1)
+        curve = 2 * np.cumsum(correct[order]) / (n_shown + sum(n_objects.values()))
+        best = int(curve.argmax())
+        best_f1, threshold = float(curve[best]), float(scores[order][best])
+    by_image = {str(image_id): _image_f1(hits[image_id], n_objects[image_id], threshold) for image_id in ids}
+    return {"best_f1": best_f1, "best_score": threshold, "f1_by_image": by_image}
 
 
 def matches(cells: Iterable[Any], ids: list[int]) -> tuple[dict[int, np.ndarray], dict[int, int]]:
@@ -119,6 +119,7 @@ def matches(cells: Iterable[Any], ids: list[int]) -> tuple[dict[int, np.ndarray]
 
 
 def _image_f1(hits: np.ndarray, n_objects: int, threshold: float) -> float:
+    """F1 of one image over the detections from the threshold on; 1 where there is nothing to find and nothing found."""
     shown = hits[hits[:, 0] >= threshold]
     total = len(shown) + n_objects
     return float(2 * shown[:, 1].sum() / total) if total else 1.0
@@ -132,9 +133,12 @@ def choose(base: dict[str, float], other: dict[str, float], n_each: int, seed: i
     """
     change = {image_id: other[image_id] - base[image_id] for image_id in base}
     ordered = sorted(change, key=lambda image_id: (change[image_id], int(image_id)))
-    losses = [i for i in ordered if change[i] < 0][:n_each]
-    gains = sorted((i for i in ordered if change[i] > 0), key=lambda i: (-change[i], int(i)))[:n_each]
+    losses = [image_id for image_id in ordered if change[image_id] < 0][:n_each]
+    gained = [image_id for image_id in change if change[image_id] > 0]
+    gains = sorted(gained, key=lambda image_id: (-change[image_id], int(image_id)))[:n_each]
     rest = sorted(set(change) - {*losses, *gains}, key=int)
     drawn = random.Random(seed).sample(rest, min(n_each, len(rest)))  # noqa: S311 - a reproducible choice, no secret
-    kinds = (("largest loss", losses), ("largest gain", gains), ("random", drawn))
-    return [(image_id, why, change[image_id]) for why, images in kinds for image_id in images]
+    chosen = []
+    for why, images in (("largest loss", losses), ("largest gain", gains), ("random", drawn)):
+        chosen += [(image_id, why, change[image_id]) for image_id in images]
+    return chosen

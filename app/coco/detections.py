@@ -1,4 +1,4 @@
-"""What stands on either side of the network: image file -> input array, output array -> rows of COCO results."""
+"""Output of the network -> detections -> rows of COCO results."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
     """
     if contract == "end2end":
         rows = output
+    elif contract == "raw":
+        rows = raw_rows(output, settings.max_det)
     else:
-        rows = raw_rows(output, settings.max_det) if contract == "raw" else suppressed_rows(output, settings.conf)
+        rows = suppressed_rows(output, settings.conf)
     rows = rows[np.argsort(-rows[:, 4], kind="stable")[: settings.max_det]]
     if not np.isfinite(rows).all():
         raise UserError("the model puts out values that are not finite: it is damaged or its precision overflows")
@@ -38,7 +40,7 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
 
 
 def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
-    """raw layout [84,A] of a one2many head -> rows [n,6] after non-maximum suppression within each class.
+    """raw layout [84,A] of a one2many head -> rows [n,6] after non-maximum suppression (NMS) within each class.
 
     An anchor counts once for every class above `conf`, as in `yolo val` (multi_label).
     """
@@ -48,16 +50,16 @@ def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
     scores = output[4:][classes, anchors]
     best = np.argsort(-scores, kind="stable")[:N_NMS_CANDIDATES]
     classes, anchors, scores = classes[best], anchors[best], scores[best]
-    cx, cy, w, h = output[:4, anchors]
-    xywh = np.stack([cx - w / 2, cy - h / 2, w, h], axis=1).astype(np.float64)
+    x1, y1, x2, y2 = corners(output[:4, anchors])
+    w, h = output[2:4, anchors]
+    xywh = np.stack([x1, y1, w, h], axis=1).astype(np.float64)
     suppress: Any = cv2.dnn.NMSBoxesBatched  # takes arrays, whatever OpenCV's stubs say
     kept = np.array(suppress(xywh, scores, classes.astype(np.int32), conf, NMS_IOU), dtype=int)
-    corners = np.stack([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], axis=1)
-    return np.concatenate([corners, scores[:, None], classes[:, None]], axis=1, dtype=np.float32)[kept]
+    return np.stack([x1, y1, x2, y2, scores, classes], axis=1, dtype=np.float32)[kept]
 
 
 def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
-    """raw [84,A] -> the max_det best rows [n,6], in no order; NaN counts as best so that nobody misses it.
+    """raw [84,A] -> the max_det best rows [n,6], in no order; NaN counts as best, so that `select` sees it.
 
     The choice is that of the end2end graph (ultralytics/nn/modules/head.py Detect.get_topk_index, 8.4.190): the
     anchors with the best class score, then the best anchor-class pairs of those. So one anchor can give two classes.
@@ -68,9 +70,16 @@ def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
     chosen = scores[:, anchors]
     pairs = top(chosen.ravel(), n)
     classes, columns = np.divmod(pairs, n)
-    cx, cy, w, h = output[:4, anchors[columns]]
-    corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-    return np.stack([*corners, chosen.ravel()[pairs], classes.astype(np.float32)], axis=1)
+    best_scores = chosen.ravel()[pairs]
+    boxes = corners(output[:4, anchors[columns]])
+    return np.stack([*boxes, best_scores, classes.astype(np.float32)], axis=1)
+
+
+def corners(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rows cx, cy, w, h [4,n] -> x1, y1, x2, y2."""
+    cx, cy, w, h = boxes
+    half_w, half_h = w / 2, h / 2
+    return cx - half_w, cy - half_h, cx + half_w, cy + half_h
 
 
 def top(values: np.ndarray, n: int) -> np.ndarray:
@@ -84,7 +93,8 @@ def results(image_id: int, detections: np.ndarray, placement: Placement) -> list
     Boxes are rounded to 3 decimals of a pixel; scores keep every bit, as rounding would make ties and move the AP.
     """
     boxes = np.round(undo(detections[:, :4], placement), 3).tolist()
-    scores, classes = detections[:, 4].tolist(), detections[:, 5].astype(int).tolist()
+    scores = detections[:, 4].tolist()
+    classes = detections[:, 5].astype(int).tolist()
     return [
         {"image_id": image_id, "category_id": CATEGORY_IDS[index], "bbox": box, "score": score}
         for box, score, index in zip(boxes, scores, classes, strict=True)

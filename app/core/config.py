@@ -5,19 +5,34 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from app.core.labels import BASELINE, Label
+
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 DEVICES = r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$"
-# Where a run is computed does not change what is computed; a run may continue on other hardware settings.
-MACHINE_KEYS = ("train.workers", "train.device", "train.cache", "train.save_every_s", "train.save_period")
-LATER_STAGES = ("guard", "export", "eval", "report")  # sections that a training's weights do not depend on
+# Keys and whole sections that do not change what a training computes, each with the reason. They are left out of
+# `config_hash`, and an unfinished training goes on with other values of them.
+WITHOUT_EFFECT = {
+    "train.workers": "Every image draws from a random stream of its own, whichever loader process reads it.",
+    "train.device": "It says where a training runs; a training may continue on other hardware, to within rounding.",
+    "train.cache": "Images kept in RAM have the pixels of their files.",
+    "train.save_every_s": "A resumed training equals an uninterrupted one, wherever its checkpoint was saved.",
+    "train.save_period": "It only keeps copies of checkpoints.",
+    "quant.fast_path": "Weights and gradients are bit-equal to those of plain Brevitas, by test.",
+    "guard": "It says when a training that goes wrong stops, not what is computed until then.",
+    "export": "Only the export stage reads it, after training.",
+    "eval": "Only the eval stage reads it, after training.",
+    "report": "Only the report stage reads it, after training.",
+}
+MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # the single keys: how a training is computed
 
 
 class UserError(Exception):
@@ -51,7 +66,7 @@ class Train(Section):
     bn_batches: int = Field(ge=0)
     val_every: int = Field(gt=0)
     save_every_s: float = Field(gt=0)
-    save_period: int = Field(default=0, ge=0)
+    save_period: int = Field(ge=0)
     ema_decay: float = Field(ge=0, lt=1)
     ema_tau: float = Field(gt=0)
 
@@ -87,27 +102,16 @@ class Hyp(Section):
 class Quant(Section):
     scheme: Literal["w4a16", "w4a16-mixed", "w8a16", "w4a16-dfl", "w4a16-per-tensor", "w4a16-decoupled"]
     fast_path: bool
-    # Off here too: what was trained before an option existed was trained without it.
-    learned_scale: bool = False
-    warmup_share: float = Field(default=0.0, ge=0, lt=1)
-    warmup_bits: Literal["float", 8] = 8
-    warmup_from: str | None = None
-    averaged_scales: bool = True
-    dampening: float = Field(default=0.0, ge=0)
-    freeze_threshold: float = Field(default=0.0, ge=0, lt=1)
-    freeze_momentum: float = Field(default=0.01, gt=0, le=1)
-    correction_epochs: Literal[0, 1] = 0
-    correction_lr: float = Field(default=0.001, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_the_old_key(cls, tree: Any) -> Any:
-        """Runs from before warmup_share say warmup_epochs: 0."""
-        if not isinstance(tree, dict) or "warmup_epochs" not in tree:
-            return tree
-        if tree["warmup_epochs"]:
-            raise ValueError("warmup_epochs has become warmup_share, a share of train.epochs")
-        return {key: value for key, value in tree.items() if key not in ("warmup_epochs", "warmup_bits")}
+    learned_scale: bool
+    warmup_share: float = Field(ge=0, lt=1)
+    warmup_bits: Literal["float", 8]
+    warmup_from: str | None
+    averaged_scales: bool
+    dampening: float = Field(ge=0)
+    freeze_threshold: float = Field(ge=0, lt=1)
+    freeze_momentum: float = Field(gt=0, le=1)
+    correction_epochs: Literal[0, 1]
+    correction_lr: float = Field(gt=0)
 
     @model_validator(mode="after")
     def _only_a_float_warmup_is_fp16(self) -> Quant:
@@ -123,13 +127,19 @@ class Quant(Section):
             )
         return self
 
+    def without_options(self) -> Quant:
+        """The scheme alone, computed by plain Brevitas, with every option off that changes a training."""
+        off = {"learned_scale": False, "averaged_scales": True, "dampening": 0.0, "freeze_threshold": 0.0}
+        no_more_epochs = {"warmup_share": 0.0, "warmup_from": None, "correction_epochs": 0}
+        return self.model_copy(update={"fast_path": False, **off, **no_more_epochs})
+
 
 class Guard(Section):
     collapse: Literal["off", "warn", "stop"]
     share: float = Field(gt=0, lt=1)
     divergence: Literal["off", "warn", "stop"]
     n_validations: int = Field(gt=0)
-    max_rollbacks: int = Field(default=0, ge=0)  # what was trained before it existed never went back
+    max_rollbacks: int = Field(ge=0)
 
 
 class Export(Section):
@@ -140,7 +150,7 @@ class Export(Section):
 
 
 class Eval(Section):
-    provider: Literal["auto", "cpu", "cuda", "tensorrt"]
+    provider: Literal["auto", "cpu", "cuda"]
     batch: int = Field(gt=0)
     conf: float = Field(ge=0, lt=1)
     max_det: int = Field(gt=0)
@@ -164,7 +174,6 @@ class Config(Section):
     data: Data
     train: Train
     hyp: Hyp
-    no_counterpart: dict[str, tuple[float, str]]
     quant: Quant | None
     guard: Guard
     export: Export
@@ -174,7 +183,7 @@ class Config(Section):
     @property
     def label(self) -> str:
         """Name of the variant's folder in the run root: fp16 or qat-<scheme>."""
-        return f"qat-{self.quant.scheme}" if self.quant else "fp16"
+        return str(Label("qat", self.quant.scheme) if self.quant else BASELINE)
 
     @property
     def n_warmup_epochs(self) -> int:
@@ -200,9 +209,9 @@ def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | Non
     """
     if variant not in VARIANTS:
         raise UserError(f"unknown variant '{variant}': choose one of {', '.join(VARIANTS)}")
-    files = [CONF_DIR / "base.yaml", CONF_DIR / "hyp.scratch.yaml", CONF_DIR / f"{variant}.yaml", *(overlays or [])]
+    layers = [CONF_DIR / name for name in ("base.yaml", "hyp.scratch.yaml", f"{variant}.yaml")]
     tree: dict[str, Any] = {}
-    for file in files:
+    for file in [*layers, *(overlays or [])]:
         tree = merge(tree, read_yaml(file))
     for item in sets or []:
         tree = merge(tree, parse_set(item))
@@ -251,7 +260,8 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("configuration: " + "; ".join(_describe(problem) for problem in error.errors())) from error
+        problems = [_describe(problem) for problem in error.errors()]
+        raise UserError(f"configuration: {'; '.join(problems)}") from error
 
 
 def _describe(problem: Any) -> str:
@@ -261,7 +271,8 @@ def _describe(problem: Any) -> str:
     if problem["type"] != "extra_forbidden":
         return f"{key} = {problem['input']!r}: {problem['msg']}"
     close = difflib.get_close_matches(key, sorted(known_keys()), n=1)
-    return f"unknown key {key}" + (f", did you mean {close[0]}?" if close else ", see conf/base.yaml for all keys")
+    advice = f"did you mean {close[0]}?" if close else "see conf/base.yaml for all keys"
+    return f"unknown key {key}, {advice}"
 
 
 def known_keys() -> set[str]:
@@ -275,8 +286,12 @@ def known_keys() -> set[str]:
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
     """Dotted keys to plain values, for differences and tables; `quant` of fp16 is one key with value None."""
     flat: dict[str, Any] = {}
-    for name, value in (config if isinstance(config, dict) else config.model_dump(mode="json")).items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    tree = config if isinstance(config, dict) else config.model_dump(mode="json")
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
     return flat
 
 
@@ -284,9 +299,18 @@ def difference(
     old: Config | dict[str, Any], new: Config | dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with (old, new); `ignore` names keys and whole sections."""
-    a, b = flatten(old), flatten(new)
-    keys = [key for key in sorted(a | b) if key not in ignore and key.split(".")[0] not in ignore]
-    return {key: (a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)}
+    before, after = flatten(old), flatten(new)
+    differences = {}
+    for key in sorted(before | after):
+        values = before.get(key), after.get(key)
+        if values[0] != values[1] and not _is_named(key, ignore):
+            differences[key] = values
+    return differences
+
+
+def _is_named(key: str, names: Iterable[str]) -> bool:
+    """Whether the dotted key, or its whole section, is among the names."""
+    return key in names or key.split(".")[0] in names
 
 
 def shown(differences: dict[str, tuple[Any, Any]]) -> str:
@@ -295,8 +319,8 @@ def shown(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 (first 16 hex digits) over everything that changes what is computed."""
-    flat = {key: value for key, value in flatten(config).items() if key not in MACHINE_KEYS}
+    """SHA-256 (first 16 hex digits) over every key that changes what a training computes: all but WITHOUT_EFFECT."""
+    flat = {key: value for key, value in flatten(config).items() if not _is_named(key, WITHOUT_EFFECT)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 

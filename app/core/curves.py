@@ -1,21 +1,50 @@
-"""Curves of a training: rows of results.csv, and the figures drawn from them."""
+"""Figures of a training: losses and APs over epochs, and the colours that all figures share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from app.core.files import write_atomic
-from app.core.results import WARM_UP, Rows, read_rows, train_loss, write_rows
+from app.core.labels import Label
+from app.core.results import (
+    AP,
+    SCORED,
+    VAL_LOSS,
+    WARM_UP,
+    Rows,
+    column,
+    is_validated,
+    loss_curve,
+    read_rows,
+    train_loss,
+    write_rows,
+)
 
-# Validated states: column suffix -> line style, width, name. Colour tells the variant, style the state.
-STATES = {"raw": (":", 1.2, "raw"), "ema": ("--", 1.2, "EMA"), "ema_bn": ("-", 2.0, "EMA + BN re-estimated (scored)")}
+
+@dataclass(frozen=True)
+class Style:
+    """How a curve is drawn: Matplotlib's line style, its width in points, and the name in the legend."""
+
+    line: str
+    width: float
+    name: str
+
+
+STYLES = {  # of the validated states; colour tells the variant
+    "raw": Style(":", 1.2, "raw"),
+    "ema": Style("--", 1.2, "EMA"),
+    "ema_bn": Style("-", 2.0, "EMA + BN re-estimated (scored)"),
+}
+LOSS_STYLES = (Style("-", 1.5, "val, EMA + BN re-estimated"), Style(":", 1.5, "train"))
 # Okabe & Ito's colours, told apart by colour-blind readers, without those that vanish on white or near-black.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 NEUTRAL = "#808080"
@@ -27,8 +56,8 @@ LOSS_LABEL = "loss (box + cls + dfl, both heads)"
 
 def palette(labels: Iterable[str]) -> dict[str, str]:
     """A colour for every label, the same in all figures of a page: fp16, then QAT, then PTQ."""
-    ordered = sorted(labels, key=lambda label: (not label.startswith("fp16"), not label.startswith("qat-"), label))
-    return dict(zip(ordered, cycle(COLOURS), strict=False))
+    ordered = sorted(map(Label.parse, labels), key=lambda label: (label.method == "ptq", label.order))
+    return dict(zip(map(str, ordered), cycle(COLOURS), strict=False))
 
 
 def curve_figure(rows: Rows) -> Figure:
@@ -48,38 +77,59 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
     marker = "o" if last_epoch == 1 else ""  # a line of one point shows nothing
     colours = palette(variants)
     for label, rows in variants.items():
-        colour = colours[label]
-        loss_axes.plot([row["epoch"] for row in rows], list(map(train_loss, rows)), ":", marker=marker, color=colour)
-        validated = [row for row in rows if "AP/ema_bn" in row]
-        epochs = [row["epoch"] for row in validated]
-        loss_axes.plot(epochs, [row["val_loss/ema_bn"] for row in validated], marker=marker, color=colour)
-        for state, (style, width, _) in STATES.items():
-            aps = [row[f"AP/{state}"] for row in validated]
-            ap_axes.plot(epochs, aps, style, marker=marker, color=colour, linewidth=width)
-        if warm := [row["epoch"] for row in validated if row.get(WARM_UP)]:
-            for axes in (loss_axes, ap_axes):
-                axes.axvline(max(warm), color=colour, linewidth=0.8, label="last validation of the quant warm-up")
-    known = {epoch: ap for epoch, ap in (reference or {}).items() if epoch <= last_epoch}
-    if known:
-        ap_axes.plot(list(known), list(known.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
+        validated = [row for row in rows if is_validated(row)]
+        draw_losses(loss_axes, rows, validated, colours[label], marker)
+        draw_aps(ap_axes, validated, colours[label], marker)
+        warm_up = [row["epoch"] for row in validated if row.get(WARM_UP)]
+        for axes in (loss_axes, ap_axes) if warm_up else ():
+            name = "last validation of the quant warm-up"
+            axes.axvline(max(warm_up), color=colours[label], linewidth=0.8, label=name)
+    reached = {epoch: ap for epoch, ap in (reference or {}).items() if epoch <= last_epoch}
+    if reached:
+        ap_axes.plot(list(reached), list(reached.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
     ap_axes.set_ylim(bottom=0)
     explain(figure, list(variants))
     return figure
+
+
+def draw_losses(axes: Axes, rows: Rows, validated: Rows, colour: str, marker: str) -> None:
+    """The train loss of every epoch, dotted, and the validation loss of the scored state."""
+    epochs = [row["epoch"] for row in rows]
+    axes.plot(epochs, [train_loss(row) for row in rows], ":", marker=marker, color=colour)
+    epochs = [row["epoch"] for row in validated]
+    losses = [row[column(VAL_LOSS, SCORED)] for row in validated]
+    axes.plot(epochs, losses, marker=marker, color=colour)
+
+
+def draw_aps(axes: Axes, validated: Rows, colour: str, marker: str) -> None:
+    epochs = [row["epoch"] for row in validated]
+    for state, style in STYLES.items():
+        aps = [row[column(AP, state)] for row in validated]
+        axes.plot(epochs, aps, style.line, marker=marker, color=colour, linewidth=style.width)
 
 
 def explain(figure: Figure, labels: list[str]) -> None:
     """Legends under the axes: variants by colour, states by style; nothing is drawn over the lines."""
     colours = palette(labels)
     variants = [Line2D([], [], color=colours[name], linewidth=4, label=name) for name in labels if name]
-    losses = [("-", 1.5, "val, EMA + BN re-estimated"), (":", 1.5, "train")]
-    states = list(STATES.values())[::-1]
-    for axes, styles in zip(figure.axes, (losses, states), strict=True):
-        lines = [Line2D([], [], color=NEUTRAL, ls=style, lw=width, label=name) for style, width, name in styles]
+    states = list(STYLES.values())[::-1]
+    for axes, styles in zip(figure.axes, (LOSS_STYLES, states), strict=True):
+        lines = [style_line(style) for style in styles]
         lines += axes.get_legend_handles_labels()[0]
         n_rows = max(len(variants), len(lines))
-        columns = [side + [Line2D([], [], alpha=0, label=" ")] * (n_rows - len(side)) for side in (variants, lines)]
-        handles = [handle for column in columns for handle in column]
+        handles = filled(variants, n_rows) + filled(lines, n_rows)
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+
+
+def style_line(style: Style) -> Line2D:
+    """The entry of a style in a legend."""
+    return Line2D([], [], color=NEUTRAL, ls=style.line, lw=style.width, label=style.name)
+
+
+def filled(handles: Sequence[Artist], n_rows: int) -> list[Artist]:
+    """One column of a legend, filled up with invisible entries, as Matplotlib fills column by column."""
+    invisible = Line2D([], [], alpha=0, label=" ")
+    return [*handles, *[invisible] * (n_rows - len(handles))]
 
 
 def two_axes() -> tuple[Figure, Axes, Axes]:
@@ -99,6 +149,5 @@ def save_png(figure: Figure, path: Path) -> None:
 def write_loss_curve(out_dir: Path) -> None:
     """loss_curve.csv and loss_curve.png from results.csv."""
     rows = read_rows(out_dir / "results.csv")
-    keep = ("epoch", "train/", "val/", "val_loss/", "AP/", "AP50/", WARM_UP)
-    write_rows(out_dir / "loss_curve.csv", [{k: v for k, v in row.items() if k.startswith(keep)} for row in rows])
+    write_rows(out_dir / "loss_curve.csv", loss_curve(rows))
     save_png(curve_figure(rows), out_dir / "loss_curve.png")

@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
 
 
 def nvidia_smi(fields: tuple[str, ...]) -> list[str]:
-    """What the driver says of every GPU, one line each, values in the order of `fields`; empty where there is none."""
+    """The values of `fields` for every GPU, one line a GPU; empty where the machine has none."""
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)

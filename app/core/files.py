@@ -1,4 +1,4 @@
-"""Files: written atomically, kept under a second name, read with the remedy in the message."""
+"""Files and folders: written beside their place and renamed; read with the remedy in the message."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from app.core.config import UserError
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
+NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # rename to a folder that holds something; POSIX allows both
 
 
 @contextlib.contextmanager
@@ -48,6 +49,36 @@ def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | N
     flush(path.parent)  # else the new name may not outlive a power failure
 
 
+@contextlib.contextmanager
+def new_folder(path: Path, replace: bool = False, alone: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path` to fill; after the block it is renamed to `path`.
+
+    A half-filled folder never has the name. Where another process has made `path` meanwhile, the other folder stays.
+
+    Args:
+        replace: an older folder at `path` is replaced.
+        alone: no other process makes this folder (the caller holds a lock), so what a killed one left can be removed.
+    """
+    mark = f".{path.name}" if alone else f".{path.name}.{os.getpid()}"
+    part, old = path.with_name(f"{mark}.part"), path.with_name(f"{mark}.old")
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if replace:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(old)
+        try:
+            part.rename(path)
+        except OSError as error:
+            if error.errno not in NOT_EMPTY_ERRNOS:
+                raise
+    finally:
+        for folder in (part, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def flush(path: Path) -> None:
     """Waits until a file or the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -58,7 +89,7 @@ def flush(path: Path) -> None:
 
 
 def keep(path: Path, second: Path) -> None:
-    """A second name for the file, so that it never lacks the first one; a copy where there are no hard links."""
+    """Gives the file a second name by a hard link, or by a copy where there are none; the first name stays."""
     part = second.with_name(f".{second.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:

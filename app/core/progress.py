@@ -41,13 +41,15 @@ class Meter:
         self.done += count
         now = time.monotonic()
         show = now - self.shown >= (REFRESH_S if self.bar is not None else LOG_EVERY_S)
-        self.shown = now if show else self.shown
+        if show:
+            self.shown = now
         if self.bar is not None:
             if show:
                 self.bar.set_postfix_str(note(), refresh=False)
             self.bar.update(count)
         elif show and self.done < self.total:
-            log.info(", ".join(part for part in (progress_line(self), note()) if part))
+            parts = [progress_line(self), note()]
+            log.info(", ".join(part for part in parts if part))
 
     def close(self) -> None:
         """Takes the bar off the terminal."""
@@ -78,6 +80,8 @@ def progress_line(meter: Meter) -> str:
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss, or h:mm:ss from an hour on."""
-    minutes, s = divmod(int(seconds + 0.5), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    minutes, whole_seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{whole_seconds:02d}"
+    return f"{minutes}:{whole_seconds:02d}"

@@ -1,4 +1,4 @@
-"""results.csv: the rows of a training, one an epoch."""
+"""results.csv: the rows of a training, one an epoch, and the names of its columns."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ from pathlib import Path
 
 from app.core.files import write_text
 
-Rows = list[dict[str, float]]
-WARM_UP = "quant/warm_up"  # column of results.csv: 1 in the validated epochs of a quant warm-up, else empty
+Row = dict[str, float]
+Rows = list[Row]
+
+STATES = ("raw", "ema", "ema_bn")  # validated weights: as trained, their EMA, the EMA with BatchNorm re-estimated
+SCORED = "ema_bn"  # the state that picks best.pt and is exported
+AP, AP50, VAL_LOSS = "AP", "AP50", "val_loss"  # numbers of every validated state, see `column`
+CORRECTED_AP = "AP/corrected"  # in the last row, after quant.correction_epochs
+TRAIN_LOSS = "train/"  # beginning of the columns that hold the loss terms of an epoch
+WARM_UP = "quant/warm_up"  # 1 in the validated epochs of a quant warm-up, else empty
+
+
+def column(number: str, state: str) -> str:
+    """Column of a number (AP, AP50, VAL_LOSS) of a validated state: AP/ema_bn."""
+    return f"{number}/{state}"
+
+
+SCORED_AP = column(AP, SCORED)
 
 
 def write_rows(path: Path, rows: Rows) -> None:
     """Rows as CSV, atomically; a cell stays empty where a row lacks the key (an epoch that was not validated)."""
+    longest_first = sorted(rows, key=len, reverse=True)
+    names = dict.fromkeys(name for row in longest_first for name in row)
     text = io.StringIO()
-    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -23,15 +39,29 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def read_rows(path: Path) -> Rows:
+    """What `write_rows` wrote, without the empty cells."""
+    rows = []
     with open(path, encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        for cells in csv.DictReader(file):
+            rows.append({name: float(cell) for name, cell in cells.items() if cell})
+    return rows
+
+
+def is_validated(row: Row) -> bool:
+    return SCORED_AP in row
 
 
 def candidates(rows: Rows) -> Rows:
-    """Validated epochs whose scored state is what the training is for: those of a quant warm-up have other bits."""
-    return [row for row in rows if "AP/ema_bn" in row and not row.get(WARM_UP)]
+    """Validated epochs that may become best.pt: all but those of a quant warm-up, whose weights have other bits."""
+    return [row for row in rows if is_validated(row) and not row.get(WARM_UP)]
 
 
-def train_loss(row: dict[str, float]) -> float:
+def train_loss(row: Row) -> float:
     """Sum of the running means of an epoch's loss terms."""
-    return sum(value for name, value in row.items() if name.startswith("train/"))
+    return sum(value for name, value in row.items() if name.startswith(TRAIN_LOSS))
+
+
+def loss_curve(rows: Rows) -> Rows:
+    """The columns of losses and APs alone, for loss_curve.csv."""
+    beginnings = ("epoch", TRAIN_LOSS, "val/", f"{VAL_LOSS}/", f"{AP}/", f"{AP50}/", WARM_UP)
+    return [{name: value for name, value in row.items() if name.startswith(beginnings)} for row in rows]

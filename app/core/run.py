@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from typing import Any
 from app.core.config import UserError
 from app.core.environment import code_version, utc_now
 from app.core.files import read_json, write_json
+from app.core.labels import Label
+
+RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @contextlib.contextmanager
 def hold(run: RunRoot, stage: str) -> Iterator[None]:
-    """Holds the run root for this process, and clears it of what a killed process left half-written.
+    """Locks the run root for this process, and removes the half-written files that a killed process left there.
 
-    The lock is POSIX's: it belongs to the process alone, not to its loader processes, and the kernel takes it away when
-    the process dies, however that happens. It lies in the shared cache, so that a refused input leaves no run root.
+    The lock is POSIX's: it belongs to the process alone, not to its loader processes, and the kernel releases it when
+    the process dies, however that happens. The lock file is in the shared cache, so a refused input leaves no run root.
 
     Raises:
         UserError: another process holds it; the message names that.
@@ -72,18 +76,18 @@ class RunRoot:
     def provenance(self) -> Path:
         return self.root / "dataset" / "provenance.json"
 
-    def variant_dir(self, label: str) -> Path:
-        """Folder of a trained variant; label is fp16 or qat-<scheme>."""
-        return self.root / label
+    def variant_dir(self, label: Label | str) -> Path:
+        """Folder of a checkpoint: that of a training, fp16 or qat-<scheme>, or of ptq, ptq-<scheme> or -bn."""
+        return self.root / str(label)
 
-    def best(self, label: str) -> Path:
+    def best(self, label: Label | str) -> Path:
         """Checkpoint of the variant as it is exported."""
         return self.variant_dir(label) / "weights" / "best.pt"
 
-    def trained_labels(self) -> list[str]:
-        """Labels of the variants whose training has finished, fp16 first."""
-        labels = sorted(path.parent.name for path in self.root.glob("*/done.json"))
-        return sorted(labels, key=lambda label: label != "fp16")
+    def finished_labels(self) -> list[Label]:
+        """Labels of the finished checkpoints, of trainings and of PTQ alike: fp16 first."""
+        labels = [Label.parse(path.parent.name) for path in self.root.glob("*/done.json")]
+        return sorted(labels, key=lambda label: label.order)
 
     @property
     def onnx_dir(self) -> Path:
@@ -100,13 +104,13 @@ class RunRoot:
 
 def open_run(name: str, runs_dir: Path) -> RunRoot:
     """Checks the name of a run; nothing is created before a stage has something to write."""
-    if not name or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name) or name.startswith("."):
+    if not RUN_NAME.fullmatch(name):
         raise UserError(f"--run '{name}': use letters, digits, '.', '_' and '-' (it becomes a folder under {runs_dir})")
     return RunRoot(runs_dir, name)
 
 
 def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
-    """Enters what a stage did, when and with what into run.json."""
+    """Writes into run.json what a stage did, when, and with which code."""
     record = read_json(run.run_json, "data") if run.run_json.exists() else {"name": run.name, "stages": {}}
     record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
     write_json(run.run_json, record)

@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from app.coco.dataset import ANNOTATIONS, SPLITS
 from app.core.config import UserError
-from app.core.files import FULL_DISK_ERRNOS, explain_full_disk
+from app.core.files import FULL_DISK_ERRNOS, explain_full_disk, new_folder
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 2**20
 TIMEOUT_S = 60.0  # without a byte
-RETRY_WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # between tries that bring nothing new; then it ends
+RETRY_WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # between requests that bring nothing new
 DISK_REMEDY = "make room and start the same command again, it goes on from there"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One official archive. All its members lie in `folder`; n_unpacked_bytes is what they take, rounded up."""
+    """One official archive. All its members lie in the folder `folder`; n_unpacked_bytes is their size, rounded up."""
 
     url: str
     n_bytes: int
@@ -47,19 +48,19 @@ class Archive:
         return self.url.rpartition("/")[2]
 
 
-# Small ones first. Plain http: the certificate of this host is another's; what arrives is checked by its MD5.
+# Small ones first. Plain http, as the certificate of this host is for another name; the MD5 proves what arrives.
 ARCHIVES = (
     Archive(
         "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
-        252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", "annotations", 900_000_000,
+        252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", ANNOTATIONS, 900_000_000,
     ),
     Archive(
         "http://images.cocodataset.org/zips/val2017.zip",
-        815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", "val2017", 850_000_000,
+        815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", SPLITS["val"], 850_000_000,
     ),
     Archive(
         "http://images.cocodataset.org/zips/train2017.zip",
-        19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", 20_000_000_000,
+        19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", SPLITS["train"], 20_000_000_000,
     ),
 )  # fmt: skip
 
@@ -92,7 +93,7 @@ def _is_there(folder: Path) -> bool:
 
 
 def check_space(missing: list[Archive], target_dir: Path, keep_archives: bool) -> None:
-    """Refuses to start where the most that is needed at any moment does not fit."""
+    """A UserError where the largest need at any moment, archives and unpacked files together, does not fit."""
     used = peak = 0
     for archive in missing:
         path = target_dir / archive.name
@@ -119,7 +120,7 @@ def _part(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_one(target_dir: Path) -> Iterator[None]:
-    """Holds a lock on the folder: two writers would spoil each other's archives."""
+    """Holds a lock on the folder: two downloads would write into the same files."""
     try:
         target_dir.mkdir(parents=True, exist_ok=True)
         lock = open(target_dir / ".download.lock", "w")  # noqa: SIM115  closed by the block below
@@ -136,7 +137,7 @@ def _only_one(target_dir: Path) -> Iterator[None]:
 
 
 def fetch(archive: Archive, target_dir: Path) -> Path:
-    """The checked archive. What an earlier download left is gone on with, a half archive of the user's too."""
+    """Downloads and checks an archive; continues what an earlier download, or the user, left half-done."""
     path = target_dir / archive.name
     part_path = _part(path)
     if path.exists():
@@ -147,7 +148,7 @@ def fetch(archive: Archive, target_dir: Path) -> Path:
 
 
 def _receive_all(archive: Archive, part_path: Path) -> None:
-    """Asks again until the file is as long as it should be; tries that bring nothing new are counted."""
+    """Sends requests until the file has its full length; gives up after several in a row that bring nothing new."""
     if _size(part_path) > archive.n_bytes:
         part_path.unlink()
     longest, waits_s = _size(part_path), iter(RETRY_WAITS_S)
@@ -167,7 +168,7 @@ def _receive_all(archive: Archive, part_path: Path) -> None:
 
 
 def _receive(archive: Archive, part_path: Path) -> str:
-    """One request for the bytes that are missing, appended to the file; returns why it ended before the last one."""
+    """One request for the missing bytes, which are appended to the file; returns why it ended, for a message."""
     have = _size(part_path)
     headers = {"Range": f"bytes={have}-"} if have else {}
     request = urllib.request.Request(archive.url, headers=headers)  # noqa: S310  the table above has http only
@@ -198,7 +199,7 @@ def _receive(archive: Archive, part_path: Path) -> str:
 
 
 def _check_md5(archive: Archive, path: Path) -> None:
-    """A wrong archive is deleted: the next start fetches it anew."""
+    """A UserError where the archive is not the official one; it is deleted, and the next start fetches it anew."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         blocks = iter(partial(file.read, BLOCK_BYTES), b"")
@@ -218,28 +219,27 @@ def unpack(zip_path: Path, folder: Path) -> None:
     Raises:
         UserError: a member is a link or would land outside the folder, or the archive is damaged.
     """
-    part_dir = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part_dir, ignore_errors=True)
     try:
-        with zipfile.ZipFile(zip_path) as archive:
+        with zipfile.ZipFile(zip_path) as archive, new_folder(folder, alone=True) as part_dir:
             members = archive.infolist()
             for member in members:
-                _check_member(zip_path, member, folder.name)
-            for member in track(members, f"unpacking {zip_path.name}", len(members), "files"):
+                _put_into(folder.name, member, zip_path)
+            files = [member for member in members if not member.is_dir()]
+            for member in track(files, f"unpacking {zip_path.name}", len(files), "files"):
                 archive.extract(member, part_dir)
-        os.sync()  # the archive goes next: first its content must be on the disk
-        (part_dir / folder.name).rename(folder)
+            os.sync()  # the archive goes next: first its content must be on the disk
     except zipfile.BadZipFile as error:
         raise UserError(f"{zip_path} is damaged ({error}): delete it and start the same command again") from error
-    finally:
-        shutil.rmtree(part_dir, ignore_errors=True)
 
 
-def _check_member(zip_path: Path, member: zipfile.ZipInfo, folder_name: str) -> None:
+def _put_into(folder_name: str, member: zipfile.ZipInfo, zip_path: Path) -> None:
+    """Takes the folder's name off the path to which `member` is unpacked; a UserError where it leads elsewhere."""
     parts = PurePosixPath(member.filename.replace("\\", "/")).parts
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if not parts or parts[0] != folder_name or ".." in parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+    is_inside = parts[:1] == (folder_name,) and ".." not in parts and (member.is_dir() or len(parts) > 1)
+    if not is_inside or stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UserError(
             f"{zip_path}: member '{member.filename}' is a link or lies outside {folder_name}/, nothing was unpacked: "
             "delete the archive and take the official one"
         )
+    if not member.is_dir():
+        member.filename = "/".join(parts[1:])

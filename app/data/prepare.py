@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
 from pathlib import Path
@@ -10,17 +9,26 @@ from typing import Any
 
 import yaml
 
-from app.coco.annotations import N_TRAIN, N_VAL, NAMES
-from app.core.config import BUILTIN_DATASET, Config, Data, UserError
+from app.coco.annotations import NAMES
+from app.coco.dataset import (
+    ANNOTATIONS,
+    BUILTIN_TITLE,
+    COCO_2017,
+    LAYOUT,
+    SPLITS,
+    annotation_path,
+    coco_title,
+    hash_ids,
+)
+from app.core.config import BUILTIN_DATASET, Config, Data, UserError, difference, shown
 from app.core.files import explain_full_disk, read_json, sha256, write_json, write_text
 from app.core.run import RunRoot, record_stage
 from app.data.synthetic import VERSION, draw_coco_subset
-from app.data.view import SPLITS, build_view, is_current, read_index, view_dir
+from app.data.view import Entries, build_view, is_current, read_chosen, read_index, view_dir
 
 log = logging.getLogger(__name__)
 N_SHOWN_FAULTS = 5
 OTHER_RUN = "take another RUN=name, or start the run over with ARGS=--force"
-Entries = list[dict[str, Any]]  # of a view's index: one an image
 
 
 def prepare(config: Config, run: RunRoot, force: bool) -> None:
@@ -56,21 +64,18 @@ def prepare(config: Config, run: RunRoot, force: bool) -> None:
 
 def locate(coco_dir: str, cache_dir: Path) -> Path:
     """Absolute dataset folder; the word coco-subset means the built-in one, relative paths the current folder."""
-    return (
-        cache_dir.resolve() / f"{BUILTIN_DATASET}-v{VERSION}"
-        if coco_dir == BUILTIN_DATASET
-        else Path(coco_dir).resolve()
-    )
+    if coco_dir == BUILTIN_DATASET:
+        return cache_dir.resolve() / f"{BUILTIN_DATASET}-v{VERSION}"
+    return Path(coco_dir).resolve()
 
 
 def check_same_settings(run: RunRoot, recorded: dict[str, Any], data: Data, coco_dir: Path) -> None:
-    """One folder may be named in several ways; any other difference is a UserError that lists old -> new."""
+    """A UserError that lists old -> new where a setting has changed; one folder may be named in several ways."""
     old, new = recorded["settings"], data.model_dump()
     if recorded["coco_dir"] == str(coco_dir):
         old = old | {"coco_dir": new["coco_dir"]}
-    changed = [f"data.{key}: {old.get(key)} -> {value}" for key, value in new.items() if old.get(key) != value]
-    if changed:
-        raise UserError(f"{run.root} was made with other data settings ({', '.join(changed)}): {OTHER_RUN}")
+    if differences := difference({"data": old}, {"data": new}):
+        raise UserError(f"{run.root} was made with other data settings ({shown(differences)}): {OTHER_RUN}")
 
 
 def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -86,32 +91,32 @@ def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[s
 
 
 def hash_annotations(coco_dir: Path) -> dict[str, str]:
-    """Split name -> SHA-256 of its annotation file."""
+    """Name of a split (train2017, val2017) -> SHA-256 of its annotation file.
+
+    Raises:
+        UserError: the folder does not have COCO's layout, or an annotation file may not be read.
+    """
+    check_layout(coco_dir)
     try:
-        return {name: sha256(path) for name, path in annotation_files(coco_dir).items()}
+        return {name: sha256(annotation_path(coco_dir, name)) for name in SPLITS.values()}
     except PermissionError as error:
         raise UserError(f"{error.filename} may not be read by this user: change its permissions") from error
 
 
-def annotation_files(coco_dir: Path) -> dict[str, Path]:
-    """Split name -> annotation file of a folder in COCO's layout.
-
-    Raises:
-        UserError: no folder, or one without train2017/, val2017/ or an annotation file.
-    """
+def check_layout(coco_dir: Path) -> None:
+    """A UserError where a folder of COCO's layout or an annotation file is missing."""
     if not coco_dir.is_dir():
         raise UserError(f"no COCO folder at {coco_dir}: give COCO_DIR=path, or run 'make download-coco'")
-    for name in (*SPLITS.values(), "annotations"):
+    for name in (*SPLITS.values(), ANNOTATIONS):
         if not (coco_dir / name).is_dir():
             raise UserError(
-                f"{coco_dir} has no {name}/: it must hold train2017/, val2017/ and annotations/ as COCO 2017 does; "
+                f"{coco_dir} has no {name}/: it must hold {LAYOUT} as {COCO_2017} does; "
                 "give COCO_DIR=path, or run 'make download-coco'"
             )
-    files = {name: coco_dir / "annotations" / f"instances_{name}.json" for name in SPLITS.values()}
-    for path in files.values():
+    for name in SPLITS.values():
+        path = annotation_path(coco_dir, name)
         if not path.is_file():
             raise UserError(f"{path} is missing: unpack annotations_trainval2017.zip into {coco_dir}")
-    return files
 
 
 def assemble(data: Data, coco_dir: Path, view: Path, digests: dict[str, str]) -> dict[str, Any]:
@@ -130,8 +135,9 @@ def assemble(data: Data, coco_dir: Path, view: Path, digests: dict[str, str]) ->
                 f"{len(broken):,} of {len(entries):,} images in {coco_dir / name} cannot be used: "
                 f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
             )
-        used = choose([entry for entry in entries if not entry["fault"]], wanted[split], split, data.seed)
-        file = {"name": name, "annotation_file": str(annotation_files(coco_dir)[name])}
+        sound = [entry for entry in entries if not entry["fault"]]
+        used = choose(sound, wanted[split], split, data.seed)
+        file = {"name": name, "annotation_file": str(annotation_path(coco_dir, name))}
         splits[split] = file | {"annotation_sha256": digests[name]} | count(entries, broken, used)
     return {
         "title": title(data, splits),
@@ -155,8 +161,9 @@ def choose(sound: Entries, n_wanted: int | None, split: str, seed: int) -> Entri
         raise UserError(
             f"data.n_{split}={n_wanted}: {SPLITS[split]} has {len(sound):,} usable images; ask for at most as many"
         )
-    ids = set(random.Random(seed).sample([entry["id"] for entry in sound], n_wanted))  # noqa: S311
-    return [entry for entry in sound if entry["id"] in ids]
+    all_ids = [entry["id"] for entry in sound]
+    chosen = set(random.Random(seed).sample(all_ids, n_wanted))  # noqa: S311 - a reproducible choice, no secret
+    return [entry for entry in sound if entry["id"] in chosen]
 
 
 def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
@@ -172,37 +179,35 @@ def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
         "n_degenerate_boxes": sum(entry["n_degenerate"] for entry in used),
         "n_without_objects": sum(entry["n_boxes"] == 0 for entry in used),
         "subset": len(used) < len(entries) - len(broken),
-        "image_ids_sha256": hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest(),
+        "image_ids_sha256": hash_ids(ids),
         "image_ids": ids if len(used) < len(entries) else None,
     }
 
 
 def name_faults(broken: Entries) -> str:
-    shown = "; ".join(f"{entry['file']} {entry['fault']}" for entry in broken[:N_SHOWN_FAULTS])
-    return shown + ("; ..." if len(broken) > N_SHOWN_FAULTS else "")
+    """The first faults, each with its file, for a message."""
+    faults = [f"{entry['file']} {entry['fault']}" for entry in broken[:N_SHOWN_FAULTS]]
+    more = ["..."] if len(broken) > N_SHOWN_FAULTS else []
+    return "; ".join(faults + more)
 
 
 def title(data: Data, splits: dict[str, Any]) -> str:
-    """What the dataset may be called in a report."""
+    """What the dataset may be called in a report; `splits` are those of provenance.json."""
     if data.coco_dir == BUILTIN_DATASET:
-        return f"built-in {BUILTIN_DATASET}"
-    official = (splits["train"]["n_listed"], splits["val"]["n_listed"]) == (N_TRAIN, N_VAL)
-    return "COCO 2017" if official else "a COCO-format dataset, not COCO 2017"
+        return BUILTIN_TITLE
+    return coco_title({facts["name"]: facts["n_listed"] for facts in splits.values()})
 
 
 def write_dataset_files(run: RunRoot, view: Path, provenance: dict[str, Any]) -> None:
-    """provenance.json comes last: where it stands, the other files are complete."""
-    lists = {}
+    """Writes train.txt, val.txt, coco.yaml and last provenance.json: where that stands, the others are complete."""
+    dataset: dict[str, Any] = {"path": str(view)}
     for split, facts in provenance["splits"].items():
-        wanted = None if facts["image_ids"] is None else set(facts["image_ids"])
-        entries = [entry for entry in read_index(view, split) if wanted is None or entry["id"] in wanted]
-        lists[split] = (run.provenance.parent / f"{split}.txt").resolve()
-        write_text(lists[split], "".join(f"{view / 'images' / facts['name'] / entry['file']}\n" for entry in entries))
-    dataset = {
-        "path": str(view),
-        **{split: str(path) for split, path in lists.items()},
-        "names": dict(enumerate(NAMES)),
-    }
+        image_dir = view / "images" / facts["name"]
+        entries = read_chosen(view, split, facts["image_ids"])
+        path = (run.provenance.parent / f"{split}.txt").resolve()
+        write_text(path, "".join(f"{image_dir / entry['file']}\n" for entry in entries))
+        dataset[split] = str(path)
+    dataset["names"] = dict(enumerate(NAMES))
     write_text(run.dataset_yaml, yaml.safe_dump(dataset, sort_keys=False))
     write_json(run.provenance, provenance)
 

@@ -6,8 +6,6 @@ It is for showing that the whole job runs and learns, on any machine, in minutes
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,12 @@ import cv2
 import numpy as np
 
 from app.coco.annotations import CATEGORIES
+from app.coco.dataset import SPLITS, annotation_path
+from app.core.files import new_folder
 
 VERSION = 1  # of the drawing; part of the folder's name, so that another drawing never passes for this one
 SIZES_HW = ((160, 160), (120, 160), (160, 120), (97, 161), (161, 97), (200, 199), (144, 160), (160, 133))
+Box = tuple[int, int, int, int]  # x, y, width, height in px
 # Category id -> (shape, base colour BGR): shape and colour both tell the classes apart.
 KINDS = {
     1: ("ellipse", (60, 60, 220)),  # person
@@ -26,26 +27,20 @@ KINDS = {
     59: ("cross", (40, 200, 220)),  # pizza
 }
 CROWD_EVERY, EMPTY_EVERY, GREY_EVERY = 16, 16, 16  # one image in so many has a crowd region, no object, no colour
+N_TRIES = 30  # to find a free place for a box
 
 
 def draw_coco_subset(target_dir: Path, n_train: int = 256, n_val: int = 64, seed: int = 0) -> None:
-    """Draws both splits into `target_dir` (train2017/, val2017/, annotations/), or leaves a finished drawing alone.
+    """Draws both splits into `target_dir`, in COCO's layout, or leaves a finished drawing alone.
 
-    The same arguments give the same annotations and, with the locked OpenCV, the same JPEG bytes. It is drawn beside
-    its place and renamed, so a half-drawn dataset never carries the name.
+    The same arguments give the same annotations and, with the locked OpenCV, the same JPEG bytes. A process that draws
+    the same dataset at the same time does no harm.
     """
     if target_dir.exists():
         return
-    part_dir = target_dir.with_name(f".{target_dir.name}.{os.getpid()}.part")
-    try:
-        _draw_split(part_dir, "train2017", range(1, n_train + 1), seed)
-        _draw_split(part_dir, "val2017", range(n_train + 1, n_train + n_val + 1), seed)
-        part_dir.rename(target_dir)
-    except OSError:
-        if not target_dir.exists():  # else another process was faster, with the same drawing
-            raise
-    finally:
-        shutil.rmtree(part_dir, ignore_errors=True)
+    with new_folder(target_dir) as part_dir:
+        _draw_split(part_dir, SPLITS["train"], range(1, n_train + 1), seed)
+        _draw_split(part_dir, SPLITS["val"], range(n_train + 1, n_train + n_val + 1), seed)
 
 
 def _draw_split(root: Path, split: str, image_ids: range, seed: int) -> None:
@@ -71,9 +66,9 @@ def _draw_split(root: Path, split: str, image_ids: range, seed: int) -> None:
         "annotations": annotations,
         "categories": CATEGORIES,
     }
-    annotation_dir = root / "annotations"
-    annotation_dir.mkdir(exist_ok=True)
-    (annotation_dir / f"instances_{split}.json").write_text(json.dumps(instances), encoding="utf-8")
+    file = annotation_path(root, split)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(instances), encoding="utf-8")
 
 
 def _draw_image(rng: np.random.Generator, position: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -81,7 +76,7 @@ def _draw_image(rng: np.random.Generator, position: int) -> tuple[np.ndarray, li
     height, width = SIZES_HW[int(rng.integers(len(SIZES_HW)))]
     noise = rng.normal(rng.uniform(70, 180), 22, (height, width, 3))
     pixels = np.clip(noise, 0, 255).astype(np.uint8)
-    taken: list[tuple[int, int, int, int]] = []
+    taken: list[Box] = []
     objects = []
     if position % CROWD_EVERY == 3:
         objects.append(_draw_crowd(pixels, rng, taken))
@@ -94,25 +89,34 @@ def _draw_image(rng: np.random.Generator, position: int) -> tuple[np.ndarray, li
     return pixels, objects
 
 
-def _free_box(
-    rng: np.random.Generator, height: int, width: int, taken: list[tuple[int, int, int, int]]
-) -> tuple[int, int, int, int] | None:
-    """A box x,y,w,h of 25 to 60 % of the short side that touches no other one; None where 30 tries find none."""
+def _free_box(rng: np.random.Generator, height: int, width: int, taken: list[Box]) -> Box | None:
+    """A box of 25 to 60 % of the short side that overlaps no other one; None where N_TRIES find none."""
     short = min(height, width)
-    for _ in range(30):
-        w, h = (int(rng.integers(short // 4, int(short * 0.6))) for _ in range(2))
+    smallest, largest = short // 4, int(short * 0.6)
+    for _ in range(N_TRIES):
+        w, h = int(rng.integers(smallest, largest)), int(rng.integers(smallest, largest))
         x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
-        if all(x + w <= a or a + c <= x or y + h <= b or b + d <= y for a, b, c, d in taken):
-            taken.append((x, y, w, h))
-            return x, y, w, h
+        box = (x, y, w, h)
+        if not any(_overlap(box, other) for other in taken):
+            taken.append(box)
+            return box
     return None
 
 
-def _draw_shape(pixels: np.ndarray, rng: np.random.Generator, box: tuple[int, int, int, int]) -> dict[str, Any]:
+def _overlap(first: Box, second: Box) -> bool:
+    x, y, w, h = first
+    left, top, width, height = second
+    apart_in_x = x + w <= left or left + width <= x
+    apart_in_y = y + h <= top or top + height <= y
+    return not (apart_in_x or apart_in_y)
+
+
+def _draw_shape(pixels: np.ndarray, rng: np.random.Generator, box: Box) -> dict[str, Any]:
+    """Draws one object; returns its annotation without ids."""
     category = int(rng.choice(list(KINDS)))
     shape, colour = KINDS[category]
     polygon = _outline(shape, box)
-    shade = tuple(int(np.clip(c + rng.integers(-25, 26), 0, 255)) for c in colour)
+    shade = [int(np.clip(channel + rng.integers(-25, 26), 0, 255)) for channel in colour]
     cv2.fillPoly(pixels, [np.round(polygon).astype(np.int32)], shade)
     (left, top), (right, bottom) = polygon.min(axis=0), polygon.max(axis=0)
     return {
@@ -124,12 +128,13 @@ def _draw_shape(pixels: np.ndarray, rng: np.random.Generator, box: tuple[int, in
     }
 
 
-def _outline(shape: str, box: tuple[int, int, int, int]) -> np.ndarray:
+def _outline(shape: str, box: Box) -> np.ndarray:
     """Corners of a shape that fills its box: float [N,2] in pixels."""
     x, y, w, h = box
     if shape == "ellipse":
         angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-        unit = np.stack([0.5 + 0.5 * np.cos(angles), 0.5 + 0.5 * np.sin(angles)], axis=1)
+        circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        unit = 0.5 + 0.5 * circle
     elif shape == "triangle":
         unit = np.array([(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)])
     elif shape == "cross":
@@ -141,13 +146,13 @@ def _outline(shape: str, box: tuple[int, int, int, int]) -> np.ndarray:
     return unit * (w, h) + (x, y)
 
 
-def _draw_crowd(pixels: np.ndarray, rng: np.random.Generator, taken: list[tuple[int, int, int, int]]) -> dict[str, Any]:
+def _draw_crowd(pixels: np.ndarray, rng: np.random.Generator, taken: list[Box]) -> dict[str, Any]:
     """A strip of many small ellipses along the top, annotated as COCO does: one region, run lengths, iscrowd 1."""
     height, width = pixels.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     strip = height // 5
     for x in range(4, width - 4, 9):
-        colour = tuple(int(c) for c in rng.integers(40, 220, 3))
+        colour = rng.integers(40, 220, 3).tolist()
         for image, value in ((pixels, colour), (mask, 1)):
             cv2.ellipse(image, (x, strip // 2), (3, strip // 2 - 1), 0, 0, 360, value, -1)
     taken.append((0, 0, width, strip))

@@ -18,6 +18,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from app.coco.annotations import NAMES
 from app.core.config import UserError
 
+INPUT = "images"
 N_CLASSES = len(NAMES)
 # nms: Ultralytics' export of the one2many head, laid out as raw, whose detections still need suppression.
 CONTRACTS = ("raw", "end2end", "nms")
@@ -95,7 +96,7 @@ def read_contract(path: Path, metadata: Mapping[str, str]) -> str:
 
 
 def has_nms(metadata: Mapping[str, str]) -> bool:
-    """Whether Ultralytics' exporter put its own suppression into the graph (nms=True): [N,300,6] too."""
+    """Whether Ultralytics' exporter put its own suppression into the graph (nms=True): that gives [N,300,6] too."""
     return bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
 
 
@@ -106,26 +107,34 @@ def read_promise(path: Path, session: Any, metadata: Mapping[str, str]) -> Promi
         UserError: another input or output than the contract's.
     """
     contract = read_contract(path, metadata)
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or inputs[0].name != "images" or inputs[0].type != "tensor(float)":
-        found = ", ".join(f"{value.name}: {value.type}" for value in inputs)
-        raise UserError(
-            f"{path}: inputs are {found}; the contract is one input 'images', tensor(float), also in FP16 files"
-        )
-    shape = inputs[0].shape
-    imgsz = read_imgsz(metadata)
-    fixed = {side for side in shape[2:] if isinstance(side, int)}
-    if len(shape) != 4 or shape[1] != 3 or len(fixed | (imgsz - {None})) != 1:
-        raise UserError(
-            f"{path}: input shape {shape}, metadata imgsz {metadata.get('imgsz')}; "
-            "the contract is [N,3,imgsz,imgsz], square"
-        )
-    promise = Promise("images", contract, (fixed | imgsz).pop(), shape[0] if isinstance(shape[0], int) else None)
+    batch, imgsz = read_input(path, session.get_inputs(), metadata)
+    outputs = session.get_outputs()
     shapes = [output.shape for output in outputs]
     if len(outputs) != 1 or outputs[0].type != "tensor(float)" or not shape_fits(contract, shapes[0]):
         types = ", ".join(output.type for output in outputs)
         raise UserError(f"{path}: outputs are {shapes} {types}, {wanted_shape(contract)}")
-    return promise
+    return Promise(INPUT, contract, imgsz, batch)
+
+
+def read_input(path: Path, inputs: list[Any], metadata: Mapping[str, str]) -> tuple[int | None, int]:
+    """Batch, None where it is free, and side in px of a file's input.
+
+    Raises:
+        UserError: not the one square input of the contract, or not as large as the metadata says.
+    """
+    if len(inputs) != 1 or inputs[0].name != INPUT or inputs[0].type != "tensor(float)":
+        types = ", ".join(f"{value.name}: {value.type}" for value in inputs)
+        raise UserError(
+            f"{path}: inputs are {types}; the contract is one input '{INPUT}', tensor(float), also in FP16 files"
+        )
+    shape = inputs[0].shape
+    sides = {side for side in shape[2:] if isinstance(side, int)} | read_imgsz(metadata)
+    if len(shape) != 4 or shape[1] != 3 or len(sides) != 1:
+        raise UserError(
+            f"{path}: input shape {shape}, metadata imgsz {metadata.get('imgsz')}; "
+            "the contract is [N,3,imgsz,imgsz], square"
+        )
+    return shape[0] if isinstance(shape[0], int) else None, sides.pop()
 
 
 def read_imgsz(metadata: Mapping[str, str]) -> set[int]:

@@ -6,14 +6,15 @@ import hashlib
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.coco.dataset import Dataset, hash_ids, open_dataset
 from app.coco.score import (
-    Dataset,
+    ImageFile,
     describe_dataset,
     first_of,
-    hash_ids,
     image_files,
     load_truth,
     score,
@@ -23,40 +24,41 @@ from app.coco.score import (
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
 from app.core.files import read_json, sha256, write_atomic, write_json
+from app.core.labels import Label, by_label
 from app.core.run import RunRoot, record_stage
 from app.eval.pipeline import detect, measure_latency
 from app.eval.runtime import Model, describe_runtime, open_model
 
 FORMAT_VERSION = 1  # raise it when this code changes what a number means: older metrics.json become stale
 EVALUATOR = "onnxruntime + pycocotools"
+METRICS, DETECTIONS = "metrics.json", "detections.json"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file of the run and the content of the .json beside it."""
+
+    path: Path
+    record: dict[str, Any]
+
+
 def evaluate(config: Config, run: RunRoot, force: bool) -> None:
-    """Scores every exported ONNX file of the run, each into its own folder (see `folder_of`).
+    """Scores every exported ONNX file of the run, each into the folder that its label names.
 
     Raises:
         UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
     """
     files = exported_files(run)
     dataset, wanted_hash = dataset_of_run(config, run)
-    for label, (onnx_path, record) in files.items():
-        out_dir = run.root / folder_of(label)
-        if not force and is_done(out_dir, record["sha256"], wanted_hash):
+    for label, file in files.items():
+        out_dir = run.root / Label.parse(label).scores_dir
+        if not force and is_done(out_dir, file.record["sha256"], wanted_hash):
             log.info("eval: %s done already", out_dir)
             continue
-        metrics = evaluate_file(onnx_path, dataset, out_dir, config.eval)
-        record_stage(
-            run, f"eval {label}", {"file": onnx_path.name, "sha256": record["sha256"], "coco": metrics["coco"]}
-        )
-
-
-def folder_of(label: str) -> str:
-    """Label of a file -> folder of its result: fp16 -> baseline-coco, fp16-half -> baseline-half-coco, else LABEL-coco.
-
-    Labels are qat-w4a16 for the QCDQ file and qat-w4a16-int4 for the native one; end2end files end in -end2end.
-    """
-    return (f"baseline{label.removeprefix('fp16')}" if label.startswith("fp16") else label) + "-coco"
+        metrics = evaluate_file(file.path, dataset, out_dir, config.eval)
+        facts = {"file": file.path.name, "sha256": file.record["sha256"], "coco": metrics["coco"]}
+        record_stage(run, f"eval {label}", facts)
 
 
 def evaluate_standalone(config: Config, onnx_path: Path, coco_dir: Path, split: str, out_dir: Path) -> None:
@@ -80,17 +82,9 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
     facts = describe_dataset(truth, dataset, ids)
     latency_ms = measure_latency(model, images[0], settings)
     title = f"eval {model.label}" + (" (subset)" if facts["subset"] else "")
-    detections_path, metrics_path = out_dir / "detections.json", out_dir / "metrics.json"
-    time_s: dict[str, float] = {}
-
-    def write(part: Path) -> None:
-        metrics_path.unlink(missing_ok=True)  # it would no longer describe the detections beside it
-        with open(part, "w", encoding="utf-8") as file:
-            time_s.update(detect(model, images, file, settings, title))
-
-    write_atomic(detections_path, write)
+    time_s = write_detections(model, images, out_dir, settings, title)
     start = time.perf_counter()
-    coco = score(truth, detections_path, ids)
+    coco = score(truth, out_dir / DETECTIONS, ids)
     time_s["score"] = time.perf_counter() - start
     metrics = {
         "model": describe_model(model),
@@ -106,30 +100,58 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
         "environment": environment(),
         "settings_hash": settings_hash(settings, hash_ids(all_ids), facts["annotation_sha256"]),
     }  # fmt: skip
+    metrics_path = out_dir / METRICS
     write_json(metrics_path, metrics)
     log.info("%s: %s, %s", title, result(metrics), metrics_path)
     return metrics
 
 
-def exported_files(run: RunRoot) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """label -> (ONNX file, its .json), fp16 first; every file is the one that its .json describes."""
-    files: dict[str, tuple[Path, dict[str, Any]]] = {}
+def write_detections(
+    model: Model, images: list[ImageFile], out_dir: Path, settings: Eval, title: str
+) -> dict[str, float]:
+    """Writes out_dir/detections.json; an older metrics.json goes, as it would no longer describe the file beside it.
+
+    Returns:
+        the seconds of `detect`.
+    """
+    time_s: dict[str, float] = {}
+
+    def write(part: Path) -> None:
+        (out_dir / METRICS).unlink(missing_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            time_s.update(detect(model, images, file, settings, title))
+
+    write_atomic(out_dir / DETECTIONS, write)
+    return time_s
+
+
+def exported_files(run: RunRoot) -> dict[str, Exported]:
+    """By label, fp16 first; every file is the one that its .json describes.
+
+    Raises:
+        UserError: a file is not, two files have the same label, or there is none.
+    """
+    files: dict[str, Exported] = {}
     for path in sorted(run.onnx_dir.glob("*.onnx")):
         record = read_json(path.with_suffix(".json"), "export")
+        label = record["label"]
         if record["sha256"] != sha256(path):
             raise UserError(f"{path} is not the file that its .json describes: run 'make export ARGS=--force'")
-        if record["label"] in files:
-            raise UserError(f"{path} and {files[record['label']][0].name} are both {record['label']}: delete one")
-        files[record["label"]] = (path, record)
+        if label in files:
+            raise UserError(f"{path} and {files[label].path.name} are both {label}: delete one")
+        files[label] = Exported(path, record)
     if not files:
         raise UserError(f"no ONNX file in {run.onnx_dir}: run 'make export' first")
-    return dict(sorted(files.items(), key=lambda item: item[0] != "fp16"))
+    return {label: files[label] for label in sorted(files, key=by_label)}
 
 
 def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
     """The val split of the run, as its data stage chose it, and the settings_hash that its metrics.json must have.
 
-    Says so where data.coco_dir names other images: it has no effect here.
+    Warns where data.coco_dir names other images, because this stage does not look at them.
+
+    Raises:
+        UserError: the annotations are gone or have changed.
     """
     provenance, asked = read_json(run.provenance, "data"), config.data.coco_dir
     scored = (provenance["settings"]["coco_dir"], provenance["coco_dir"])
@@ -139,11 +161,8 @@ def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
             "or python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
         )  # fmt: skip
     split = provenance["splits"]["val"]
-    annotation_file = Path(split["annotation_file"])
-    if not annotation_file.is_file() or sha256(annotation_file) != split["annotation_sha256"]:
-        raise UserError(f"{annotation_file} is missing or has changed: run 'make data ARGS=--force'")
-    images_dir = Path(provenance["coco_dir"]) / split["name"]
-    dataset = Dataset(images_dir, annotation_file, split["name"], split["image_ids"], provenance["title"])
+    coco_dir, annotation_sha256 = Path(provenance["coco_dir"]), split["annotation_sha256"]
+    dataset = open_dataset(coco_dir, split["name"], split["image_ids"], provenance["title"], annotation_sha256)
     return dataset, settings_hash(config.eval, split["image_ids_sha256"], split["annotation_sha256"])
 
 
@@ -154,9 +173,9 @@ def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> st
 
 
 def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
-    """Whether the result is there and is of this model file and these settings; says so where it is stale."""
-    metrics_path = out_dir / "metrics.json"
-    if not metrics_path.exists() or not (out_dir / "detections.json").exists():
+    """Whether the result is there and is of this model file and these settings; logs why a stale one is not."""
+    metrics_path = out_dir / METRICS
+    if not metrics_path.exists() or not (out_dir / DETECTIONS).exists():
         return False
     metrics = read_json(metrics_path, "eval")
     same_model, same_settings = metrics["model"]["sha256"] == model_sha256, metrics["settings_hash"] == wanted_hash
@@ -183,10 +202,10 @@ def result(metrics: dict[str, Any]) -> str:
     """AP, AP50, images, speed and latency in one line."""
     coco, dataset, seconds = metrics["coco"], metrics["dataset"], metrics["time_s"]
     ap, ap50 = ("-" if coco[name] is None else f"{coco[name]:.4f}" for name in ("AP", "AP50"))
-    of = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
+    subset = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
     rate = dataset["n_images"] / seconds["total"]
     latency = metrics["latency_ms"]
     return (
-        f"AP {ap}, AP50 {ap50}, {dataset['n_images']:,} images{of}, {rate:.1f} images/s, "
+        f"AP {ap}, AP50 {ap50}, {dataset['n_images']:,} images{subset}, {rate:.1f} images/s, "
         f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}"
     )

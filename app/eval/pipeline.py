@@ -92,7 +92,7 @@ def decoded(future: Future[Input]) -> Input:
 
 
 def batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
-    """Lists of `size` items; the last may be shorter."""
+    """Lists of `size` items; the last list may be shorter."""
     while batch := list(itertools.islice(items, size)):
         yield batch
 

@@ -20,12 +20,12 @@ from app.core.config import UserError
 from app.core.environment import nvidia_smi
 from app.eval.contract import Promise, read_promise, refuse_foreign_data, shape_fits, wanted_shape
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
-PROVIDERS = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 # TF32 rounds inputs to 10 bits: detections would differ from the CPU's, between machines and from the QDQ codes.
-OPTIONS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, TENSORRT: {"trt_fp16_enable": "0"}, CPU: {}}
-# What a provider does not take falls to the next of its list.
-FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU], TENSORRT: [TENSORRT, CUDA, CPU]}
+OPTIONS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, CPU: {}}
+FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU]}  # nodes that a provider has no kernel for go to the next one
+KERNEL_EVENT = "_kernel_time"  # ends the name of a profile's event: the time inside the kernel of a node
 GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
 CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
@@ -64,7 +64,7 @@ class Model:
 
     @property
     def scheme(self) -> str | None:
-        """Metadata values are JSON where they are no plain text: the baseline's scheme may read 'null'."""
+        """None for a model that is not quantized: its file may say 'null', as metadata that is no text is JSON."""
         scheme = self.metadata.get("scheme", "null")
         return None if scheme == "null" else scheme
 
@@ -96,7 +96,7 @@ def open_model(path: Path, provider: str) -> Model:
 
     Args:
         path: the file; its metadata is ours, or that of Ultralytics' exporter.
-        provider: 'auto', 'cpu', 'cuda' or 'tensorrt'.
+        provider: 'auto', 'cpu' or 'cuda'.
 
     Raises:
         UserError: no such file, not an ONNX model, another contract or class list, provider not usable.
@@ -111,7 +111,7 @@ def open_model(path: Path, provider: str) -> Model:
 
 def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
     options.intra_op_num_threads = n_cores()
-    # The CUDA build warns about device discovery where there is no GPU; errors while a file is loaded still show.
+    # The CUDA build warns about device discovery where there is no GPU. Errors while a file is loaded are still shown.
     options.log_severity_level = 3
     ort.set_default_logger_severity(3)
     if provider != CPU:
@@ -144,12 +144,12 @@ def nodes_by_provider(model: Model, images: np.ndarray) -> dict[str, list[str]]:
         session = open_session(model.path, model.provider, options)
         session.run(None, {model.promise.input_name: images})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    found: dict[str, list[str]] = {}
+    nodes: dict[str, list[str]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            node = f"{event['args']['op_name']} {event['name'].removesuffix('_kernel_time')}"
-            found.setdefault(event["args"]["provider"], []).append(node)
-    return found
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL_EVENT):
+            node_name = event["name"].removesuffix(KERNEL_EVENT)
+            nodes.setdefault(event["args"]["provider"], []).append(f"{event['args']['op_name']} {node_name}")
+    return nodes
 
 
 def first_line(error: Exception) -> str:
@@ -157,9 +157,12 @@ def first_line(error: Exception) -> str:
 
 
 def choose_provider(wanted: str) -> str:
-    """'auto', 'cpu', 'cuda' or 'tensorrt' -> name of the execution provider; auto is cuda where it can be used.
+    """'auto', 'cpu' or 'cuda' -> name of the execution provider; auto is cuda where it can be used.
 
-    onnxruntime-gpu lists CUDA and TensorRT even where there is no GPU.
+    onnxruntime-gpu lists CUDA even where there is no GPU.
+
+    Raises:
+        UserError: cuda is asked for and cannot be used.
     """
     has_gpu = gpu_name() is not None
     if wanted == "auto":
@@ -182,23 +185,33 @@ def gpu_name() -> str | None:
 
 
 def cpu_name() -> str:
-    named = (line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = cpuinfo_values("model name")
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def clocks(provider: str) -> dict[str, str]:
     """Clocks and limits at this moment, with their units, in the words of the GPU's driver or of the kernel.
 
-    On a CPU the MHz of each core that /proc/cpuinfo tells, and of core 0 the governor and its range in kHz; a virtual
-    machine often knows neither. Several GPUs: a line for each.
+    Several GPUs give their values one after another. On a CPU these are the MHz of each core as /proc/cpuinfo has them,
+    and of core 0 the governor and its range in kHz; a virtual machine often has neither.
     """
     if provider != CPU:
         rows = [row.split(", ") for row in nvidia_smi(GPU_CLOCKS)]
-        return {name: "; ".join(values) for name, values in zip(GPU_CLOCKS, zip(*rows, strict=True), strict=False)}
-    found = {name: CPUFREQ_DIR / name for name in CPU_CLOCKS if (CPUFREQ_DIR / name).exists()}
-    texts = {name: path.read_text(encoding="utf-8").strip() for name, path in found.items()}
-    mhz = [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith("cpu MHz")]
-    return texts | ({"MHz": ", ".join(mhz)} if mhz else {})
+        columns = zip(*rows, strict=True)
+        return {name: "; ".join(values) for name, values in zip(GPU_CLOCKS, columns, strict=False)}
+    values = {}
+    for name in CPU_CLOCKS:
+        path = CPUFREQ_DIR / name
+        if path.exists():
+            values[name] = path.read_text(encoding="utf-8").strip()
+    if mhz := cpuinfo_values("cpu MHz"):
+        values["MHz"] = ", ".join(mhz)
+    return values
+
+
+def cpuinfo_values(key: str) -> list[str]:
+    """The values of a key of /proc/cpuinfo, one a core."""
+    return [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith(key)]
 
 
 def cpuinfo() -> list[str]:
@@ -212,7 +225,7 @@ def n_cores() -> int:
 
 
 def n_decoders(model: Model) -> int:
-    """Threads that read images: all cores when a GPU computes, else so few that ONNX Runtime keeps its own."""
+    """Threads that read images: one a core when a GPU computes, else so few that ONNX Runtime keeps its cores."""
     return max(1, n_cores() // 8) if model.provider == CPU else min(16, n_cores())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -14,7 +14,8 @@ from onnx import TensorProto, numpy_helper
 
 from app.coco.annotations import NAMES
 from app.coco.detections import raw_rows
-from app.export.graphs import learned_convolutions, quant_weights
+from app.core.labels import Label
+from app.export.graphs import QuantWeight, learned_convolutions, quant_weights
 
 LEVELS = {"off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "on": ort.GraphOptimizationLevel.ORT_ENABLE_ALL}
 ROW_NAMES = ("cx", "cy", "w", "h", *NAMES)
@@ -52,7 +53,16 @@ class Truth:
         """How far a file of this precision may be from `raw`."""
         fixed = fixed_tolerance(precision)
         times = TIMES_ROUNDING[fixed]
-        return Tolerance(max(fixed.box_px, times * self.rounding.box_px), max(fixed.score, times * self.rounding.score))
+        box_px = max(fixed.box_px, times * self.rounding.box_px)
+        return Tolerance(box_px, max(fixed.score, times * self.rounding.score))
+
+
+class Off(NamedTuple):
+    """How far an output is from torch's: the largest difference of boxes (px) and of scores, and where the worst is."""
+
+    box_px: float
+    score: float
+    where: str
 
 
 def fixed_tolerance(precision: str) -> Tolerance:
@@ -61,7 +71,7 @@ def fixed_tolerance(precision: str) -> Tolerance:
 
 
 def name_of(path: Path) -> str:
-    """The name that a file is to get: while it is checked it is called .NAME.PID.part (run.write_atomic)."""
+    """The name that a file is to get: write_atomic of app/core/files.py calls it .NAME.PID.part while it is checked."""
     return path.name.removeprefix(".").partition(".onnx")[0] + ".onnx"
 
 
@@ -77,13 +87,14 @@ def run_file(path: Path, images: np.ndarray, level: str) -> list[np.ndarray]:
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = 3  # without a GPU the CUDA build warns about device discovery
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    batches = [[image[None] for image in images]]
+    one_by_one = [np.asarray(session.run(None, {"images": image[None]})[0]) for image in images]
+    results = [np.concatenate(one_by_one)]
     if not isinstance(session.get_inputs()[0].shape[0], int):
-        batches.append([images])
-    return [np.concatenate([np.asarray(session.run(None, {"images": x})[0]) for x in batch]) for batch in batches]
+        results.append(np.asarray(session.run(None, {"images": images})[0]))
+    return results
 
 
-def check_parity(path: Path, truth: Truth, contract: str, precision: str) -> dict[str, Any]:
+def check_parity(path: Path, truth: Truth, label: Label) -> dict[str, Any]:
     """ONNX Runtime (CPU, graph optimisation off and on) against torch on the same images.
 
     Returns:
@@ -92,38 +103,42 @@ def check_parity(path: Path, truth: Truth, contract: str, precision: str) -> dic
     Raises:
         RuntimeError: a box or a score is further off than its tolerance; names image and output.
     """
-    allowed = truth.allowed(precision)
-    figures: dict[str, Any] = {"n_images": len(truth.images), "max_box_px": 0.0, "max_score": 0.0}
-    measure = off_raw if contract == "raw" else off_end2end
+    allowed = truth.allowed(label.precision)
+    max_box_px = max_score = 0.0
+    measure = off_raw if label.contract == "raw" else off_end2end
     for level in LEVELS:
-        pairs = [pair for got in run_file(path, truth.images, level) for pair in zip(got, truth.raw, strict=True)]
-        for image, (output, raw) in enumerate(pairs):
-            box_px, score, where = measure(output, raw, allowed)
-            figures["max_box_px"] = max(figures["max_box_px"], box_px)
-            figures["max_score"] = max(figures["max_score"], score)
-            if not (box_px <= allowed.box_px and score <= allowed.score):
-                raise RuntimeError(
-                    f"{name_of(path)} differs from torch by {box_px:.2e} px (allowed {allowed.box_px:.2g}) and "
-                    f"{score:.2e} in score (allowed {allowed.score:.2g}), graph optimisation {level}, "
-                    f"image {image % len(truth.images)}, {where}"
-                )
-    fixed = fixed_tolerance(precision)
-    magnifies = figures["max_box_px"] > fixed.box_px or figures["max_score"] > fixed.score
-    return figures | {
-        "allowed_box_px": allowed.box_px, "allowed_score": allowed.score, "magnifies_rounding": magnifies
-    }  # fmt: skip
+        for outputs in run_file(path, truth.images, level):
+            for image, (output, raw) in enumerate(zip(outputs, truth.raw, strict=True)):
+                off = measure(output, raw, allowed)
+                max_box_px, max_score = max(max_box_px, off.box_px), max(max_score, off.score)
+                if not (off.box_px <= allowed.box_px and off.score <= allowed.score):  # NaN is not within it either
+                    raise RuntimeError(
+                        f"{name_of(path)} differs from torch by {off.box_px:.2e} px (allowed {allowed.box_px:.2g}) and "
+                        f"{off.score:.2e} in score (allowed {allowed.score:.2g}), graph optimisation {level}, "
+                        f"image {image}, {off.where}"
+                    )
+    fixed = fixed_tolerance(label.precision)
+    return {
+        "n_images": len(truth.images),
+        "max_box_px": max_box_px,
+        "max_score": max_score,
+        "allowed_box_px": allowed.box_px,
+        "allowed_score": allowed.score,
+        "magnifies_rounding": max_box_px > fixed.box_px or max_score > fixed.score,
+    }
 
 
-def off_raw(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> tuple[float, float, str]:
-    """Largest differences of boxes (px) and scores between two raw outputs [84,A], and the place of the worst."""
+def off_raw(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> Off:
+    """Compares two raw outputs [84,A]."""
     off = np.abs(output - raw)
-    shares = off / np.array([allowed.box_px] * 4 + [allowed.score] * len(NAMES))[:, None]
-    row, anchor = np.unravel_index(np.nan_to_num(shares, nan=np.inf).argmax(), off.shape)
-    return float(off[:4].max()), float(off[4:].max()), f"output {ROW_NAMES[row]} of anchor {anchor}"
+    allowed_by_row = np.array([allowed.box_px] * 4 + [allowed.score] * len(NAMES))
+    shares = np.nan_to_num(off / allowed_by_row[:, None], nan=np.inf)
+    row, anchor = np.unravel_index(shares.argmax(), off.shape)
+    return Off(float(off[:4].max()), float(off[4:].max()), f"output {ROW_NAMES[row]} of anchor {anchor}")
 
 
-def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> tuple[float, float, str]:
-    """The same for an end2end output [K,6] against torch's raw one [84,A].
+def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> Off:
+    """Compares an end2end output [K,6] with torch's raw one [84,A].
 
     Equal scores may come in any order, so each row is compared with the anchor that is closest to it, and the list of
     scores with the K best of raw.
@@ -139,7 +154,8 @@ def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> tupl
     rows = np.arange(len(output))
     box_px, own = box_off[rows, anchors], own_off[rows, anchors]
     worst = int(np.maximum(box_px / allowed.box_px, own / allowed.score).argmax())
-    return float(box_px.max()), float(max(own.max(), score_off.max())), f"detection {worst} ({NAMES[classes[worst]]})"
+    where = f"detection {worst} ({NAMES[classes[worst]]})"
+    return Off(float(box_px.max()), float(max(own.max(), score_off.max())), where)
 
 
 def check_codes(path: Path, layers_by_bits: dict[int, int]) -> dict[str, Any]:
@@ -152,25 +168,33 @@ def check_codes(path: Path, layers_by_bits: dict[int, int]) -> dict[str, Any]:
         RuntimeError: one of these does not hold; names the layer.
     """
     model = onnx.load(path)
-    found: Counter[int] = Counter()
+    layers: Counter[int] = Counter()
     most = 0
     for weight in quant_weights(model):
-        if weight.low != -weight.high or weight.codes.min() < weight.low or weight.codes.max() > weight.high:
-            raise RuntimeError(
-                f"{name_of(path)}: {weight.dequantize.name} holds codes beyond {weight.low}..{weight.high}"
-            )
-        distinct = max(len(np.unique(channel)) for channel in weight.codes)
-        if distinct > 2**weight.bits - 1:
-            raise RuntimeError(f"{name_of(path)}: {weight.dequantize.name} has {distinct} codes in a channel")
-        most = max(most, distinct)
-        found[weight.bits] += 1
+        most = max(most, codes_per_channel(path, weight))
+        layers[weight.bits] += 1
     n_dequantize = sum(node.op_type == "DequantizeLinear" for node in model.graph.node)
-    if found != layers_by_bits or n_dequantize != sum(layers_by_bits.values()):
+    if layers != layers_by_bits or n_dequantize != sum(layers_by_bits.values()):
         raise RuntimeError(
-            f"{name_of(path)}: {n_dequantize} DequantizeLinear nodes, layers by bits {dict(found)}; "
+            f"{name_of(path)}: {n_dequantize} DequantizeLinear nodes, layers by bits {dict(layers)}; "
             f"the model has {dict(layers_by_bits)}"
         )
-    return {"layers": {str(bits): count for bits, count in found.items()}, "max_codes_per_channel": most}
+    return {"layers": {str(bits): count for bits, count in layers.items()}, "max_codes_per_channel": most}
+
+
+def codes_per_channel(path: Path, weight: QuantWeight) -> int:
+    """The largest number of different codes in a channel.
+
+    Raises:
+        RuntimeError: codes beyond the range, or more than fit into it.
+    """
+    name = weight.dequantize.name
+    if weight.low != -weight.high or weight.codes.min() < weight.low or weight.codes.max() > weight.high:
+        raise RuntimeError(f"{name_of(path)}: {name} holds codes beyond {weight.low}..{weight.high}")
+    distinct = max(len(np.unique(channel)) for channel in weight.codes)
+    if distinct > 2**weight.bits - 1:
+        raise RuntimeError(f"{name_of(path)}: {name} has {distinct} codes in a channel")
+    return distinct
 
 
 def check_same_output(path: Path, reference_path: Path, images: np.ndarray) -> dict[str, Any]:
@@ -180,9 +204,10 @@ def check_same_output(path: Path, reference_path: Path, images: np.ndarray) -> d
         RuntimeError: an output differs; names it.
     """
     for level in LEVELS:
-        got, expected = (np.stack(run_file(file, images, level)) for file in (path, reference_path))
-        if not np.array_equal(got, expected):
-            place = tuple(int(i) for i in np.argwhere(got != expected)[0][1:])
+        output = np.stack(run_file(path, images, level))
+        expected = np.stack(run_file(reference_path, images, level))
+        if not np.array_equal(output, expected):
+            place = tuple(int(i) for i in np.argwhere(output != expected)[0][1:])
             raise RuntimeError(
                 f"{name_of(path)}: output {place} differs from {reference_path.name}, graph optimisation {level}"
             )
@@ -199,14 +224,17 @@ def check_half(path: Path) -> dict[str, int]:
         RuntimeError: a convolution with FP32 weights; names it.
     """
     model = onnx.load(path)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     convolutions = learned_convolutions(model)
     for node in convolutions:
-        if any(tensors[name].data_type != TensorProto.FLOAT16 for name in node.input[1:]):
+        if any(types[name] != TensorProto.FLOAT16 for name in node.input[1:]):
             raise RuntimeError(f"{name_of(path)}: {node.name} has weights that are not FP16")
-    single = [tensor for tensor in tensors.values() if tensor.data_type == TensorProto.FLOAT]
+    n_single = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            n_single += numpy_helper.to_array(tensor).size
     return {
         "learned_convolutions": len(convolutions),
-        "float16_initializers": sum(tensor.data_type == TensorProto.FLOAT16 for tensor in tensors.values()),
-        "float32_values": int(sum(numpy_helper.to_array(tensor).size for tensor in single)),
+        "float16_initializers": list(types.values()).count(TensorProto.FLOAT16),
+        "float32_values": n_single,
     }

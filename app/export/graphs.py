@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxslim
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
 INT4_OPSET, INT4_IR = 21, 10  # the first that know the INT4 type
 FLOAT_INPUTS_OF_RESIZE = (1, 2)  # roi and scales stay float32 whatever the data is
@@ -33,11 +33,18 @@ class QuantWeight:
         """Narrow symmetric range: -7..7 is 4 bits."""
         return int(self.high + 1).bit_length()
 
+    @property
+    def output(self) -> str:
+        """Name of the dequantized weight."""
+        return self.dequantize.output[0]
+
 
 def set_facts(model: ModelProto, facts: dict[str, Any]) -> None:
     """Replaces the metadata; what is no text is written as JSON, None is left out."""
-    given = {key: value for key, value in facts.items() if value is not None}
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+    texts = {}
+    for key, value in facts.items():
+        if value is not None:
+            texts[key] = value if isinstance(value, str) else json.dumps(value)
     del model.metadata_props[:]
     helper.set_model_props(model, texts)
 
@@ -45,7 +52,9 @@ def set_facts(model: ModelProto, facts: dict[str, Any]) -> None:
 def tidy(model: ModelProto) -> None:
     """Weights are constants and not inputs that a caller may override; Constant nodes become initializers."""
     graph = model.graph
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]:
+    for node in list(graph.node):
+        if node.op_type != "Constant" or node.attribute[0].name != "value":
+            continue
         tensor = graph.initializer.add()
         tensor.CopyFrom(node.attribute[0].t)
         tensor.name = node.output[0]
@@ -63,28 +72,44 @@ def optimize(model: ModelProto) -> ModelProto:
     So each dequantized weight is a graph input while onnxslim works, which can neither fold nor fuse it.
     """
     weights = list(quant_weights(model))
-    held = [node for weight in weights for node in (weight.clip, weight.dequantize) if node is not None]
-    names = {name for node in held for name in node.input}
-    constants = [tensor for tensor in model.graph.initializer if tensor.name in names]
     work = ModelProto()
     work.CopyFrom(model)
+    held: list[NodeProto] = []
+    for weight in weights:
+        held += [node for node in (weight.clip, weight.dequantize) if node is not None]
+        shape = weight.codes.shape
+        work.graph.input.append(helper.make_tensor_value_info(weight.output, TensorProto.FLOAT, shape))
+    constants = inputs_of(held, model)
     for node in held:
         work.graph.node.remove(node)
     for tensor in constants:
         work.graph.initializer.remove(tensor)
-    for weight in weights:
-        value = helper.make_tensor_value_info(weight.dequantize.output[0], TensorProto.FLOAT, weight.codes.shape)
-        work.graph.input.append(value)
     slim: Any = onnxslim.slim(onnx.shape_inference.infer_shapes(work, strict_mode=True))
-    outputs = {weight.dequantize.output[0] for weight in weights}
-    for value in [value for value in slim.graph.input if value.name in outputs]:
-        slim.graph.input.remove(value)
-    nodes = [*held, *slim.graph.node]
-    del slim.graph.node[:]
-    slim.graph.node.extend(nodes)
-    kept = {tensor.name for tensor in slim.graph.initializer}
-    slim.graph.initializer.extend(tensor for tensor in constants if tensor.name not in kept)
+    put_back(slim.graph, held, constants)
     return slim
+
+
+def inputs_of(nodes: list[NodeProto], model: ModelProto) -> list[TensorProto]:
+    """The initializers that the nodes read, in the order of the graph."""
+    read: set[str] = set()
+    for node in nodes:
+        read.update(node.input)
+    return [tensor for tensor in model.graph.initializer if tensor.name in read]
+
+
+def put_back(graph: GraphProto, held: list[NodeProto], constants: list[TensorProto]) -> None:
+    """Undoes the cut: the held nodes compute what was an input of the graph meanwhile."""
+    computed: set[str] = set()
+    for node in held:
+        computed.update(node.output)
+    for value in list(graph.input):
+        if value.name in computed:
+            graph.input.remove(value)
+    nodes = [*held, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    kept = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(tensor for tensor in constants if tensor.name not in kept)
 
 
 def quant_weights(model: ModelProto) -> Iterator[QuantWeight]:
@@ -142,7 +167,10 @@ def to_half(model: ModelProto) -> ModelProto:
     floats = {value.name for value in [*graph.value_info, *graph.input] if is_float(value)}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     inside = half_nodes(half)
-    made_half = {name for node in graph.node if node.name in inside for name in node.output if name in floats}
+    made_half: set[str] = set()
+    for node in graph.node:
+        if node.name in inside:
+            made_half |= floats.intersection(node.output)
     nodes: list[NodeProto] = []
     casts: dict[str, str] = {}
     for node in graph.node:
@@ -178,33 +206,37 @@ def half_tensor(tensor: TensorProto, name: str) -> TensorProto:
 
 def half_nodes(model: ModelProto) -> set[str]:
     """Names of all nodes that a learned convolution depends on, the convolutions included."""
-    makers = {name: node for node in model.graph.node for name in node.output}
+    makers: dict[str, NodeProto] = {}
+    for node in model.graph.node:
+        makers |= dict.fromkeys(node.output, node)
     waiting = learned_convolutions(model)
-    found: set[str] = set()
+    names: set[str] = set()
     while waiting:
         node = waiting.pop()
-        if node.name not in found:
-            found.add(node.name)
+        if node.name not in names:
+            names.add(node.name)
             waiting += [makers[name] for name in node.input if name in makers]
-    return found
+    return names
 
 
 def learned_convolutions(model: ModelProto) -> list[NodeProto]:
     """All Conv nodes but DFL's, which is known by its fixed weights 0, 1, 2, ... for one output channel."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    return [
-        node
-        for node in model.graph.node
-        if node.op_type == "Conv" and not (node.input[1] in tensors and is_integral(tensors[node.input[1]]))
-    ]
+    fixed = {tensor.name for tensor in model.graph.initializer if is_integral(tensor)}
+    return [node for node in model.graph.node if node.op_type == "Conv" and node.input[1] not in fixed]
 
 
 def is_integral(tensor: TensorProto) -> bool:
-    return tensor.dims[0] == 1 and np.array_equal(numpy_helper.to_array(tensor).ravel(), np.arange(tensor.dims[1]))
+    """Whether a tensor is DFL's weight [1, n, 1, 1]."""
+    if len(tensor.dims) != 4 or tensor.dims[0] != 1:
+        return False
+    return np.array_equal(numpy_helper.to_array(tensor).ravel(), np.arange(tensor.dims[1]))
 
 
 def drop_unused(model: ModelProto) -> None:
     """Initializers that no node reads any more."""
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
-        model.graph.initializer.remove(tensor)
+    read: set[str] = set()
+    for node in model.graph.node:
+        read.update(node.input)
+    for tensor in list(model.graph.initializer):
+        if tensor.name not in read:
+            model.graph.initializer.remove(tensor)

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from app.core.config import difference, flatten
+from app.core.labels import scored_name
 from app.report.evidence import Evidence
 from app.report.tables import MISSING, markdown_table, number
 
@@ -17,6 +18,11 @@ ENVIRONMENT_ROWS = (
 ENVIRONMENT_NAMES = {"gpus": "gpus: name, driver, memory, power limit, highest SM clock"}
 VARIANT_KEYS = ("variant", "quant")  # the table of differences has them
 N_HASH = 12  # hex digits of a hash on the page; the whole one is in the JSON
+SPLIT_COUNTS = ("n_images", "n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects")
+FILES_OF_TRAINING = (
+    "results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "args.yaml", "env.json", "log.txt", "health.json",
+    "quant_config.json",
+)  # fmt: skip
 
 
 def appendix(evidence: Evidence, found: dict[str, Any]) -> list[str]:
@@ -39,11 +45,13 @@ def training_table(evidence: Evidence, found: dict[str, Any]) -> list[str]:
     """The best epoch of each training, the three validated states apart."""
     cells = [["variant", "epochs", "best epoch", "AP raw", "AP EMA", "AP EMA+BN", "train loss", "val loss"]]
     cells[0] += ["images/s", "hours"]
-    for label, t in found["trainings"].items():
-        unfinished = "" if label in evidence.finished else f" of {t['epochs_planned']}, unfinished"
+    for label, training in found["trainings"].items():
+        unfinished = "" if label in evidence.finished else f" of {training['epochs_planned']}, unfinished"
+        aps = [number(ap) for ap in training["AP"].values()]
         cells.append([
-            label, f"{t['epochs']}{unfinished}", _value(t["best_epoch"]), *(number(ap) for ap in t["AP"].values()),
-            number(t["train_loss"], 3), number(t["val_loss"], 3), f"{t['images_per_s']:.1f}", f"{t['hours']:.2f}",
+            label, f"{training['epochs']}{unfinished}", _value(training["best_epoch"]), *aps,
+            number(training["train_loss"], 3), number(training["val_loss"], 3),
+            f"{training['images_per_s']:.1f}", f"{training['hours']:.2f}",
         ])  # fmt: skip
     note = (
         "At the best epoch, by the trainer's own validator, which treats crowds and rounding otherwise than COCO does."
@@ -54,20 +62,32 @@ def training_table(evidence: Evidence, found: dict[str, Any]) -> list[str]:
 def quantization_lines(evidence: Evidence) -> list[str]:
     """Layers by number of bits, in training (both heads) and in the file (one head); every exempt layer with why."""
     cells = [["variant", "bits", "layers in training", "in the ONNX file", "weights", "quantizer"]]
-    in_file = {r["label"]: r["gates"]["codes"]["layers"] for r in evidence.records if "codes" in r["gates"]}
+    in_file = {}
+    for record in evidence.records:
+        if "codes" in record["gates"]:
+            in_file[record["label"]] = record["gates"]["codes"]["layers"]
     exempt = []
     for label, quant_config in evidence.quantized.items():
-        layers = quant_config["layers"]
-        for bits in sorted({layer["bits"] for layer in layers if not layer["exempt"]}):
-            same = [layer for layer in layers if layer["bits"] == bits and not layer["exempt"]]
-            quantizers = sorted({f"{layer['quantizer']}, {layer['granularity']}" for layer in same})
-            share = f"{quant_config['share_of_learned_weights'][str(bits)]:.3f} of all"
-            n_in_file = str(in_file[label].get(str(bits), 0)) if label in in_file else MISSING
-            cells.append([label, str(bits), str(len(same)), n_in_file, share, "; ".join(quantizers)])
-        exempt += [
-            f"- {label}: `{layer['name']}` is not quantized: {layer['why']}" for layer in layers if layer["exempt"]
-        ]
+        cells += _layer_rows(label, quant_config, in_file.get(label))
+        for layer in quant_config["layers"]:
+            if layer["exempt"]:
+                exempt.append(f"- {label}: `{layer['name']}` is not quantized: {layer['why']}")
     return [*markdown_table(cells), "", *exempt] if len(cells) > 1 else []
+
+
+def _layer_rows(label: str, quant_config: dict[str, Any], in_file: dict[str, int] | None) -> list[list[str]]:
+    """A row for every number of bits; `in_file` are the layers by bits of the ONNX file, None where there is none."""
+    by_bits: dict[int, list[dict[str, Any]]] = {}
+    for layer in quant_config["layers"]:
+        if not layer["exempt"]:
+            by_bits.setdefault(layer["bits"], []).append(layer)
+    rows = []
+    for bits in sorted(by_bits):
+        quantizers = sorted({f"{layer['quantizer']}, {layer['granularity']}" for layer in by_bits[bits]})
+        share = f"{quant_config['share_of_learned_weights'][str(bits)]:.3f} of all"
+        n_in_file = MISSING if in_file is None else str(in_file.get(str(bits), 0))
+        rows.append([label, str(bits), str(len(by_bits[bits])), n_in_file, share, "; ".join(quantizers)])
+    return rows
 
 
 def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
@@ -76,13 +96,13 @@ def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
     cells = [
         ["split", "images used", "listed", "broken", "annotations", "crowd", "without objects", "annotation sha256"]
     ]
-    for split in provenance["splits"].values():
-        counts = ("n_images", "n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects")
-        cells.append(
-            [split["name"], *(f"{split[name]:,}" for name in counts), f"`{split['annotation_sha256'][:N_HASH]}`"]
-        )
-    subset = any(split["subset"] for split in provenance["splits"].values())
-    choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json." if subset else ""
+    splits = provenance["splits"].values()
+    for split in splits:
+        counts = [f"{split[name]:,}" for name in SPLIT_COUNTS]
+        cells.append([split["name"], *counts, f"`{split['annotation_sha256'][:N_HASH]}`"])
+    choice = ""
+    if any(split["subset"] for split in splits):
+        choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json."
     return [f"{provenance['title']} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
 
 
@@ -91,10 +111,14 @@ def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
     labels = list(trained)
     if len(labels) < 2:
         return []
-    keys = sorted({key for label in labels[1:] for key in difference(trained[labels[0]], trained[label])})
-    flats = {label: flatten(config) for label, config in trained.items()}
-    cells = [[f"`{key}`", *(_value(flats[label].get(key)) for label in labels)] for key in keys]
-    return markdown_table([["key", *labels], *cells])
+    keys: set[str] = set()
+    for label in labels[1:]:
+        keys.update(difference(trained[labels[0]], trained[label]))
+    flats = [flatten(config) for config in trained.values()]
+    cells = [["key", *labels]]
+    for key in sorted(keys):
+        cells.append([f"`{key}`", *(_value(flat.get(key)) for flat in flats)])
+    return markdown_table(cells)
 
 
 def _value(value: Any) -> str:
@@ -112,23 +136,26 @@ def settings_block(trained: dict[str, dict[str, Any]]) -> list[str]:
 
 def environment_table(evidence: Evidence) -> list[str]:
     """Machine and software: one value where all stages agree, else each with its stages."""
-    columns = {f"train {label}": training.environment for label, training in evidence.trainings.items()}
-    columns |= {f"eval {m['dir'].removesuffix('-coco')}": m["environment"] for m in evidence.scored}
+    environments = {f"train {label}": training.environment for label, training in evidence.trainings.items()}
+    for metrics in evidence.scored:
+        environments[f"eval {scored_name(metrics['dir'])}"] = metrics["environment"]
+    if not environments:
+        return []
     cells = [["", "value"]]
     for key in ENVIRONMENT_ROWS:
-        cells.append(
-            [
-                ENVIRONMENT_NAMES.get(key, key),
-                _by_stage({name: env[key] for name, env in columns.items() if key in env}),
-            ]
-        )
-    packages = {package for env in columns.values() for package in env["packages"]}
+        values = {stage: facts[key] for stage, facts in environments.items() if key in facts}
+        cells.append([ENVIRONMENT_NAMES.get(key, key), _by_stage(values)])
+    packages: set[str] = set()
+    for facts in environments.values():
+        packages.update(facts["packages"])
     for package in sorted(packages):
-        cells.append([package, _by_stage({name: env["packages"].get(package) for name, env in columns.items()})])
-    return markdown_table(cells, text_columns=2) if columns else []
+        versions = {stage: facts["packages"].get(package) for stage, facts in environments.items()}
+        cells.append([package, _by_stage(versions)])
+    return markdown_table(cells, text_columns=2)
 
 
 def _by_stage(values: dict[str, Any]) -> str:
+    """The value of all stages, or each value with the stages that have it."""
     stages: dict[str, list[str]] = {}
     for stage, value in values.items():
         stages.setdefault(_short(value), []).append(stage)
@@ -147,24 +174,17 @@ def _short(value: Any) -> str:
 def pointers(evidence: Evidence) -> list[str]:
     """Paths relative to the run root, so that the folder can be moved."""
     lines = []
-    files = (
-        "results.csv",
-        "loss_curve.csv",
-        "loss_curve.png",
-        "config.yaml",
-        "args.yaml",
-        "env.json",
-        "log.txt",
-        "health.json",
-    )
     for label in evidence.trainings:
-        there = [name for name in (*files, "quant_config.json") if (evidence.run.variant_dir(label) / name).exists()]
-        links = ", ".join(f"[{name}]({label}/{name})" for name in there)
-        lines.append(f"- {label}: {links}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`")
-    for m in evidence.scored:
-        file, digest = m["model"]["file"], m["model"]["sha256"][:N_HASH]
-        results = ", ".join(f"[{name}]({m['dir']}/{name})" for name in ("metrics.json", "detections.json"))
-        lines.append(f"- {m['model']['label']}: `onnx/{file}`, sha256 `{digest}`, {results}")
+        folder = evidence.run.variant_dir(label)
+        links = [f"[{name}]({label}/{name})" for name in FILES_OF_TRAINING if (folder / name).exists()]
+        lines.append(
+            f"- {label}: {', '.join(links)}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`"
+        )
+    for metrics in evidence.scored:
+        model, folder = metrics["model"], metrics["dir"]
+        links = [f"[{name}]({folder}/{name})" for name in ("metrics.json", "detections.json")]
+        where = f"`onnx/{model['file']}`, sha256 `{model['sha256'][:N_HASH]}`"
+        lines.append(f"- {model['label']}: {where}, {', '.join(links)}")
     rest = {"dataset": "dataset/provenance.json", "the run": "run.json", "numbers of this page": "report.json"}
     there = [f"{what}: [{path}]({path})" for what, path in rest.items() if (evidence.run.root / path).exists()]
     return [*lines, *([f"- {'; '.join(there)}"] if there else [])]
@@ -172,7 +192,8 @@ def pointers(evidence: Evidence) -> list[str]:
 
 def commands(evidence: Evidence) -> list[str]:
     """The commands that made these numbers, as they were run."""
-    made = [training.environment["command"] for training in evidence.trainings.values()]
-    made = list(dict.fromkeys([*made, *(m["environment"]["command"] for m in evidence.scored)]))
+    trained = [training.environment["command"] for training in evidence.trainings.values()]
+    scored = [metrics["environment"]["command"] for metrics in evidence.scored]
+    made = list(dict.fromkeys([*trained, *scored]))
     note = "As they were run; between training and eval stands `export`, with the options of eval."
     return [note, "", "```", *made, "```"] if made else []

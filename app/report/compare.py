@@ -6,14 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from app.coco.detail import analyse
-from app.coco.score import Dataset
+from app.coco.dataset import Dataset, open_dataset
+from app.coco.detail import Metrics, analyse
+from app.coco.score import STATS
 from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
+from app.core.labels import SCORES_ENDING
 from app.core.run import RunRoot
-from app.report.evidence import COCO_NAMES, METRICS_KEYS, lacking
+from app.report.evidence import METRICS_KEYS, lacking
 from app.report.figures import by_class, by_size
-from app.report.findings import Metrics, describe_meter, meter
+from app.report.findings import describe_meter, meter
 from app.report.gallery import gallery
 from app.report.summary import describe
 from app.report.tables import markdown_table, number, signed
@@ -35,18 +37,18 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report) -> None:
         UserError: nothing to compare, rows measured differently, or detections or images that are no longer there.
     """
     pairs = pair_up(left, right)
-    rows = [m for pair in pairs for m in pair]
+    rows = [metrics for pair in pairs for metrics in pair]
     check_meter(rows)
     facts, truth = analyse(scored_dataset(rows[0]), rows)
     out = RunRoot(out_dir.parent, out_dir.name)
     overall = table(pairs)
     blocks = [f"# {left} and {right}", describe(describe_meter(rows[0])), "\n".join(overall)]
     blocks.append(by_size(rows, out.figures_dir))
-    for a, b in pairs:
-        blocks += [f"## {a['model']['label']} and {b['model']['label']}", by_class(b, a, facts, out.figures_dir)]
-        blocks.append("\n".join(class_table(a, b, facts)))
+    for old, new in pairs:
+        blocks += [f"## {name(old)} and {name(new)}", by_class(new, old, facts, out.figures_dir)]
+        blocks.append("\n".join(class_table(old, new, facts)))
         if settings.gallery_images:
-            blocks += [gallery(out, (a, b), facts, truth, settings), "\n".join(image_table(a, b, facts))]
+            blocks += [gallery(out, (old, new), facts, truth, settings), "\n".join(image_table(old, new, facts))]
     write_json(out_dir / "compare.json", {"rows": rows, "analysis": facts})
     write_text(out_dir / "compare.md", "\n\n".join(blocks) + "\n")
     for line in overall:
@@ -58,26 +60,28 @@ def pair_up(left: Path, right: Path) -> list[Pair]:
     """The rows to compare, with labels and folder names that tell the two sides apart."""
     if left.resolve() == right.resolve():
         raise UserError(f"{left} is compared with itself: name two runs or two scored folders")
-    folders = [scored_folders(path) for path in (left, right)]
-    if all((path / "metrics.json").exists() for path in (left, right)):
-        pairs = [(folders[0][left.name], folders[1][right.name])]
+    left_dirs, right_dirs = scored_folders(left), scored_folders(right)
+    if is_scored(left) and is_scored(right):
+        pairs = [(left_dirs[left.name], right_dirs[right.name])]
     else:
-        pairs = [(folders[0][name], folders[1][name]) for name in folders[0] if name in folders[1]]
-        for name in sorted(folders[0].keys() ^ folders[1].keys()):
-            log.info("compare: %s is in one of them only, left out", name)
+        pairs = [(left_dirs[folder], right_dirs[folder]) for folder in left_dirs if folder in right_dirs]
+        for folder in sorted(left_dirs.keys() ^ right_dirs.keys()):
+            log.info("compare: %s is in one of them only, left out", folder)
     if not pairs:
         raise UserError(f"{left} and {right} have no scored folder of the same name: name two folders, runs/A/...-coco")
-    return [told_apart(read_row(a), read_row(b)) for a, b in pairs]
+    return [told_apart(read_row(old), read_row(new)) for old, new in pairs]
+
+
+def is_scored(folder: Path) -> bool:
+    return (folder / "metrics.json").exists()
 
 
 def scored_folders(path: Path) -> dict[str, Path]:
     """Name -> folder: the folder itself, or all of a run."""
-    found = (
-        sorted(path.glob("*-coco/metrics.json")) if not (path / "metrics.json").exists() else [path / "metrics.json"]
-    )
-    if not found:
+    folders = [path] if is_scored(path) else sorted(filter(is_scored, path.glob(f"*{SCORES_ENDING}")))
+    if not folders:
         raise UserError(f"{path} holds neither metrics.json nor *-coco/metrics.json: run 'make eval' first")
-    return {file.parent.name: file.parent for file in found}
+    return {folder.name: folder for folder in folders}
 
 
 def read_row(folder: Path) -> Metrics:
@@ -87,74 +91,78 @@ def read_row(folder: Path) -> Metrics:
     return {**tree, "dir": folder.name, "path": str(folder)}
 
 
-def told_apart(a: Metrics, b: Metrics) -> Pair:
+def told_apart(old: Metrics, new: Metrics) -> Pair:
     """Adds the run's name, or where that is the same too the path, to what is equal in both."""
-    runs = [Path(m["path"]).resolve().parent.name for m in (a, b)]
-    marks = runs if runs[0] != runs[1] else [m["path"] for m in (a, b)]
-    if a["model"]["label"] == b["model"]["label"]:
-        a, b = ({**m, "model": {**m["model"], "label": f"{m['model']['label']} ({mark})"}}
-                for m, mark in zip((a, b), marks, strict=True))  # fmt: skip
-    if a["dir"] == b["dir"]:
-        a, b = ({**m, "dir": f"{side}-{m['dir']}"} for m, side in zip((a, b), ("left", "right"), strict=True))
-    return a, b
+    old_mark, new_mark = (Path(metrics["path"]).resolve().parent.name for metrics in (old, new))
+    if old_mark == new_mark:
+        old_mark, new_mark = old["path"], new["path"]
+    if name(old) == name(new):
+        old, new = renamed(old, old_mark), renamed(new, new_mark)
+    if old["dir"] == new["dir"]:
+        old, new = {**old, "dir": f"left-{old['dir']}"}, {**new, "dir": f"right-{new['dir']}"}
+    return old, new
+
+
+def name(metrics: Metrics) -> str:
+    return metrics["model"]["label"]
+
+
+def renamed(metrics: Metrics, mark: str) -> Metrics:
+    return {**metrics, "model": {**metrics["model"], "label": f"{name(metrics)} ({mark})"}}
 
 
 def check_meter(rows: list[Metrics]) -> None:
     """Only what was measured alike may stand side by side."""
-    for m in rows[1:]:
-        if meter(m) != meter(rows[0]):
-            first, other = describe_meter(rows[0]), describe_meter(m)
-            keys = ", ".join(f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key])
-            raise UserError(
-                f"{rows[0]['path']} and {m['path']} were measured differently ({keys}): score both the same way"
-            )
+    for metrics in rows[1:]:
+        if meter(metrics) == meter(rows[0]):
+            continue
+        first, other = describe_meter(rows[0]), describe_meter(metrics)
+        keys = ", ".join(f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key])
+        raise UserError(
+            f"{rows[0]['path']} and {metrics['path']} were measured differently ({keys}): score both the same way"
+        )
 
 
-def scored_dataset(m: Metrics) -> Dataset:
+def scored_dataset(metrics: Metrics) -> Dataset:
     """The images and annotations as metrics.json names them; `analyse` holds the images against its hash."""
-    facts = m["dataset"]
-    coco_dir, split = Path(facts["coco_dir"]), facts["split"]
-    file = coco_dir / "annotations" / f"instances_{split}.json"
-    return Dataset(coco_dir / split, file, split, facts["image_ids"], facts["title"])
+    facts = metrics["dataset"]
+    return open_dataset(Path(facts["coco_dir"]), facts["split"], facts["image_ids"], facts["title"])
 
 
 def table(pairs: list[Pair]) -> list[str]:
     """The twelve numbers, file size and latency: both rows of a pair and the difference."""
-    cells = [["", *(f"{label(m)}" for pair in pairs for m in pair), *("difference" for _ in pairs)]]
-    for name in COCO_NAMES:
-        values = [(a["coco"][name], b["coco"][name]) for a, b in pairs]
-        cells.append([name, *(number(v) for pair in values for v in pair), *(signed(change(*pair)) for pair in values)])
-    for name, value in (("file MB", size_mb), ("p50 ms", lambda m: m["latency_ms"]["p50"])):
-        cells.append([name, *(f"{value(m):.2f}" for pair in pairs for m in pair), *("" for _ in pairs)])
+    rows = [metrics for pair in pairs for metrics in pair]
+    cells = [["", *map(name, rows), *["difference"] * len(pairs)]]
+    for stat in STATS:
+        values = [number(metrics["coco"][stat]) for metrics in rows]
+        differences = [signed(change(old["coco"][stat], new["coco"][stat])) for old, new in pairs]
+        cells.append([stat, *values, *differences])
+    no_differences = [""] * len(pairs)
+    cells.append(["file MB", *(f"{metrics['model']['size_bytes'] / 1e6:.2f}" for metrics in rows), *no_differences])
+    cells.append(["p50 ms", *(f"{metrics['latency_ms']['p50']:.2f}" for metrics in rows), *no_differences])
     return markdown_table(cells)
 
 
-def label(m: Metrics) -> str:
-    return m["model"]["label"]
+def change(old: float | None, new: float | None) -> float | None:
+    return None if old is None or new is None else new - old
 
 
-def size_mb(m: Metrics) -> float:
-    return m["model"]["size_bytes"] / 1e6
-
-
-def change(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else b - a
-
-
-def class_table(a: Metrics, b: Metrics, facts: dict[str, Any]) -> list[str]:
+def class_table(old: Metrics, new: Metrics, facts: dict[str, Any]) -> list[str]:
     """AP of every class that has objects, largest loss first."""
-    old, new = (facts["variants"][m["dir"]]["ap_by_class"] for m in (a, b))
-    names = sorted(old, key=lambda name: (new[name] - old[name], name))
-    rows = [[name, number(old[name]), number(new[name]), signed(new[name] - old[name])] for name in names]
-    return markdown_table([["class", label(a), label(b), "difference"], *rows])
+    old_aps, new_aps = (facts["variants"][metrics["dir"]]["ap_by_class"] for metrics in (old, new))
+    cells = [["class", name(old), name(new), "difference"]]
+    for category in sorted(old_aps, key=lambda category: (new_aps[category] - old_aps[category], category)):
+        old_ap, new_ap = old_aps[category], new_aps[category]
+        cells.append([category, number(old_ap), number(new_ap), signed(new_ap - old_ap)])
+    return markdown_table(cells)
 
 
-def image_table(a: Metrics, b: Metrics, facts: dict[str, Any]) -> list[str]:
+def image_table(old: Metrics, new: Metrics, facts: dict[str, Any]) -> list[str]:
     """The images of the gallery with their F1."""
-    old, new = (facts["variants"][m["dir"]] for m in (a, b))
-    cells = [["image", "why", f"F1 {label(a)}", f"F1 {label(b)}", "difference"]]
-    for row in new["gallery"]:
+    old_facts, new_facts = (facts["variants"][metrics["dir"]] for metrics in (old, new))
+    cells = [["image", "why", f"F1 {name(old)}", f"F1 {name(new)}", "difference"]]
+    for row in new_facts["gallery"]:
         key = str(row["image_id"])
-        scores = [f"{side['f1_by_image'][key]:.2f}" for side in (old, new)]
+        scores = [f"{side['f1_by_image'][key]:.2f}" for side in (old_facts, new_facts)]
         cells.append([key, row["why"], *scores, f"{row['f1_difference']:+.2f}"])
     return markdown_table(cells, text_columns=2)

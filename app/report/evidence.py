@@ -7,31 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.coco.detail import Metrics
+from app.coco.score import STATS
 from app.core.config import UserError, read_yaml
 from app.core.files import read_json
+from app.core.labels import BASELINE, SCORES_ENDING, Label, by_label
 from app.core.results import Rows, read_rows
 from app.core.run import RunRoot
 
-COCO_NAMES = (
-    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
-    "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
-)  # fmt: skip
-BASELINE_DIR = "baseline-coco"
 # Dotted keys that the page reads from each kind of file; a file that lacks one is named and left out.
 METRICS_KEYS = (
-    *(f"model.{key}" for key in ("file", "sha256", "size_bytes", "label", "imgsz")),
-    *(f"dataset.{key}" for key in ("title", "split", "annotation_sha256", "n_images", "n_images_listed")),
-    *(f"dataset.{key}" for key in ("subset", "image_ids_sha256", "complete_coco_val")),
-    *(f"coco.{name}" for name in COCO_NAMES),
-    *(f"settings.{key}" for key in ("conf", "max_det", "evaluator")),
-    *(f"latency_ms.{key}" for key in ("p50", "p90", "p99", "runs", "warmup", "batch")),
-    *("runtime.provider", "runtime.device", "environment.command", "environment.packages", "time_s.session"),
+    "model.file", "model.sha256", "model.size_bytes", "model.label", "model.imgsz",
+    "dataset.title", "dataset.split", "dataset.annotation_sha256", "dataset.n_images", "dataset.n_images_listed",
+    "dataset.subset", "dataset.image_ids_sha256", "dataset.complete_coco_val",
+    *(f"coco.{name}" for name in STATS),
+    "settings.conf", "settings.max_det", "settings.evaluator",
+    "latency_ms.p50", "latency_ms.p90", "latency_ms.p99", "latency_ms.runs", "latency_ms.warmup", "latency_ms.batch",
+    "runtime.provider", "runtime.device", "environment.command", "environment.packages", "time_s.session",
 )  # fmt: skip
 PROVENANCE_KEYS = ("title", "coco_dir", "seed", "splits.train.annotation_sha256", "splits.val.annotation_sha256")
 CONFIG_KEYS = ("model", "data", "train.epochs", "hyp.warmup_epochs", "quant")
 ENVIRONMENT_KEYS = ("command", "packages", "code_version")
+QUANT_CONFIG_KEYS = ("scheme", "layers", "share_of_learned_weights")
 RECORD_KEYS = ("label", "file", "sha256", "size_bytes", "checkpoint_sha256", "gates")
-REPACKED = ("-end2end", "-half", "-int4")  # endings of labels whose file holds the weights of another one
 
 
 @dataclass(frozen=True)
@@ -51,16 +49,19 @@ class Training:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the report may speak of. `quantized` are quant_config.json by label, PTQ too, with `snr_db` (layer ->
-    dB) of health.json; `scored` are metrics.json plus `dir` and `path`, `records` the .json of ONNX files; `missing`
-    are lines 'stage: what is not there and how to get it'."""
+    """Everything the report may speak of.
+
+    `trainings` and `quantized` go by label; `quantized` has quant_config.json, of PTQ too, with `snr_db` (layer -> dB)
+    of health.json. `records` are the .json of ONNX files, `scored` the metrics.json with `dir` and `path` of their
+    folders. `missing` are lines 'stage: what is not there and how to get it'.
+    """
 
     run: RunRoot
     provenance: dict[str, Any] | None
     trainings: dict[str, Training]
     quantized: dict[str, dict[str, Any]]
     records: list[dict[str, Any]]
-    scored: list[dict[str, Any]]
+    scored: list[Metrics]
     missing: list[str]
 
     @property
@@ -85,16 +86,8 @@ def gather(run: RunRoot) -> Evidence:
     return Evidence(run, provenance, trainings, quantized, records, scored, missing)
 
 
-def by_label(label: str) -> tuple[bool, bool, str, str]:
-    """Sort key: fp16 first, then scheme by scheme, of each PTQ before QAT."""
-    return label != "fp16", not label.startswith("fp16"), scheme_of(label), label
-
-
-def scheme_of(label: str) -> str:
-    """'ptq-w4a16-bn' and 'qat-w4a16-int4' -> 'w4a16'."""
-    for ending in (*REPACKED, "-bn"):
-        label = label.removesuffix(ending)
-    return label.partition("-")[2]
+def label_of(metrics: Metrics) -> Label:
+    return Label.parse(metrics["model"]["label"])
 
 
 def _read(run: RunRoot, path: Path, stage: str, keys: Iterable[str], missing: list[str]) -> dict[str, Any] | None:
@@ -124,13 +117,22 @@ def _has(tree: Any, dotted: str) -> bool:
 
 
 def _trainings(run: RunRoot, missing: list[str]) -> dict[str, Training]:
-    labels = sorted((path.parent.name for path in run.root.glob("*/config.yaml")), key=by_label)
-    if "fp16" not in labels:
+    labels = _labels_with(run, "config.yaml")
+    methods = {Label.parse(label).method for label in labels}
+    if "fp16" not in methods:
         missing.append("train: fp16 was not trained: run 'make train-fp16'")
-    if not [label for label in labels if label.startswith("qat-")]:
+    if "qat" not in methods:
         missing.append("train: no QAT variant was trained: run 'make train-qat'")
-    found = {label: _training(run, label, missing) for label in labels}
-    return {label: training for label, training in found.items() if training}
+    trainings = {}
+    for label in labels:
+        if training := _training(run, label, missing):
+            trainings[label] = training
+    return trainings
+
+
+def _labels_with(run: RunRoot, file_name: str) -> list[str]:
+    """Names of the variants' folders that hold such a file, in the order of the page."""
+    return sorted((path.parent.name for path in run.root.glob(f"*/{file_name}")), key=by_label)
 
 
 def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
@@ -148,7 +150,8 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
         what = f"config.yaml lacks {', '.join(without)}" if without else "no finished epoch or no env.json"
         missing.append(f"train: {label} is left out: {what}")
         return None
-    done = _read(run, folder / "done.json", "train", ("best_sha256",), missing) if _finished(folder) else None
+    done_json = folder / "done.json"
+    done = _read(run, done_json, "train", ("best_sha256",), missing) if done_json.exists() else None
     if done is None:
         n_epochs = config["train"]["epochs"]
         missing.append(f"train: {label} has not finished, {len(history)} of {n_epochs} epochs: run it again to go on")
@@ -156,25 +159,24 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
 
 
 def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
-    found = {}
-    labels = {path.parent.name for path in run.root.glob("*/config.yaml") if path.parent.name.startswith("qat-")}
-    for label in sorted(labels | {path.parent.name for path in run.root.glob("*/quant_config.json")}, key=by_label):
-        folder, stage = run.variant_dir(label), "ptq" if label.startswith("ptq-") else "train"
-        keys = ("scheme", "layers", "share_of_learned_weights")
-        quant_config = _read(run, folder / "quant_config.json", stage, keys, missing)
+    trained = [label for label in _labels_with(run, "config.yaml") if Label.parse(label).method == "qat"]
+    labels = {*trained, *_labels_with(run, "quant_config.json")}
+    quantized = {}
+    for label in sorted(labels, key=by_label):
+        folder = run.variant_dir(label)
+        stage = "ptq" if Label.parse(label).method == "ptq" else "train"
+        quant_config = _read(run, folder / "quant_config.json", stage, QUANT_CONFIG_KEYS, missing)
         health = _read(run, folder / "health.json", stage, ("epoch", "snr_db"), missing)
         if quant_config:
-            found[label] = {**quant_config, "snr_db": health["snr_db"] if health else {}}
-    return found
-
-
-def _finished(folder: Path) -> bool:
-    return (folder / "done.json").exists()
+            quantized[label] = {**quant_config, "snr_db": health["snr_db"] if health else {}}
+    return quantized
 
 
 def _records(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -> list[dict[str, Any]]:
-    paths = sorted(path for path in run.onnx_dir.glob("*.json") if path.name != "export.json")
-    records = list(filter(None, (_read(run, path, "export", RECORD_KEYS, missing) for path in paths)))
+    records = []
+    for path in sorted(run.onnx_dir.glob("*.json")):
+        if record := _read(run, path, "export", RECORD_KEYS, missing):
+            records.append(record)
     for record in records:
         training = trainings.get(record["label"])
         if training and training.done and training.done["best_sha256"] != record["checkpoint_sha256"]:
@@ -184,20 +186,23 @@ def _records(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -
     return records
 
 
-def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> list[dict[str, Any]]:
-    paths = run.root.glob("*-coco/metrics.json")
-    found = [(path, _read(run, path, "eval", METRICS_KEYS, missing)) for path in sorted(paths)]
-    scored: list[dict[str, Any]] = [
-        {**tree, "dir": path.parent.name, "path": str(path.parent)} for path, tree in found if tree
-    ]
+def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> list[Metrics]:
+    scored: list[Metrics] = []
+    for path in sorted(run.root.glob(f"*{SCORES_ENDING}/metrics.json")):
+        if tree := _read(run, path, "eval", METRICS_KEYS, missing):
+            scored.append({**tree, "dir": path.parent.name, "path": str(path.parent)})
     digests = {record["file"]: record["sha256"] for record in records}
-    for m in scored:
-        name, digest = m["model"]["file"], m["model"]["sha256"]
-        if digests.get(name, digest) != digest:
-            missing.append(f"eval: {m['dir']}/metrics.json is of an older {name}: run 'make eval'")
-    labels = {m["model"]["label"] for m in scored}
+    for metrics in scored:
+        file, digest = metrics["model"]["file"], metrics["model"]["sha256"]
+        if digests.get(file, digest) != digest:
+            missing.append(f"eval: {metrics['dir']}/metrics.json is of an older {file}: run 'make eval'")
+    labels = {metrics["model"]["label"] for metrics in scored}
     unscored = dict.fromkeys(record["label"] for record in records if record["label"] not in labels)
     missing += [f"eval: {label} was exported but not scored: run 'make eval'" for label in unscored]
     if not scored:
         missing.append("eval: nothing was scored: run 'make eval'")
-    return sorted(scored, key=lambda m: (m["dir"] != BASELINE_DIR, by_label(m["model"]["label"]), m["dir"]))
+    return sorted(scored, key=_page_order)
+
+
+def _page_order(metrics: Metrics) -> tuple[Any, ...]:
+    return metrics["dir"] != BASELINE.scores_dir, label_of(metrics).order, metrics["dir"]

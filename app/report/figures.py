@@ -14,13 +14,15 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from app.coco.dataset import COCO_2017
+from app.coco.detail import Metrics
 from app.core.curves import COLOURS, HATCHES, LINES, NEUTRAL, overlay_figure, palette
 from app.core.files import write_atomic
 from app.report.evidence import Evidence
-from app.report.findings import Metrics
 
 INK = {"": ("#ffffff", "#1f2328"), "-dark": ("#0d1117", "#e6edf3")}  # suffix -> paper, ink: those of Git hosts
-# The authors' YOLOv10m log (500 epochs, batch 256, one2one head): epoch -> AP on COCO val2017.
+AUTHORS_MODEL = "yolov10m.yaml"
+# The authors' log of it (500 epochs, batch 256, one2one head): epoch -> AP on COCO val2017.
 AUTHORS_YOLOV10M = {
     10: 0.239, 20: 0.347, 50: 0.403, 100: 0.420, 200: 0.461, 300: 0.481, 400: 0.497, 500: 0.510
 }  # fmt: skip
@@ -66,15 +68,16 @@ def curves(evidence: Evidence, figures_dir: Path) -> list[str]:
     if not evidence.trainings:
         return []
     whole = evidence.provenance is not None and is_whole_coco(evidence.provenance)
-    same_model = all(t.config["model"] == "yolov10m.yaml" for t in evidence.trainings.values())
-    reference = AUTHORS_YOLOV10M if whole and same_model else None
+    models = {training.config["model"] for training in evidence.trainings.values()}
+    reference = AUTHORS_YOLOV10M if whole and models == {AUTHORS_MODEL} else None
     variants = {label: training.history for label, training in evidence.trainings.items()}
     text = "**Loss and AP over the epochs**, validated as raw weights, as EMA, and as EMA with re-estimated BN."
     return [draw(figures_dir, "curves.png", text, lambda: overlay_figure(variants, reference))]
 
 
 def is_whole_coco(provenance: dict[str, Any]) -> bool:
-    return provenance["title"] == "COCO 2017" and not any(s["subset"] for s in provenance["splits"].values())
+    has_subset = any(split["subset"] for split in provenance["splits"].values())
+    return provenance["title"] == COCO_2017 and not has_subset
 
 
 def by_size(group: list[Metrics], figures_dir: Path) -> str:
@@ -86,27 +89,30 @@ def by_size(group: list[Metrics], figures_dir: Path) -> str:
 def size_figure(group: list[Metrics]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
-    names = [row_name(m, group) for m in group]
-    width, colours = 0.8 / len(group), palette(names)
-    for i, (m, name) in enumerate(zip(group, names, strict=True)):
+    names = row_names(group)
+    colours = palette(names)
+    hatches = {name: HATCHES[i // len(COLOURS)] for i, name in enumerate(colours)}
+    width, is_narrow = 0.8 / len(group), len(group) > MAX_BARS_UPRIGHT
+    for i, (name, metrics) in enumerate(zip(names, group, strict=True)):
         places = np.arange(len(SIZES)) + (i - (len(group) - 1) / 2) * width
-        values = [m["coco"][size] for size in SIZES]
-        hatch = HATCHES[list(colours).index(name) // len(COLOURS)]
-        drawn = [value or 0 for value in values]
-        bars = axes.bar(places, drawn, width * 0.92, color=colours[name], hatch=hatch, label=name)
-        texts = ["none" if value is None else f"{value:.3f}" for value in values]
-        upright = len(group) <= MAX_BARS_UPRIGHT
-        axes.bar_label(bars, texts, padding=2, fontsize=9 if upright else 8, rotation=0 if upright else 90)
+        aps = [metrics["coco"][size] for size in SIZES]
+        heights = [ap or 0 for ap in aps]
+        bars = axes.bar(places, heights, width * 0.92, color=colours[name], hatch=hatches[name], label=name)
+        texts = ["none" if ap is None else f"{ap:.3f}" for ap in aps]
+        axes.bar_label(bars, texts, padding=2, fontsize=8 if is_narrow else 9, rotation=90 if is_narrow else 0)
     axes.set_xticks(range(len(SIZES)), list(SIZES.values()))
     axes.set(ylabel="AP")
-    axes.margins(y=0.12 if len(group) <= MAX_BARS_UPRIGHT else 0.25)
+    axes.margins(y=0.25 if is_narrow else 0.12)
     return legend_below(figure)
 
 
-def row_name(m: Metrics, group: list[Metrics]) -> str:
-    """The label; with the folder where two rows share it."""
-    shared = sum(other["model"]["label"] == m["model"]["label"] for other in group) > 1
-    return f"{m['model']['label']} ({m['dir']})" if shared else m["model"]["label"]
+def row_names(group: list[Metrics]) -> list[str]:
+    """The labels; with the folder where rows share one."""
+    labels = [metrics["model"]["label"] for metrics in group]
+    names = []
+    for label, metrics in zip(labels, group, strict=True):
+        names.append(f"{label} ({metrics['dir']})" if labels.count(label) > 1 else label)
+    return names
 
 
 def legend_below(figure: Figure) -> Figure:
@@ -123,43 +129,47 @@ def precision_recall(group: list[Metrics], facts: dict[str, Any], figures_dir: P
 
 def pr_figure(group: list[Metrics], facts: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    first = facts["variants"][group[0]["dir"]]["precision"]
-    names = [row_name(m, group) for m in group]
+    variants = [facts["variants"][metrics["dir"]] for metrics in group]
+    names = row_names(group)
     colours = palette(names)
-    for axes, iou in zip(figure.subplots(1, len(first), sharey=True), first, strict=True):
-        for i, (m, name) in enumerate(zip(group, names, strict=True)):
-            values, line = facts["variants"][m["dir"]]["precision"][iou], LINES[i % len(LINES)]
-            axes.plot(facts["recalls"], values, ls=line, lw=2, color=colours[name], label=name)
+    ious = list(variants[0]["precision"])
+    for axes, iou in zip(figure.subplots(1, len(ious), sharey=True), ious, strict=True):
+        for i, (name, variant) in enumerate(zip(names, variants, strict=True)):
+            line = LINES[i % len(LINES)]
+            axes.plot(facts["recalls"], variant["precision"][iou], ls=line, lw=2, color=colours[name], label=name)
         axes.set(xlabel="recall", title=f"IoU {iou}", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("precision")
     return legend_below(figure)
 
 
-def by_class(m: Metrics, base: Metrics, facts: dict[str, Any], figures_dir: Path) -> str:
+def by_class(metrics: Metrics, base: Metrics, facts: dict[str, Any], figures_dir: Path) -> str:
     """Sorted bars of the AP difference of every class between one row and the baseline."""
-    name, base_name = m["model"]["label"], base["model"]["label"]
-    old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, m))
-    found = [c for c in old if old[c] or new[c]]
+    name, base_name = metrics["model"]["label"], base["model"]["label"]
+    old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, metrics))
+    detected = [category for category in old if old[category] or new[category]]
     text = (
         f"**AP by class, {name} minus {base_name}**, sorted: where the loss sits. "
         "Classes with few objects jump by chance."
     )
-    if len(found) < len(old):
-        text += f" Left out: {len(old) - len(found)} of {len(old)} classes, AP 0 in both."
-    change = sorted(((new[c] - old[c], c) for c in found), key=lambda pair: (-pair[0], pair[1]))
-    return draw(figures_dir, f"classes-{m['dir']}.png", text, lambda: class_figure(change, old, base_name))
+    if len(detected) < len(old):
+        text += f" Left out: {len(old) - len(detected)} of {len(old)} classes, AP 0 in both."
+    change = {category: new[category] - old[category] for category in detected}
+    ordered = {category: change[category] for category in sorted(change, key=lambda name: (-change[name], name))}
+    return draw(figures_dir, f"classes-{metrics['dir']}.png", text, lambda: class_figure(ordered, old, base_name))
 
 
-def class_figure(change: list[tuple[float, str]], old: dict[str, float], base_name: str) -> Figure:
-    figure = Figure(figsize=(10, 1.4 + 0.24 * len(change)), layout="constrained")
+def class_figure(change: dict[str, float], old: dict[str, float], base_name: str) -> Figure:
+    """Bars of `change` (class -> difference of AP) from top to bottom; `old` has the APs that it is a change of."""
+    n = len(change)
+    figure = Figure(figsize=(10, 1.4 + 0.24 * n), layout="constrained")
     axes = figure.subplots()
-    values = [value for value, _ in change]
+    values = list(change.values())
     colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in values]
-    bars = axes.barh(range(len(change)), values, color=colours)
+    bars = axes.barh(range(n), values, color=colours)
     axes.bar_label(bars, [f"{value:+.3f}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(change)), [f"{name} ({old[name]:.3f})" for _, name in change], fontsize=9)
-    axes.set(xlabel=f"difference of AP (in brackets: AP of {base_name})", ylim=(len(change) - 0.4, -0.6))
+    axes.set_yticks(range(n), [f"{category} ({old[category]:.3f})" for category in change], fontsize=9)
+    axes.set(xlabel=f"difference of AP (in brackets: AP of {base_name})", ylim=(n - 0.4, -0.6))
     axes.axvline(0, color=NEUTRAL, lw=1)
     axes.margins(x=0.15)
     return figure

@@ -6,31 +6,42 @@ import math
 import statistics
 from typing import Any
 
+from app.coco.detail import Metrics
 from app.core.config import MACHINE_KEYS, Report, UserError, difference, flatten, shown
-from app.core.curves import STATES
-from app.core.results import candidates, train_loss
-from app.report.evidence import BASELINE_DIR, REPACKED, Evidence, Training, scheme_of
+from app.core.labels import BASELINE, Label
+from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, candidates, column, train_loss
+from app.report.evidence import Evidence, Training, label_of
 
-Metrics = dict[str, Any]
-QUANTIZED = ("qat-", "ptq-")  # how labels of quantized variants begin
 TELLING_AP = 0.01  # below it an AP is a handful of lucky boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the variants may differ
+SEEDS = ("train.seed", "data.seed")
+MERGED = ("AP", "AP_difference", "AP_over_ptq")  # values of a row that get a mean over runs with other seeds
+SCORED_VAL_LOSS = column(VAL_LOSS, SCORED)
+LATER_SECTIONS = ("guard", "report")  # change nothing that is trained, exported or scored
 
 
 def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
     """Every number of the page that no other file of the run holds, and the sentences of doubt."""
-    groups, base = measured_alike(evidence.scored), evidence.trainings.get("fp16")
+    trainings = evidence.trainings
+    base = trainings.get(str(BASELINE))
+    groups = []
+    for group in measured_alike(evidence.scored):
+        groups.append({"measured": describe_meter(group[0]), "rows": compare(group)})
+    losses = {}
+    for label, training in trainings.items():
+        if base and training is not base:
+            losses[label] = loss_over(training, base)
     return {
         "run": evidence.run.name,
         "settings": settings.model_dump(mode="json"),
         "missing": evidence.missing,
         "seeds": None,
         "doubts": doubts(evidence),
-        "groups": [{"measured": describe_meter(g[0]), "rows": compare(g)} for g in groups],
-        "health": {label: health(t, settings.min_share_of_best) for label, t in evidence.trainings.items()},
-        "trainings": {label: speed(training) for label, training in evidence.trainings.items()},
-        "losses": {label: loss_over(t, base) for label, t in evidence.trainings.items() if base and t is not base},
-        "configs": {label: training.config for label, training in evidence.trainings.items()},
+        "groups": groups,
+        "health": {label: health(training, settings.min_share_of_best) for label, training in trainings.items()},
+        "trainings": {label: speed(training) for label, training in trainings.items()},
+        "losses": losses,
+        "configs": {label: training.config for label, training in trainings.items()},
     }
 
 
@@ -45,89 +56,100 @@ def meter(metrics: Metrics) -> tuple[Any, ...]:
 
 def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:
     """Groups of equal meter; the group with the baseline first, then those with more images."""
-    groups = [[m for m in scored if meter(m) == key] for key in dict.fromkeys(meter(m) for m in scored)]
-    return sorted(groups, key=lambda g: (g[0]["dir"] != BASELINE_DIR, -g[0]["dataset"]["n_images"]))
+    groups: dict[tuple[Any, ...], list[Metrics]] = {}
+    for metrics in scored:
+        groups.setdefault(meter(metrics), []).append(metrics)
+    return sorted(groups.values(), key=lambda group: (not is_baseline(group[0]), -group[0]["dataset"]["n_images"]))
 
 
-def is_quantized(label: str) -> bool:
-    """Whether a label is a quantized model of its own: not fp16, and no other packing of one."""
-    return label.startswith(QUANTIZED) and not label.endswith(REPACKED)
+def is_baseline(metrics: Metrics) -> bool:
+    return metrics["dir"] == BASELINE.scores_dir
 
 
-def describe_meter(m: Metrics) -> dict[str, Any]:
-    """How a group was measured, for its label."""
-    dataset = m["dataset"]
+def describe_meter(metrics: Metrics) -> dict[str, Any]:
+    """How a group was measured, for the line above its table."""
+    dataset, settings = metrics["dataset"], metrics["settings"]
     keys = ("title", "split", "n_images", "n_images_listed", "subset", "complete_coco_val")
     return {
         **{key: dataset[key] for key in keys},
         "annotations": dataset["annotation_sha256"][:12],
         "images": dataset["image_ids_sha256"][:12],
-        "imgsz": m["model"]["imgsz"],
-        **{key: m["settings"][key] for key in ("conf", "max_det", "evaluator")},
+        "imgsz": metrics["model"]["imgsz"],
+        "conf": settings["conf"],
+        "max_det": settings["max_det"],
+        "evaluator": settings["evaluator"],
     }
 
 
 def compare(group: list[Metrics]) -> list[dict[str, Any]]:
     """A row for every file of a group: AP and size against the baseline of the same group, None without one."""
-    base = group[0] if group[0]["dir"] == BASELINE_DIR else None
+    base = group[0] if is_baseline(group[0]) else None
     rows = []
-    for m in group:
-        ap, base_ap = m["coco"]["AP"], base["coco"]["AP"] if base and m is not base else None
-        size = m["model"]["size_bytes"]
+    for metrics in group:
+        other = base if metrics is not base else None
+        ap, size = metrics["coco"]["AP"], metrics["model"]["size_bytes"]
+        base_ap = other["coco"]["AP"] if other else None
         rows.append({
-            "dir": m["dir"],
-            "label": m["model"]["label"],
-            "file": m["model"]["file"],
+            "dir": metrics["dir"],
+            "label": metrics["model"]["label"],
+            "file": metrics["model"]["file"],
             "AP": ap,
             "AP_difference": None if ap is None or base_ap is None else ap - base_ap,
             "size_mb": size / 1e6,
-            "size_share": size / base["model"]["size_bytes"] if base and m is not base else None,
-            "AP_over_ptq": over_ptq(m, group),
-            "p50_ms": m["latency_ms"]["p50"],
-            "provider": m["runtime"]["provider"].removesuffix("ExecutionProvider"),
+            "size_share": size / other["model"]["size_bytes"] if other else None,
+            "AP_over_ptq": over_ptq(metrics, group),
+            "p50_ms": metrics["latency_ms"]["p50"],
+            "provider": metrics["runtime"]["provider"].removesuffix("ExecutionProvider"),
             "over_runs": None,
         })  # fmt: skip
     return rows
 
 
-def over_ptq(m: Metrics, group: list[Metrics]) -> float | None:
+def over_ptq(metrics: Metrics, group: list[Metrics]) -> float | None:
     """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare."""
-    label, ap = m["model"]["label"], m["coco"]["AP"]
-    rivals = [other["coco"]["AP"] for other in of_scheme(group, "ptq", scheme_of(label))]
-    known = [rival for rival in rivals if rival is not None]
-    is_qat = is_quantized(label) and label.startswith("qat-")
-    return ap - max(known) if is_qat and known and ap is not None else None
+    label, ap = label_of(metrics), metrics["coco"]["AP"]
+    if label.method != "qat" or label.is_repacked or ap is None:
+        return None
+    rivals = []
+    for other in group:
+        rival, rival_ap = label_of(other), other["coco"]["AP"]
+        if rival.method == "ptq" and rival.scheme == label.scheme and not rival.is_repacked and rival_ap is not None:
+            rivals.append(rival_ap)
+    return ap - max(rivals) if rivals else None
 
 
-def of_scheme(group: list[Metrics], kind: str, scheme: str) -> list[Metrics]:
-    """The rows of one kind ('qat' or 'ptq') and scheme, without repacked files."""
-    labels = [(m, m["model"]["label"]) for m in group]
-    return [m for m, label in labels if is_quantized(label) and label.startswith(kind) and scheme_of(label) == scheme]
+def judged_labels(labels: list[Label]) -> list[Label]:
+    """The quantized models that get a verdict and figures of their own: QAT, and PTQ where its scheme was not trained.
+
+    Repacked files are left out, as they hold the weights of another one.
+    """
+    quantized = [label for label in labels if label.is_quantized and not label.is_repacked]
+    trained = {label.scheme for label in quantized if label.method == "qat"}
+    return [label for label in quantized if label.method == "qat" or label.scheme not in trained]
 
 
 def shown_apart(group: list[Metrics]) -> list[Metrics]:
-    """The quantized rows that get figures of their own: QAT, and PTQ where its scheme was not trained."""
-    quantized = [m for m in group if is_quantized(m["model"]["label"])]
-    qat = {scheme_of(m["model"]["label"]) for m in quantized if m["model"]["label"].startswith("qat-")}
-    return [m for m in quantized if m["model"]["label"].startswith("qat-") or scheme_of(m["model"]["label"]) not in qat]
+    """The rows that get figures of their own, see judged_labels."""
+    labels = judged_labels([label_of(metrics) for metrics in group])
+    return [metrics for metrics in group if label_of(metrics) in labels]
 
 
 def distinct(group: list[Metrics]) -> list[Metrics]:
     """The rows without files that hold the weights of another row."""
-    return [m for m in group if not m["model"]["label"].endswith(REPACKED)] or group
+    return [metrics for metrics in group if not label_of(metrics).is_repacked] or group
 
 
 def health(training: Training, min_share: float) -> dict[str, Any]:
-    """Whether the scored AP (EMA + re-estimated BN) ever fell below `min_share` of its running best after warm-up (that
-    of the learning rate and that of quantization), once that best was at least TELLING_AP.
+    """Whether the scored AP (EMA + re-estimated BN) stayed above `min_share` of its running best.
 
-    `lowest_share` is the lowest of AP / running best, first met at `lowest_epoch`; None where no epoch could be judged.
+    Epochs are judged after both warm-ups, that of the learning rate and that of quantization, and once the running best
+    is at least TELLING_AP. `lowest_share` is the lowest of AP / running best, first met at `lowest_epoch`. Both are
+    None where no epoch could be judged.
     """
-    best, lowest, lowest_epoch = 0.0, None, None
+    best, lowest, lowest_epoch, n_judged = 0.0, None, None, 0
     after = math.ceil(training.config["hyp"]["warmup_epochs"])
-    n_judged = 0
     for row in candidates(training.history):
-        ap = row["AP/ema_bn"]
+        ap = row[SCORED_AP]
         best = max(best, ap)
         if row["epoch"] > after and best >= TELLING_AP:
             n_judged += 1
@@ -151,13 +173,15 @@ def loss_over(training: Training, base: Training) -> dict[str, Any] | None:
     Where the second is much larger than the first, what is scored is not what was trained: the earlier recipe of
     runs/LOG.md had +0.13 and +3.67.
     """
-    of_base = {row["epoch"]: row for row in candidates(base.history)}
-    both = [(row, of_base[row["epoch"]]) for row in candidates(training.history) if row["epoch"] in of_base]
-    if not both:
+    base_rows = {row["epoch"]: row for row in candidates(base.history)}
+    common = [row for row in candidates(training.history) if row["epoch"] in base_rows]
+    if not common:
         return None
-    ours, theirs = both[-1]
-    val = finite(ours["val_loss/ema_bn"] - theirs["val_loss/ema_bn"])
-    return {"epoch": int(ours["epoch"]), "train": finite(train_loss(ours) - train_loss(theirs)), "val": val}
+    row = common[-1]
+    base_row = base_rows[row["epoch"]]
+    train = train_loss(row) - train_loss(base_row)
+    val = row[SCORED_VAL_LOSS] - base_row[SCORED_VAL_LOSS]
+    return {"epoch": int(row["epoch"]), "train": finite(train), "val": finite(val)}
 
 
 def finite(value: float) -> float | None:
@@ -168,55 +192,57 @@ def finite(value: float) -> float | None:
 def speed(training: Training) -> dict[str, Any]:
     """The best epoch of a training, and how long it took; None where no epoch was validated."""
     history = training.history
-    validated = candidates(history)
-    scores = [finite(row["AP/ema_bn"]) or 0.0 for row in validated]
-    best = validated[scores.index(max(scores))] if scores else None
+    best = best_row(training)
     return {
         "epochs": len(history),
         "epochs_planned": training.config["train"]["epochs"],
         "best_epoch": int(best["epoch"]) if best else None,
-        "AP": {state: finite(best[f"AP/{state}"]) if best else None for state in STATES},
+        "AP": {state: finite(best[column(AP, state)]) if best else None for state in STATES},
         "train_loss": finite(train_loss(best)) if best else None,
-        "val_loss": finite(best["val_loss/ema_bn"]) if best else None,
+        "val_loss": finite(best[SCORED_VAL_LOSS]) if best else None,
         "images_per_s": sum(row["time/images_per_s"] for row in history) / len(history),
         "hours": sum(row["time/epoch_s"] for row in history) / 3600,
     }
 
 
+def best_row(training: Training) -> Row | None:
+    """The first of the epochs with the highest scored AP, where NaN counts as 0."""
+    return max(candidates(training.history), key=lambda row: finite(row[SCORED_AP]) or 0.0, default=None)
+
+
 def doubts(evidence: Evidence) -> list[str]:
     """Sentences about what makes the comparison of the variants weaker than it looks."""
-    trainings = list(evidence.trainings.values())
-    found = []
-    for other in trainings[1:]:
-        if keys := difference(trainings[0].config, other.config, ignore=(*MACHINE_KEYS, *FAIR_DIFFERENCES)):
-            found.append(
-                f"{other.label} was trained with another configuration than {trainings[0].label}: {', '.join(keys)}."
-            )
-    for key, what in (("code_version", "code"), ("lock_sha256", "package lock"), ("device", "device"), ("gpus", "GPU")):
-        values = {str(training.environment.get(key)) for training in trainings}
-        if len(values) > 1:
-            found.append(f"The variants were trained with different {what}: see Environment.")
-    if any(str(t.environment["code_version"]).endswith("-dirty") for t in trainings):
-        found.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    lines = doubts_of_trainings(list(evidence.trainings.values()))
     for record in evidence.records:
         parity = record["gates"].get("parity", {})
         if parity.get("magnifies_rounding"):
             off = f"{parity['max_box_px']:.2g} px and {parity['max_score']:.2g} in score"
-            found.append(
+            lines.append(
                 f"{record['file']} is off torch by {off}: its network magnifies rounding, and is hardly trained."
             )
-    aps = [m["coco"]["AP"] or 0.0 for m in evidence.scored if m["dir"] == BASELINE_DIR]
-    if aps and max(aps) < TELLING_AP:
-        found.append("The baseline detects next to nothing: differences between such APs say nothing.")
-    devices = {(m["runtime"]["device"], m["runtime"]["provider"]) for m in evidence.scored}
+    base_aps = [metrics["coco"]["AP"] or 0.0 for metrics in evidence.scored if is_baseline(metrics)]
+    if base_aps and max(base_aps) < TELLING_AP:
+        lines.append("The baseline detects next to nothing: differences between such APs say nothing.")
+    devices = {(metrics["runtime"]["device"], metrics["runtime"]["provider"]) for metrics in evidence.scored}
     if len(devices) > 1:
-        found.append("The files were timed on different devices or providers: do not compare their latencies.")
-    return found
+        lines.append("The files were timed on different devices or providers: do not compare their latencies.")
+    return lines
 
 
-SEEDS = ("train.seed", "data.seed")
-MERGED = ("AP", "AP_difference", "AP_over_ptq")
-LATER_SECTIONS = ("guard", "report")  # change nothing that is trained, exported or scored
+def doubts_of_trainings(trainings: list[Training]) -> list[str]:
+    lines = []
+    for other in trainings[1:]:
+        first = trainings[0]
+        if keys := difference(first.config, other.config, ignore=(*MACHINE_KEYS, *FAIR_DIFFERENCES)):
+            lines.append(f"{other.label} was trained with another configuration than {first.label}: {', '.join(keys)}.")
+    for key, what in (("code_version", "code"), ("lock_sha256", "package lock"), ("device", "device"), ("gpus", "GPU")):
+        values = {str(training.environment.get(key)) for training in trainings}
+        if len(values) > 1:
+            lines.append(f"The variants were trained with different {what}: see Environment.")
+    versions = [str(training.environment["code_version"]) for training in trainings]
+    if any(version.endswith("-dirty") for version in versions):
+        lines.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    return lines
 
 
 def check_same(first: Evidence, other: Evidence) -> None:
@@ -228,12 +254,13 @@ def check_same(first: Evidence, other: Evidence) -> None:
     """
     names = f"{other.run.name} cannot be merged with {first.run.name}"
     for label in first.finished.keys() & other.finished.keys():
-        a, b = first.finished[label].config, other.finished[label].config
-        differences = difference(a, b, ignore=(*MACHINE_KEYS, *LATER_SECTIONS))
-        if wrong := {key: of for key, of in differences.items() if key not in SEEDS}:
+        config = first.finished[label].config
+        differences = difference(config, other.finished[label].config, ignore=(*MACHINE_KEYS, *LATER_SECTIONS))
+        if wrong := {key: values for key, values in differences.items() if key not in SEEDS}:
             raise UserError(f"{names}: the settings of {label} differ in more than seeds ({shown(wrong)})")
-        if not any(key in SEEDS for key in differences):
-            seeds = ", ".join(f"{key}={flatten(a)[key]}" for key in SEEDS)
+        if not differences:
+            values = flatten(config)
+            seeds = ", ".join(f"{key}={values[key]}" for key in SEEDS)
             raise UserError(f"{names}: {label} has the same seeds in both ({seeds}): train with --set train.seed=N")
     if not first.scored or not other.scored:
         raise UserError(f"{names}: {(other if first.scored else first).run.name} has no scores, run 'make eval' first")
@@ -258,25 +285,37 @@ def enter_seeds(found: dict[str, Any], evidences: list[Evidence]) -> None:
             check_same(first, other)
     min_share = found["settings"]["min_share_of_best"]
     runs = [one_run(evidence, min_share) for evidence in evidences]
-    dirs = dict.fromkeys(name for run in runs for name in run["AP"])
-    over_runs = {name: {what: spread([run[what].get(name) for run in runs]) for what in MERGED} for name in dirs}
+    dirs: dict[str, None] = {}
+    for run in runs:
+        dirs |= dict.fromkeys(run["AP"])
+    over_runs = {folder: over_all(runs, folder) for folder in dirs}
     found["seeds"] = {"runs": runs, "over_runs": over_runs}
     found["run"] = ", ".join(evidence.run.name for evidence in evidences)
-    others = [f"{e.run.name}: {line}" for e in evidences[1:] for line in e.missing]
-    found["missing"] = [*found["missing"], *others]
+    for other in evidences[1:]:
+        found["missing"] = [*found["missing"], *(f"{other.run.name}: {line}" for line in other.missing)]
     for row in found["groups"][0]["rows"]:
         row["over_runs"] = over_runs[row["dir"]]
 
 
 def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:
+    """The entry of a run in seeds.runs."""
+    first = next(iter(evidence.trainings.values()), None)
+    config = flatten(first.config) if first else {}
+    entry: dict[str, Any] = {"name": evidence.run.name, "seeds": {key: config.get(key) for key in SEEDS}}
     rows = compare(measured_alike(evidence.scored)[0])
-    config = flatten(next(iter(evidence.trainings.values())).config) if evidence.trainings else {}
-    return {
-        "name": evidence.run.name,
-        "seeds": {key: config.get(key) for key in SEEDS},
-        **{what: {row["dir"]: row[what] for row in rows} for what in MERGED},
-        "healthy": {label: health(t, min_share)["healthy"] for label, t in evidence.trainings.items()},
-    }
+    for what in MERGED:
+        entry[what] = {row["dir"]: row[what] for row in rows}
+    judged = {label: health(training, min_share) for label, training in evidence.trainings.items()}
+    entry["healthy"] = {label: judgement["healthy"] for label, judgement in judged.items()}
+    return entry
+
+
+def over_all(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
+    """Number, mean and spread of every merged value of a scored folder."""
+    merged = {}
+    for what in MERGED:
+        merged[what] = spread([run[what].get(folder) for run in runs])
+    return merged
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from pycocotools.coco import COCO
 
-from app.coco.detail import choose
+from app.coco.detail import Metrics, choose
+from app.coco.images import read_image
 from app.core.config import Report
 from app.core.curves import COLOURS
 from app.core.files import read_json
 from app.core.run import RunRoot
 from app.report.figures import draw
-from app.report.findings import Metrics
 
 PANEL_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1])  # ground truth, baseline, quantized
 PANEL_INCH = 3.1  # width of a panel
@@ -30,15 +30,17 @@ MAX_SIDE_PX = 480  # larger photos are shrunk: each is a few centimetres wide on
 
 def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], truth: COCO, settings: Report) -> str:
     """figures/gallery-<dir>.jpg and -dark.jpg for (baseline, quantized); enters its choice into `facts`."""
-    base, other = (facts["variants"][m["dir"]] for m in pair)
+    base, other = (facts["variants"][metrics["dir"]] for metrics in pair)
     chosen = choose(base["f1_by_image"], other["f1_by_image"], settings.gallery_images, settings.gallery_seed)
     rows = [{"image_id": int(image_id), "why": why, "f1_difference": change} for image_id, why, change in chosen]
-    base_name, name = (m["model"]["label"] for m in pair)
+    base_name, name = (metrics["model"]["label"] for metrics in pair)
     other["gallery"] = rows
     columns: dict[str, Any] = {"ground truth": truth.imgToAnns}
-    for m in pair:
-        columns[m["model"]["label"]] = detections(Path(m["path"]), facts["variants"][m["dir"]]["best_score"])
-    images_dir = Path(pair[0]["dataset"]["coco_dir"]) / pair[0]["dataset"]["split"]
+    for metrics in pair:
+        min_score = facts["variants"][metrics["dir"]]["best_score"]
+        columns[metrics["model"]["label"]] = detections(Path(metrics["path"]), min_score)
+    dataset = pair[0]["dataset"]
+    images_dir = Path(dataset["coco_dir"]) / dataset["split"]
     images = {row["image_id"]: images_dir / truth.imgs[row["image_id"]]["file_name"] for row in rows}
     text = (
         f"**Val images, {base_name} and {name}.** Each shows its boxes from the score at which its own F1 over the "
@@ -53,27 +55,25 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
 
 def detections(folder: Path, min_score: float) -> dict[int, list[dict[str, Any]]]:
     """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top)."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in sorted(read_json(folder / "detections.json", "eval"), key=lambda row: row["score"]):
         if row["score"] >= min_score:
-            found[row["image_id"]].append(row)
-    return found
+            boxes[row["image_id"]].append(row)
+    return boxes
 
 
 def gallery_figure(
     rows: list[dict[str, Any]], images: dict[int, Path], columns: dict[str, Any], names: dict[int, str]
 ) -> Figure:
     """One row an image, one column each for the ground truth and the variants."""
-    pictures = {row["image_id"]: Image.open(images[row["image_id"]]).convert("RGB") for row in rows}
-    heights = [picture.height / picture.width for picture in pictures.values()]
+    pictures = [picture(images[row["image_id"]]) for row in rows]
+    heights = [photo.height / photo.width for photo in pictures]
     figure = Figure(figsize=(10, 0.4 + PANEL_INCH * sum(heights) + 0.1 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for row, line in zip(rows, grid, strict=True):
-        picture = pictures[row["image_id"]]
-        scale = min(1.0, MAX_SIDE_PX / max(picture.size))
-        small = picture.resize([max(1, round(side * scale)) for side in picture.size])
+    for row, photo, line in zip(rows, pictures, grid, strict=True):
+        pixels = np.asarray(shrunk(photo))
         for axes, (title, boxes), colour in zip(line, columns.items(), PANEL_COLOURS, strict=True):
-            axes.imshow(np.asarray(small), extent=(0, picture.width, picture.height, 0))
+            axes.imshow(pixels, extent=(0, photo.width, photo.height, 0))
             axes.set(xticks=[], yticks=[], title=title if row is rows[0] else "")
             axes.spines[:].set_visible(False)
             draw_boxes(axes, boxes[row["image_id"]], names, colour)
@@ -81,19 +81,31 @@ def gallery_figure(
     return figure
 
 
+def picture(path: Path) -> Image.Image:
+    """The photo as training and eval see it: turned as its EXIF says, 16-bit greys made 8-bit RGB."""
+    return Image.fromarray(read_image(path)[:, :, ::-1])  # OpenCV's order is BGR
+
+
+def shrunk(photo: Image.Image) -> Image.Image:
+    scale = min(1.0, MAX_SIDE_PX / max(photo.size))
+    return photo.resize([max(1, round(side * scale)) for side in photo.size])
+
+
 def draw_boxes(axes: Axes, boxes: list[dict[str, Any]], names: dict[int, str], colour: str) -> None:
     """Boxes x,y,w,h in px of the picture, each with its class, its score or 'crowd'."""
     axes.autoscale(False)
     for box in boxes:
         x, y, width, height = box["bbox"]
-        crowd = bool(box.get("iscrowd"))
-        line = "--" if crowd else "-"
-        patch = Rectangle((x, y), width, height, fill=False, color=colour, lw=1.6, ls=line)
+        is_crowd = bool(box.get("iscrowd"))
+        patch = Rectangle((x, y), width, height, fill=False, color=colour, lw=1.6, ls="--" if is_crowd else "-")
         patch.set_path_effects([withStroke(linewidth=3, foreground="white")])  # seen on any background
         axes.add_patch(patch)
-        extra = f" {box['score']:.2f}" if "score" in box else " crowd" if crowd else ""
-        place = (
-            "bottom" if y > LABEL_SHARE * axes.get_ylim()[0] else "top"
-        )  # inside the box at the image's upper border
-        label = axes.text(x, y, names[box["category_id"]] + extra, color="white", fontsize=7, va=place, clip_on=True)
+        text = names[box["category_id"]]
+        if "score" in box:
+            text += f" {box['score']:.2f}"
+        elif is_crowd:
+            text += " crowd"
+        is_at_border = y <= LABEL_SHARE * axes.get_ylim()[0]  # above the box there is no room in the image
+        place = "top" if is_at_border else "bottom"
+        label = axes.text(x, y, text, color="white", fontsize=7, va=place, clip_on=True)
         label.set_bbox({"facecolor": colour, "edgecolor": "none", "pad": 1})

@@ -42,7 +42,7 @@ def page(text: str, root: Path, name: str) -> str:
         name: of the run, for the title.
     """
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"], output_format="html")
-    body = re.sub(r'(src|srcset)="([^":]+)"', lambda found: f'{found[1]}="{data_uri(root / found[2])}"', body)
+    body = re.sub(r'(src|srcset)="([^":]+)"', lambda match: f'{match[1]}="{data_uri(root / match[2])}"', body)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(name)}</title>'

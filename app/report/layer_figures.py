@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from app.core.curves import NEUTRAL, palette
+from app.core.labels import BASELINE, Label
 from app.core.results import Rows
 from app.report.evidence import Evidence
 from app.report.figures import draw, legend_below
 
 MARKERS = ("o", "D", "^", "s", "v", "P")
-BASELINE = "fp16"  # has no quantized layers, and keeps its colour
 HEALTH_LINES = {
     "oscillating": "oscillating", "flipped": "flipped", "ema_differs": "EMA differs",
     "snr_mean_db": "mean of the layers", "snr_min_db": "worst layer",
@@ -26,17 +27,25 @@ FLOAT = 10  # where layers without bits are drawn on the axis of bits
 
 def layers(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Quantization SNR and bits of every layer, all variants on the same axes; where health.json has them."""
-    variants = {label: quantized for label, quantized in evidence.quantized.items() if quantized["snr_db"]}
-    # PTQ with re-estimated BatchNorm has the weights of PTQ without.
-    variants = {label: quantized for label, quantized in variants.items() if not label.endswith("-bn")}
+    variants = {}
+    for label, quantized in evidence.quantized.items():
+        # PTQ with re-estimated BatchNorm has the weights of PTQ without.
+        if quantized["snr_db"] and not Label.parse(label).bn:
+            variants[label] = quantized
     if not variants:
         return []
-    told = "; ".join(f"{label} {worst(quantized['snr_db'])}" for label, quantized in variants.items())
+    noisiest = [f"{label} {worst(quantized['snr_db'])}" for label, quantized in variants.items()]
     text = (
         "**Noise and bits by layer**, from the input to the heads: signal-to-noise ratio of the quantized weights at "
-        f"the best epoch (power of w over power of w - w_q, in dB), and the bits of each layer. Noisiest: {told}."
+        "the best epoch (power of w over power of w - w_q, in dB), and the bits of each layer. Noisiest: "
+        f"{'; '.join(noisiest)}."
     )
     return [draw(figures_dir, "layers.png", text, lambda: layer_figure(variants))]
+
+
+def palette_of(variants: Iterable[str]) -> dict[str, str]:
+    """Colours for quantized variants: the baseline has no quantized layers, and keeps its colour."""
+    return palette([str(BASELINE), *variants])
 
 
 def worst(snr_db: dict[str, float]) -> str:
@@ -48,17 +57,18 @@ def layer_figure(variants: dict[str, dict[str, Any]]) -> Figure:
     """Layers in the order of quant_config.json, which is the same for all variants of a model."""
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     noise, bits = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.1))
-    colours = palette([BASELINE, *variants])
+    colours = palette_of(variants)
     for i, (label, quantized) in enumerate(variants.items()):
-        names = [layer["name"] for layer in quantized["layers"]]
-        measured = [
-            (place, quantized["snr_db"][name]) for place, name in enumerate(names) if name in quantized["snr_db"]
-        ]
-        places, snr = zip(*measured, strict=True)
-        noise.plot(places, snr, MARKERS[i % len(MARKERS)], ms=4, alpha=0.85, color=colours[label], label=label)
+        marker, snr_db = MARKERS[i % len(MARKERS)], quantized["snr_db"]
         shift = (i - (len(variants) - 1) / 2) * 0.35  # variants of the same bits stay apart
-        levels = [(FLOAT if layer["exempt"] else layer["bits"]) + shift for layer in quantized["layers"]]
-        bits.plot(range(len(names)), levels, MARKERS[i % len(MARKERS)], ms=3, color=colours[label])
+        measured, levels = {}, []
+        for place, layer in enumerate(quantized["layers"]):
+            levels.append((FLOAT if layer["exempt"] else layer["bits"]) + shift)
+            if layer["name"] in snr_db:
+                measured[place] = snr_db[layer["name"]]
+        places, snr = list(measured), list(measured.values())
+        noise.plot(places, snr, marker, ms=4, alpha=0.85, color=colours[label], label=label)
+        bits.plot(range(len(levels)), levels, marker, ms=3, color=colours[label])
     noise.set_ylabel("SNR of quantization in dB")
     bits.set(ylabel="bits", xlabel="layer, by the number of its block", ylim=(2.5, FLOAT + 1.5))
     bits.set_yticks([4, 8, FLOAT], ["4", "8", "float"])
@@ -83,11 +93,10 @@ def mark_blocks(names: list[str], panels: tuple[Axes, Axes]) -> None:
 
 def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Shares of weights that flip and oscillate, and the quantization noise, over the epochs; where recorded."""
-    recorded = {
-        label: [row for row in training.history if "health/oscillating" in row]
-        for label, training in evidence.trainings.items()
-    }
-    variants = {label: rows for label, rows in recorded.items() if rows}
+    variants = {}
+    for label, training in evidence.trainings.items():
+        if rows := [row for row in training.history if "health/oscillating" in row]:
+            variants[label] = rows
     if not variants:
         return []
     text = (
@@ -101,23 +110,25 @@ def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
 def health_figure(variants: dict[str, Rows]) -> Figure:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     shares, noise = figure.subplots(1, 2)
-    panels = {
-        shares: {"oscillating": "-", "flipped": "--", "ema_differs": ":"},
-        noise: {"snr_mean_db": "-", "snr_min_db": ":"},
-    }
-    colours = palette([BASELINE, *variants])
-    for axes, lines in panels.items():
-        for label, rows in variants.items():
-            for name, line in lines.items():
-                known = [row for row in rows if f"health/{name}" in row]
-                epochs, values = [row["epoch"] for row in known], [row[f"health/{name}"] for row in known]
-                axes.plot(epochs, values, line, marker=".", color=colours[label], label=label if line == "-" else None)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        styles = [Line2D([], [], color=NEUTRAL, ls=line, label=HEALTH_LINES[name]) for name, line in lines.items()]
-        axes.legend(handles=styles, frameon=False)
+    draw_health(shares, {"oscillating": "-", "flipped": "--", "ema_differs": ":"}, variants)
+    draw_health(noise, {"snr_mean_db": "-", "snr_min_db": ":"}, variants)
     shares.set_ylim(bottom=0)
     shares.set_ylabel("share of the quantized weights")
     noise.set_ylabel("SNR of quantization in dB")
     return legend_below(figure)
+
+
+def draw_health(axes: Axes, lines: dict[str, str], variants: dict[str, Rows]) -> None:
+    """`lines` maps columns health/<name> to their line styles; the colour tells the variant."""
+    colours = palette_of(variants)
+    for label, rows in variants.items():
+        for name, line in lines.items():
+            known = [row for row in rows if f"health/{name}" in row]
+            epochs = [row["epoch"] for row in known]
+            values = [row[f"health/{name}"] for row in known]
+            axes.plot(epochs, values, line, marker=".", color=colours[label], label=label if line == "-" else None)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    styles = [Line2D([], [], color=NEUTRAL, ls=line, label=HEALTH_LINES[name]) for name, line in lines.items()]
+    axes.legend(handles=styles, frameon=False)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from app.core.config import BUILTIN_DATASET, UserError
+from app.coco.dataset import BUILTIN_TITLE
+from app.core.config import UserError
 from app.core.environment import utc_now
-from app.core.files import read_json, write_text
+from app.core.files import new_folder, read_json, write_text
+from app.core.labels import SCORES_ENDING
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
 from app.report.html import page
@@ -18,9 +21,10 @@ from app.report.summary import ap_text, difference_text, health_lines, sample, v
 
 log = logging.getLogger(__name__)
 KEPT = (
-    "run.json", "report.json", "dataset/provenance.json", "figures/*.json", "onnx/*.json", "*-coco/metrics.json",
-    *(f"*/{name}.yaml" for name in ("config", "args")), *(f"*/{name}.csv" for name in ("results", "loss_curve")),
-    *(f"*/{name}.json" for name in ("env", "done", "quant_config", "health")), "*/loss_curve.png",
+    "run.json", "report.json", "dataset/provenance.json", "figures/*.json", "onnx/*.json",
+    f"*{SCORES_ENDING}/metrics.json",
+    "*/config.yaml", "*/args.yaml", "*/results.csv", "*/loss_curve.csv", "*/loss_curve.png",
+    "*/env.json", "*/done.json", "*/quant_config.json", "*/health.json",
 )  # fmt: skip
 PICTURE = re.compile(r'<picture>.*?src="(figures/[^"]+)".*?</picture>')
 LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s]+)\)")
@@ -48,8 +52,8 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
         raise UserError(f"{target} is there already: ARGS=--force replaces it and adds another entry to the log")
     evidence = gather(run)
     text = run.summary.read_text(encoding="utf-8")
-    drawn = evidence.provenance is not None and evidence.provenance["title"] == f"built-in {BUILTIN_DATASET}"
-    copy(run, target, [name for name in PICTURE.findall(text) if drawn or is_figure(name)])
+    is_builtin = evidence.provenance is not None and evidence.provenance["title"] == BUILTIN_TITLE
+    copy(run, target, [name for name in PICTURE.findall(text) if is_builtin or is_figure(name)])
     text = without_dead_ends(text, target)
     write_text(target / "summary.md", text)
     write_text(target / "summary.html", page(text, target, run.name))
@@ -64,24 +68,23 @@ def is_figure(name: str) -> bool:
 
 def copy(run: RunRoot, target: Path, pictures: list[str]) -> None:
     """Fills `target` anew with the files of KEPT and the pictures in both themes; it appears when it is complete."""
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    files = {path for pattern in KEPT for path in run.root.glob(pattern)}
+    files: set[Path] = set()
+    for pattern in KEPT:
+        files.update(run.root.glob(pattern))
     for name in pictures:
         light = run.root / name
         files |= {light, light.with_stem(f"{light.stem}-dark")}
-    for path in sorted(files):
-        copied = part / path.relative_to(run.root)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copied)
-    shutil.rmtree(target, ignore_errors=True)
-    part.replace(target)
+    with new_folder(target, replace=True) as part:
+        for path in sorted(files):
+            copied = part / path.relative_to(run.root)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copied)
 
 
 def without_dead_ends(text: str, target: Path) -> str:
     """The page with a sentence in place of every picture, and code in place of every link, that has no file there."""
-    text = PICTURE.sub(lambda found: found[0] if (target / found[1]).exists() else NO_PHOTOS, text)
-    text = LINK.sub(lambda found: found[0] if (target / found[2]).exists() else f"`{found[2]}`", text)
+    text = PICTURE.sub(lambda match: match[0] if (target / match[1]).exists() else NO_PHOTOS, text)
+    text = LINK.sub(lambda match: match[0] if (target / match[2]).exists() else f"`{match[2]}`", text)
     title, _, rest = text.partition("\n")
     note = "Published without weights, ONNX files, logs and detections: names without a link are of the whole run root."
     return f"{title}\n{rest.rstrip()}\n\n{note}\n"
@@ -90,7 +93,7 @@ def without_dead_ends(text: str, target: Path) -> str:
 def entry(evidence: Evidence, found: dict[str, Any], aim: str | None) -> str:
     """Markdown of one entry: aim, command, commit, machine, result, verdict."""
     environments = [training.environment for training in evidence.trainings.values()]
-    environments += [m["environment"] for m in evidence.scored]
+    environments += [metrics["environment"] for metrics in evidence.scored]
     facts = {
         "aim": aim or compared(evidence),
         "command": listed(f"`{environment['command']}`" for environment in environments),
@@ -105,15 +108,18 @@ def entry(evidence: Evidence, found: dict[str, Any], aim: str | None) -> str:
     return "\n".join([f"## {utc_now()[:10]} {found['run']}", "", *lines])
 
 
-def listed(values: Any) -> str:
+def listed(values: Iterable[str]) -> str:
+    """The values in their order, each once."""
     return ", ".join(dict.fromkeys(values)) or "unknown"
 
 
 def compared(evidence: Evidence) -> str:
     """'compare fp16, qat-w4a16: yolov10m.yaml, 300 epochs, seed 0'."""
-    settings = [training.config for training in evidence.trainings.values()]
-    shown = [f"{c['model']}, {c['train']['epochs']} epochs, seed {c['train']['seed']}" for c in settings]
-    return f"compare {listed(evidence.trainings)}: {listed(shown)}"
+    settings = []
+    for training in evidence.trainings.values():
+        train = training.config["train"]
+        settings.append(f"{training.config['model']}, {train['epochs']} epochs, seed {train['seed']}")
+    return f"compare {listed(evidence.trainings)}: {listed(settings)}"
 
 
 def machine(environment: dict[str, Any]) -> str:
@@ -126,11 +132,10 @@ def results(found: dict[str, Any]) -> list[str]:
     parts = []
     for group in found["groups"]:
         n = len(found["seeds"]["runs"]) if found["seeds"] else 1
-        rows = [
-            f"{row['label']} {ap_text(row)}"
-            + (f" ({difference_text(row)})" if row["AP_difference"] is not None else "")
-            for row in group["rows"]
-        ]
+        rows = []
+        for row in group["rows"]:
+            difference = "" if row["AP_difference"] is None else f" ({difference_text(row)})"
+            rows.append(f"{row['label']} {ap_text(row)}{difference}")
         parts.append(f"AP on {sample(group['measured'])}, n={n}: {', '.join(rows)}")
     return parts
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from app.coco.detail import analyse, annotations_of
+from app.coco.dataset import Dataset, annotation_path, open_dataset
+from app.coco.detail import Metrics, analyse
 from app.core.config import Config, Report, UserError
 from app.core.files import write_json, write_text
 from app.core.run import RunRoot, record_stage
-from app.report.evidence import BASELINE_DIR, Evidence, gather
+from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
-from app.report.findings import distinct, enter_seeds, findings, measured_alike, shown_apart
+from app.report.findings import distinct, enter_seeds, findings, is_baseline, measured_alike, shown_apart
 from app.report.gallery import gallery
 from app.report.html import page
 from app.report.layer_figures import layers, quantizer_health
@@ -23,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def report(config: Config, run: RunRoot, force: bool, others: Sequence[RunRoot] = ()) -> None:
-    """Writes report.json, summary.md, summary.html and figures/; logs the table. It is made anew each time, so `force`
-    changes nothing here. What a partial run lacks is named on the page and logged.
+    """Writes report.json, summary.md, summary.html and figures/, and logs the table.
 
-    `others` are the same run with other seeds: AP and differences become means with their spread.
+    The report is made anew each time, so `force` changes nothing here. What a partial run lacks is named on the page
+    and logged. `others` are the same run with other seeds: AP and differences become means with their spread.
 
     Raises:
         UserError: there is no such run, or `others` differ from it in more than seeds.
@@ -58,29 +60,47 @@ def make_figures(evidence: Evidence, settings: Report) -> list[str]:
     group = distinct(measured_alike(evidence.scored)[0])
     blocks.append(by_size(group, run.figures_dir))
     try:
-        facts, truth = analyse(annotations_of(evidence, group[0]), group)
+        facts, truth = analyse(scored_dataset(evidence, group[0]), group)
     except UserError as error:
         left_out = "Left out: precision over recall, AP by class and the gallery of images"
         return [*blocks, f"{left_out}, because {str(error).replace(f'{run.root}/', '')}.", *about_layers]
     blocks.append(precision_recall(group, facts, run.figures_dir))
     blocks += about_layers
-    if group[0]["dir"] == BASELINE_DIR:
-        blocks += [by_class(m, group[0], facts, run.figures_dir) for m in shown_apart(group)]
+    if is_baseline(group[0]):
+        quantized = shown_apart(group)
+        blocks += [by_class(metrics, group[0], facts, run.figures_dir) for metrics in quantized]
         if settings.gallery_images:
-            blocks += [gallery(run, (group[0], m), facts, truth, settings) for m in shown_apart(group)]
+            blocks += [gallery(run, (group[0], metrics), facts, truth, settings) for metrics in quantized]
     write_json(run.figures_dir / "analysis.json", facts)
     return blocks
+
+
+def scored_dataset(evidence: Evidence, metrics: Metrics) -> Dataset:
+    """The val split of the run, if it is the one that was scored.
+
+    Raises:
+        UserError: it is not, or the annotations are gone; the message is the reason.
+    """
+    if evidence.provenance is None:
+        raise UserError("dataset/provenance.json is not there")
+    split, coco_dir = evidence.provenance["splits"]["val"], Path(evidence.provenance["coco_dir"])
+    name, title = split["name"], evidence.provenance["title"]
+    try:
+        return open_dataset(coco_dir, name, split["image_ids"], title, metrics["dataset"]["annotation_sha256"])
+    except UserError as error:
+        file_name = annotation_path(coco_dir, name).name
+        raise UserError(f"the scored annotations ({file_name}) are not on this machine, or have changed") from error
 
 
 def check_min_ap50(evidence: Evidence, minimum: float | None) -> None:
     """Only trainings are asked for it: what quantization without training loses is a finding, not a failure."""
     if minimum is None:
         return
-    trained = [m for m in evidence.scored if not m["model"]["label"].startswith("ptq-")]
-    low = [m for m in trained if not (m["coco"]["AP50"] or 0.0) >= minimum]
-    for m in low:
-        ap50 = number(m["coco"]["AP50"])
-        log.error("failed: %s reaches AP50 %s, report.min_ap50 asks for %.2f", m["model"]["label"], ap50, minimum)
+    trained = [metrics for metrics in evidence.scored if label_of(metrics).method != "ptq"]
+    low = [metrics for metrics in trained if not (metrics["coco"]["AP50"] or 0.0) >= minimum]
+    for metrics in low:
+        label, ap50 = metrics["model"]["label"], number(metrics["coco"]["AP50"])
+        log.error("failed: %s reaches AP50 %s, report.min_ap50 asks for %.2f", label, ap50, minimum)
     if not trained:
         log.error("failed: no training was scored, report.min_ap50 asks for %.2f", minimum)
     if low or not trained:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from app.coco.detail import Metrics
+from app.coco.score import STATS
+from app.core.labels import Label, scored_name
 from app.report.appendix import appendix
-from app.report.evidence import COCO_NAMES, Evidence, scheme_of
-from app.report.findings import TELLING_AP, Metrics, is_quantized, measured_alike
+from app.report.evidence import Evidence
+from app.report.findings import TELLING_AP, judged_labels, measured_alike
 from app.report.tables import markdown_table, number, plain, signed
 
 Findings = dict[str, Any]
@@ -36,14 +40,11 @@ def section(title: str, lines: list[str]) -> list[str]:
 
 
 def verdict(found: Findings) -> list[str]:
-    """A paragraph for every quantized variant; only rows of one table are ever set against each other."""
+    """A paragraph for every judged model; only rows of one table are ever set against each other."""
     lines = []
     for group in found["groups"]:
-        quantized = [row for row in group["rows"] if is_quantized(row["label"])]
-        trained = {scheme_of(row["label"]) for row in quantized if row["label"].startswith("qat-")}
-        for row in quantized:  # PTQ speaks for itself only where its scheme was not trained
-            if row["label"].startswith("qat-") or scheme_of(row["label"]) not in trained:
-                lines.append(_sentence(row, group))
+        chosen = judged_labels([Label.parse(row["label"]) for row in group["rows"]])
+        lines += [_sentence(row, group) for row in group["rows"] if Label.parse(row["label"]) in chosen]
     return lines or ["**No verdict:** no quantized variant was scored."]
 
 
@@ -66,14 +67,17 @@ def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
 
 def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
     """What the same scheme reaches by PTQ, where that was scored too."""
-    scheme = scheme_of(row["label"])
-    ptq = [r for r in group["rows"] if r["label"] in (f"ptq-{scheme}", f"ptq-{scheme}-bn")]
-    if not ptq or row["AP_over_ptq"] is None:
+    if row["AP_over_ptq"] is None:
         return ""
-    names = {f"ptq-{scheme}": "", f"ptq-{scheme}-bn": "with BatchNorm re-estimated "}
+    plain_ptq = Label("ptq", Label.parse(row["label"]).scheme)
+    prefixes = {str(plain_ptq): "", str(replace(plain_ptq, bn=True)): "with BatchNorm re-estimated "}
+    results = []
+    for other in group["rows"]:
+        if other["label"] in prefixes:
+            results.append(f"{prefixes[other['label']]}{ap_text(other)} ({difference_text(other)})")
     over = _text(row, "AP_over_ptq", signed)
-    told = ", ".join(f"{names[r['label']]}{ap_text(r)} ({difference_text(r)})" for r in ptq)
-    return f" The baseline quantized without training (PTQ) has AP {told}. QAT against the better PTQ: {over}."
+    ptq = ", ".join(results)
+    return f" The baseline quantized without training (PTQ) has AP {ptq}. QAT against the better PTQ: {over}."
 
 
 def ap_text(row: dict[str, Any]) -> str:
@@ -94,8 +98,9 @@ def _text(row: dict[str, Any], key: str, write: Callable[[float | None], str]) -
 
 def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
     """The size of the same weights as native INT4, where that file was scored too."""
+    packed = str(replace(Label.parse(row["label"]), packing="int4"))
     for other in group["rows"]:
-        if other["label"] == f"{row['label']}-int4":
+        if other["label"] == packed:
             return f" Packed as native INT4: {other['size_mb']:.2f} MB, {other['size_share']:.2f} of it."
     return ""
 
@@ -104,23 +109,24 @@ def health_lines(found: Findings) -> list[str]:
     if not found["health"]:
         return []
     share = found["settings"]["min_share_of_best"]
-    told = "; ".join(f"{label} {_health(judged, share)}" for label, judged in found["health"].items())
-    return [f"**Training:** {told}.", *losses_lines(found)]
+    sentences = [f"{label} {_health(judged, share)}" for label, judged in found["health"].items()]
+    return [f"**Training:** {'; '.join(sentences)}.", *losses_lines(found)]
 
 
 def losses_lines(found: Findings) -> list[str]:
     """Whether what is scored is what was trained, in losses: they differ less from seed to seed than AP does."""
-    told = [
-        f"at epoch {over['epoch']} {label}'s differ from fp16's by {signed(over['train'])} on train images and "
-        f"{signed(over['val'])} on validation images"
-        for label, over in found["losses"].items()
-        if over
-    ]
+    parts = []
+    for label, over in found["losses"].items():
+        if over:
+            parts.append(
+                f"at epoch {over['epoch']} {label}'s differ from fp16's by {signed(over['train'])} on train images and "
+                f"{signed(over['val'])} on validation images"
+            )
     note = (
         "Where the second is larger by whole units, what is scored is not what was trained; tenths are what one short "
         "training differs from the next."
     )
-    return [f"**Losses:** {'; '.join(told)}. {note}"] if told else []
+    return [f"**Losses:** {'; '.join(parts)}. {note}"] if parts else []
 
 
 def _health(judged: dict[str, Any], share: float) -> str:
@@ -137,9 +143,10 @@ def _health(judged: dict[str, Any], share: float) -> str:
 def tables(scored: list[Metrics], found: Findings) -> list[str]:
     """One table for every group of rows measured alike, each under a line that says how."""
     lines: list[str] = []
-    for metrics, group in zip(measured_alike(scored), found["groups"], strict=True):
-        lines += ["", ANOTHER_METER + describe(group["measured"]), ""] if lines else [describe(group["measured"]), ""]
-        lines += _rows(metrics, group["rows"])
+    for group, about in zip(measured_alike(scored), found["groups"], strict=True):
+        how = describe(about["measured"])
+        lines += ["", ANOTHER_METER + how, ""] if lines else [how, ""]
+        lines += _rows(group, about["rows"])
     return lines
 
 
@@ -160,13 +167,13 @@ def describe(measured: dict[str, Any]) -> str:
     )
 
 
-def _rows(metrics: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
+def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     cells = [["variant", "AP", "difference", "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
-    for m, row in zip(metrics, rows, strict=True):
+    for metrics, row in zip(group, rows, strict=True):
         cells.append([
-            row["label"], ap_text(row), difference_text(row), number(m["coco"]["AP50"]),
-            f"{row['size_mb']:.2f}", f"{row['p50_ms']:.2f}", f"{m['latency_ms']['p90']:.2f}", row["provider"],
-            m["model"]["file"],
+            row["label"], ap_text(row), difference_text(row), number(metrics["coco"]["AP50"]),
+            f"{row['size_mb']:.2f}", f"{row['p50_ms']:.2f}", f"{metrics['latency_ms']['p90']:.2f}", row["provider"],
+            metrics["model"]["file"],
         ])  # fmt: skip
     return markdown_table(cells)
 
@@ -176,18 +183,19 @@ def seeds_lines(found: Findings) -> list[str]:
     if found["seeds"] is None:
         return []
     runs, over_runs = found["seeds"]["runs"], found["seeds"]["over_runs"]
-    keys, dirs = list(runs[0]["seeds"]), list(over_runs)
-    compared = [name for name in dirs if over_runs[name]["AP_difference"]["n"]]
-    cells = [["run", *keys, *(f"AP {name}" for name in dirs), *(f"difference {name}" for name in compared), "healthy"]]
+    seeds, dirs = list(runs[0]["seeds"]), list(over_runs)
+    compared = [folder for folder in dirs if over_runs[folder]["AP_difference"]["n"]]
+    aps, differences = [f"AP {folder}" for folder in dirs], [f"difference {folder}" for folder in compared]
+    cells = [["run", *seeds, *aps, *differences, "healthy"]]
     for run in runs:
-        aps = [number(run["AP"].get(name)) for name in dirs]
-        differences = [signed(run["AP_difference"].get(name)) for name in compared]
-        well = ", ".join(f"{label} {HEALTH_WORDS[healthy]}" for label, healthy in run["healthy"].items())
-        cells.append([run["name"], *(str(run["seeds"][key]) for key in keys), *aps, *differences, well])
+        aps = [number(run["AP"].get(folder)) for folder in dirs]
+        differences = [signed(run["AP_difference"].get(folder)) for folder in compared]
+        healthy = [f"{label} {HEALTH_WORDS[judgement]}" for label, judgement in run["healthy"].items()]
+        cells.append([run["name"], *map(str, run["seeds"].values()), *aps, *differences, ", ".join(healthy)])
     for what in ("n", "mean", "sd"):
-        aps = [_cell(over_runs[name]["AP"][what], number) for name in dirs]
-        differences = [_cell(over_runs[name]["AP_difference"][what], signed) for name in compared]
-        cells.append([what, *("" for _ in keys), *aps, *differences, ""])
+        aps = [_cell(over_runs[folder]["AP"][what], number) for folder in dirs]
+        differences = [_cell(over_runs[folder]["AP_difference"][what], signed) for folder in compared]
+        cells.append([what, *[""] * len(seeds), *aps, *differences, ""])
     note = (
         "sd is the sample standard deviation; the difference is taken within each run, against its own baseline. "
         "Sizes, latencies, pictures and all that follows are those of the first run."
@@ -196,6 +204,7 @@ def seeds_lines(found: Findings) -> list[str]:
 
 
 def _cell(value: float | None, write: Callable[[float | None], str]) -> str:
+    """A count as it is, everything else as `write` writes it."""
     return str(value) if isinstance(value, int) else write(value)
 
 
@@ -205,7 +214,7 @@ def caveats(evidence: Evidence, found: Findings) -> list[str]:
         return found["doubts"]
     once = "One training each (n=1): a difference smaller than the spread between seeds says nothing."
     lines = [*([] if found["seeds"] else [once]), *found["doubts"]]
-    if not all(m["dataset"]["complete_coco_val"] for m in evidence.scored):
+    if not all(metrics["dataset"]["complete_coco_val"] for metrics in evidence.scored):
         lines.append("Not measured on the whole of COCO val2017: never compare these numbers with published ones.")
     timed = evidence.scored[0]["latency_ms"]
     device = evidence.scored[0]["runtime"]["device"]
@@ -221,9 +230,12 @@ def caveats(evidence: Evidence, found: Findings) -> list[str]:
 
 
 def coco_tables(scored: list[Metrics], found: Findings) -> list[str]:
+    """The twelve numbers of every row, a table for every group of rows measured alike."""
     lines: list[str] = []
-    for metrics, group in zip(measured_alike(scored), found["groups"], strict=True):
-        lines += ["", ANOTHER_METER + describe(group["measured"]), ""] if lines else []
-        cells = [[name, *(number(m["coco"][name]) for m in metrics)] for name in COCO_NAMES]
-        lines += markdown_table([["", *(m["dir"].removesuffix("-coco") for m in metrics)], *cells])
+    for group, about in zip(measured_alike(scored), found["groups"], strict=True):
+        lines += ["", ANOTHER_METER + describe(about["measured"]), ""] if lines else []
+        cells = [["", *(scored_name(metrics["dir"]) for metrics in group)]]
+        for name in STATS:
+            cells.append([name, *(number(metrics["coco"][name]) for metrics in group)])
+        lines += markdown_table(cells)
     return lines

@@ -7,15 +7,17 @@ MISSING = "-"
 
 def markdown_table(cells: list[list[str]], text_columns: int = 1) -> list[str]:
     """Aligned, so that it reads well on a terminal too; all but the first columns are right-aligned."""
-    cells = [[plain(cell) for cell in row] for row in cells]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(cells[0]))]
+    rows = [[plain(cell) for cell in row] for row in cells]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width if i < text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = []
-    for row in [cells[0], rule, *cells[1:]]:
-        pairs = enumerate(zip(row, widths, strict=True))
-        padded = [cell.ljust(width) if i < text_columns else cell.rjust(width) for i, (cell, width) in pairs]
-        lines.append("| " + " | ".join(padded) + " |")
-    return lines
+    return [_line(row, widths, text_columns) for row in (rows[0], rule, *rows[1:])]
+
+
+def _line(row: list[str], widths: list[int], text_columns: int) -> str:
+    padded = []
+    for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        padded.append(cell.ljust(width) if i < text_columns else cell.rjust(width))
+    return "| " + " | ".join(padded) + " |"
 
 
 def plain(text: str) -> str:

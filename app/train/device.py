@@ -75,3 +75,18 @@ def check_shared_memory(config: Config, shm_dir: Path) -> None:
             f"shared memory {shm_dir}: {total / 2**30:.1f} GiB, {t.workers} loader processes need {need / 2**30:.1f}: "
             f"start the container with SHM_SIZE={math.ceil(need / 2**30)}g, or lower train.workers"
         )
+
+
+def explain_memory(error: RuntimeError, config: Config) -> None:
+    """Turns out-of-memory and loader errors of a training into UserError; any other error passes."""
+    train = config.train
+    if isinstance(error, torch.OutOfMemoryError):
+        raise UserError(
+            f"train.batch={train.batch} at {train.imgsz} px does not fit in GPU memory: set "
+            f"train.batch={train.batch // 2}; gradients still accumulate to {config.hyp.nbs} images a step"
+        ) from error
+    if str(error).startswith("DataLoader"):  # a loader process that died; an error of our own has another text
+        raise UserError(
+            f"a loader process died or hangs ({str(error).splitlines()[0]}): memory or shared memory may be short; "
+            "lower train.workers, or start the container with a larger SHM_SIZE"
+        ) from error

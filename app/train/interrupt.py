@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as requests: the step in hand ends, the state is saved, the process leaves with 128 + signal."""
+"""SIGTERM and SIGINT as requests: the step in hand ends, the state is saved, the process exits with 128 + signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A signal ended the work after its state had been saved; `signal` is its number."""
+    """A signal ended the work after its state had been saved; `signal` is the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -31,11 +31,11 @@ class Interrupt:
         self.immediate = False
 
     def __enter__(self) -> Self:
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -46,13 +46,13 @@ class Interrupt:
             self.leave()
 
     def leave(self) -> None:
-        """Raises Interrupted if a signal has come; called where everything is saved."""
+        """Raises Interrupted if a signal has come; the caller has saved everything."""
         if self.signal:
             raise Interrupted(self.signal)
 
     @contextlib.contextmanager
     def at_once(self, save: Callable[[], None]) -> Iterator[None]:
-        """A block that may be left anywhere, as it changes nothing that a checkpoint holds; then `save` is called."""
+        """A block that a signal ends at any point, after `save`. The block changes nothing that a checkpoint holds."""
         self.immediate = True
         try:
             self.leave()

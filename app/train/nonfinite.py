@@ -1,19 +1,30 @@
-"""A loss or a gradient that is not finite: seen without waiting for the GPU, explained, kept for study."""
+"""A loss, gradient or weight that is not finite: noticed without a wait for the GPU, explained, kept for study."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ultralytics.utils.torch_utils import autocast
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
-GPU_LAG = 2  # values on their way from the GPU while the next steps are launched: reading the oldest waits for nothing
+from app.quant.model import scored_state
+from app.train.processes import ALONE
+from app.train.state import State
+from app.train.step import criterion_after
+
+GPU_LAG = 2  # values that may still be on their way from the GPU: reading the oldest one then waits for nothing
+# The scale begins at 65,536 and is halved when a gradient is infinite; below 1 it is no longer the scale's fault.
+SMALLEST_SCALE = 1.0
 NO_CAUSE = "no layer: it does not happen again with the same batch"
 N_NAMES = 4  # images of a batch that a message names
 
 Batch = tuple[int, dict[str, Any]]  # number of the batch since the training's start, and what the loader gave
+LossOf = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, Any]]  # network, batch -> loss, its terms by name
 
 
 class NonFinite(Exception):
@@ -24,8 +35,18 @@ class NonFinite(Exception):
         self.what, self.batches = what, batches
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A value that may still be on its way from the GPU; `event` has passed when it has arrived."""
+
+    what: str
+    value: torch.Tensor
+    event: Any
+    batches: list[Batch]
+
+
 class Watch:
-    """Looks at every loss and gradient norm, on a GPU two values late, so that no step waits for its own.
+    """Looks at every loss and gradient norm; on a GPU GPU_LAG values late, so that no step waits for its own values.
 
     Args:
         device: where the values come from.
@@ -36,13 +57,13 @@ class Watch:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything, as after a step back."""
-        self.pending: deque[tuple[str, torch.Tensor, Any, list[Batch]]] = deque()
+        """Forgets everything; called after a rollback."""
+        self.pending: deque[_Pending] = deque()
         self.of_step: list[Batch] = []
         self.newest: list[Batch] = []
 
     def next(self, number: int, batch: dict[str, Any]) -> None:
-        """The batch whose loss and gradient come next; kept as it is now, on the CPU."""
+        """Names the batch whose loss and gradient come next. A copy of the batch is kept as it is now, on the CPU."""
         self.of_step.append((number, dict(batch)))
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -50,7 +71,7 @@ class Watch:
         self._add("loss", loss, self.of_step[-1:])
 
     def add_step(self, norm: torch.Tensor | None) -> None:
-        """An optimizer step follows; `norm` is that of its gradient, None where a GradScaler looks at it."""
+        """Called before an optimizer step. `norm` is that of its gradient, or None where a GradScaler looks at it."""
         batches = self.newest = self.of_step
         self.of_step = []
         if norm is not None:
@@ -61,7 +82,7 @@ class Watch:
         if self.on_gpu:
             event = torch.cuda.Event()
             event.record()
-        self.pending.append((what, host, event, batches))
+        self.pending.append(_Pending(what, host, event, batches))
         self.check(GPU_LAG if self.on_gpu else 0)
 
     def check(self, n_unread: int = 0) -> None:
@@ -71,68 +92,97 @@ class Watch:
             NonFinite: with the oldest value that is not finite.
         """
         while len(self.pending) > n_unread:
-            what, host, event, batches = self.pending.popleft()
-            if event is not None:
-                event.synchronize()
-            if not host.isfinite():
-                raise NonFinite(what, batches)
+            oldest = self.pending.popleft()
+            if oldest.event is not None:
+                oldest.event.synchronize()
+            if not oldest.value.isfinite():
+                raise NonFinite(oldest.what, oldest.batches)
 
 
-def first_cause(trainer: Any, batches: list[Batch]) -> str:
-    """Where it begins: the first weight, layer output or gradient that is not finite, in the order of the network."""
-    for name, weight in trainer.net.named_parameters():
+def check_finite(net: nn.Module, scaler: GradScaler, watch: Watch) -> None:
+    """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state.
+
+    Raises:
+        NonFinite: with the batches of the newest step, or of the loss or gradient that was not finite.
+    """
+    watch.check()
+    are_finite = torch.stack([weight.isfinite().all() for weight in net.parameters()])
+    if not are_finite.all():
+        raise NonFinite("weights", watch.newest)
+    if scaler.get_scale() < SMALLEST_SCALE:
+        raise NonFinite("gradient", watch.newest)
+
+
+def find_cause(state: State, fault: NonFinite, loss_of: LossOf, n_batches: int) -> tuple[str, str]:
+    """Where in the data and where in the network a fault began, as the first rank that can reproduce it says.
+
+    The network's criterion is that of a single rank afterwards.
+    """
+    state.net.criterion = criterion_after(state.net.criterion.updates, state.net, ALONE)
+    own = (describe(fault.batches, n_batches), first_cause(state, fault.batches, loss_of))
+    for where, cause in state.ranks.gather(own):
+        if cause != NO_CAUSE:
+            return where, cause
+    return own
+
+
+def first_cause(state: State, batches: list[Batch], loss_of: LossOf) -> str:
+    """The first weight, layer output or gradient that is not finite, in the order of the network; NO_CAUSE if none is.
+
+    Runs the batches forward and backward again. The network is used without DistributedDataParallel, and no .grad is
+    written: the other ranks do not take part.
+    """
+    for name, weight in state.net.named_parameters():
         if not weight.isfinite().all():
             return f"weight {name}"
-    causes = (_cause_in(trainer, dict(batch)) for _, batch in batches)
-    return next((cause for cause in causes if cause), NO_CAUSE)
+    for _, batch in batches:
+        if cause := _cause_in(state, dict(batch), loss_of):
+            return cause
+    return NO_CAUSE
 
 
-def _cause_in(trainer: Any, batch: dict[str, Any]) -> str:
-    """Runs one batch forward and backward; gradients go the other way, so the last layer with a bad one comes first.
-
-    The wrapped network is left out and no .grad is written: other processes of the training do not take part.
-    """
-    batch, bad = trainer.preprocess_batch(batch), []
+def _cause_in(state: State, batch: dict[str, Any], loss_of: LossOf) -> str:
+    """The same for one batch, or ''. Gradients flow backward, so the last layer with a bad gradient comes first."""
     if not batch["img"].isfinite().all():
         return "the images"
+    bad_outputs: list[str] = []
 
     def look(name: str, out: Any) -> None:
         if torch.is_tensor(out) and not out.isfinite().all():
-            bad.append(name)
+            bad_outputs.append(name)
 
-    layers = trainer.net.named_modules()
-    handles = [layer.register_forward_hook(lambda _, __, out, name=name: look(name, out)) for name, layer in layers]
+    handles = []
+    for name, layer in state.net.named_modules():
+        handles.append(layer.register_forward_hook(lambda _, __, out, name=name: look(name, out)))
+    trained = [(name, weight) for name, weight in state.net.named_parameters() if weight.requires_grad]
     try:
-        with autocast(trainer.amp, device=trainer.device.type):
-            loss = trainer.net(batch)[0].sum()
-        named = [(name, weight) for name, weight in trainer.net.named_parameters() if weight.requires_grad]
-        grads = torch.autograd.grad(trainer.scaler.scale(loss), [weight for _, weight in named], allow_unused=True)
+        loss, _ = loss_of(state.net, batch)
+        weights = [weight for _, weight in trained]
+        grads = torch.autograd.grad(state.scaler.scale(loss), weights, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    if bad:
-        return f"output of {bad[0]}"
+    if bad_outputs:
+        return f"output of {bad_outputs[0]}"
     if not loss.isfinite():
         return "the loss itself, all layers are finite"
-    pairs = zip(named, grads, strict=True)
-    wrong = [name for (name, _), grad in pairs if grad is not None and not grad.isfinite().all()]
-    return f"gradient of {wrong[-1]}" if wrong else ""
+    for (name, _), grad in reversed(list(zip(trained, grads, strict=True))):
+        if grad is not None and not grad.isfinite().all():
+            return f"gradient of {name}"
+    return ""
 
 
-def to_keep(batches: list[Batch]) -> list[dict[str, Any]]:
-    """The batches as tensors and plain values."""
-    return [
-        {
-            "number": number,
-            "im_file": [str(path) for path in batch["im_file"]],
-            **{key: value for key, value in batch.items() if torch.is_tensor(value)},
-        }
-        for number, batch in batches
-    ]
+def to_keep(state: State, fault: NonFinite, cause: str) -> dict[str, Any]:
+    """Entries of the file of a fault: its batches as tensors and plain values, and the weights that they met."""
+    kept = []
+    for number, batch in fault.batches:
+        tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+        kept.append({"number": number, "im_file": [str(path) for path in batch["im_file"]], **tensors})
+    return {"what": fault.what, "cause": cause, "batches": kept, "model": scored_state(state.net)}
 
 
 def describe(batches: list[Batch], n_batches: int) -> str:
-    """'epoch 2, batch 3 of 5 (a.jpg, b.jpg and 6 more)'; n_batches: of an epoch. Mosaic partners are not named."""
+    """'epoch 2, batch 3 of 5 (a.jpg, b.jpg and 6 more)', without mosaic partners; `n_batches` is that of an epoch."""
     epoch, first = divmod(batches[0][0], n_batches)
     names = [Path(path).name for _, batch in batches for path in batch["im_file"]]
     more = f" and {len(names) - N_NAMES} more" if len(names) > N_NAMES else ""

@@ -1,4 +1,4 @@
-"""PTQ: the trained FP16 baseline, quantized without training, so that the report shows what QAT buys over it."""
+"""The ptq stage: the trained FP16 baseline, quantized without training, so that the report shows what QAT adds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 
-from app.core.config import Config, Quant, UserError
+from app.core.config import Config, UserError
+from app.core.environment import utc_now
 from app.core.files import read_json, sha256, write_json
-from app.core.run import RunRoot
-from app.export.export import file_name, file_settings, is_done, load_trained, write_file, write_overview
+from app.core.labels import BASELINE, Label
+from app.core.run import RunRoot, record_stage
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.health import signal_to_noise
 from app.quant.model import load_scored, save_checkpoint, scored_state
@@ -23,61 +24,77 @@ from app.train.device import check_devices
 from app.train.loader import CocoDataset
 
 log = logging.getLogger(__name__)
-KIND = ("qcdq", "raw")  # precision and contract of the files
 
 
 def ptq(config: Config, run: RunRoot, force: bool) -> None:
-    """Quantizes runs/<name>/fp16 with the abs-max quantizers of quant.scheme: once as it is (label ptq-<scheme>), once
-    with BatchNorm re-estimated afterwards (ptq-<scheme>-bn). Writes <label>/weights/best.pt, its quant_config.json and
-    health.json, and onnx/...ptq[-bn].onnx.
+    """Quantizes runs/<name>/fp16 with the abs-max quantizers of quant.scheme, with every other option of quant off.
+
+    Writes two checkpoints, as weights/best.pt with quant_config.json, health.json and done.json: ptq-<scheme> as it is,
+    and ptq-<scheme>-bn with BatchNorm re-estimated afterwards. Export makes ONNX files of them.
 
     Raises:
-        UserError: no trained FP16 baseline, or files of another checkpoint or other settings without `force`.
-        RuntimeError: a gate of the export failed; the file was not written.
+        UserError: no trained FP16 baseline, or a result of another baseline without `force`.
     """
     if config.quant is None:
         raise UserError("ptq takes the scheme from quant.scheme: give it the configuration of a qat variant")
-    source_path = run.best("fp16")
-    model, trained, checkpoint = load_scored(source_path)
-    quant = Quant(scheme=config.quant.scheme, fast_path=False)
+    source = run.best(BASELINE)
+    model, trained, checkpoint = load_scored(source)
+    quant = config.quant.without_options()
     quant_config = quantize(model, quant)
-    wanted = {"source_sha256": sha256(source_path), "export": file_settings(config.export)}
     quantized = trained.model_copy(update={"variant": "qat", "quant": quant})
-    for ending in ("", "-bn"):
-        label = f"ptq-{quant.scheme}{ending}"
-        onnx_path = run.onnx_dir / file_name(label, quantized, KIND)
-        if not force and is_done(onnx_path, wanted):
-            log.info("ptq %s: done already (%s)", label, onnx_path)
+    facts = {"epoch": checkpoint["epoch"], "source_sha256": sha256(source)}
+    for label in (Label("ptq", quant.scheme), Label("ptq", quant.scheme, bn=True)):
+        if not force and is_done(run, label, facts["source_sha256"]):
+            log.info("ptq %s: done already (%s)", label, run.best(label))
             continue
-        if ending:
+        if label.bn:
             machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
-        write_json(run.variant_dir(label) / "quant_config.json", quant_config)
-        health = {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)}
-        write_json(run.variant_dir(label) / "health.json", health)
-        entries = {"scored": scored_state(model), "epoch": checkpoint["epoch"], "source_sha256": sha256(source_path)}
-        save_checkpoint(run.best(label), quantized, entries)
-        write_file(config.export, run, load_trained(run, label), KIND)
-    write_overview(run)
+        folder = run.variant_dir(label)
+        write_json(folder / "quant_config.json", quant_config)
+        write_json(folder / "health.json", {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)})
+        save_checkpoint(run.best(label), quantized, {"scored": scored_state(model), **facts})
+        done = {"source_sha256": facts["source_sha256"], "best_sha256": sha256(run.best(label))}
+        write_json(folder / "done.json", {**done, "time_utc": utc_now()})
+        record_stage(run, f"ptq {label}", done)
+        log.info("ptq %s: %s", label, run.best(label))
+
+
+def is_done(run: RunRoot, label: Label, source_sha256: str) -> bool:
+    """Whether the checkpoint is there and was made of this baseline.
+
+    Raises:
+        UserError: it was made of another baseline: a finished result is not overwritten unasked.
+    """
+    done_json = run.variant_dir(label) / "done.json"
+    if not done_json.exists():
+        return False
+    if read_json(done_json, "ptq")["source_sha256"] != source_sha256:
+        raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
+    return True
 
 
 def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) -> None:
-    """Replaces BatchNorm's statistics by those over the train batches that the baseline's own came from after `epoch`
-    (from 0)."""
-    device = check_devices(config)[0]
-    place = torch.device("cpu" if device == "cpu" else f"cuda:{device}")
-    workers = 0 if device == "cpu" else config.train.workers  # as the trainer has it
+    """Replaces BatchNorm's statistics by those over the train batches that the baseline's own came from after `epoch`.
+
+    `epoch` counts from 0.
+    """
+    name = check_devices(config)[0]
+    device = torch.device("cpu" if name == "cpu" else f"cuda:{name}")
+    workers = 0 if name == "cpu" else config.train.workers  # as the trainer has it
     batches = bn_images(config, run, workers).after(epoch)
     with torch.no_grad():
-        n_batches = reestimate_batchnorm(model.to(place), (images.to(place) / 255 for images in batches))
+        n_batches = reestimate_batchnorm(model.to(device), (images.to(device) / 255 for images in batches))
     log.info("ptq: BatchNorm re-estimated on %d train batches", n_batches)
     model.to("cpu")
 
 
 def bn_images(config: Config, run: RunRoot, workers: int) -> BnImages:
     """The images that a training of `config` on the run's data re-estimates BatchNorm on."""
-    t, data = config.train, check_det_dataset(str(run.dataset_yaml))
+    train, data = config.train, check_det_dataset(str(run.dataset_yaml))
     hyp = cast(Any, get_cfg(overrides={**config.hyp.model_dump(), "workers": workers}))
     provenance = read_json(run.provenance, "data")
-    dataset = CocoDataset("train", data, provenance, t.seed, imgsz=t.imgsz, batch_size=t.batch, hyp=hyp, cache=None)
+    dataset = CocoDataset(
+        "train", data, provenance, train.seed, imgsz=train.imgsz, batch_size=train.batch, hyp=hyp, cache=None
+    )
     return BnImages(dataset, hyp, config)

@@ -1,26 +1,95 @@
-"""The optimizer step, and the loss of one process's part of a batch."""
+"""One step of the optimizer, its warm-up, and the loss of one rank's part of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
+from app.core.config import Hyp
 from app.train.processes import Ranks
+
+MAX_NORM = 10.0  # of a step's gradients, as Ultralytics has it
+
+
+@dataclass(frozen=True)
+class Rise:
+    """Place of a step, counted from 0, in a warm-up of n_steps."""
+
+    step: int
+    n_steps: int
+
+    def between(self, start: float, end: float) -> float:
+        """The number on the line from `start` at step 0 to `end` at n_steps."""
+        return float(np.interp(self.step, [0, self.n_steps], [start, end]))
+
+
+def warm_up(optimizer: torch.optim.Optimizer, hyp: Hyp, rise: Rise, lr_factor: float) -> None:
+    """Sets learning rates and momentum of a step of the warm-up; `lr_factor` is the schedule's at this epoch.
+
+    Ultralytics' rule (engine/trainer.py _do_train, 8.4.190): the rate of biases begins at warmup_bias_lr, others at 0.
+    """
+    for group in optimizer.param_groups:
+        start = hyp.warmup_bias_lr if group.get("param_group") == "bias" else 0.0
+        group["lr"] = rise.between(start, group["initial_lr"] * lr_factor)
+        if "momentum" in group:
+            group["momentum"] = rise.between(hyp.warmup_momentum, hyp.momentum)
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, scaler: GradScaler, watch: Callable[[torch.Tensor | None], None]
+) -> None:
+    """Ultralytics' optimizer_step without the EMA (engine/trainer.py, 8.4.190).
+
+    Ultralytics asks the model for its parameters. A quantized YOLOv10m has 6,420 modules to walk through, which takes
+    9 ms; the float model has 498. The optimizer's own list holds the same weights.
+
+    Args:
+        watch: receives the 2-norm of all gradients before they are used, or None where the GradScaler looks at them.
+    """
+    scaler.unscale_(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+    watch(None if scaler.is_enabled() else norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer, groups and settings with PyTorch's fused kernel, which does not wait for the GradScaler.
+
+    SGD's momentum starts as zeros here, which gives the same first step. By itself the fused SGD makes the momentum
+    from unwritten memory in its first step. If the GradScaler skips that step (infinite gradients are normal while its
+    scale settles), the momentum stays unwritten, and every weight becomes noise or NaN (torch/optim/sgd.py _fused_sgd,
+    2.10).
+    """
+    implementation = ("fused", "foreach")
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key not in implementation})
+    fused = cast(Any, type(optimizer))(groups, fused=True)
+    if isinstance(fused, torch.optim.SGD):
+        for group in fused.param_groups:
+            for parameter in group["params"] if group["momentum"] else []:
+                fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return fused
 
 
 def criterion_of_part(net: Any, ranks: Ranks) -> E2ELoss:
-    """Ultralytics' loss of both heads for one process's part of a batch; its own where that is the whole batch."""
+    """Ultralytics' loss of both heads: its own for a whole batch, PartLoss where each rank has a part of the batch."""
     return E2ELoss(net, cast(Any, partial(PartLoss, ranks))) if ranks.n > 1 else net.init_criterion()
 
 
 def criterion_after(n_epochs: int, net: Any, ranks: Ranks) -> E2ELoss:
-    """The same with the weights of the two heads as they are after so many epochs."""
+    """The same loss, with the weights of the two heads that it has after `n_epochs`."""
     criterion = criterion_of_part(net, ranks)
     criterion.updates = n_epochs - 1
     criterion.update()
@@ -28,12 +97,12 @@ def criterion_after(n_epochs: int, net: Any, ranks: Ranks) -> E2ELoss:
 
 
 class PartLoss(v8DetectionLoss):
-    """Ultralytics' loss, normalised over all processes.
+    """Ultralytics' loss, normalised over all ranks.
 
-    It divides sums over a batch by the batch's sum of target scores, and multiplies them by the number of images
-    (utils/loss.py v8DetectionLoss, 8.4.190). With a part's own sum, N processes would train on another loss than one
-    process: parts with few objects would weigh more. Here both numbers are those of the whole batch: summed over the
-    processes, losses and gradients are the whole batch's.
+    Ultralytics divides sums over a batch by the batch's sum of target scores, and multiplies them by the number of
+    images (utils/loss.py v8DetectionLoss, 8.4.190). With the sums of its own part, N ranks would train on another loss
+    than one rank does: parts with few objects would weigh more. Here both numbers are those of the whole batch, so
+    losses and gradients, summed over the ranks, are the whole batch's.
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module, **assigner: Any) -> None:
@@ -48,47 +117,7 @@ class PartLoss(v8DetectionLoss):
     def loss(self, preds: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> Any:
         """As v8DetectionLoss.loss: box, class and DFL loss [3] times images, and the same detached, by name."""
         loss, items = self.get_assigned_targets_and_loss(preds, batch)[1:]
-        n_images = preds["boxes"].shape[0]
-        whole = self.ranks.add(torch.stack([self.score_sum.float(), self.score_sum.new_tensor(n_images).float()]))
-        share = self.score_sum.clamp(min=1) / whole[0].clamp(min=1)
-        return loss * share * whole[1], {name: value * share for name, value in items.items()}
-
-
-MAX_NORM = 10.0  # of a step's gradients, as Ultralytics has it
-
-
-def clipped_step(
-    optimizer: torch.optim.Optimizer, scaler: GradScaler, watch: Callable[[torch.Tensor | None], None]
-) -> None:
-    """Ultralytics' optimizer_step without the EMA (engine/trainer.py, 8.4.190).
-
-    That one asks the model for its parameters. Of a quantized YOLOv10m these are 6,420 modules to walk through, 9 ms,
-    where the float model has 498: the optimizer's own list holds the same weights.
-
-    Args:
-        watch: is told the 2-norm of all gradients before they are used; None where the GradScaler looks at them.
-    """
-    scaler.unscale_(optimizer)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-    watch(None if scaler.is_enabled() else norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
-def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer, groups and settings with PyTorch's fused kernel; it does not wait for the GradScaler.
-
-    SGD's momentum starts as zeros, which gives the same first step. Left to itself the fused SGD makes it from
-    unwritten memory in its first step, and a first step that the GradScaler skips (infinite gradients while its scale
-    settles are normal) leaves it so: from then on every weight is noise or NaN (torch/optim/sgd.py _fused_sgd, 2.10).
-    """
-    own = ("fused", "foreach")
-    groups = [{key: value for key, value in group.items() if key not in own} for group in optimizer.param_groups]
-    fused = cast(Any, type(optimizer))(groups, fused=True)
-    if isinstance(fused, torch.optim.SGD):
-        for group in fused.param_groups:
-            for parameter in group["params"] if group["momentum"] else []:
-                fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return fused
+        own = torch.stack([self.score_sum.float(), self.score_sum.new_tensor(preds["boxes"].shape[0]).float()])
+        score_sum, n_images = self.ranks.all_reduce(own)
+        share = self.score_sum.clamp(min=1) / score_sum.clamp(min=1)
+        return loss * share * n_images, {name: value * share for name, value in items.items()}

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from app.core.config import (
-    LATER_STAGES,
-    MACHINE_KEYS,
+    WITHOUT_EFFECT,
     Config,
     UserError,
     config_hash,
@@ -27,17 +26,19 @@ from app.core.environment import environment, utc_now
 from app.core.files import read_json, sha256, write_json, write_text
 from app.core.run import RunRoot, record_stage
 from app.train.device import check_devices
+from app.train.loop import Loop
 from app.train.monitor import log_file
 from app.train.processes import ALONE, Ranks
 from app.train.trainer import Trainer
 
+OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
 log = logging.getLogger(__name__)
 
 
 def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE) -> None:
     """Trains one variant into runs/<name>/<label>; continues an unfinished training, refuses another configuration.
 
-    Where `ranks` are several processes, each of them calls this; the first one writes.
+    Where `ranks` are several processes, each of them calls this function; rank 0 writes.
 
     Raises:
         UserError: the folder holds a training of another configuration, no dataset was prepared, or the device or
@@ -45,40 +46,42 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE) -> No
     """
     out_dir = run.variant_dir(config.label)
     device = device_of(config, ranks)
-    if not ranks.share(ranks.is_first and make_ready(config, run, force)):
+    if not ranks.broadcast(ranks.is_main and make_ready(config, run, force)):
         return
-    with log_file(out_dir / "log.txt") if ranks.is_first else contextlib.nullcontext():
-        trainer = Trainer(overrides=ultralytics_args(config, run, device), ranks=ranks)
-        if ranks.is_first:
+    with log_file(out_dir / "log.txt") if ranks.is_main else contextlib.nullcontext():
+        trainer = Trainer(config, run, device, ranks)
+        if ranks.is_main:
             write_json(out_dir / "env.json", {**environment(), **facts_of(trainer)})
         log.info("train %s: %s", config.label, headline(trainer))
-        trainer.train()
-    if not ranks.is_first:
+        loop = Loop(trainer)
+        loop.run()
+    if not ranks.is_main:
         return
     write_loss_curve(out_dir)
-    facts = {"epochs": config.train.epochs, "best_ap": trainer.best_fitness, "config_hash": config_hash(config)}
+    best_ap, best_sha256 = loop.state.best_fitness, sha256(trainer.best)
+    facts = {"epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
     record_stage(run, f"train {config.label}", facts)
-    write_json(out_dir / "done.json", {**facts, "best_sha256": sha256(trainer.best), "time_utc": utc_now()})
+    write_json(out_dir / "done.json", {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
 
 
 def facts_of(trainer: Trainer) -> dict[str, Any]:
     """What training really uses, for env.json."""
-    args, on_gpu = trainer.args, trainer.device.type == "cuda"
+    args, amp = trainer.args, trainer.config.train.amp
     return {
         "device": str(trainer.device), "processes": trainer.ranks.n, "workers": args.workers, "seed": args.seed,
-        "deterministic": args.deterministic, "amp_requested": trainer.config.train.amp,
-        "amp": trainer.config.train.amp and on_gpu, "torch_threads": torch.get_num_threads(),
+        "deterministic": args.deterministic, "amp_requested": amp, "amp": amp and trainer.device.type == "cuda",
+        "torch_threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def headline(trainer: Trainer) -> str:
     """One line: what is trained on what, how and where."""
-    t, n, device = trainer.config.train, trainer.ranks.n, trainer.device
-    precision = "FP16 autocast" if t.amp and device.type == "cuda" else "float32"
+    settings, n, device = trainer.config.train, trainer.ranks.n, trainer.device
+    n_images, title = trainer.provenance["splits"]["train"]["n_images"], trainer.provenance["title"]
+    precision = "FP16 autocast" if settings.amp and device.type == "cuda" else "float32"
     return (
-        f"{Path(trainer.config.model).stem} from random weights, "
-        f"{trainer.provenance['splits']['train']['n_images']:,} images of {trainer.provenance['title']}, "
-        f"{t.epochs} epochs, batch {t.batch}, {t.imgsz} px, {precision}, "
+        f"{Path(trainer.config.model).stem} from random weights, {n_images:,} images of {title}, "
+        f"{settings.epochs} epochs, batch {settings.batch}, {settings.imgsz} px, {precision}, "
         + (f"{n} processes, {device.type}" if n > 1 else str(device))
     )
 
@@ -95,14 +98,14 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
         log.info("train %s: done already (%d epochs, best AP %.3f)", config.label, done["epochs"], done["best_ap"])
         return False
     read_json(run.provenance, "data")
-    # Ultralytics does, in every process at once, when a trainer is made (engine/trainer.py __init__, 8.4.190).
+    # Ultralytics deletes results.csv too, in every process at once (engine/trainer.py __init__, 8.4.190).
     (out_dir / "results.csv").unlink(missing_ok=True)
     write_text(out_dir / "config.yaml", dump(config))
     return True
 
 
 def device_of(config: Config, ranks: Ranks) -> str:
-    """This process's device: the entry of train.device with its number on this machine; a CPU is shared.
+    """This process's device: the entry of train.device with its number on this machine; all processes share a CPU.
 
     Raises:
         UserError: train.device names fewer GPUs than torchrun has started processes.
@@ -119,38 +122,21 @@ def device_of(config: Config, ranks: Ranks) -> str:
 
 
 def check_snapshot(config: Config, snapshot: Path) -> None:
-    """Compares with the configuration that a folder was trained with, as far as training depends on it; what ended
-    before its first checkpoint was not trained."""
+    """Compares with the configuration that a folder was trained with, as far as training depends on it.
+
+    What ended before its first checkpoint was not trained.
+
+    Raises:
+        UserError: another configuration, or one that another version of this program has written.
+    """
     if not snapshot.exists() or not any((snapshot.parent / "weights").glob("last*.pt")):
         return
-    if differences := difference(validate(read_yaml(snapshot)), config, ignore=(*MACHINE_KEYS, *LATER_STAGES)):
+    try:
+        trained_with = validate(read_yaml(snapshot))
+    except UserError as error:
         raise UserError(
-            f"{snapshot.parent} was trained with another configuration ({shown(differences)}): take another RUN=name, "
-            "or start over with ARGS=--force"
-        )
-
-
-def ultralytics_args(config: Config, run: RunRoot, device: str) -> dict[str, Any]:
-    """Arguments of Ultralytics' trainer. nms=False makes its validation score the one2one head."""
-    t = config.train
-    return {
-        "model": config.model,
-        "data": str(run.dataset_yaml.resolve()),
-        "save_dir": str(run.variant_dir(config.label).resolve()),
-        "epochs": t.epochs,
-        "batch": t.batch,
-        "imgsz": t.imgsz,
-        "seed": t.seed,
-        "deterministic": t.deterministic,
-        "amp": t.amp,
-        "workers": t.workers,
-        "device": device,
-        "cache": "ram" if t.cache else False,
-        "pretrained": False,
-        "nms": False,
-        "patience": 0,
-        "plots": False,
-        "verbose": False,
-        "exist_ok": True,
-        **config.hyp.model_dump(),
-    }
+            f"{snapshot.parent} was trained by another version of this program ({error}): go on with that version, "
+            f"{OTHER_RUN}"
+        ) from error
+    if differences := difference(trained_with, config, ignore=tuple(WITHOUT_EFFECT)):
+        raise UserError(f"{snapshot.parent} was trained with another configuration ({shown(differences)}): {OTHER_RUN}")

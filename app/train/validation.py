@@ -1,28 +1,23 @@
-"""Validation of a training in three states, and what it says of the training's health."""
+"""Validation of a training in three states, and the health of the training that follows from it."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.utils.torch_utils import autocast
 
-from app.core.files import write_json
-from app.core.results import WARM_UP
-from app.quant.batchnorm import reestimate_batchnorm, variance_ratios
-from app.quant.health import flat_codes, scale_ratios, share_of_different, signal_to_noise
+from app.core.results import STATES
+from app.quant.batchnorm import variance_ratios
+from app.quant.health import Oscillations, flat_codes, scale_ratios, share_of_different, signal_to_noise
+from app.train.state import State
 
-if TYPE_CHECKING:
-    from app.train.trainer import Trainer
-
-
-# The three validated states, in the order they are scored. The last one picks best.pt and is exported.
-STATES = ("raw", "ema", "ema_bn")
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
 SCORES = {"AP": "metrics/mAP50-95(B)", "AP50": "metrics/mAP50(B)"}
 LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
@@ -36,14 +31,14 @@ class Validator(DetectionValidator):
         return trainer.held_out
 
     def gather_stats(self) -> None:
-        """Nothing to gather: where a training has several processes, the first one validates alone."""
+        """Nothing to gather: of several ranks, rank 0 validates alone."""
 
     def postprocess(self, preds: Any) -> list[dict[str, torch.Tensor]]:
         """Detections on the CPU: matching takes hundreds of tiny operations an image, each a launch and a wait."""
-        on_gpu = super().postprocess(preds)
-        counts = [len(pred["conf"]) for pred in on_gpu]
-        parts = {key: torch.cat([pred[key] for pred in on_gpu]).cpu().split(counts) for key in on_gpu[0]}
-        return [{key: parts[key][i] for key in parts} for i in range(len(on_gpu))]
+        on_device = super().postprocess(preds)
+        counts = [len(pred["conf"]) for pred in on_device]
+        parts = {key: torch.cat([pred[key] for pred in on_device]).cpu().split(counts) for key in on_device[0]}
+        return [{key: parts[key][i] for key in parts} for i in range(len(on_device))]
 
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         if self.batch_i == 0:
@@ -57,57 +52,74 @@ class Validator(DetectionValidator):
         return prepared
 
 
-def score_states(trainer: Trainer, bn_images: Iterable[torch.Tensor]) -> dict[str, float]:
-    """Scores raw weights, their EMA, and the EMA with BatchNorm re-estimated on `bn_images` ([N,3,H,W], 0..1).
+@dataclass(frozen=True)
+class Scores:
+    """What a validation gave: its columns of results.csv, and the last of the three states as a model of its own."""
 
-    AP is that of Ultralytics' validator on the one2one head. Afterwards trainer.held_out is the last state.
+    columns: dict[str, float]
+    model: nn.Module
+
+
+def score_states(
+    state: State, score: Callable[[nn.Module], dict[str, float]], reestimate: Callable[[nn.Module], None]
+) -> Scores:
+    """Scores raw weights, their EMA, and the EMA with BatchNorm re-estimated.
+
+    Args:
+        score: gives the numbers of Ultralytics' validator for a model; AP is that of the one2one head.
+        reestimate: replaces BatchNorm's running statistics of a model in place.
 
     Returns:
         the validator's numbers for the last state, and AP/<state>, AP50/<state>, val_loss/<state> for all three.
     """
-    metrics: dict[str, float] = {}
+    columns: dict[str, float] = {}
     scores: dict[str, float] = {}
-    held_out = trainer.held_out = deepcopy(trainer.ema.ema)  # also of its bits, where a warm-up changes them
-    for state in STATES:
-        source = trainer.net if state == "raw" else trainer.ema.ema
+    held_out: Any = deepcopy(state.ema.ema)  # with the bits that are in force, where a warm-up changes them
+    for name in STATES:
+        source = state.net if name == "raw" else state.ema.ema
         held_out.load_state_dict(source.state_dict())
-        if state == "ema_bn":
+        if name == "ema_bn":
             start = time.monotonic()
-            with autocast(trainer.amp, device=trainer.device.type):
-                reestimate_batchnorm(held_out, bn_images)
-            metrics["time/bn_reestimation_s"] = round(time.monotonic() - start, 3)
-        scores = trainer.validator(trainer)
-        metrics |= {f"{name}/{state}": scores[key] for name, key in SCORES.items()}
-        metrics[f"val_loss/{state}"] = sum(scores[key] for key in LOSSES)
-    if trainer.epoch < trainer.config.n_warmup_epochs:
-        metrics[WARM_UP] = 1
+            reestimate(held_out)
+            columns["time/bn_reestimation_s"] = round(time.monotonic() - start, 3)
+        scores = score(held_out)
+        for score_name, key in SCORES.items():
+            columns[f"{score_name}/{name}"] = scores[key]
+        columns[f"val_loss/{name}"] = sum(scores[key] for key in LOSSES)
     scores.pop("fitness")
-    return {**scores, **metrics}
+    return Scores({**scores, **columns}, held_out)
 
 
-def examine(trainer: Trainer) -> dict[str, float]:
-    """Health of the state that has just been scored; takes trainer.codes_before to the present codes. Where that state
-    is the best so far, health.json gets the signal-to-noise ratio of its layers: {"epoch", "snr_db": {layer: dB}}.
+@dataclass(frozen=True)
+class Health:
+    """Columns health/* of results.csv, and the quantization SNR of every quantized layer in dB (empty for fp16)."""
 
-    Returns:
-        health/bn_ratio_*: re-estimated over averaged running variance, the layers' median and extremes. For quantized
-        models also, as shares of the quantized weights: health/flipped since the last validation,
-        health/oscillating at the end of the epoch, health/ema_differs from the raw codes. Of their layers also
-        health/scale_ratio_*, the raw weights' scale over the EMA's, median and extremes; and health/snr_*_db.
+    columns: dict[str, float]
+    snr_db: dict[str, float]
+
+
+def examine(state: State, scored: nn.Module, oscillations: Oscillations) -> Health:
+    """Health of the state that has just been scored; takes state.codes_before to the codes of now.
+
+    Columns:
+        health/bn_ratio_*: re-estimated over averaged running variance, the layers' median and extremes.
+        For quantized models also, as shares of the quantized weights: health/flipped since the last validation,
+        health/oscillating at the end of the epoch, health/ema_differs from the raw codes.
+        Of their layers also health/scale_ratio_*, the raw weights' scale over the EMA's, median and extremes; and
+        health/snr_*_db.
     """
-    health = extremes("bn_ratio", list(variance_ratios(trainer.ema.ema, trainer.held_out).values()))
-    codes = flat_codes(trainer.net)
+    values = extremes("bn_ratio", list(variance_ratios(state.ema.ema, scored).values()))
+    codes = flat_codes(state.net)
+    snr_db: dict[str, float] = {}
     if len(codes):
-        health["flipped"] = share_of_different(codes, trainer.codes_before.to(codes.device))
-        health["oscillating"] = trainer.oscillations.share()
-        health["ema_differs"] = share_of_different(codes, flat_codes(trainer.ema.ema))
-        health |= extremes("scale_ratio", scale_ratios(trainer.net, trainer.ema.ema))
-        snr = signal_to_noise(trainer.held_out)
-        health |= {"snr_min_db": min(snr.values()), "snr_mean_db": statistics.fmean(snr.values())}
-        if trainer.best_epoch == trainer.epoch + 1:
-            write_json(trainer.save_dir / "health.json", {"epoch": trainer.best_epoch, "snr_db": snr})
-    trainer.codes_before = codes.cpu()
-    return {f"health/{name}": round(value, 6) for name, value in health.items()}
+        values["flipped"] = share_of_different(codes, state.codes_before.to(codes.device))
+        values["oscillating"] = oscillations.share()
+        values["ema_differs"] = share_of_different(codes, flat_codes(state.ema.ema))
+        values |= extremes("scale_ratio", scale_ratios(state.net, state.ema.ema))
+        snr_db = signal_to_noise(scored)
+        values |= {"snr_min_db": min(snr_db.values()), "snr_mean_db": statistics.fmean(snr_db.values())}
+    state.codes_before = codes.cpu()
+    return Health({f"health/{name}": round(value, 6) for name, value in values.items()}, snr_db)
 
 
 def extremes(name: str, values: list[float]) -> dict[str, float]:

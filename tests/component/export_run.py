@@ -12,7 +12,7 @@ from app.core.files import write_json, write_text
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.data.synthetic import draw_coco_subset
-from app.export.export import parity_images
+from app.export.trace import parity_images
 from app.quant.model import build, save_checkpoint, scored_state
 
 IMGSZ = 96

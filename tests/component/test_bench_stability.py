@@ -32,10 +32,9 @@ from app.bench.stability_table import (
     worst,
 )
 from app.core.config import UserError, dump, load
-from app.core.curves import STATES
 from app.core.environment import REPO_DIR
 from app.core.files import write_json
-from app.core.results import write_rows
+from app.core.results import STATES, write_rows
 from app.core.run import RunRoot
 from app.quant.model import build
 from app.train.interrupt import Interrupted

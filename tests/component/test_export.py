@@ -20,11 +20,13 @@ from app.coco.annotations import NAMES
 from app.coco.detections import select
 from app.core.config import UserError, load
 from app.core.files import read_json, sha256
+from app.core.labels import BASELINE, Label
 from app.core.run import RunRoot
 from app.export import gates as onnx_gates
-from app.export.export import Trained, export, load_trained, one_head, write_file
+from app.export.export import Trained, export, load_trained, write_file
 from app.export.gates import run_file
 from app.export.graphs import quant_weights
+from app.export.trace import one_head
 from app.quant.model import build
 from app.report.evidence import RECORD_KEYS, lacking
 
@@ -48,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
 
 @pytest.fixture(scope="module")
 def trained(run: RunRoot) -> dict[str, Trained]:
-    return {label: load_trained(run, label) for label in ("fp16", "qat-w4a16")}
+    return {label: load_trained(run, Label.parse(label)) for label in ("fp16", "qat-w4a16")}
 
 
 def variant_of(stem: str) -> str:
@@ -62,10 +64,10 @@ def file_of(run: RunRoot, stem: str, contract: str = "raw") -> Path:
 def test_all_files_are_there_and_listed(run: RunRoot) -> None:
     names = sorted(file_of(run, stem, contract).name for stem in STEMS for contract in ("raw", "end2end"))
     assert sorted(path.name for path in run.onnx_dir.glob("*.onnx")) == names
-    overview = read_json(run.onnx_dir / "export.json", "export")
-    assert sorted(overview) == names
-    assert overview["yolov10n-baseline-fp16.onnx"]["ratio_to_fp32"] < 0.51
-    assert overview["yolov10n-w4a16-int4-qat.onnx"]["ratio_to_fp32"] <= 0.18
+    assert sorted(path.with_suffix(".onnx").name for path in run.onnx_dir.glob("*.json")) == names
+    sizes = {stem: file_of(run, stem).stat().st_size for stem in STEMS}
+    assert sizes["yolov10n-baseline-fp16"] / sizes["yolov10n-baseline-fp32"] < 0.51
+    assert sizes["yolov10n-w4a16-int4-qat"] / sizes["yolov10n-baseline-fp32"] <= 0.18
     assert not [path for path in run.onnx_dir.iterdir() if path.name.startswith(".")]
 
 
@@ -235,7 +237,7 @@ def test_wrong_graphs_fail_their_gates(run: RunRoot, trained: dict[str, Trained]
     with pytest.raises(
         RuntimeError, match=r"differs from torch by .* graph optimisation off, image 0, output \w+ of anchor"
     ):
-        onnx_gates.check_parity(path, truth, "raw", "qcdq")
+        onnx_gates.check_parity(path, truth, Label("qat", "w4a16"))
     with pytest.raises(RuntimeError, match=r"differs from yolov10n-w4a16-qcdq-qat\.onnx"):
         onnx_gates.check_same_output(path, file_of(run, "yolov10n-w4a16-qcdq-qat"), truth.images[:1])
     with pytest.raises(RuntimeError, match="83 DequantizeLinear nodes"):
@@ -249,11 +251,11 @@ def test_a_network_that_magnifies_rounding_is_named(
 ) -> None:
     """Its gate is passed because torch moves as much itself."""
     truth = trained["fp16"].truth
-    assert not onnx_gates.check_parity(file_of(run, STEMS[0]), truth, "raw", "fp32")["magnifies_rounding"]
+    assert not onnx_gates.check_parity(file_of(run, STEMS[0]), truth, BASELINE)["magnifies_rounding"]
     restless = replace(truth, raw=truth.raw + 0.02, rounding=onnx_gates.Tolerance(0.01, 0.01))
     other = RunRoot(tmp_path, "other")
     other.root.mkdir()
-    write_file(config_of(run, "fp16").export, other, replace(trained["fp16"], truth=restless), ("fp32", "raw"))
+    write_file(config_of(run, "fp16").export, other, replace(trained["fp16"], truth=restless), BASELINE)
     record = read_json(next(other.onnx_dir.glob("*.json")), "export")
     assert record["gates"]["parity"]["magnifies_rounding"]
     assert "this one magnifies rounding" in caplog.text
@@ -294,6 +296,13 @@ def test_other_checkpoint_is_refused_in_one_line(run: RunRoot, tmp_path: Path) -
     write_checkpoint(other, config_of(other, "fp16", "train.seed=1"), other.variant_dir("fp16"))
     with pytest.raises(UserError, match=r"made with another checkpoint_sha256: [^\n]*--force$"):
         export(config_of(other, "qat"), other, force=False)
+
+
+def test_a_trained_checkpoint_is_not_taken_for_ptq(run: RunRoot, tmp_path: Path) -> None:
+    other = copy_of(run, tmp_path, "qat-w4a16")
+    shutil.copytree(other.variant_dir("qat-w4a16"), other.variant_dir("ptq-w4a16"))
+    with pytest.raises(UserError, match=r"best\.pt is a checkpoint of qat-w4a16, not of ptq-w4a16: [^\n]*$"):
+        load_trained(other, Label("ptq", "w4a16"))
 
 
 def test_mixed_scheme_keeps_8_bits_and_w8_has_no_int4_file(tmp_path: Path) -> None:

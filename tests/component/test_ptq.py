@@ -1,4 +1,4 @@
-"""PTQ of a tiny run: two checkpoints and two ONNX files, scored by eval like any other; weights untouched."""
+"""PTQ of a tiny run: two checkpoints, exported and scored like any other; weights untouched."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from export_run import config_of, make_run
 
 from app.core.config import UserError
-from app.core.files import read_json
+from app.core.files import read_json, sha256
 from app.core.run import RunRoot
 from app.eval.evaluate import exported_files
+from app.export.export import export
 from app.quant.model import load_checkpoint, load_scored
 from app.train.ptq import ptq
 
@@ -22,7 +23,10 @@ LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
     run = make_run(tmp_path_factory.mktemp("ptq"), *SETS, variants=("fp16",))
-    ptq(config_of(run, "qat", *SETS), run, force=False)
+    config = config_of(run, "qat", *SETS, "export.contracts=[raw,end2end]")
+    ptq(config, run, force=False)
+    assert not run.onnx_dir.exists()
+    export(config, run, force=False)
     return run
 
 
@@ -47,13 +51,14 @@ def test_noise_of_every_quantized_layer_is_recorded(run: RunRoot) -> None:
 
 def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> None:
     files = exported_files(run)
-    assert sorted(files) == LABELS
-    for label, (path, record) in files.items():
-        ending = label.removeprefix(LABELS[0])
-        assert path.name == f"yolov10n-w4a16-mixed-qcdq-ptq{ending}.onnx"
+    assert list(files) == ["fp16", "fp16-end2end", "fp16-half", "fp16-half-end2end", *LABELS]
+    for label in LABELS:
+        record, ending = files[label].record, label.removeprefix(LABELS[0])
+        assert files[label].path.name == f"yolov10n-w4a16-mixed-qcdq-ptq{ending}.onnx"
         assert (record["variant"], record["scheme"], record["precision"]) == ("ptq", "w4a16-mixed", "qcdq")
+        assert record["source_sha256"] == sha256(run.best("fp16"))
+        assert record["checkpoint_sha256"] == sha256(run.best(label))
         assert {"codes", "parity"} <= record["gates"].keys()
-    assert set(read_json(run.onnx_dir / "export.json", "export")) == {path.name for path, _ in files.values()}
     _, config, _ = load_scored(run.variant_dir(LABELS[0]) / "weights" / "best.pt")
     assert config.quant is not None
     assert config.quant.scheme == "w4a16-mixed"
@@ -61,14 +66,23 @@ def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> No
 
 def test_second_time_leaves_everything_and_another_baseline_is_refused(run: RunRoot) -> None:
     config = config_of(run, "qat", *SETS)
-    before = {path: path.stat().st_mtime_ns for path in Path(run.root).rglob("*ptq*/**/*") if path.is_file()}
+    paths = [path for path in [*run.root.glob("ptq*/**/*"), *run.onnx_dir.glob("*ptq*")] if path.is_file()]
+    assert {path.name for path in paths} >= {"best.pt", "done.json", "yolov10n-w4a16-mixed-qcdq-ptq.onnx"}
+    before = {path: path.stat().st_mtime_ns for path in paths}
     ptq(config, run, force=False)
-    assert before == {path: path.stat().st_mtime_ns for path in before}
+    export(config, run, force=False)
+    assert before == {path: path.stat().st_mtime_ns for path in paths}
     best = run.variant_dir("fp16") / "weights" / "best.pt"
     checkpoint = load_checkpoint(best)
     torch.save({**checkpoint, "epoch": 7}, best)
-    with pytest.raises(UserError, match="--force"):
+    with pytest.raises(UserError, match=r"made with another source_sha256: [^\n]*--force$"):
         ptq(config, run, force=False)
+    ptq(config, run, force=True)
+    (run.variant_dir("fp16") / "done.json").unlink()  # else export stops at the files of the baseline
+    with pytest.raises(
+        UserError, match=r"ptq\.onnx was made with another checkpoint_sha256 and source_sha256: .*--force$"
+    ):
+        export(config, run, force=False)
 
 
 def test_without_a_baseline_it_says_what_to_do(tmp_path: Path) -> None:

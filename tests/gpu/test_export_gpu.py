@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from app.core.labels import BASELINE, Label
 from app.core.run import RunRoot
 from app.eval.runtime import CPU, gpu_name, nodes_by_provider, open_model
 from app.export.export import export, load_trained
@@ -29,18 +30,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
     return run
 
 
+def label_of(stem: str) -> Label:
+    return BASELINE if "baseline" in stem else Label("qat", "w4a16")
+
+
 @pytest.mark.parametrize("contract", ["raw", "end2end"])
 @pytest.mark.parametrize("stem", SCORED)
 def test_no_node_falls_to_the_cpu(run: RunRoot, stem: str, contract: str) -> None:
     path = run.onnx_dir / f"yolov10n-{stem}{'' if contract == 'raw' else '-end2end'}.onnx"
     model = open_model(path, "cuda")
-    images = load_trained(run, "fp16" if "baseline" in stem else "qat-w4a16").truth.images[:1]
+    images = load_trained(run, label_of(stem)).truth.images[:1]
     assert nodes_by_provider(model, images).get(CPU, []) == []
 
 
 @pytest.mark.parametrize("stem", SCORED)
 def test_cuda_is_within_the_tolerance_of_the_gates(run: RunRoot, stem: str) -> None:
-    trained = load_trained(run, "fp16" if "baseline" in stem else "qat-w4a16")
+    trained = load_trained(run, label_of(stem))
     model = open_model(run.onnx_dir / f"yolov10n-{stem}.onnx", "cuda")
     got = np.concatenate([model.run(image[None]) for image in trained.truth.images])
     allowed = trained.truth.allowed("fp16" if stem.endswith("fp16") else "fp32")
@@ -51,6 +56,6 @@ def test_cuda_is_within_the_tolerance_of_the_gates(run: RunRoot, stem: str) -> N
 def test_native_int4_nodes_on_the_cpu_are_named(run: RunRoot) -> None:
     """Opset 21 has operators without a CUDA kernel in the pinned ONNX Runtime 1.26, Resize among them; 1.27 has all."""
     model = open_model(run.onnx_dir / "yolov10n-w4a16-int4-qat.onnx", "cuda")
-    images = load_trained(run, "qat-w4a16").truth.images[:1]
+    images = load_trained(run, Label("qat", "w4a16")).truth.images[:1]
     on_cpu = nodes_by_provider(model, images).get(CPU, [])
     assert any(name.startswith("Resize ") for name in on_cpu) == ort.__version__.startswith("1.26.")

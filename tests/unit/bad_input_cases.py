@@ -72,11 +72,11 @@ FILES = [
         unusable("cannot be read (No such file or directory)"),
     ),
     Case("image of 0 bytes", lambda coco: image_1(coco).write_bytes(b""), unusable("is empty")),
-    Case("JPEG cut off", cut, unusable("is cut off or damaged (a JPEG must end in FF D9)")),
+    Case("JPEG cut off", cut, unusable("is cut off or damaged")),
     Case("PNG cut off", cut_png, unusable("cannot be decoded", "000000000001.png")),
     Case(
         "text named .jpg", lambda coco: image_1(coco).write_text("<html>404</html>"),
-        unusable("is cut off or damaged (a JPEG must end in FF D9)"),
+        unusable("cannot be decoded"),
     ),
     Case(
         "noise named .jpg", lambda coco: image_1(coco).write_bytes(b"noise\xff\xd9"), unusable("cannot be decoded")

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from app.coco.score import Dataset, describe_dataset, load_truth, score
+from app.coco.dataset import Dataset
+from app.coco.score import STATS, describe_dataset, load_truth, score
 from app.core.config import load
 from app.core.files import sha256
 from app.core.results import write_rows
 from app.core.run import RunRoot
-from app.report.evidence import COCO_NAMES
 from tests.unit.eval_fixtures import truth_box, write_annotations
 
 NAMES = ("lock", "train", "val", "ids", "fp16", "qat", "fp16 checkpoint", "qat checkpoint")
@@ -92,7 +92,7 @@ def metrics(label: str, file: str, digest: str, ap: float, size_bytes: int) -> d
             "title": "small set", "split": "val2017", "annotation_sha256": SHA["val"], "n_images": 1200,
             "n_images_listed": 1200, "subset": False, "image_ids_sha256": SHA["ids"], "complete_coco_val": False,
         },
-        "coco": dict(zip(COCO_NAMES, values, strict=True)),
+        "coco": dict(zip(STATS, values, strict=True)),
         "settings": {"conf": 0.001, "max_det": 300, "batch": 1, "evaluator": "onnxruntime + pycocotools"},
         "runtime": {"onnxruntime": "1.26.0", "provider": "CPUExecutionProvider", "device": "test CPU"},
         "latency_ms": {"batch": 1, "warmup": 3, "runs": 20, "mean": 3.5, "p50": 3.25, "p90": 3.75, "p99": 4.5},
@@ -153,7 +153,7 @@ def add_dataset(run: RunRoot, folder: Path) -> None:
             for image_id in images
             for category, box in TRUTH[image_id]
         ]
-        score_detections(run.root / name, rows, Dataset(folder / "val2017", file, "val2017", None, "small set"))
+        score_detections(run.root / name, rows, Dataset(folder, "val2017", None, "small set"))
 
 
 def score_detections(folder: Path, rows: list[dict[str, Any]], dataset: Dataset) -> None:

@@ -15,7 +15,8 @@ import pytest
 from eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 from onnx import TensorProto
 
-from app.coco.score import Dataset, first_of, hash_ids, load_truth, score
+from app.coco.dataset import Dataset, hash_ids
+from app.coco.score import first_of, load_truth, score
 from app.core.config import Eval, UserError, load
 from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot
@@ -35,8 +36,7 @@ def coco_dir(tmp_path: Path) -> Path:
 
 
 def dataset(coco_dir: Path) -> Dataset:
-    annotation_file = coco_dir / "annotations" / "instances_val2017.json"
-    return Dataset(coco_dir / "val2017", annotation_file, "val2017", None, "a test")
+    return Dataset(coco_dir, "val2017", None, "a test")
 
 
 def settings(**changes: Any) -> Eval:

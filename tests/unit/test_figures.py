@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from app.core.curves import overlay_figure
 from app.core.results import write_rows
 from app.core.run import RunRoot
 from app.report.figures import AUTHORS_YOLOV10M, size_figure
+from app.report.gallery import gallery_figure
 from app.report.html import page
 from app.report.layer_figures import FLOAT, layer_figure
 from app.report.report import report
@@ -95,6 +97,34 @@ def reason_after(run: RunRoot) -> str:
 def test_detections_of_another_scoring_are_refused(run: RunRoot) -> None:
     write(run.root / "qat-w4a16-coco/detections.json", [])
     assert "qat-w4a16-coco/detections.json does not give the AP of metrics.json" in reason_after(run)
+
+
+def shown_in_gallery(path: Path) -> tuple[np.ndarray, list[float]]:
+    """Pixels [H,W,3] and extent (left, right, bottom, top) of the photo in its panel."""
+    row = {"image_id": 1, "why": "random", "f1_difference": 0.0}
+    columns = {name: {1: []} for name in ("ground truth", "fp16", "qat-w4a16")}
+    (image,) = gallery_figure([row], {1: path}, columns, {}).axes[0].images
+    return np.asarray(image.get_array()), list(image.get_extent())
+
+
+def test_gallery_shows_a_photo_as_its_exif_says(tmp_path: Path) -> None:
+    """Boxes are those of the turned image, and colours do not change places."""
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = (200, 100, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: the left half comes to the top
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    shown, extent = shown_in_gallery(tmp_path / "turned.png")
+    assert (shown.shape, extent) == ((60, 40, 3), [0, 40, 60, 0])
+    assert shown[:30].reshape(-1, 3).tolist() == [[200, 100, 0]] * 30 * 40
+    assert not shown[30:].any()
+
+
+def test_gallery_shows_16_bit_greys_by_their_upper_8_bits(tmp_path: Path) -> None:
+    grey = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    shown, _ = shown_in_gallery(tmp_path / "grey.png")
+    assert np.abs(shown.astype(int) - (grey / 257)[:, :, None]).max() <= 1
 
 
 def test_changed_annotations_are_refused(run: RunRoot) -> None:

@@ -13,7 +13,8 @@ HEALTHY = [0.1, 0.2, 0.3, 0.4, 0.4, 0.4]
 
 
 def guard(action: str) -> Guard:
-    return Guard.model_validate({"collapse": action, "share": 0.5, "divergence": action, "n_validations": 3})
+    values = {"collapse": action, "share": 0.5, "divergence": action, "n_validations": 3, "max_rollbacks": 0}
+    return Guard.model_validate(values)
 
 
 def rows(aps: list[float], val: list[float] | None = None, train: list[float] | None = None) -> list[dict[str, float]]:

@@ -124,7 +124,7 @@ def test_a_full_disk_is_a_line_and_the_old_file_stays(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     write_text(path, "old")
     code = (
-        "import resource, sys; from pathlib import Path; from app.core.run import *; "
+        "import resource, sys; from pathlib import Path; from app.core.files import *; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); write_text(Path(sys.argv[1]), 'n' * 2000)"
     )
     done = subprocess.run(
@@ -213,9 +213,10 @@ def test_stages_are_recorded_side_by_side(tmp_path: Path) -> None:
     assert stages["data"]["n"] == 1
 
 
-def test_fp16_comes_first_and_unfinished_trainings_do_not_count(tmp_path: Path) -> None:
+def test_finished_checkpoints_come_in_the_order_of_the_page_and_unfinished_ones_do_not_count(tmp_path: Path) -> None:
     run = open_run("r", tmp_path)
-    for label in ("qat-w4a16", "fp16", "aaa"):
+    for label in ("qat-w4a16", "ptq-w4a16-bn", "fp16", "aaa", "ptq-w4a16"):
         write_json(run.variant_dir(label) / "done.json", {})
     run.variant_dir("qat-w8a16").mkdir()
-    assert run.trained_labels() == ["fp16", "aaa", "qat-w4a16"]
+    labels = [str(label) for label in run.finished_labels()]
+    assert labels == ["fp16", "ptq-w4a16", "ptq-w4a16-bn", "qat-w4a16", "aaa"]

@@ -1,0 +1,110 @@
+"""torch -> ONNX graph: the head with one branch, the tracing, and what torch itself computes on some val images."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from brevitas.export import export_onnx_qcdq
+from brevitas.nn import QuantConv2d
+from onnx import ModelProto
+from torch import nn
+from torch.jit._trace import TracerWarning
+from ultralytics.nn.tasks import DetectionModel
+
+from app.coco.images import letterbox, read_image
+from app.core.config import Export
+from app.core.files import read_json
+from app.core.labels import Label
+from app.core.run import RunRoot
+from app.data.view import read_split
+from app.export.gates import Tolerance, Truth
+
+N_PARITY_IMAGES = 8
+
+
+def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
+    """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1."""
+    chosen = read_split(read_json(run.provenance, "data"), "val")[:N_PARITY_IMAGES]
+    return np.stack([letterbox(read_image(Path(image.path)), imgsz)[0] for image in chosen])
+
+
+def torch_truth(model: DetectionModel, images: np.ndarray) -> Truth:
+    """What the files of `model` must compute for `images` [N,3,S,S], and how far rounding moves it.
+
+    Rounding is varied in two ways: without oneDNN, whose kernels add in another order on most processors, and with
+    pixels that are one unit in the last place brighter.
+    """
+    raw_model = one_head(model, "raw")
+    bits = Counter(int(layer.weight_quant.bit_width()) for layer in quantized_layers(raw_model))
+    raw = outputs(raw_model, images)
+    without_onednn = outputs(raw_model, images, onednn=False)
+    from_brighter = outputs(raw_model, np.nextafter(images, np.float32(2)))
+    off = np.maximum(np.abs(raw - without_onednn), np.abs(raw - from_brighter))
+    return Truth(images, raw, dict(bits), Tolerance(float(off[:, :4].max()), float(off[:, 4:].max())))
+
+
+def outputs(model: DetectionModel, images: np.ndarray, onednn: bool = True) -> np.ndarray:
+    """Outputs for images [N,3,S,S], which are computed one by one."""
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+        return np.concatenate([model(torch.from_numpy(image[None])).numpy() for image in images])
+
+
+def quantized_layers(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, QuantConv2d)]
+
+
+def one_head(model: DetectionModel, contract: str) -> DetectionModel:
+    """A copy whose only branch is one2one; raw: [N,84,A] cx,cy,w,h in px, then 80 probabilities; end2end: [N,K,6].
+
+    Published YOLOv10 numbers, training's validation and the evaluator all use this branch. v10Detect decodes cv2/cv3
+    to xywh without top-k where there is no one2one branch, and the one2one branch to x1,y1,x2,y2 with top-k where
+    cv2 is None (ultralytics/nn/modules/head.py Detect.forward and Detect.end2end, 8.4.190).
+    """
+    model = copy.deepcopy(model)
+    layers: Any = model.model
+    head = layers[-1]
+    if contract == "raw":
+        head.cv2, head.cv3 = head.one2one_cv2, head.one2one_cv3
+        head.one2one_cv2 = head.one2one_cv3 = None
+    else:
+        head.cv2 = head.cv3 = None
+    head.export, head.format, head.shape = True, "onnx", None
+    return model
+
+
+def traced_graph(settings: Export, model: DetectionModel, label: Label, images: np.ndarray, path: Path) -> ModelProto:
+    """The graph of an FP32 or QCDQ file; `path` is the exporter's, which knows files only, and is gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        trace(settings, one_head(model, label.contract), label, images[:1], path)
+        return onnx.load(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def trace(settings: Export, model: nn.Module, label: Label, example: np.ndarray, path: Path) -> None:
+    """Writes the ONNX file of a model with one head. Brevitas adds its QCDQ nodes where there are quantized layers.
+
+    dynamo=True would leave FP32 weights behind QuantizeLinear (Brevitas 0.13.4). No layer is fused before.
+    """
+    arguments: dict[str, Any] = {
+        "input_names": ["images"], "output_names": [label.contract], "opset_version": settings.opset, "dynamo": False,
+    }  # fmt: skip
+    if settings.dynamic:
+        arguments["dynamic_axes"] = {"images": {0: "batch"}, label.contract: {0: "batch"}}
+    inputs = torch.from_numpy(example)
+    with torch.no_grad(), warnings.catch_warnings():
+        # Known and harmless here: the TorchScript exporter is deprecated, and tracing fixes the input size on purpose.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", TracerWarning)
+        if label.is_quantized:
+            export_onnx_qcdq(model, args=inputs, export_path=str(path), **arguments)
+        else:
+            torch.onnx.export(model, (inputs,), str(path), **arguments)

@@ -1,0 +1,363 @@
+"""The training loop: epochs, steps, validation, checkpoints, and the way back after a fault."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import islice
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import autocast, unset_deterministic
+
+from app.core.files import write_json
+from app.core.progress import track
+from app.core.results import WARM_UP, write_rows
+from app.quant.batchnorm import reestimate_batchnorm
+from app.quant.health import WINDOW_STEPS, Oscillations
+from app.quant.model import load_checkpoint, save_checkpoint, scored_state
+from app.quant.options import Stabiliser, stabilisers
+from app.train.bn_images import BnImages
+from app.train.checkpoint import branch, read_in_turn, save_state
+from app.train.correction import correct, keep_better
+from app.train.device import explain_memory
+from app.train.guard import GuardStop, judge
+from app.train.interrupt import Interrupt, Interrupted
+from app.train.monitor import Monitor
+from app.train.nonfinite import NonFinite, Watch, check_finite, find_cause, to_keep
+from app.train.processes import ALONE, explain_lost_peer
+from app.train.state import State
+from app.train.step import Rise, clipped_step, criterion_after, criterion_of_part, warm_up
+from app.train.trainer import Trainer
+from app.train.validation import SCORES, examine, score_states
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Loop:
+    """Trains from the last checkpoint to the last epoch.
+
+    Steps, schedule and warm-up are those of Ultralytics (engine/trainer.py _do_train, 8.4.190). Besides, an epoch ends
+    with an optimizer step, so that no half-accumulated gradient outlives a checkpoint.
+    """
+
+    # set_up makes these, validate the last one:
+    state: State
+    options: list[Stabiliser]
+    oscillations: Oscillations
+    bn_images: BnImages
+    full_accumulate: int
+    scored_model: nn.Module
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.config, self.ranks = trainer, trainer.config, trainer.ranks
+        self.watch = Watch(trainer.device)
+        self.interrupt = Interrupt()
+        self.monitor = Monitor(trainer.save_dir, self.config, writes=self.ranks.is_main)
+        self.restarts_loader = True  # the loader does not stand at the next batch
+
+    def run(self) -> None:
+        """Trains.
+
+        Raises:
+            UserError: GPU memory does not suffice, or a loader process died.
+            Interrupted: a signal came; everything is saved.
+            GuardStop: the guard ended the training; everything is saved.
+        """
+        try:
+            with self.interrupt:
+                self.set_up()
+                try:
+                    while self.state.next_epoch < self.config.train.epochs:
+                        self._run_epoch(self.state.next_epoch)
+                    self._on_main(self._correct_best)
+                except RuntimeError as error:
+                    explain_lost_peer(error)
+                    explain_memory(error, self.config)
+                    raise
+                finally:
+                    if self.ranks.is_main:
+                        self.monitor.close()
+                    self.trainer.close()
+        finally:
+            unset_deterministic()  # of the whole process, see Ultralytics' train
+
+    def set_up(self) -> None:
+        """Builds what is trained, and loads the last checkpoint or, in a new training, writes the first."""
+        trainer = self.trainer
+        trainer.set_up()
+        self.options = stabilisers(self.config, trainer.net, trainer.ema.ema)
+        self.oscillations = Oscillations(trainer.net)
+        self.full_accumulate = trainer.accumulate
+        self.bn_images = BnImages(trainer.train_loader.dataset, trainer.args, self.config)
+        self.state = State(
+            net=trainer.net, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
+            stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
+        )  # fmt: skip
+        self.state.net.criterion = criterion_of_part(self.state.net, self.ranks)
+        saved = read_in_turn(trainer.last, self.ranks)
+        first = branch(self.state, self.config) if saved is None else saved
+        if first is not None:
+            self.state.load_state_dict(first)
+        if saved is None:
+            self.save()
+        if first is not None:
+            self._tell_where_it_continues()
+
+    def _tell_where_it_continues(self) -> None:
+        state = self.state
+        if state.rows and self.ranks.is_main:  # train.make_ready has deleted results.csv
+            write_rows(self.trainer.save_dir / "results.csv", state.rows)
+        where = f", batch {state.batch_in_epoch} of the next" if state.batch_in_epoch else ""
+        log.info(
+            "train %s: continues after epoch %d%s of %d",
+            self.config.label, state.next_epoch, where, self.config.train.epochs,
+        )  # fmt: skip
+
+    # --- an epoch ----------------------------------------------------------------------------------------------------
+
+    def _run_epoch(self, epoch: int) -> None:
+        """Trains what is left of an epoch, or goes back to the last checkpoint where it meets a fault."""
+        try:
+            self._start_epoch(epoch)
+            self._train_epoch()
+            self._end_epoch()
+        except NonFinite as fault:
+            self._roll_back(fault)
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Learning rate, mosaic and data of an epoch are functions of its number, whatever ran before it."""
+        trainer, state = self.trainer, self.state
+        state.epoch = epoch
+        if state.batch_in_epoch == 0:
+            for group in state.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * trainer.lf(epoch)
+        n_without_mosaic = self.config.hyp.close_mosaic
+        first_without = self.config.train.epochs - n_without_mosaic
+        if n_without_mosaic and (epoch == first_without or (self.restarts_loader and epoch > first_without)):
+            trainer._close_dataloader_mosaic()
+            self.restarts_loader = True
+        if self.restarts_loader:
+            trainer.train_loader.batch_sampler.sampler.start(epoch, state.batch_in_epoch)
+            trainer.train_loader.reset()
+            self.restarts_loader = False
+        if epoch == self.config.n_warmup_epochs:
+            state.codes_before = torch.zeros(0, dtype=torch.int8)  # codes of other bits do not compare
+        for stabiliser in state.stabilisers:
+            stabiliser.start_epoch(epoch)
+        trainer._model_train()
+
+    def _train_epoch(self) -> None:
+        trainer, state, batch_size = self.trainer, self.state, self.config.train.batch
+        n_batches, n_images = len(trainer.train_loader), len(trainer.train_loader.dataset)
+        self.monitor.start_epoch(state.epoch, trainer.epochs, n_images, state.batch_in_epoch * batch_size)
+        for batch in islice(trainer.train_loader, n_batches - state.batch_in_epoch):
+            step = state.epoch * n_batches + state.batch_in_epoch
+            state.batch_in_epoch += 1
+            self._warm_up(step, n_batches)
+            if step not in state.left_out:
+                self.watch.next(step, batch)
+                self.backward(batch)
+            n_left = n_batches - state.batch_in_epoch
+            if self._is_validated() and n_left < min(WINDOW_STEPS, n_batches / 4):
+                self.oscillations.open(state.epoch)
+            if step - state.last_step >= state.accumulate or n_left == 0:
+                if self.watch.of_step:
+                    self.optimizer_step()
+                state.last_step = step
+                self._save_if_due()
+            n_trained = min(batch_size, n_images - (state.batch_in_epoch - 1) * batch_size)
+            self.monitor.step(n_trained, self.mean_losses)
+
+    def _warm_up(self, step: int, n_batches: int) -> None:
+        """Learning rates, momentum and accumulation rise to their values over the first steps, as in Ultralytics."""
+        trainer, state = self.trainer, self.state
+        n_warmup = trainer._get_warmup_iterations(n_batches)
+        if n_warmup and step <= n_warmup:
+            rise = Rise(step, n_warmup)
+            state.accumulate = max(1, round(rise.between(1, self.full_accumulate)))
+            warm_up(state.optimizer, self.config.hyp, rise, trainer.lf(state.epoch))
+
+    def backward(self, batch: dict[str, Any]) -> None:
+        """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
+        state = self.state
+        loss, items = self.trainer.forward(self.trainer.model, batch)
+        loss = loss * self.ranks.n  # DistributedDataParallel takes the mean, and the parts add up
+        state.loss_names = list(items)
+        terms = self.ranks.all_reduce(torch.stack(list(items.values())).detach())
+        state.loss_sum = state.loss_sum + terms
+        self.watch.add_loss(terms.sum())
+        state.scaler.scale(loss).backward()
+
+    def optimizer_step(self) -> None:
+        state = self.state
+        if self.options:
+            scale = state.scaler.get_scale()  # waits for the GPU
+            for option in self.options:
+                option.before_step(scale)
+        clipped_step(state.optimizer, state.scaler, self.watch.add_step)
+        state.ema.update(self.trainer.model)
+        for stabiliser in state.stabilisers:
+            stabiliser.after_step()
+
+    def mean_losses(self) -> dict[str, float]:
+        """Columns train/* of the epoch so far; waits for the GPU."""
+        return self.state.mean_losses(len(self.trainer.train_loader))
+
+    def _end_epoch(self) -> None:
+        """Validates where it is due, then writes what the epoch gave."""
+        state = self.state
+        self.monitor.end_train_pass()
+        check_finite(state.net, state.scaler, self.watch)  # before rank 0 goes on alone
+        row: dict[str, Any] = {"epoch": state.epoch + 1, **self.mean_losses()}
+        if self._is_validated():
+            row |= self._on_main(self.validate)
+            row |= self._examine() if self.ranks.is_main else {}
+        row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
+        state.net.criterion.update()
+        state.rows.append(row | self.monitor.epoch_facts())
+        state.batch_in_epoch, state.loss_sum = 0, 0.0
+        if self.ranks.is_main:
+            self.monitor.end_epoch(state.rows, self.trainer.validator, (state.best_fitness, state.best_epoch))
+        self._save_if_due(always=True)
+        judge(state.rows, self.config.guard)
+
+    # --- validation --------------------------------------------------------------------------------------------------
+
+    def _is_validated(self) -> bool:
+        """Whether this epoch ends with a validation."""
+        n_done = self.state.epoch + 1
+        return n_done % self.config.train.val_every == 0 or n_done == self.config.train.epochs
+
+    def validate(self) -> dict[str, float]:
+        """Scores the three states. The AP of the last state picks best.pt, after a quant warm-up.
+
+        Returns:
+            columns of results.csv.
+        """
+        state = self.state
+        scores = score_states(state, self._score, self._reestimate)
+        self.scored_model, state.scored = scores.model, scored_state(scores.model)
+        columns, fitness = scores.columns, scores.columns["AP/ema_bn"]
+        if state.epoch < self.config.n_warmup_epochs:
+            columns[WARM_UP] = 1
+        elif state.best_fitness is None or fitness > state.best_fitness:
+            entries = {"scored": state.scored, "epoch": state.epoch, "fitness": fitness}
+            save_checkpoint(self.trainer.best, self.config, entries)
+            state.best_fitness, state.best_epoch = fitness, state.epoch + 1
+        return columns
+
+    def _examine(self) -> dict[str, float]:
+        """Health of the validated state, as columns of results.csv; health.json where that state is in best.pt."""
+        state = self.state
+        health = examine(state, self.scored_model, self.oscillations)
+        if health.snr_db and state.best_epoch == state.epoch + 1:
+            facts = {"epoch": state.best_epoch, "snr_db": health.snr_db}
+            write_json(self.trainer.save_dir / "health.json", facts)
+        return health.columns
+
+    def _score(self, model: nn.Module) -> dict[str, float]:
+        return self.trainer.score(model, self.state.loss_names)
+
+    def _reestimate(self, model: nn.Module) -> None:
+        """Re-estimates BatchNorm's statistics of a model on train batches as the averaged weights have seen them."""
+        trainer = self.trainer
+        batches = ({"img": images} for images in self.bn_images.after(self.state.epoch))
+        with autocast(trainer.amp, device=trainer.device.type):
+            reestimate_batchnorm(model, (trainer.preprocess_batch(batch)["img"] for batch in batches))
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0 and broadcasts its result; a signal during it ends all ranks."""
+        result = None
+        if self.ranks.is_main:
+            with self.interrupt.at_once(self._save_and_end_all):
+                result = work()
+        result, signal_number = self.ranks.broadcast((result, 0))
+        if signal_number:
+            raise Interrupted(signal_number)
+        return cast(T, result)
+
+    def _save_and_end_all(self) -> None:
+        self.save()
+        self.ranks.broadcast((None, self.interrupt.signal))
+
+    def _correct_best(self) -> None:
+        """Corrects best.pt on one epoch of train images where quant.correction_epochs says so; once.
+
+        best.pt is replaced if its AP is not lower. results.csv gets AP/corrected in its last row.
+        """
+        quant, trainer, state = self.config.quant, self.trainer, self.state
+        if quant is None or not quant.correction_epochs or "AP/corrected" in state.rows[-1]:
+            return
+        best = load_checkpoint(trainer.best)
+        model: Any = deepcopy(state.ema.ema)
+        model.load_state_dict(best["scored"])
+        model.criterion = criterion_after(state.net.criterion.updates, model, ALONE)
+        batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
+        correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
+        ap = self._score(model)[SCORES["AP"]]
+        keep_better(trainer.best, self.config, best, model, ap)
+        state.rows[-1]["AP/corrected"] = ap
+        write_rows(trainer.save_dir / "results.csv", state.rows)
+        self.monitor.writer.add_scalar("AP/corrected", ap, trainer.epochs)
+        self.save()
+
+    # --- checkpoints, faults, errors ---------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes last.pt, on rank 0.
+
+        Raises:
+            NonFinite: the state is not worth keeping.
+        """
+        check_finite(self.state.net, self.state.scaler, self.watch)
+        if self.ranks.is_main:
+            save_state(self.state, self.config, self.trainer.last)
+
+    def _save_if_due(self, always: bool = False) -> None:
+        """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""
+        own_signal = self.interrupt.signal or (signal.SIGTERM if self.ranks.is_orphan else 0)
+        own_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s)
+        signal_number, due = self.ranks.maximum([own_signal, int(own_due)])
+        if signal_number or due or always:
+            self.save()
+        if signal_number:  # a signal that has come since waits for the next step: the other ranks do not know of it
+            raise Interrupted(signal_number)
+
+    def _roll_back(self, fault: NonFinite) -> None:
+        """Loads last.pt again; training goes on from there without the batches of the fault.
+
+        Everything else keeps its place: order and augmentation of the other batches, and the schedule, follow from
+        their numbers. The left-out batches are part of last.pt, so a resumed training leaves out the same ones.
+
+        Raises:
+            GuardStop: guard.max_rollbacks is used up; last.pt holds the last good state.
+        """
+        state, trainer = self.state, self.trainer
+        where, cause = find_cause(state, fault, trainer.forward, len(trainer.train_loader))
+        numbers = [number for number, _ in fault.batches]
+        rank = "" if self.ranks.is_main else f"-of-process-{self.ranks.rank + 1}"
+        path = trainer.save_dir / "faults" / f"batch-{numbers[0]}{rank}.pt"
+        save_checkpoint(path, self.config, to_keep(state, fault, cause))
+        faults = [*state.faults, {"batches": numbers, "what": fault.what, "cause": cause}]
+        state.load_state_dict(load_checkpoint(trainer.last))
+        self.ranks.barrier()  # all have read it
+        state.faults = faults
+        state.optimizer.zero_grad()
+        self.watch.clear()
+        self.restarts_loader = True
+        self.save()
+        most = self.config.guard.max_rollbacks
+        text = f"guard: {fault} at {where}, first in: {cause}; kept for study in {path}"
+        if len(faults) > most:
+            raise GuardStop(
+                f"{text}; {most} rollbacks (guard.max_rollbacks) are used up and last.pt holds the last good state: "
+                "look at the batch, or lower hyp.lr0 in a new run"
+            )
+        log.warning(
+            "%s; back to the last good state, on without this batch (rollback %d of %d)", text, len(faults), most
+        )

@@ -1,0 +1,54 @@
+"""Where a dataset's files lie, whose annotations it takes, and what it may be called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.coco.dataset import BUILTIN_TITLE, COCO_2017, OTHER_COCO, annotation_path, coco_title, hash_ids, open_dataset
+from app.core.config import UserError
+from app.core.files import sha256
+
+
+def test_files_lie_where_coco_has_them() -> None:
+    dataset = open_dataset(Path("/coco"), "val2017", [2, 1], "a title")
+    assert dataset.images_dir == Path("/coco/val2017")
+    assert dataset.annotation_file == Path("/coco/annotations/instances_val2017.json")
+
+
+def test_other_annotations_are_refused(tmp_path: Path) -> None:
+    file = annotation_path(tmp_path, "val2017")
+    file.parent.mkdir()
+    file.write_text("{}")
+    expected = sha256(file)
+    assert open_dataset(tmp_path, "val2017", None, "a title", expected).annotation_file == file
+    message = r"instances_val2017\.json is missing or has changed: run 'make data ARGS=--force'"
+    file.write_text("[]")
+    with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path, "val2017", None, "a title", expected)
+    file.unlink()
+    with pytest.raises(UserError, match=message):
+        open_dataset(tmp_path, "val2017", None, "a title", expected)
+
+
+@pytest.mark.parametrize(
+    ("n_listed", "title"),
+    [
+        ({"train2017": 118_287, "val2017": 5_000}, COCO_2017),
+        ({"val2017": 5_000}, COCO_2017),
+        ({"train2017": 118_287, "val2017": 4_999}, OTHER_COCO),
+        ({"test2017": 5_000}, OTHER_COCO),
+    ],
+)
+def test_only_the_official_sizes_are_called_coco_2017(n_listed: dict[str, int], title: str) -> None:
+    assert coco_title(n_listed) == title
+
+
+def test_titles_stay_as_reports_show_them() -> None:
+    titles = ("COCO 2017", "a COCO-format dataset, not COCO 2017", "built-in coco-subset")
+    assert titles == (COCO_2017, OTHER_COCO, BUILTIN_TITLE)
+
+
+def test_hash_of_ids_does_not_depend_on_their_order() -> None:
+    assert hash_ids([3, 1, 20]) == hash_ids([20, 3, 1]) != hash_ids([1, 3])

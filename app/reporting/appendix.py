@@ -8,7 +8,7 @@ import yaml
 
 from app.config import difference, flatten
 from app.reporting.evidence import Evidence
-from app.tables import MISSING, markdown_table, number
+from app.tables import MISSING, markdown_table, number, plain
 
 ENVIRONMENT_ROWS = (
     "code_version", "lock_sha256", "image", "python", "platform", "cpu_count", "gpus",
@@ -65,7 +65,9 @@ def quantization_lines(evidence: Evidence) -> list[str]:
             n_in_file = str(in_file[label].get(str(bits), 0)) if label in in_file else MISSING
             cells.append([label, str(bits), str(len(same)), n_in_file, share, "; ".join(quantizers)])
         exempt += [
-            f"- {label}: `{layer['name']}` is not quantized: {layer['why']}" for layer in layers if layer["exempt"]
+            f"- {plain(label)}: `{layer['name']}` is not quantized: {plain(layer['why'])}"
+            for layer in layers
+            if layer["exempt"]
         ]
     return [*markdown_table(cells), "", *exempt] if len(cells) > 1 else []
 
@@ -83,7 +85,7 @@ def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
         )
     subset = any(split["subset"] for split in provenance["splits"].values())
     choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json." if subset else ""
-    return [f"{provenance['title']} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
+    return [f"{plain(provenance['title'])} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
 
 
 def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
@@ -160,11 +162,11 @@ def pointers(evidence: Evidence) -> list[str]:
     for label in evidence.trainings:
         there = [name for name in (*files, "quant_config.json") if (evidence.run.variant_dir(label) / name).exists()]
         links = ", ".join(f"[{name}]({label}/{name})" for name in there)
-        lines.append(f"- {label}: {links}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`")
+        lines.append(f"- {plain(label)}: {links}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`")
     for m in evidence.scored:
         file, digest = m["model"]["file"], m["model"]["sha256"][:N_HASH]
         results = ", ".join(f"[{name}]({m['dir']}/{name})" for name in ("metrics.json", "detections.json"))
-        lines.append(f"- {m['model']['label']}: `onnx/{file}`, sha256 `{digest}`, {results}")
+        lines.append(f"- {plain(m['model']['label'])}: `onnx/{file}`, sha256 `{digest}`, {results}")
     rest = {"dataset": "dataset/provenance.json", "the run": "run.json", "numbers of this page": "report.json"}
     there = [f"{what}: [{path}]({path})" for what, path in rest.items() if (evidence.run.root / path).exists()]
     return [*lines, *([f"- {'; '.join(there)}"] if there else [])]

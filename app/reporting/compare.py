@@ -15,7 +15,7 @@ from app.reporting.gallery import gallery
 from app.reporting.summary import describe
 from app.run import RunRoot, read_json, write_json, write_text
 from app.scoring.score import Dataset
-from app.tables import markdown_table, number, signed
+from app.tables import markdown_table, number, plain, signed
 
 KEYS = (*METRICS_KEYS, "dataset.coco_dir", "dataset.image_ids")
 Pair = tuple[Metrics, Metrics]
@@ -39,10 +39,10 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report) -> None:
     facts, truth = analyse(scored_dataset(rows[0]), rows)
     out = RunRoot(out_dir.parent, out_dir.name)
     overall = table(pairs)
-    blocks = [f"# {left} and {right}", describe(describe_meter(rows[0])), "\n".join(overall)]
+    blocks = [plain(f"# {left} and {right}"), describe(describe_meter(rows[0])), "\n".join(overall)]
     blocks.append(by_size(rows, out.figures_dir))
     for a, b in pairs:
-        blocks += [f"## {a['model']['label']} and {b['model']['label']}", by_class(b, a, facts, out.figures_dir)]
+        blocks += [plain(f"## {label(a)} and {label(b)}"), by_class(b, a, facts, out.figures_dir)]
         blocks.append("\n".join(class_table(a, b, facts)))
         if settings.gallery_images:
             blocks += [gallery(out, (a, b), facts, truth, settings), "\n".join(image_table(a, b, facts))]

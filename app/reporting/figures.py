@@ -18,6 +18,7 @@ from app.curves import COLOURS, HATCHES, LINES, NEUTRAL, overlay_figure, palette
 from app.reporting.evidence import Evidence
 from app.reporting.findings import Metrics
 from app.run import write_atomic
+from app.tables import plain
 
 INK = {"": ("#ffffff", "#1f2328"), "-dark": ("#0d1117", "#e6edf3")}  # suffix -> paper, ink: those of Git hosts
 # The authors' YOLOv10m log (500 epochs, batch 256, one2one head): epoch -> AP on COCO val2017.
@@ -41,7 +42,7 @@ def draw(figures_dir: Path, name: str, text: str, make: Callable[[], Figure]) ->
         with matplotlib.rc_context(style(paper, ink)):
             save(make(), figures_dir / themed(name, theme))
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="figures/{themed(name, "-dark")}">'
-    alt = re.sub(r"[*`]", "", text.partition(".")[0])
+    alt = re.sub(r"[*`]", "", text.partition(".")[0]).replace('"', "&quot;")
     return f'{text}\n\n<picture>{dark}<img src="figures/{name}" alt="{alt}"></picture>'
 
 
@@ -74,7 +75,9 @@ def curves(evidence: Evidence, figures_dir: Path) -> list[str]:
 
 
 def is_whole_coco(provenance: dict[str, Any]) -> bool:
-    return provenance["title"] == "COCO 2017" and not any(s["subset"] for s in provenance["splits"].values())
+    return provenance["title"] == "COCO 2017" and all(
+        split["n_images"] == split["n_listed"] for split in provenance["splits"].values()
+    )
 
 
 def by_size(group: list[Metrics], figures_dir: Path) -> str:
@@ -142,7 +145,7 @@ def by_class(m: Metrics, base: Metrics, facts: dict[str, Any], figures_dir: Path
     old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, m))
     found = [c for c in old if old[c] or new[c]]
     text = (
-        f"**AP by class, {name} minus {base_name}**, sorted: where the loss sits. "
+        f"**AP by class, {plain(name)} minus {plain(base_name)}**, sorted: where the loss sits. "
         "Classes with few objects jump by chance."
     )
     if len(found) < len(old):

@@ -20,6 +20,7 @@ from app.reporting.analysis import choose
 from app.reporting.figures import draw
 from app.reporting.findings import Metrics
 from app.run import RunRoot, read_json
+from app.tables import plain
 
 PANEL_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1])  # ground truth, baseline, quantized
 PANEL_INCH = 3.1  # width of a panel
@@ -40,9 +41,9 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
     images_dir = Path(pair[0]["dataset"]["coco_dir"]) / pair[0]["dataset"]["split"]
     images = {row["image_id"]: images_dir / truth.imgs[row["image_id"]]["file_name"] for row in rows}
     text = (
-        f"**Val images, {base_name} and {name}.** Each shows its boxes from the score at which its own F1 over the "
-        f"whole split is best ({base['best_score']:.3f} and {other['best_score']:.3f}). Chosen by the change of F1 "
-        f"in the image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed "
+        f"**Val images, {plain(base_name)} and {plain(name)}.** Each shows its boxes from the score at which its own "
+        f"F1 over the whole split is best ({base['best_score']:.3f} and {other['best_score']:.3f}). Chosen by the "
+        f"change of F1 in the image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed "
         f"{settings.gallery_seed})."
     )
     names = {number: category["name"] for number, category in truth.cats.items()}

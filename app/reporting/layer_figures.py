@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from app.curves import NEUTRAL, Rows, palette
 from app.reporting.evidence import Evidence
 from app.reporting.figures import draw, legend_below
+from app.tables import plain
 
 MARKERS = ("o", "D", "^", "s", "v", "P")
 BASELINE = "fp16"  # has no quantized layers, and keeps its colour
@@ -30,7 +31,7 @@ def layers(evidence: Evidence, figures_dir: Path) -> list[str]:
     variants = {label: quantized for label, quantized in variants.items() if not label.endswith("-bn")}
     if not variants:
         return []
-    told = "; ".join(f"{label} {worst(quantized['snr_db'])}" for label, quantized in variants.items())
+    told = "; ".join(f"{plain(label)} {worst(quantized['snr_db'])}" for label, quantized in variants.items())
     text = (
         "**Noise and bits by layer**, from the input to the heads: signal-to-noise ratio of the quantized weights at "
         f"the best epoch (power of w over power of w - w_q, in dB), and the bits of each layer. Noisiest: {told}."

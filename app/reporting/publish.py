@@ -13,6 +13,7 @@ from app.reporting.evidence import Evidence, gather
 from app.reporting.page import page
 from app.reporting.summary import ap_text, difference_text, health_lines, sample, verdict
 from app.run import RunRoot, read_json, utc_now, write_text
+from app.tables import plain
 
 log = logging.getLogger(__name__)
 KEPT = (
@@ -96,11 +97,11 @@ def entry(evidence: Evidence, found: dict[str, Any], aim: str | None) -> str:
         "machine": listed(machine(environment) for environment in environments),
         "result": "; ".join(results(found)) or "nothing was scored",
         "verdict": " ".join([*verdict(found), *health_lines(found)]),
-        "missing": "; ".join(found["missing"]) or "nothing",
+        "missing": plain("; ".join(found["missing"])) or "nothing",
         "report": f"[reports/{evidence.run.name}/summary.md](reports/{evidence.run.name}/summary.md)",
     }
     lines = [f"- **{name}:** {value}" for name, value in facts.items()]
-    return "\n".join([f"## {utc_now()[:10]} {found['run']}", "", *lines])
+    return "\n".join([f"## {utc_now()[:10]} {plain(found['run'])}", "", *lines])
 
 
 def listed(values: Any) -> str:
@@ -125,7 +126,7 @@ def results(found: dict[str, Any]) -> list[str]:
     for group in found["groups"]:
         n = len(found["seeds"]["runs"]) if found["seeds"] else 1
         rows = [
-            f"{row['label']} {ap_text(row)}"
+            f"{plain(row['label'])} {ap_text(row)}"
             + (f" ({difference_text(row)})" if row["AP_difference"] is not None else "")
             for row in group["rows"]
         ]

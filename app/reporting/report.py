@@ -17,7 +17,7 @@ from app.reporting.page import page
 from app.reporting.seeds import enter_seeds
 from app.reporting.summary import summary, tables
 from app.run import RunRoot, record_stage, write_json, write_text
-from app.tables import number
+from app.tables import number, plain
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def make_figures(evidence: Evidence, settings: Report) -> list[str]:
         facts, truth = analyse(annotations_of(evidence, group[0]), group)
     except UserError as error:
         left_out = "Left out: precision over recall, AP by class and the gallery of images"
-        return [*blocks, f"{left_out}, because {str(error).replace(f'{run.root}/', '')}.", *about_layers]
+        return [*blocks, f"{left_out}, because {plain(str(error).replace(f'{run.root}/', ''))}.", *about_layers]
     blocks.append(precision_recall(group, facts, run.figures_dir))
     blocks += about_layers
     if group[0]["dir"] == BASELINE_DIR:

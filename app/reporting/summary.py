@@ -23,7 +23,7 @@ def summary(evidence: Evidence, found: Findings, figures: list[str]) -> str:
         *section("## Missing in this run", [f"- {plain(line)}" for line in found["missing"]]),
         "\n".join(tables(evidence.scored, found)),
         *section("## Seeds", seeds_lines(found)),
-        *section("## Read this before you compare", [f"- {line}" for line in caveats(evidence, found)]),
+        *section("## Read this before you compare", [f"- {plain(line)}" for line in caveats(evidence, found)]),
         *section("## Pictures", ["\n\n".join(figures)] if figures else []),
         *section("## All COCO numbers", coco_tables(evidence.scored, found)),
         *appendix(evidence, found),
@@ -48,16 +48,16 @@ def verdict(found: Findings) -> list[str]:
 
 
 def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
-    base = group["rows"][0]
+    base, label = group["rows"][0], plain(row["label"])
     if row["AP_difference"] is None:
         return (
-            f"**{row['label']}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
+            f"**{label}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
             f"same way ({describe(group['measured'])})."
         )
     over = row["over_runs"]
     runs = f"; mean ± sample standard deviation over {over['AP_difference']['n']} runs with other seeds" if over else ""
     return (
-        f"**{row['label']}: AP {ap_text(row)} against {ap_text(base)} of the FP16 training, {difference_text(row)}** "
+        f"**{label}: AP {ap_text(row)} against {ap_text(base)} of the FP16 training, {difference_text(row)}** "
         f"({sample(group['measured'])}{runs}).{_without_training(row, group)} The file has {row['size_mb']:.2f} MB "
         f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it.{_packed(row, group)} One image takes "
         f"{row['p50_ms']:.2f} ms against {base['p50_ms']:.2f} ms (p50, {row['provider']}, float arithmetic: see below)."
@@ -104,14 +104,14 @@ def health_lines(found: Findings) -> list[str]:
     if not found["health"]:
         return []
     share = found["settings"]["min_share_of_best"]
-    told = "; ".join(f"{label} {_health(judged, share)}" for label, judged in found["health"].items())
+    told = "; ".join(f"{plain(label)} {_health(judged, share)}" for label, judged in found["health"].items())
     return [f"**Training:** {told}.", *losses_lines(found)]
 
 
 def losses_lines(found: Findings) -> list[str]:
     """Whether what is scored is what was trained, in losses: they differ less from seed to seed than AP does."""
     told = [
-        f"at epoch {over['epoch']} {label}'s differ from fp16's by {signed(over['train'])} on train images and "
+        f"at epoch {over['epoch']} {plain(label)}'s differ from fp16's by {signed(over['train'])} on train images and "
         f"{signed(over['val'])} on validation images"
         for label, over in found["losses"].items()
         if over
@@ -148,7 +148,7 @@ def sample(measured: dict[str, Any]) -> str:
     images = f"{measured['n_images']:,} images"
     if measured["subset"]:
         images = f"SUBSET of {measured['n_images']:,} of {measured['n_images_listed']:,} images"
-    return f"{measured['title']}, {measured['split']}, {images}"
+    return plain(f"{measured['title']}, {measured['split']}, {images}")
 
 
 def describe(measured: dict[str, Any]) -> str:

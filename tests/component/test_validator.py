@@ -1,0 +1,92 @@
+"""The validator scores a network that gives known boxes as worked out on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ultralytics.nn.tasks import DetectionModel
+
+from app.core.run import RunRoot
+from app.train.train import train
+from tests.support.scripted import box_of, read_table, reading, settle, solid, write_coco
+from tests.support.tiny import tiny_network
+
+N_TRAIN, VAL = 4, range(4, 9)  # numbers of the images
+STATES = ("raw", "ema", "ema_bn")
+# Ultralytics integrates precision over 101 points of recall, of which the last one counts as 0: a perfect class has
+# 1 - 0.5 / 100. Every image has one object, of a class of its own.
+PERFECT = 0.995
+SHARES_AP50 = {4: 1.0, 5: 1.0, 6: 0.0, 7: 0.5, 8: 0.0}
+SHARES_AP = {**SHARES_AP50, 5: 0.5}  # an IoU of 0.72 is enough for the thresholds 0.5 to 0.7, five of ten
+ROUNDED = 1e-5  # the validator's numbers have five decimals
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny() -> Iterator[None]:
+    with tiny_network():
+        yield
+
+
+def level_of(number: int) -> int:
+    """Grey level of an image, which tells it from all others."""
+    return 40 + 20 * number
+
+
+def detections_of(number: int) -> list[list[float]]:
+    """Rows x1, y1, x2, y2, score, class in the letterboxed image of 96 x 64 px, which begins at 16, 16."""
+    x, y, w, h = box_of(number)
+    exact = [x + 16, y + 16, x + w + 16, y + h + 16]
+    lower = [*exact[:3], y + 0.72 * h + 16]
+    return {
+        4: [[*exact, 0.9, 4]],
+        5: [[*lower, 0.9, 5]],
+        6: [],
+        7: [[0, 0, 6, 6, 0.9, 7], [*exact, 0.8, 7]],  # the false one first: half the precision
+        8: [[*exact, 0.5, 4]],  # of another class, behind that class's own object
+    }[number]
+
+
+def given(images: torch.Tensor) -> torch.Tensor:
+    """Output of the end-to-end head, [N,300,6], for images [N,3,64,96] that their grey level tells."""
+    out = torch.zeros(len(images), 300, 6)
+    for image, rows in zip(images, out, strict=True):
+        number = next(n for n in VAL if level_of(n) == round(image[0, 32, 48].item() * 255))
+        for row, detection in zip(rows, detections_of(number), strict=False):
+            row.copy_(torch.tensor(detection))
+    return out
+
+
+def losses_of(numbers: list[int]) -> tuple[float, float, float]:
+    """Box, class and DFL loss of a batch."""
+    return float(np.mean(numbers)), float(len(numbers)), float(np.max(numbers)) * 10
+
+
+def test_scores_and_losses_of_known_detections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco_dir = write_coco(tmp_path / "coco", [solid(30)] * N_TRAIN, [solid(level_of(number)) for number in VAL])
+    run, predict, read = RunRoot(tmp_path, "r"), DetectionModel.predict, []
+
+    def give(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return predict(self, x, *args, **kwargs) if torch.is_grad_enabled() else (given(x), None)
+
+    def losses(numbers: list[int]) -> tuple[float, float, float]:
+        read.append(numbers)
+        return losses_of(numbers)
+
+    settings = {"train.epochs": 1, "train.batch": 2, "train.bn_batches": 0}
+    config = settle(run, coco_dir, "fp16", settings)
+    monkeypatch.setattr(DetectionModel, "predict", give)
+    with reading(losses):
+        train(config, run, force=False)
+    (row,) = read_table(run.variant_dir("fp16") / "results.csv")
+    ap50, ap = (PERFECT * np.mean(list(shares.values())) for shares in (SHARES_AP50, SHARES_AP))
+    terms = np.mean([losses_of(numbers) for numbers in read if min(numbers) in VAL], axis=0)
+    assert sorted({tuple(numbers) for numbers in read if min(numbers) in VAL}) == [(4, 5, 6, 7), (8,)]
+    for state in STATES:
+        wanted = {f"AP/{state}": ap, f"AP50/{state}": ap50, f"val_loss/{state}": terms.sum()}
+        assert {name: float(row[name]) for name in wanted} == pytest.approx(wanted, abs=ROUNDED)
+    assert [float(row[f"val/{name}_loss"]) for name in ("box", "cls", "dfl")] == pytest.approx(terms, abs=ROUNDED)

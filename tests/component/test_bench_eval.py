@@ -13,7 +13,7 @@ from app.bench.eval import OURS, STOCK, Amount, Given, add_stock_metadata, judge
 from app.bench.explain import explain, stock_ap
 from app.coco.score import ImageFile, load_truth
 from app.core.config import load
-from tests.unit.eval_fixtures import raw_output, truth_box, write_annotations, write_model
+from tests.support.eval_fixtures import raw_output, truth_box, write_annotations, write_model
 
 SIZES = {1: (400, 300), 2: (400, 300)}
 # Ultralytics integrates over the recall from 0 to 1 and reaches 1 - 1/200 where COCO's mean of 101 points gives 1.

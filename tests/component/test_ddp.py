@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from ddp_program import POISONED, SETTINGS, STOP_AT, fixed_norm, settle
 
 from app.core.config import UserError, load
 from app.core.files import read_json
@@ -25,8 +24,9 @@ from app.train.loader import EpochBatches
 from app.train.processes import Ranks
 from app.train.train import device_of, train
 from app.train.trainer import Trainer
+from tests.support.ddp_program import POISONED, SETTINGS, STOP_AT, fixed_norm, settle
 
-PROGRAM = Path(__file__).parent / "ddp_program.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "ddp_program.py"
 STEPS = 5  # optimizer steps of a training: three in the epoch of the warm-up, two in the other
 LIMIT_S = 60.0  # a killed process ends all others within a minute
 # N processes add the same numbers in another order: 1e-7 of a number, a few times that after some steps. Rows have

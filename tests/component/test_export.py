@@ -12,8 +12,6 @@ import numpy as np
 import onnx
 import pytest
 from brevitas.nn import QuantConv2d
-from cuda_kernels import without_kernel
-from export_run import IMGSZ, config_of, make_run, write_checkpoint
 from onnx import TensorProto, numpy_helper
 
 from app.coco.annotations import NAMES
@@ -29,6 +27,8 @@ from app.export.graphs import quant_weights
 from app.export.trace import one_head
 from app.quant.model import build
 from app.report.evidence import RECORD_KEYS, lacking
+from tests.support.cuda_kernels import without_kernel
+from tests.support.export_run import IMGSZ, config_of, make_run, write_checkpoint
 
 BOTH = "export.contracts=[raw,end2end]"
 N_QUANTIZED = 83  # convolutions of YOLOv10n with one head, without DFL's

@@ -16,7 +16,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from export_run import IMGSZ, config_of, make_run
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from app.core.run import RunRoot
@@ -25,6 +24,7 @@ from app.quant import schemes
 from app.quant.model import build, load_checkpoint, save_checkpoint
 from app.quant.schemes import Rule
 from app.train.ptq import ptq
+from tests.support.export_run import IMGSZ, config_of, make_run
 from tests.support.stand_in_session import OFF
 
 SCHEME = "w4a16-mixed"

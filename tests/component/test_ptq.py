@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_run import config_of, make_run
 
 from app.core.config import UserError
 from app.core.files import read_json, sha256
@@ -15,6 +14,7 @@ from app.eval.evaluate import exported_files
 from app.export.export import export
 from app.quant.model import load_checkpoint, load_scored
 from app.train.ptq import ptq
+from tests.support.export_run import config_of, make_run
 
 SETS = ("quant.scheme=w4a16-mixed", "train.batch=2", "train.bn_batches=2")
 LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]

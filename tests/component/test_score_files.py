@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_run import IMGSZ, config_of, make_run
-from odd_images import draw_odd_images
 from ultralytics import YOLO
 
 from app.bench import stock_val
@@ -27,6 +25,8 @@ from app.eval.evaluate import evaluate_standalone
 from app.eval.pipeline import load_input
 from app.export.export import export, load_trained
 from app.export.trace import one_head
+from tests.support.export_run import IMGSZ, config_of, make_run
+from tests.support.odd_images import draw_odd_images
 
 SAME_AP = 1e-4  # what the issue asks
 # Of all detections; the rest lie on a threshold (of NMS, or place 300), where float32 rounding decides.

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from ddp_program import STOP_AT, fixed_norm, settle
 
 from app.core.run import RunRoot
 from app.quant.model import load_checkpoint
 from app.train.train import train
 from app.train.trainer import Trainer
+from tests.support.ddp_program import STOP_AT, fixed_norm, settle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 log = logging.getLogger(__name__)
-PROGRAM = Path(__file__).parents[1] / "component" / "ddp_program.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "ddp_program.py"
 LABELS = {"fp16": "fp16", "qat": "qat-w4a16"}
 # FP16 has 1e-3, kernels are chosen by batch size, and 4-bit weights between two codes round to the other one.
 LOSS_RTOL = 2e-2

@@ -12,7 +12,7 @@ from app.core.labels import BASELINE, Label
 from app.core.run import RunRoot
 from app.eval.runtime import CPU, gpu_name, nodes_by_provider, open_model
 from app.export.export import export, load_trained
-from tests.component.export_run import config_of, make_run
+from tests.support.export_run import config_of, make_run
 
 ort = pytest.importorskip("onnxruntime")
 pytestmark = [

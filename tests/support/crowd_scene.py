@@ -21,8 +21,8 @@ from PIL import Image
 from app.coco.score import Dataset
 from app.core.files import sha256
 from app.core.run import RunRoot
-from tests.unit.eval_fixtures import truth_box, write_annotations
-from tests.unit.report_fixtures import build_run, provenance, score_detections, write
+from tests.support.eval_fixtures import truth_box, write_annotations
+from tests.support.report_fixtures import build_run, provenance, score_detections, write
 
 PERSON, CAR = 1, 3
 SIZE_WH: tuple[int, int] = (64, 48)

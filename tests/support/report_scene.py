@@ -11,7 +11,7 @@ import yaml
 from app.core.config import load
 from app.core.results import write_rows
 from app.core.run import RunRoot
-from tests.unit.report_fixtures import SHA, environment, layer, metrics, write
+from tests.support.report_fixtures import SHA, environment, layer, metrics, write
 
 STATS = "AP AP50 AP75 AP_small AP_medium AP_large AR_1 AR_10 AR_100 AR_small AR_medium AR_large".split()
 LABELS = {

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_annotation_cases import Case
-from bad_input_cases import BOXES, CASES, FILES
-from bad_input_doc import DOC, document
-from data_fixtures import listing, run_data, write_dataset
 
 from app.core.config import UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
+from tests.support.bad_annotation_cases import Case
+from tests.support.bad_input_cases import BOXES, CASES, FILES
+from tests.support.bad_input_doc import DOC, document
+from tests.support.data_fixtures import listing, run_data, write_dataset
 
 N_PROMISED = 30
 TIMEOUT_S = 60  # of one process; it takes about a second
@@ -66,7 +66,7 @@ def test_names_are_unique_and_as_many_as_promised() -> None:
 
 
 def test_the_page_says_what_the_cases_say() -> None:
-    assert DOC.read_text(encoding="utf-8") == document(), "run PYTHONPATH=. python tests/unit/bad_input_doc.py"
+    assert DOC.read_text(encoding="utf-8") == document(), "run PYTHONPATH=. python tests/support/bad_input_doc.py"
     assert document().count("\n| ") - document().count("\n| what is wrong") == len(CASES)
 
 

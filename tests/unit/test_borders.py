@@ -15,8 +15,8 @@ from app.core.files import read_json
 from app.core.run import RunRoot, open_run
 from app.data.view import read_split
 from app.eval.evaluate import evaluate_file
-from tests.unit.data_fixtures import annotation, edit, run_data, write_dataset
-from tests.unit.eval_fixtures import SETTINGS, raw_output, write_annotations, write_model
+from tests.support.data_fixtures import annotation, edit, run_data, write_dataset
+from tests.support.eval_fixtures import SETTINGS, raw_output, write_annotations, write_model
 
 # Image id -> width and height in px. In the input of 32 x 32 px:
 # 1 is halved to 32 x 24, with 4 px of padding above and below; 2 is its turned twin, with 4 px left and right;

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_fixtures import truth_box, write_annotations
 
 from app.coco.score import STATS, load_truth, score
 from app.core.config import UserError
+from tests.support.eval_fixtures import truth_box, write_annotations
 
 EXACT = 1e-12  # float64 arithmetic on both sides
 SIZES = {1: (400, 300), 2: (400, 300)}

@@ -11,7 +11,7 @@ import pytest
 from app.core.config import Report, UserError, load
 from app.core.run import RunRoot
 from app.report.compare import compare, pair_up
-from tests.unit.report_fixtures import add_dataset, build_run
+from tests.support.report_fixtures import add_dataset, build_run
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from data_fixtures import annotation_file, edit, listing, run_data, write_dataset, write_image
 
 import app.data.prepare
 import app.data.view
@@ -23,6 +22,7 @@ from app.core.config import UserError
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
 from app.data.view import read_split
+from tests.support.data_fixtures import annotation_file, edit, listing, run_data, write_dataset, write_image
 
 HALF_DIGIT = 5e-7  # label files have six decimals
 Usage = namedtuple("Usage", "total used free")

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from download_server import Server
 
 from app.core.config import UserError
 from app.data import download
 from app.data.download import ARCHIVES, Archive, download_coco
+from tests.support.download_server import Server
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 from onnx import TensorProto
 
 from app.coco.dataset import Dataset, hash_ids
@@ -22,6 +21,7 @@ from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot
 from app.eval import pipeline, runtime
 from app.eval.evaluate import evaluate, evaluate_file, evaluate_standalone
+from tests.support.eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 
 # Images are 64 x 48, inputs 32 x 32: halved, 4 px of padding above and below.
 BOX_IN_IMAGE = [16.0, 8.0, 32.0, 24.0]

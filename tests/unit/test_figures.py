@@ -21,7 +21,7 @@ from app.report.gallery import gallery_figure
 from app.report.html import page
 from app.report.layer_figures import FLOAT, layer_figure
 from app.report.report import report
-from tests.unit.report_fixtures import add_dataset, build_run, history, layer, metrics, write
+from tests.support.report_fixtures import add_dataset, build_run, history, layer, metrics, write
 from tests.unit.test_report import numbers_without_source
 
 N_LIGHT = 6  # curves, sizes, precision over recall, layers, classes, gallery

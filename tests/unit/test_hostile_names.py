@@ -19,7 +19,7 @@ from app.report.report import report
 from app.report.tables import markdown_table
 from tests.support.drawn import kept_figures
 from tests.support.markdown_tables import tables
-from tests.unit.report_fixtures import add_dataset, build_run, metrics, write
+from tests.support.report_fixtures import add_dataset, build_run, metrics, write
 
 LABEL, FILE, TITLE, RUN = "net|<i>x", "file|<s>y.onnx", "set|<b>z", "run|<u>w"
 CLASS = 'cat|<q>"'

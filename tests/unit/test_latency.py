@@ -13,8 +13,8 @@ from app.coco.score import Dataset, ImageFile
 from app.eval.evaluate import evaluate_file
 from app.eval.pipeline import measure_latency
 from app.eval.runtime import open_model
+from tests.support.eval_fixtures import SETTINGS, raw_output, truth_box, write_coco, write_model
 from tests.support.fake_clock import FakeClock, install
-from tests.unit.eval_fixtures import SETTINGS, raw_output, truth_box, write_coco, write_model
 
 RED_BGR = (0, 0, 255)
 HIT = (8.0, 8.0, 24.0, 20.0, 0.9, 0)

@@ -8,12 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from eval_fixtures import SETTINGS
 
 from app.coco.annotations import CATEGORY_IDS
 from app.coco.detections import results, select
 from app.coco.images import Placement, letterbox, place, read_image, undo
 from app.core.config import UserError
+from tests.support.eval_fixtures import SETTINGS
 
 GREY = np.float32(114) / np.float32(255)
 ROUNDING_PX = 1e-9  # float64 there and back

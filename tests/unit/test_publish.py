@@ -11,7 +11,7 @@ from app.core.config import UserError, load
 from app.core.run import RunRoot
 from app.report.publish import NO_PHOTOS, publish
 from app.report.report import report
-from tests.unit.report_fixtures import add_dataset, build_run
+from tests.support.report_fixtures import add_dataset, build_run
 from tests.unit.test_report import edit, numbers_without_source
 
 PRIVATE = ("fp16/weights/best.pt", "onnx/net-baseline-fp32.onnx", "fp16/log.txt", "fp16/tensorboard/events.out.1")

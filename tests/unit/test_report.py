@@ -17,7 +17,7 @@ from app.core.config import Config, UserError, load
 from app.core.results import read_rows, write_rows
 from app.core.run import RunRoot
 from app.report.report import report
-from tests.unit.report_fixtures import SHA, build_run, export_file, metrics, write
+from tests.support.report_fixtures import SHA, build_run, export_file, metrics, write
 
 GOLDEN = Path(__file__).with_name("golden_summary.md")
 # A number that stands alone: not part of a name such as AP50, w4a16, val2017, conf/smoke.yaml or a hash.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
-from eval_fixtures import raw_output, write_model
 
 from app.core.config import UserError
 from app.eval import runtime
+from tests.support.eval_fixtures import raw_output, write_model
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

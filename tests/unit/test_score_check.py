@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eval_fixtures import truth_box, write_annotations
 from faster_coco_eval import COCO as FasterCOCO
 from faster_coco_eval import COCOeval_faster
 from pycocotools.coco import COCO
@@ -17,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from app.coco.annotations import CATEGORY_IDS
 from app.coco.score import STATS, load_truth, quiet, read_results, score
 from app.core.config import UserError
+from tests.support.eval_fixtures import truth_box, write_annotations
 
 AGREEMENT = 1e-6  # what the issue asks; both sum the same numbers in another order
 N_IMAGES, N_CLASSES = 40, 6

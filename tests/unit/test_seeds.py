@@ -13,7 +13,7 @@ import pytest
 from app.core.config import Config, UserError, load
 from app.core.run import RunRoot
 from app.report.report import report
-from tests.unit.report_fixtures import build_run
+from tests.support.report_fixtures import build_run
 from tests.unit.test_report import add_ptq, edit, numbers_without_source
 
 APS = {"a": (0.40, 0.39), "b": (0.42, 0.39), "c": (0.44, 0.42)}  # run -> AP of fp16, of qat

@@ -20,11 +20,11 @@ from app.data.prepare import prepare
 from app.eval.evaluate import evaluate
 from app.report.figures import AUTHORS_YOLOV10M
 from app.report.report import report
+from tests.support.data_fixtures import write_image
 from tests.support.drawn import kept_figures, y_of
+from tests.support.eval_fixtures import raw_output, truth_box, write_annotations, write_coco, write_model
 from tests.support.markdown_tables import row
-from tests.unit.data_fixtures import write_image
-from tests.unit.eval_fixtures import raw_output, truth_box, write_annotations, write_coco, write_model
-from tests.unit.report_fixtures import build_run, write
+from tests.support.report_fixtures import build_run, write
 
 IDS = (1, 2, 3, 4, 5, 6)
 BROKEN = 4  # its image file is empty

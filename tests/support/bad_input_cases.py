@@ -9,10 +9,9 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
-from bad_annotation_cases import CATEGORIES, IDS, JSON, TRAIN_JSON, Case, first
-from data_fixtures import annotation_file, edit, write_image
-
 from app.core.config import Quant
+from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, TRAIN_JSON, Case, first
+from tests.support.data_fixtures import annotation_file, edit, write_image
 
 LAYOUT = (
     "it must hold train2017/, val2017/ and annotations/ as COCO 2017 does; give COCO_DIR=path, "

@@ -16,7 +16,7 @@ from app.core.config import load
 from app.core.files import sha256
 from app.core.results import write_rows
 from app.core.run import RunRoot
-from tests.unit.eval_fixtures import truth_box, write_annotations
+from tests.support.eval_fixtures import truth_box, write_annotations
 
 NAMES = ("lock", "train", "val", "ids", "fp16", "qat", "fp16 checkpoint", "qat checkpoint")
 SHA = {name: hashlib.sha256(name.encode()).hexdigest() for name in NAMES}

@@ -1,19 +1,18 @@
-"""docs/bad-input.md from the table of cases; `PYTHONPATH=. python tests/unit/bad_input_doc.py` writes it."""
+"""docs/bad-input.md from the table of cases; `PYTHONPATH=. python tests/support/bad_input_doc.py` writes it."""
 
 from __future__ import annotations
 
-from bad_annotation_cases import CATEGORIES, IDS, JSON, Case
-from bad_input_cases import BOXES, FILES, FOLDER, SETTINGS
-
 from app.core.environment import REPO_DIR
 from app.core.files import write_text
+from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, Case
+from tests.support.bad_input_cases import BOXES, FILES, FOLDER, SETTINGS
 
 DOC = REPO_DIR / "docs" / "bad-input.md"
 HEAD = """# What a bad input says
 
 Each is found before the GPU is taken, ends the command with exit code 2 and this one line, and leaves nothing behind.
 `COCO` stands for the dataset folder, 40 x 30 and 24 x 32 px are the images of the tests. This page is made from the
-cases that `tests/unit/test_bad_input.py` runs: `PYTHONPATH=. python tests/unit/bad_input_doc.py`.
+cases that `tests/unit/test_bad_input.py` runs: `PYTHONPATH=. python tests/support/bad_input_doc.py`.
 """
 PARTS = {
     "The folder": FOLDER, "The annotation file": JSON, "Categories": CATEGORIES, "Ids and entries": IDS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_fixtures import annotation_file, edit, write_tree
+from tests.support.data_fixtures import annotation_file, edit, write_tree
 
 NOT_COCO = "give an instances file of COCO 2017, or of a dataset in its layout and categories"
 TRAIN_JSON = "COCO/annotations/instances_train2017.json"

@@ -12,12 +12,12 @@ test: ## unit and component tests
 data: ## check COCO and prepare it for training
 train-fp16: ## train the FP16 (AMP) baseline
 train-qat: ## train with 4-bit weights (quant.scheme)
-export: ## checkpoints to ONNX
 ptq: ## the trained baseline, quantized without training
+export: ## checkpoints to ONNX
 eval: ## score the ONNX files with COCO's metrics
 report: ## runs/RUN/summary.md and .html (ARGS="--runs A B C": the same with other seeds, merged)
 publish: ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
-all: ## data, both trainings, export, ptq, eval, report
+all: ## data, both trainings, ptq, export, eval, report
 bench: ## step times and stability, side by side
 
 ##@ Around it
@@ -54,7 +54,7 @@ help:
 		/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@printf '\n%s\n' 'Variables'
 	@printf '  %-21s %s\n' \
-		RUN=name 'folder under runs/ (default full; smoke and soak: so named)' \
+		RUN=name 'folder under runs/ (default full; smoke, soak, bench: so named)' \
 		COCO_DIR=path 'COCO folder (default data/coco; smoke: the drawn dataset)' \
 		ARGS='"--set key=value"' 'settings, all in conf/base.yaml; --force runs again' \
 		CONF=file.yaml 'settings from files' \

@@ -9,29 +9,47 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.bench.command import add_bench_arguments, run_bench
+from app.bench import command as benches
 
 if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
     from app.core.config import Config
     from app.core.run import RunRoot
 
+ORDER = ("data", "train --variant fp16", "train --variant qat", "ptq", "export", "eval", "report")
+
+
+def stages() -> dict[str, Stage]:
+    """Every command: what it does, its arguments, its function."""
+    return {
+        "all": Stage("the main job: data, train fp16, train qat, ptq, export, eval, report", job_arguments, whole_job),
+        "data": Stage("check COCO, make the YOLO view beside the runs, choose a subset", job_arguments, data),
+        "train": Stage("train one variant from random weights; continues a training", train_arguments, train),
+        "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
+        "export": Stage("checkpoints -> ONNX files, each checked against torch", job_arguments, export),
+        "eval": Stage("ONNX files -> COCO numbers and latency; --onnx: any file", eval_arguments, evaluate),
+        "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
+        "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
+        "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
+        "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
+        "download-coco": Stage("fetch the official COCO 2017 archives", download_arguments, download),
+    }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command. Heavy imports belong into the function, so that --help and a wrong setting answer at once."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    function: Callable[[argparse.Namespace], None]
+
+
 log = logging.getLogger("app")
-STAGES = {
-    "all": "the main job: data, train fp16, train qat, export, ptq, eval, report",
-    "data": "check COCO, make the YOLO view beside the runs, choose a subset",
-    "train": "train one variant from random weights; continues an unfinished training",
-    "export": "trained checkpoints -> ONNX files, each checked against torch",
-    "ptq": "the trained fp16 baseline, quantized without training -> checkpoints and ONNX files beside the others",
-    "eval": "ONNX files -> COCO numbers and latency; with --onnx for any file that keeps the contract",
-    "report": "JSON and CSV files of the run -> summary.md; --runs merges runs with other seeds",
-    "publish": "the report, without weights and photos, -> runs/reports/NAME, and an entry in runs/LOG.md",
-    "compare": "two runs or two scored folders -> compare.md: AP by class and size, images where they differ",
-    "bench": "what a training step costs, how fast training and eval are, whether QAT is stable: side by side",
-    "download-coco": "fetch the official COCO 2017 archives",
-}
 FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and the same command goes on"
 
 
@@ -44,7 +62,7 @@ def main() -> int:
     from app.train.interrupt import Interrupted, PeerLost
 
     try:
-        run_stage(args)
+        stages()[args.stage].function(args)
     except UserError as error:
         log.error("error: %s", error)
         return 2
@@ -63,10 +81,18 @@ def main() -> int:
     return 0
 
 
-def set_up_terminal() -> None:
-    """Our own lines, and of the libraries only warnings; a training's log.txt has everything.
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, stage in stages().items():
+        stage.arguments(commands.add_parser(name, help=stage.help, description=stage.help))
+    return parser.parse_args(argv)
 
-    Of the processes of one training the first speaks for all; the others only say what went wrong with them.
+
+def set_up_terminal() -> None:
+    """Shows our own lines, and of the libraries only warnings; a training's log.txt has everything.
+
+    Of the ranks of a training, rank 0 speaks for all; the other ranks log only their errors.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
@@ -77,185 +103,232 @@ def set_up_terminal() -> None:
     if rank:
         handler.setLevel(logging.ERROR)
         logging.captureWarnings(True)
-    # Imported by Brevitas; without a GPU it warns that there is none, which is no news to whoever has none.
+    # Brevitas imports it. Without a GPU it warns that there is none, which its owner knows.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, text in STAGES.items():
-        stage = stages.add_parser(name, help=text, description=text)
-        if name == "download-coco":
-            stage.add_argument(
-                "--to", type=Path, default=Path("data/coco"), help="target folder (default: %(default)s)"
-            )
-            stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
-            continue
-        if name == "compare":
-            stage.add_argument("left", type=Path, help="runs/A, or a folder of it such as runs/A/baseline-coco")
-            stage.add_argument("right", type=Path, help="runs/B, or runs/A/qat-w4a16-coco")
-            stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-            stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
-            continue
-        default = None if name == "report" else "full"  # beside --runs only a name that was given counts
-        stage.add_argument("--run", default=default, help="name of the run, a folder under --runs-dir (default: full)")
-        stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
-        if name == "publish":
-            stage.add_argument("--aim", help="for the log: what the run was to find out (default: what it compares)")
-            stage.add_argument("--force", action="store_true", help="replace what was published; adds another entry")
-            continue
-        stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
-        stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-        stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
-        if name == "train":
-            stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
-        if name == "bench":
-            add_bench_arguments(stage)
-        if name == "report":
-            stage.add_argument(
-                "--runs", nargs="+", default=[], metavar="NAME",
-                help="runs that differ only in seeds: means and spreads, on the page of --run, or else of the first",
-            )  # fmt: skip
-        if name == "ptq":
-            stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
-        if name == "eval":
-            stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
-            stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder")
-            stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
-            stage.add_argument("--out", type=Path, help="with --onnx: folder for metrics.json and detections.json")
-            stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
-    args = parser.parse_args(argv)
-    if args.stage == "report":
-        args.run, *args.runs = dict.fromkeys([*([args.run] if args.run else []), *args.runs]) or ["full"]
-    return args
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def run_stage(args: argparse.Namespace) -> None:
-    """Loads the configuration and runs a stage, alone on its run root."""
-    if args.stage == "download-coco":
-        from app.data.download import download_coco
+def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") -> None:
+    stage.add_argument(
+        "--run", default=default, help=f"name of the run, a folder under --runs-dir (default: {default or 'full'})"
+    )
+    stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
 
-        return download_coco(args.to, args.keep_archives)
+
+def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "full") -> None:
+    """Of every stage that reads the configuration."""
+    run_arguments(stage, default_run)
+    stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
+    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
+
+
+def train_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
+
+
+def ptq_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
+
+
+def eval_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
+    stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder")
+    stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
+    stage.add_argument("--out", type=Path, help="with --onnx: folder for metrics.json and detections.json")
+    stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
+
+
+def report_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage, None)  # beside --runs only a name that was given counts
+    stage.add_argument(
+        "--runs", nargs="+", default=[], metavar="NAME",
+        help="runs that differ only in seeds: means and spreads, on the page of --run, or else of the first",
+    )  # fmt: skip
+
+
+def publish_arguments(stage: argparse.ArgumentParser) -> None:
+    run_arguments(stage)
+    stage.add_argument("--aim", help="for the log: what the run was to find out (default: what it compares)")
+    stage.add_argument("--force", action="store_true", help="replace what was published; adds another entry")
+
+
+def compare_arguments(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("left", type=Path, help="runs/A, or a folder of it such as runs/A/baseline-coco")
+    stage.add_argument("right", type=Path, help="runs/B, or runs/A/qat-w4a16-coco")
+    stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
+    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
+
+
+def bench_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage, "bench")  # its trainings overwrite those of the run
+    benches.add_arguments(stage)
+
+
+def download_arguments(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--to", type=Path, default=Path("data/coco"), help="target folder (default: %(default)s)")
+    stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def set_up(args: argparse.Namespace, variant: str = "qat", *sets: str, lock: bool = True) -> Iterator[Job]:
+    """Configuration and run root of a stage, which is alone on the run root while the context lasts.
+
+    Args:
+        sets: settings that outweigh those of the command line.
+        lock: False for a stage that leaves the lock to the stages it starts, or writes nothing into the run root.
+    """
     from app.core.config import load
     from app.core.environment import isolate_libraries
     from app.core.files import explain_full_disk
-    from app.core.run import open_run
+    from app.core.run import hold, open_run
 
-    if args.stage == "compare":
-        isolate_libraries(args.out.parent / ".cache")
-        from app.report.compare import compare
-
-        return compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
     run = open_run(args.run, args.runs_dir)
-    if args.stage == "publish":
-        from app.report.publish import publish
-
-        return publish(run, args.aim, args.force)
-    sets = [*args.set, *([f"eval.max_images={args.max_images}"] if args.stage == "eval" and args.max_images else [])]
-    sets += [f"quant.scheme={args.scheme}"] if args.stage == "ptq" and args.scheme else []
-    config = load(args.variant if args.stage == "train" else "qat", args.conf, sets)
+    config = load(variant, args.conf, [*args.set, *sets])
     isolate_libraries(run.cache_dir)
-    with explain_full_disk(run.runs_dir, FULL_DISK_REMEDY), alone(args, run):
-        run_loaded(args, config, run)
+    with explain_full_disk(run.runs_dir, FULL_DISK_REMEDY), hold(run, args.stage) if lock else contextlib.nullcontext():
+        yield Job(config, run)
 
 
-def alone(args: argparse.Namespace, run: RunRoot) -> contextlib.AbstractContextManager[None]:
-    """The lock of the run root. `all` and bench leave it to the stages they start, train sees to it by itself."""
-    from app.core.run import hold
+@dataclass(frozen=True)
+class Job:
+    """What a stage works on."""
 
-    free = args.stage in ("all", "bench", "train") or (args.stage == "eval" and args.onnx is not None)
-    return contextlib.nullcontext() if free else hold(run, args.stage)
-
-
-def run_loaded(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
-    """Heavy imports happen here."""
-    match args.stage:
-        case "all":
-            run_all(args)
-        case "bench":
-            run_bench(args, run)
-        case "data":
-            from app.data.prepare import prepare
-
-            prepare(config, run, args.force)
-        case "train":
-            run_train(config, run, args.force)
-        case "export":
-            from app.export.export import export
-
-            export(config, run, args.force)
-        case "ptq":
-            from app.train.ptq import ptq
-
-            ptq(config, run, args.force)
-        case "eval":
-            run_eval(args, config, run)
-        case "report":
-            from app.core.run import open_run
-            from app.report.report import report
-
-            report(config, run, args.force, [open_run(name, args.runs_dir) for name in args.runs])
+    config: Config
+    run: RunRoot
 
 
-def run_train(config: Config, run: RunRoot, force: bool) -> None:
+def data(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        from app.data.prepare import prepare
+
+        prepare(job.config, job.run, args.force)
+
+
+def train(args: argparse.Namespace) -> None:
     """Training makes its dataset ready by itself, so that `make train-qat` is enough on a fresh clone.
 
     On several devices it starts itself again, once for each, unless torchrun has done so.
     """
-    from app.core.run import hold
-    from app.data.prepare import prepare
-    from app.train.device import check_devices
-    from app.train.processes import is_launched, joined
+    with set_up(args, args.variant, lock=False) as job:
+        from app.core.run import hold
+        from app.data.prepare import prepare
+        from app.train.device import check_devices
+        from app.train.processes import is_launched, process_group
 
-    devices = check_devices(config)
-    if len(devices) > 1 and not is_launched():
-        return launch_train(len(devices), config, run, force)
-    with joined(devices) as ranks, hold(run, "train") if ranks.is_first else contextlib.nullcontext():
-        if ranks.is_first:
-            prepare(config, run, force=False)
-        ranks.wait()
-        from app.train.train import train
+        devices = check_devices(job.config)
+        if len(devices) > 1 and not is_launched():
+            return launch_train(len(devices), job, args.force)
+        with process_group(devices) as ranks, hold(job.run, "train") if ranks.is_main else contextlib.nullcontext():
+            if ranks.is_main:
+                prepare(job.config, job.run, force=False)
+            ranks.barrier()
+            from app.train.train import train
 
-        train(config, run, force, ranks)
+            train(job.config, job.run, args.force, ranks)
 
 
-def launch_train(n: int, config: Config, run: RunRoot, force: bool) -> None:
+def launch_train(n: int, job: Job, force: bool) -> None:
     """Refuses here, once, what can be refused, and starts n processes."""
     from app.core.run import hold
     from app.data.prepare import prepare
     from app.train.processes import launch
     from app.train.train import make_ready
 
-    with hold(run, "train"):  # then the first of them holds it
-        prepare(config, run, force=False)
-        is_unfinished = make_ready(config, run, force)
+    with hold(job.run, "train"):  # then rank 0 holds it
+        prepare(job.config, job.run, force=False)
+        is_unfinished = make_ready(job.config, job.run, force)
     if is_unfinished:
         sys.exit(launch(n, [argument for argument in sys.argv[1:] if argument != "--force"]))
 
 
-def run_eval(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
-    from app.core.config import UserError
-    from app.eval.evaluate import evaluate, evaluate_standalone
+def ptq(args: argparse.Namespace) -> None:
+    sets = [f"quant.scheme={args.scheme}"] if args.scheme else []
+    with set_up(args, "qat", *sets) as job:
+        from app.train.ptq import ptq
 
-    if args.onnx is None:
-        return evaluate(config, run, args.force)
-    if args.coco_dir is None or args.out is None:
-        raise UserError("eval --onnx FILE also needs --coco-dir PATH and --out DIR")
-    evaluate_standalone(config, args.onnx, args.coco_dir, args.split, args.out)
+        ptq(job.config, job.run, args.force)
 
 
-def run_all(args: argparse.Namespace) -> None:
-    """Every stage in a process of its own; the first that fails ends the job with its exit code."""
+def export(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        from app.export.export import export
+
+        export(job.config, job.run, args.force)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    sets = [f"eval.max_images={args.max_images}"] if args.max_images else []
+    with set_up(args, "qat", *sets, lock=args.onnx is None) as job:
+        from app.core.config import UserError
+        from app.eval.evaluate import evaluate, evaluate_standalone
+
+        if args.onnx is None:
+            return evaluate(job.config, job.run, args.force)
+        if args.coco_dir is None or args.out is None:
+            raise UserError("eval --onnx FILE also needs --coco-dir PATH and --out DIR")
+        evaluate_standalone(job.config, args.onnx, args.coco_dir, args.split, args.out)
+
+
+def report(args: argparse.Namespace) -> None:
+    given: list[str] = [args.run, *args.runs] if args.run else args.runs
+    args.run, *others = dict.fromkeys(given or ["full"])  # without repetitions
+    with set_up(args) as job:
+        from app.core.run import open_run
+        from app.report.report import report
+
+        report(job.config, job.run, args.force, [open_run(name, args.runs_dir) for name in others])
+
+
+def publish(args: argparse.Namespace) -> None:
+    from app.core.run import open_run
+    from app.report.publish import publish
+
+    publish(open_run(args.run, args.runs_dir), args.aim, args.force)
+
+
+def compare(args: argparse.Namespace) -> None:
+    from app.core.config import load
+    from app.core.environment import isolate_libraries
+
+    isolate_libraries(args.out.parent / ".cache")
+    from app.report.compare import compare
+
+    compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
+
+
+def bench(args: argparse.Namespace) -> None:
+    with set_up(args, lock=False) as job:
+        benches.run(args, job.run)
+
+
+def download(args: argparse.Namespace) -> None:
+    from app.data.download import download_coco
+
+    download_coco(args.to, args.keep_archives)
+
+
+def whole_job(args: argparse.Namespace) -> None:
+    """Runs every stage in a process of its own; the first that fails ends the job with its exit code."""
     common = ["--run", args.run, "--runs-dir", str(args.runs_dir)]
-    common += [part for file in args.conf for part in ("--conf", str(file))]
-    common += [part for item in args.set for part in ("--set", item)]
+    for file in args.conf:
+        common += ["--conf", str(file)]
+    for setting in args.set:
+        common += ["--set", setting]
     common += ["--force"] if args.force else []
-    variants = [["train", "--variant", variant] for variant in ("fp16", "qat")]
-    for stage in (["data"], *variants, ["export"], ["ptq"], ["eval"], ["report"]):
-        code = run_process([sys.executable, "-m", "app", *stage, *common])
-        if code:
-            sys.exit(code)
+    with set_up(args, lock=False):  # a wrong setting is refused before the first stage
+        for stage in ORDER:
+            code = run_process([sys.executable, "-m", "app", *stage.split(), *common])
+            if code:
+                sys.exit(code)
 
 
 def run_process(command: list[str]) -> int:

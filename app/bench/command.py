@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # --help answers without it
 BENCHES = ("step", "train", "eval", "profile", "stability", "soak")
 
 
-def add_bench_arguments(stage: argparse.ArgumentParser) -> None:
+def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
     stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
     stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
@@ -31,7 +31,8 @@ def add_bench_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
 
 
-def run_bench(args: argparse.Namespace, run: RunRoot) -> None:
+def run(args: argparse.Namespace, run: RunRoot) -> None:
+    """Runs the bench that `args.what` names."""
     sets = [*args.set, *([f"train.device={'0' if args.device == 'cuda' else args.device}"] if args.device else [])]
     match args.what:
         case "step":

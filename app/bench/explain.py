@@ -15,6 +15,7 @@ from ultralytics.utils.metrics import ap_per_class, box_iou
 from app.coco.annotations import CLASS_INDEX
 from app.coco.score import quiet, score
 from app.core.files import read_json, write_json
+from app.eval.evaluate import DETECTIONS
 
 Rows = list[dict[str, Any]]
 SAME_SCORE, SAME_PX = 1e-4, 0.1  # two detections of one class are the same up to float32 and rounding to 3 decimals
@@ -26,38 +27,43 @@ def explain(truth: COCO, ids: list[int], ours_dir: str, recorded: dict[str, Any]
     Args:
         truth: annotations of the images.
         ids: the images.
-        ours_dir: folder with our detections.json.
+        ours_dir: folder with our detections.json; those of `yolo val` are written beside it.
         recorded: result of app.bench.stock_val with its detections.
 
     Returns:
         ours, stock: AP of each; steps: what is changed -> what that adds to AP, the last one is what remains; and how
         many detections each has, and how many are the same in both.
     """
-    ours_path = Path(ours_dir) / "detections.json"
+    ours_path, theirs_path = Path(ours_dir) / DETECTIONS, Path(ours_dir) / "detections-yolo-val.json"
     ours, theirs = read_json(ours_path, "bench"), with_ids(truth, recorded["rows"])
-    write_json(Path(ours_dir) / "detections-yolo-val.json", theirs)
-    aps = {
-        "our eval": score(truth, ours_path, ids)["AP"] or 0.0,
-        "crowd regions left out, what lies in them is a miss": score(without_crowds(truth), ours_path, ids)["AP"]
-        or 0.0,
+    write_json(theirs_path, theirs)
+    our_ap = score(truth, ours_path, ids)["AP"] or 0.0
+    aps = {  # what is changed -> AP from then on
+        "crowd regions left out, what lies in them is a miss": score(without_crowds(truth), ours_path, ids)["AP"] or 0.0,
         "Ultralytics' metric instead of COCOeval": stock_ap(truth, ours, ids),
         "its own detections": stock_ap(truth, theirs, ids),
         "label files, boxes not clipped": recorded["AP"],
     }
-    values = list(aps.values())
-    steps = dict(zip(list(aps)[1:], np.diff(values).tolist(), strict=True))
-    by_coco = score(truth, Path(ours_dir) / "detections-yolo-val.json", ids)["AP"]
-    mine, other = by_image(ours, ids), by_image(theirs, ids)
-    same = sum(n_same(mine[i], other[i]) for i in ids)
+    steps, before = {}, our_ap
+    for change, ap in aps.items():
+        steps[change] = ap - before
+        before = ap
+    our_table, their_table = by_image(ours, ids), by_image(theirs, ids)
     return {
-        "ours": values[0], "stock": recorded["AP"], "steps": steps, "stock_detections_by_our_score": by_coco,
-        "n_ours": len(ours), "n_stock": len(theirs), "n_same": same,
+        "ours": our_ap, "stock": recorded["AP"], "steps": steps,
+        "stock_detections_by_our_score": score(truth, theirs_path, ids)["AP"],
+        "n_ours": len(ours), "n_stock": len(theirs), "n_same": sum(n_same(our_table[i], their_table[i]) for i in ids),
     }  # fmt: skip
 
 
 def with_ids(truth: COCO, rows: Rows) -> Rows:
+    """The rows with the image id in place of the file name."""
     ids = {Path(image["file_name"]).name: image_id for image_id, image in truth.imgs.items()}
-    return [{"image_id": ids[row["file"]], **{key: row[key] for key in row if key != "file"}} for row in rows]
+    named = []
+    for row in rows:
+        others = {key: value for key, value in row.items() if key != "file"}
+        named.append({"image_id": ids[row["file"]], **others})
+    return named
 
 
 def without_crowds(truth: COCO) -> COCO:
@@ -72,35 +78,41 @@ def without_crowds(truth: COCO) -> COCO:
 
 def by_image(rows: Rows, ids: list[int]) -> dict[int, np.ndarray]:
     """Image id -> [n,6] x1,y1,x2,y2 (px), score (of objects 1), class index, in their order."""
-    found: dict[int, list[list[float]]] = {image_id: [] for image_id in ids}
+    lists: dict[int, list[list[float]]] = {image_id: [] for image_id in ids}
     for row in rows:
-        x, y, w, h = row["bbox"]
-        values = [x, y, x + w, y + h, row.get("score", 1.0), CLASS_INDEX[row["category_id"]]]
-        found[row["image_id"]].append(values)
-    return {image_id: np.array(values).reshape(-1, 6) for image_id, values in found.items()}
+        x, y, width, height = row["bbox"]
+        class_index = CLASS_INDEX[row["category_id"]]
+        lists[row["image_id"]].append([x, y, x + width, y + height, row.get("score", 1.0), class_index])
+    return {image_id: np.array(values).reshape(-1, 6) for image_id, values in lists.items()}
 
 
 def stock_ap(truth: COCO, rows: Rows, ids: list[int]) -> float:
     """AP of Ultralytics' validator (engine/validator.py, utils/metrics.py, 8.4.190) over detections, best first."""
-    objects = by_image([dict(a) for i in ids for a in truth.imgToAnns[i] if not a["iscrowd"]], ids)
-    found = by_image(rows, ids)
-    holder: Any = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))
-    correct = []
-    for image_id in ids:
-        boxes, true = (torch.from_numpy(table[image_id]) for table in (found, objects))
-        iou = box_iou(true[:, :4].float(), boxes[:, :4].float())
-        correct.append(BaseValidator.match_predictions(holder, boxes[:, 5], true[:, 5], iou).numpy())
-    all_found, all_true = (np.concatenate([table[i] for i in ids]) for table in (found, objects))
-    if not len(all_true) or not len(all_found):
+    objects = by_image(without_crowds(truth).dataset["annotations"], list(truth.imgs))
+    detections = by_image(rows, ids)
+    all_objects = np.concatenate([objects[image_id] for image_id in ids])
+    all_detections = np.concatenate([detections[image_id] for image_id in ids])
+    if not len(all_objects) or not len(all_detections):
         return 0.0
-    result = ap_per_class(np.concatenate(correct), all_found[:, 4], all_found[:, 5], all_true[:, 5])
+    hits = np.concatenate([stock_hits(detections[image_id], objects[image_id]) for image_id in ids])
+    result = ap_per_class(hits, all_detections[:, 4], all_detections[:, 5], all_objects[:, 5])
     return float(np.mean(result[5]))  # AP [classes, IoU thresholds]
 
 
-def n_same(a: np.ndarray, b: np.ndarray) -> int:
-    """How many rows [n,6] of `a` are in `b`: same class, score and box."""
-    if not len(a) or not len(b):
+def stock_hits(detections: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """Whether Ultralytics takes each detection [n,6] of an image for one of its objects [m,6], bool [n, thresholds]."""
+    holder: Any = SimpleNamespace(iouv=torch.linspace(0.5, 0.95, 10))
+    ours, true = torch.from_numpy(detections), torch.from_numpy(objects)
+    iou = box_iou(true[:, :4].float(), ours[:, :4].float())
+    return BaseValidator.match_predictions(holder, ours[:, 5], true[:, 5], iou).numpy()
+
+
+def n_same(left: np.ndarray, right: np.ndarray) -> int:
+    """How many rows [n,6] of `left` are in `right`: same class, score and box."""
+    if not len(left) or not len(right):
         return 0
-    close = (a[:, None, 5] == b[None, :, 5]) & (np.abs(a[:, None, 4] - b[None, :, 4]) < SAME_SCORE)
-    close &= np.abs(a[:, None, :4] - b[None, :, :4]).max(axis=2) < SAME_PX
-    return int(close.any(axis=1).sum())
+    distances = np.abs(left[:, None] - right[None])
+    same_class = distances[:, :, 5] == 0
+    same_box = distances[:, :, :4].max(axis=2) < SAME_PX
+    same = same_class & same_box & (distances[:, :, 4] < SAME_SCORE)
+    return int(same.any(axis=1).sum())

@@ -41,6 +41,15 @@ class Plan:
     seed: int
 
 
+@dataclass(frozen=True)
+class Uninterrupted:
+    """A training that nobody killed: its configuration, the folder of its variant, and how long it took."""
+
+    config: Config
+    folder: Path
+    seconds: float
+
+
 def bench_soak(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) -> None:
     """Kills fp16 and qat trainings in turns until there were n_kills; each must end as an uninterrupted one does.
 
@@ -49,26 +58,23 @@ def bench_soak(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) 
     """
     torch.set_num_threads(1)  # a process that has run OpenMP's threads cannot be forked: the child would hang
     rng = random.Random(plan.seed)  # noqa: S311 - times, no secrets
-    configs = {variant: load(variant, overlays, sets) for variant in VARIANTS}
-    whole = {variant: uninterrupted(run, config) for variant, config in configs.items()}
+    configs = [load(variant, overlays, sets) for variant in VARIANTS]
+    wholes = [uninterrupted(run, config) for config in configs]
     n_kills = n_torn = n_trainings = 0
     start = time.monotonic()
     while n_kills < plan.n_kills:
-        variant = VARIANTS[n_trainings % len(VARIANTS)]
-        config, (whole_dir, took_s) = configs[variant], whole[variant]
-        root = fresh(run, f"{n_trainings}", config)
+        whole = wholes[n_trainings % len(wholes)]
+        root = fresh(run, f"{n_trainings}", whole.config)
         n_before = n_kills
-        while n_kills < plan.n_kills and killed(config, root, rng.uniform(0, KILL_SHARE * took_s)):
+        while n_kills < plan.n_kills and killed(whole.config, root, rng.uniform(0, KILL_SHARE * whole.seconds)):
             n_kills += 1
             n_torn += any(root.root.rglob(".*.part"))
-        killed(config, root, None)
-        found = differences(final_state(whole_dir), final_state(root.variant_dir(config.label)))
-        if found:
-            raise RuntimeError(f"soak: {root.root} differs from {whole_dir}: {', '.join(found[:N_SHOWN])}")
+        killed(whole.config, root, None)
+        check_same(whole, root)
         n_trainings += 1
-        log.info("training %d, %s: %d kills, same final state", n_trainings, config.label, n_kills - n_before)
+        log.info("training %d, %s: %d kills, same final state", n_trainings, whole.config.label, n_kills - n_before)
         shutil.rmtree(root.root)
-    labels = ", ".join(config.label for config in configs.values())
+    labels = ", ".join(config.label for config in configs)
     log.info(
         "soak: %d kills in %d trainings (%s) in %.0f s, %d of them in the middle of writing a file; weights, EMA, "
         "optimizer, quantizers and results.csv of every training are bit-equal to an uninterrupted one",
@@ -76,13 +82,22 @@ def bench_soak(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) 
     )  # fmt: skip
 
 
-def uninterrupted(run: RunRoot, config: Config) -> tuple[Path, float]:
-    """Folder and seconds of a training that nobody kills."""
+def uninterrupted(run: RunRoot, config: Config) -> Uninterrupted:
+    """Trains once without a kill."""
     root = fresh(run, f"whole-{config.label}", config)
     start = time.monotonic()
     killed(config, root, None)
-    log.info("%s without a kill: %.1f s", config.label, time.monotonic() - start)
-    return root.variant_dir(config.label), time.monotonic() - start
+    seconds = time.monotonic() - start
+    log.info("%s without a kill: %.1f s", config.label, seconds)
+    return Uninterrupted(config, root.variant_dir(config.label), seconds)
+
+
+def check_same(whole: Uninterrupted, root: RunRoot) -> None:
+    """Raises RuntimeError where the training of a run root did not end as the uninterrupted one."""
+    ended_as = final_state(root.variant_dir(whole.config.label))
+    places = differences(final_state(whole.folder), ended_as)
+    if places:
+        raise RuntimeError(f"soak: {root.root} differs from {whole.folder}: {', '.join(places[:N_SHOWN])}")
 
 
 def fresh(run: RunRoot, name: str, config: Config) -> RunRoot:
@@ -94,7 +109,7 @@ def fresh(run: RunRoot, name: str, config: Config) -> RunRoot:
 
 
 def killed(config: Config, root: RunRoot, after_s: float | None) -> bool:
-    """Runs the train stage, at most so many seconds; whether it was killed before its end.
+    """Runs the train stage, at most `after_s` seconds (None: to its end); whether it was killed before its end.
 
     Raises:
         RuntimeError: it failed, or hangs.
@@ -120,20 +135,30 @@ def _train(config: Config, root: RunRoot) -> None:
 
 
 def final_state(variant_dir: Path) -> dict[str, Any]:
-    """Both checkpoints, and the rows of results.csv; all without what depends on the clock."""
+    """Both checkpoints, and the rows of results.csv."""
     with open(variant_dir / "results.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    weights_dir = variant_dir / "weights"
-    return {"csv": rows, **{name: load_checkpoint(weights_dir / name) for name in ("last.pt", "best.pt")}}
+        state: dict[str, Any] = {"csv": list(csv.DictReader(file))}
+    for name in ("last.pt", "best.pt"):
+        state[name] = load_checkpoint(variant_dir / "weights" / name)
+    return state
 
 
-def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Places at which two trees of dicts, lists, tensors and plain values are not equal; time/* is left out."""
+def differences(left: Any, right: Any, where: str = "") -> list[str]:
+    """Places at which two trees of dicts, lists, tensors and plain values are not equal.
+
+    Columns time/* depend on the clock and are left out.
+    """
     if "time/" in where:
         return []
-    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
-        return [place for key in a for place in differences(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in differences(*pair, f"{where}/{i}")]
-    same = torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a == b
-    return [] if same else [where]
+    if isinstance(left, dict) and isinstance(right, dict) and list(left) == list(right):
+        keys: Any = list(left)
+    elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        keys = range(len(left))
+    else:
+        both_tensors = torch.is_tensor(left) and torch.is_tensor(right)
+        same = torch.equal(left, right) if both_tensors else left == right
+        return [] if same else [where]
+    places = []
+    for key in keys:
+        places += differences(left[key], right[key], f"{where}/{key}")
+    return places

@@ -10,15 +10,16 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from app.bench.stability_rows import merge, read_arm, read_file, recipe, up_to, write_file
-from app.bench.stability_table import BASE, draw, show
+from app.bench.stability_figure import draw
+from app.bench.stability_rows import Row, all_up_to, merge, read_arm, read_file, recipe, write_file
+from app.bench.stability_table import BASE, show
+from app.bench.train import train_command
 from app.core.config import Config, UserError, load
 from app.core.curves import save_png
 from app.core.run import RunRoot
@@ -51,14 +52,22 @@ ARMS: dict[str, list[str]] = {
     f"{BRANCH}, correction": [*FLOAT, "quant.correction_epochs=1"],
 }
 DEFAULT_SEEDS = [0, 1]
+POLL_S = 0.5  # between two looks at the running trainings
 GRACE_S = 30.0  # for saving when the time is up
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call does: arms by name, seeds, seconds until it saves and returns (0: trains nothing and needs no data),
-    trainings at a time, the epoch up to which they are shown (None: each training's last), and files of other calls
-    whose rows join the table."""
+    """What a call does.
+
+    Attributes:
+        arms: by name.
+        seeds: None: DEFAULT_SEEDS are trained, and all of `files` are shown.
+        for_s: seconds until the call saves and returns; 0 trains nothing and needs no data.
+        n_jobs: trainings at a time.
+        until: the epoch up to which trainings are shown; None: each training's last.
+        files: of other calls, whose rows join the table.
+    """
 
     arms: list[str]
     seeds: list[int] | None
@@ -68,31 +77,63 @@ class Plan:
     files: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Training:
+    """An arm with a seed: its run root, its configuration, and the --set that this comes from."""
+
+    arm: str
+    seed: int
+    root: RunRoot
+    config: Config
+    sets: list[str]
+
+    @property
+    def out_dir(self) -> Path:
+        return self.root.variant_dir(self.config.label)
+
+    @property
+    def is_done(self) -> bool:
+        return (self.out_dir / "done.json").exists()
+
+    @property
+    def can_start(self) -> bool:
+        """Whether the checkpoint that it begins with is there."""
+        return self.config.warmup_from is None or self.config.warmup_from.exists()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A training, its process, and the GPU that the process sees (an index, or empty)."""
+
+    training: Training
+    process: subprocess.Popen[bytes]
+    gpu: str
+
+
 def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) -> None:
-    """Trains all arms, prints their table and draws their curves; every arm and seed has a run root beside run.root,
-    which holds bench-stability.json and .png.
+    """Trains all arms, prints their table and draws their curves.
+
+    Every arm and seed has a run root beside run.root, which holds bench-stability.json and .png.
 
     Raises:
         UserError: an unknown arm, one that needs another's weights, or files of other trainings than these.
     """
-    if unknown := [arm for arm in plan.arms if arm not in ARMS]:
-        raise UserError(f"--arms {unknown[0]}: choose among {', '.join(ARMS)}")
-    if BASE not in plan.arms and (branches := [arm for arm in plan.arms if arm.startswith(BRANCH)]):
-        raise UserError(f"--arms {branches[0]}: it begins with the weights of {BASE}, name that arm too")
-    seeds = DEFAULT_SEEDS if plan.seeds is None else plan.seeds
-    jobs = {(arm, seed): settings(run, arm, seed, overlays, sets) for seed in seeds for arm in plan.arms}
-    configs = {job: load(variant, overlays, arm_sets) for job, (variant, arm_sets) in jobs.items()}
-    of_all = recipe(load("qat", overlays, sets), ARMS)
-    others = [row for path in plan.files for row in read_file(path, of_all)]
+    check_arms(plan.arms)
+    trainings = []
+    for seed in DEFAULT_SEEDS if plan.seeds is None else plan.seeds:
+        for arm in plan.arms:
+            trainings.append(training_of(run, arm, seed, overlays, sets))
+    common = recipe(load("qat", overlays, sets), ARMS)
+    others = []
+    for path in plan.files:
+        others += read_file(path, common)
     if plan.for_s:
-        for job, config in configs.items():
-            prepare(config, root_of(run, *job), force=False)
-        train_all(run, overlays, {job: (configs[job], arm_sets) for job, (_, arm_sets) in jobs.items()}, plan)
-    own = [read_arm(job, config, root_of(run, *job).variant_dir(config.label)) for job, config in configs.items()]
-    rows = merge([*filter(None, own), *others], list(ARMS))
-    write_file(run.root / "bench-stability.json", of_all, rows)
-    wanted = [row for row in rows if row["arm"] in plan.arms and (plan.seeds is None or row["seed"] in plan.seeds)]
-    visible = wanted if plan.until is None else [part for row in wanted if (part := up_to(row, plan.until))]
+        for training in trainings:
+            prepare(training.config, training.root, force=False)
+        train_all(trainings, overlays, plan)
+    rows = merge(rows_of(trainings) + others, list(ARMS))
+    write_file(run.root / "bench-stability.json", common, rows)
+    visible = chosen(rows, plan)
     if not visible:
         log.info("nothing to show yet: no such training has been validated")
         return
@@ -101,16 +142,27 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
 
 
-def settings(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> tuple[str, list[str]]:
-    """Variant and --set of one training."""
+def check_arms(arms: list[str]) -> None:
+    """Raises UserError for an unknown arm, and for one that begins with weights of BASE where BASE is not named."""
+    for arm in arms:
+        if arm not in ARMS:
+            raise UserError(f"--arms {arm}: choose among {', '.join(ARMS)}")
+    for arm in arms:
+        if arm.startswith(BRANCH) and BASE not in arms:
+            raise UserError(f"--arms {arm}: it begins with the weights of {BASE}, name that arm too")
+
+
+def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> Training:
+    """The training of an arm with a seed; that of BASE keeps the checkpoint that the arms after BRANCH begin with."""
     own = [*sets, *ARMS[arm], f"train.seed={seed}"]
     n_warm = load("qat", overlays, [*own, WARM]).n_warmup_epochs
+    variant = "fp16" if arm == BASE else "qat"
     if arm == BASE:
-        return "fp16", [*own, f"train.save_period={n_warm}"]
+        own.append(f"train.save_period={n_warm}")
     if arm.startswith(BRANCH):
         kept = root_of(run, BASE, seed).variant_dir("fp16") / "weights" / f"epoch{n_warm}.pt"
         own.append(f"quant.warmup_from={kept}")
-    return "qat", own
+    return Training(arm, seed, root_of(run, arm, seed), load(variant, overlays, own), own)
 
 
 def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
@@ -118,66 +170,82 @@ def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
     return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(',', '').replace(' ', '_')}-{seed}")
 
 
-def train_all(
-    run: RunRoot, overlays: list[Path], jobs: dict[tuple[str, int], tuple[Config, list[str]]], plan: Plan
-) -> None:
-    """Runs the train stage of every job that is not done, n_jobs at a time, until the time is up.
+def rows_of(trainings: list[Training]) -> list[Row]:
+    """The rows of those that have been validated."""
+    rows = []
+    for training in trainings:
+        row = read_arm(training.arm, training.seed, training.config, training.out_dir)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def chosen(rows: list[Row], plan: Plan) -> list[Row]:
+    """The rows of the plan's arms and seeds, up to its epoch."""
+    wanted = [row for row in rows if row["arm"] in plan.arms and (plan.seeds is None or row["seed"] in plan.seeds)]
+    return wanted if plan.until is None else all_up_to(wanted, plan.until)
+
+
+def train_all(trainings: list[Training], overlays: list[Path], plan: Plan) -> None:
+    """Runs the train stage of every training that is not done, n_jobs at a time, until the time is up.
 
     Raises:
         Interrupted: a signal came; the trainings have saved everything and ended.
     """
     deadline = time.monotonic() + plan.for_s
-    waiting = [job for job, (config, _) in jobs.items() if not is_done(run, job, config)]
-    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
-    place: dict[tuple[str, int], str] = {}  # job -> its GPU
+    waiting = [training for training in trainings if not training.is_done]
+    running: list[Running] = []
     with Interrupt() as interrupt:
         while (waiting or running) and not interrupt.signal and time.monotonic() < deadline:
-            ready = [job for job in waiting if can_start(jobs[job][0])]
-            for job in ready[: plan.n_jobs - len(running)]:
-                waiting.remove(job)
-                taken = [place[other] for other in running]
-                place[job] = min(visible_gpus(), key=taken.count)
-                config, sets = jobs[job]
-                running[job] = start(run, job, overlays, (config.variant, sets, place[job]))
+            ready = [training for training in waiting if training.can_start]
+            for training in ready[: plan.n_jobs - len(running)]:
+                waiting.remove(training)
+                gpu = freest_gpu(running)
+                running.append(Running(training, start(training, overlays, gpu), gpu))
             if not running:  # the rest waits for one that failed
                 break
-            time.sleep(0.5)
-            for job in [job for job, process in running.items() if process.poll() is not None]:
-                code = running.pop(job).returncode
-                log.info("%s, seed %d: %s", *job, "done" if code == 0 else f"ended with exit code {code}")
-        for process in running.values():
-            process.send_signal(signal.SIGTERM)
-        for process in running.values():
-            process.wait(GRACE_S)
+            time.sleep(POLL_S)
+            running = still_running(running)
+        for one in running:
+            one.process.send_signal(signal.SIGTERM)
+        for one in running:
+            one.process.wait(GRACE_S)
     if waiting or running:
         log.info("%d trainings are not done: the same command goes on", len(waiting) + len(running))
     interrupt.leave()
 
 
-def can_start(config: Config) -> bool:
-    """Whether the checkpoint that it begins with is there."""
-    return config.warmup_from is None or config.warmup_from.exists()
+def still_running(running: list[Running]) -> list[Running]:
+    """Those whose process has not ended; logs how the others ended."""
+    left = []
+    for one in running:
+        code = one.process.poll()
+        if code is None:
+            left.append(one)
+        else:
+            how = "done" if code == 0 else f"ended with exit code {code}"
+            log.info("%s, seed %d: %s", one.training.arm, one.training.seed, how)
+    return left
+
+
+def freest_gpu(running: list[Running]) -> str:
+    """The visible GPU with the fewest trainings."""
+    taken = [one.gpu for one in running]
+    return min(visible_gpus(), key=taken.count)
 
 
 def visible_gpus() -> list[str]:
     """Indices for CUDA_VISIBLE_DEVICES; one empty string where there is no GPU."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given is not None else [str(i) for i in range(torch.cuda.device_count())] or [""]
+    if given is not None:
+        return given.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())] or [""]
 
 
-def start(
-    run: RunRoot, job: tuple[str, int], overlays: list[Path], of: tuple[str, list[str], str]
-) -> subprocess.Popen[bytes]:
-    """Starts one training; `of` is variant, settings and GPU."""
-    root = root_of(run, *job)
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": of[2]}
-    command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", of[0], "--run", root.name]
-    command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
-    command += [part for item in of[1] for part in ("--set", item)]
-    with open(root.root / "bench.log", "ab") as output:
+def start(training: Training, overlays: list[Path], gpu: str) -> subprocess.Popen[bytes]:
+    """Starts the train stage of one training in a process that sees one GPU; its output goes to bench.log."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu}
+    command = train_command(training.root, training.config.variant, overlays, training.sets)
+    with open(training.root.root / "bench.log", "ab") as output:
         # A session of its own: a terminal's Ctrl-C reaches it as our SIGTERM alone, a second signal would not save.
         return subprocess.Popen(command, stdout=output, stderr=output, env=environ, start_new_session=True)
-
-
-def is_done(run: RunRoot, job: tuple[str, int], config: Config) -> bool:
-    return (root_of(run, *job).variant_dir(config.label) / "done.json").exists()

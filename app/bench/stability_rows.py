@@ -8,40 +8,60 @@ from typing import Any
 
 from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, flatten, load, read_yaml, shown
 from app.core.files import read_json, write_text
-from app.core.results import STATES, candidates, read_rows, train_loss
+from app.core.results import AP, CORRECTED_AP, SCORED, STATES, VAL_LOSS, candidates, column, read_rows, train_loss
 
 Row = dict[str, Any]
+FILE_KEYS = {"config", "arms", "rows"}  # of a bench-stability.json
 OWN_KEYS = (*WITHOUT_EFFECT, "data.coco_dir", "train.seed")  # may differ between rows of one table
+LOSS_DIGITS = 5
 
 
-def read_arm(job: tuple[str, int], config: Config, out_dir: Path) -> Row | None:
-    """The curves of one training so far, [validations] each, and where it last ran; None before a validation that
-    counts.
+def read_arm(arm: str, seed: int, config: Config, out_dir: Path) -> Row | None:
+    """The curves of one training so far, [validations] each, and where it last ran.
+
+    Args:
+        arm, seed: of the training.
+        config: that it should have been trained with.
+        out_dir: folder of its variant.
+
+    Returns:
+        the row; None before a validation that counts.
 
     Raises:
         UserError: the folder holds a training of another configuration.
     """
-    rows = candidates(read_rows(out_dir / "results.csv")) if (out_dir / "results.csv").exists() else []
-    if not rows:
+    results_csv = out_dir / "results.csv"
+    validated = candidates(read_rows(results_csv)) if results_csv.exists() else []
+    if not validated:
         return None
     ignore = (*WITHOUT_EFFECT, "data.coco_dir", "quant.warmup_from")  # folders may have moved
     if differences := difference(read_yaml(out_dir / "config.yaml"), config, ignore=ignore):
         raise UserError(f"{out_dir} was trained with another configuration ({shown(differences)}): take another --run")
     env = read_json(out_dir / "env.json", "bench")
-    gpu = (env["gpus"] or ["none"])[0].split(",")[0]
+    gpus = env["gpus"] or ["none"]
+    aps: dict[str, list[float]] = {state: [] for state in STATES}
+    epochs, train_losses, val_losses = [], [], []
+    for row in validated:
+        epochs.append(int(row["epoch"]))
+        train_losses.append(round(train_loss(row), LOSS_DIGITS))
+        val_losses.append(round(row[column(VAL_LOSS, SCORED)], LOSS_DIGITS))
+        for state in STATES:
+            aps[state].append(row[column(AP, state)])
     return {
-        "arm": job[0], "seed": job[1], "epoch": [int(row["epoch"]) for row in rows],
-        "AP": {state: [row[f"AP/{state}"] for row in rows] for state in STATES},
-        "train_loss": [round(train_loss(row), 5) for row in rows],
-        "val_loss": [round(row["val_loss/ema_bn"], 5) for row in rows], "corrected": rows[-1].get("AP/corrected"),
-        "gpu": gpu, "torch": env["packages"]["torch"], "code_version": env["code_version"],
+        "arm": arm, "seed": seed, "epoch": epochs, "AP": aps, "train_loss": train_losses, "val_loss": val_losses,
+        "corrected": validated[-1].get(CORRECTED_AP), "gpu": gpus[0].split(",")[0], "torch": env["packages"]["torch"],
+        "code_version": env["code_version"],
     }  # fmt: skip
 
 
 def recipe(base: Config, arms: dict[str, list[str]]) -> dict[str, Any]:
-    """What rows of one table have in common: the configuration that the arms start from, a qat variant's, and what each
-    sets beside it."""
-    shared = {key: value for key, value in flatten(base).items() if not {key, key.split(".")[0]} & set(OWN_KEYS)}
+    """What the rows of one table share: the configuration `base` of a qat variant, which the arms start from, and
+    the settings that each arm adds."""
+    shared = {}
+    for key, value in flatten(base).items():
+        section = key.split(".")[0]
+        if key not in OWN_KEYS and section not in OWN_KEYS:
+            shared[key] = value
     return {"config": shared, "arms": arms}
 
 
@@ -52,14 +72,15 @@ def read_file(path: Path, expected: dict[str, Any]) -> list[Row]:
         UserError: the file is missing or of something else, or its trainings have another recipe than `expected`.
     """
     other = read_json(path, "bench ARGS=stability")
-    if not (isinstance(other, dict) and {"config", "arms", "rows"} <= set(other)):
+    if not isinstance(other, dict) or not FILE_KEYS <= set(other):
         raise UserError(f"--with {path}: not a bench-stability.json")
     then = flatten(load("qat")) | other["config"]  # a key that is new since then had its default
     if differences := difference(then, expected["config"], ignore=OWN_KEYS):
         raise UserError(f"--with {path}: other settings ({shown(differences)})")
     for arm in dict.fromkeys(row["arm"] for row in other["rows"]):
-        if other["arms"][arm] != (now := expected["arms"].get(arm)):
-            raise UserError(f"--with {path}: {arm} was {other['arms'][arm]}, now it is {now}")
+        before, now = other["arms"][arm], expected["arms"].get(arm)
+        if before != now:
+            raise UserError(f"--with {path}: {arm} was {before}, now it is {now}")
     return other["rows"]
 
 
@@ -73,18 +94,27 @@ def merge(rows: list[Row], arms: list[str]) -> list[Row]:
     return sorted(longest.values(), key=lambda row: (arms.index(row["arm"]), row["seed"]))
 
 
-def write_file(path: Path, of_all: dict[str, Any], rows: list[Row]) -> None:
+def write_file(path: Path, common: dict[str, Any], rows: list[Row]) -> None:
     """A recipe and its rows as JSON, one row a line, so that a diff shows what a call has added."""
-    parts = [f'"{key}": {json.dumps(value)}' for key, value in of_all.items()]
+    parts = [f'"{key}": {json.dumps(value)}' for key, value in common.items()]
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    write_text(path, "{" + ",\n".join([*parts, f'"rows": [\n{lines}\n]']) + "}\n")
+    parts.append(f'"rows": [\n{lines}\n]')
+    write_text(path, "{" + ",\n".join(parts) + "}\n")
 
 
 def up_to(row: Row, epoch: int) -> Row | None:
     """A row as it was at an epoch; None before a validation that counts."""
-    n = sum(of <= epoch for of in row["epoch"])
-    if n == len(row["epoch"]):
+    n_validations = sum(validated <= epoch for validated in row["epoch"])
+    if n_validations == 0:
+        return None
+    if n_validations == len(row["epoch"]):
         return row
-    curves = {key: row[key][:n] for key in ("epoch", "train_loss", "val_loss")}
-    aps = {state: curve[:n] for state, curve in row["AP"].items()}
-    return {**row, **curves, "AP": aps, "corrected": None} if n else None
+    shorter = {key: row[key][:n_validations] for key in ("epoch", "train_loss", "val_loss")}
+    aps = {state: curve[:n_validations] for state, curve in row["AP"].items()}
+    return {**row, **shorter, "AP": aps, "corrected": None}
+
+
+def all_up_to(rows: list[Row], epoch: int) -> list[Row]:
+    """The rows as they were at an epoch, without those that had no validation yet that counts."""
+    parts = [up_to(row, epoch) for row in rows]
+    return [part for part in parts if part is not None]

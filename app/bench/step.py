@@ -19,16 +19,11 @@ from app.core.environment import environment
 from app.core.files import write_json
 from app.core.run import RunRoot
 from app.quant.model import build
-from app.report.tables import markdown_table
+from app.report.tables import MISSING, markdown_table
 from app.train.step import clipped_step
 
 log = logging.getLogger(__name__)
-# Arms of the step bench: name -> variant and settings.
-ARMS = {
-    "fp16": ("fp16", []),
-    "qat": ("qat", ["quant.fast_path=true"]),
-    "qat, plain Brevitas": ("qat", ["quant.fast_path=false"]),
-}
+BASE = "fp16"  # the arm that the others are compared with
 N_BOXES = 8  # objects an image, about COCO's mean
 WARMUP_STEPS = 3
 
@@ -52,13 +47,16 @@ class Arm:
         model.args = get_cfg(overrides={"model": config.model, "amp": self.amp})
         memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model = model.to(device, memory_format=memory_format).train()
-        weights = [p for name, p in model.named_parameters() if p.requires_grad and ".dfl" not in name]
+        weights = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".dfl" not in name:
+                weights.append(parameter)
         self.optimizer = torch.optim.SGD(weights, lr=1e-4, momentum=0.937, nesterov=True)
         self.scaler = GradScaler("cuda", enabled=self.amp)
         self.ema = ModelEMA(self.model)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        """One step of our trainer, without its loader, its logging and its look at losses."""
+        """One step of our trainer, without loader, logging and the check of losses."""
         with autocast(self.amp, device=self.device.type):
             loss = self.model(batch)[0].sum()
         self.scaler.scale(loss).backward()
@@ -99,30 +97,46 @@ def bench_step(run: RunRoot, overlays: list[Path], sets: list[str], sizes: Sizes
     Raises:
         UserError: train.device names a GPU that is not there.
     """
-    configs = {name: load(variant, overlays, [*sets, *extra]) for name, (variant, extra) in ARMS.items()}
-    t = configs["fp16"].train
-    device = torch.device("cuda" if torch.cuda.is_available() and t.device != "cpu" else "cpu")
-    if t.device not in ("auto", "cpu") and device.type == "cpu":
-        raise UserError(f"train.device={t.device}: torch sees no GPU; use train.device=cpu")
-    torch.backends.cudnn.deterministic = t.deterministic
+    configs = arm_configs(overlays, sets)
+    base = configs[BASE]
+    train = base.train
+    device = torch.device("cuda" if torch.cuda.is_available() and train.device != "cpu" else "cpu")
+    if train.device not in ("auto", "cpu") and device.type == "cpu":
+        raise UserError(f"train.device={train.device}: torch sees no GPU; use train.device=cpu")
+    torch.backends.cudnn.deterministic = train.deterministic
     result: dict[str, Any] = {
-        "model": configs["fp16"].model, "imgsz": t.imgsz, "device": device_name(device),
-        "amp": t.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label, "rounds": sizes.n_rounds,
-        "steps": sizes.n_steps, "rows": [], "environment": environment(),
+        "model": base.model, "imgsz": train.imgsz, "device": device_name(device),
+        "amp": train.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label,
+        "rounds": sizes.n_rounds, "steps": sizes.n_steps, "rows": [], "environment": environment(),
     }  # fmt: skip
     for n_images in sizes.batches:
-        batch = synthetic_batch(n_images, t.imgsz, device)
+        batch = synthetic_batch(n_images, train.imgsz, device)
         peaks = {name: peak_memory(config, device, batch) for name, config in configs.items()}
         arms = {name: Arm(config, device) for name, config in configs.items()}
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for arm in arms.values():
-            arm.time_steps(batch, WARMUP_STEPS)
-        for _ in range(sizes.n_rounds):
-            for name, arm in arms.items():
-                times[name].append(arm.time_steps(batch, sizes.n_steps))
+        times = time_in_turns(arms, batch, sizes)
         result["rows"] += [step_row(n_images, name, times, peaks) for name in arms]
         write_json(run.root / "bench-step.json", result)
         show_steps(result)  # after every batch size: a lease may end before the last one
+
+
+def arm_configs(overlays: list[Path], sets: list[str]) -> dict[str, Config]:
+    """Arm -> its configuration."""
+    return {
+        BASE: load("fp16", overlays, sets),
+        "qat": load("qat", overlays, [*sets, "quant.fast_path=true"]),
+        "qat, plain Brevitas": load("qat", overlays, [*sets, "quant.fast_path=false"]),
+    }
+
+
+def time_in_turns(arms: dict[str, Arm], batch: dict[str, torch.Tensor], sizes: Sizes) -> dict[str, list[float]]:
+    """Arm -> milliseconds a step, one number a round."""
+    for arm in arms.values():
+        arm.time_steps(batch, WARMUP_STEPS)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(sizes.n_rounds):
+        for name, arm in arms.items():
+            times[name].append(arm.time_steps(batch, sizes.n_steps))
+    return times
 
 
 def device_name(device: torch.device) -> str:
@@ -141,18 +155,20 @@ def peak_memory(config: Config, device: torch.device, batch: dict[str, torch.Ten
 
 def step_row(n_images: int, name: str, times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
     """Median of the rounds, and median of the ratios to FP16 round by round, so that drift cancels."""
-    ratios = [mine / base for mine, base in zip(times[name], times["fp16"], strict=True)]
+    ratios = [ms / base_ms for ms, base_ms in zip(times[name], times[BASE], strict=True)]
     return {
         "batch": n_images, "arm": name, "ms": statistics.median(times[name]), "min_ms": min(times[name]),
         "max_ms": max(times[name]), "ratio": statistics.median(ratios), "peak_gib": peaks[name],
-        "peak_ratio": peaks[name] / peaks["fp16"] if peaks["fp16"] else None,
+        "peak_ratio": peaks[name] / peaks[BASE] if peaks[BASE] else None,
     }  # fmt: skip
 
 
 def show_steps(result: dict[str, Any]) -> None:
     cells = [["batch", "arm", "ms a step", "min", "max", "to FP16", "peak GiB", "to FP16"]]
     for row in result["rows"]:
-        memory = [f"{row['peak_gib']:.2f}", f"{row['peak_ratio']:.3f}"] if row["peak_ratio"] else ["-", "-"]
+        memory = [MISSING, MISSING]
+        if row["peak_ratio"]:
+            memory = [f"{row['peak_gib']:.2f}", f"{row['peak_ratio']:.3f}"]
         times = [f"{row[key]:.1f}" for key in ("ms", "min_ms", "max_ms")]
         cells.append([str(row["batch"]), row["arm"], *times, f"{row['ratio']:.3f}", *memory])
     precision = "FP16 autocast" if result["amp"] else "float32"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.coco.dataset import SPLITS
 from app.core.config import Config, UserError, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json, write_text
@@ -21,7 +22,7 @@ from app.data.prepare import prepare
 from app.report.tables import markdown_table
 
 log = logging.getLogger(__name__)
-ARMS = ("stock", "fp16", "qat")
+ARMS = {"stock": "stock yolo train", "fp16": "our fp16", "qat": "our qat"}  # arm -> its name in the table
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turn
     config = load("qat", overlays, sets)
     prepare(config, run, force=False)
     rates: dict[str, list[float]] = {}
-    t = config.train
+    train = config.train
     result = {
-        "model": config.model, "imgsz": t.imgsz, "batch": t.batch, "workers": t.workers, "cache": t.cache,
-        "deterministic": t.deterministic, "scheme": config.label, "images_per_s": rates, "environment": environment(),
+        "model": config.model, "imgsz": train.imgsz, "batch": train.batch, "workers": train.workers,
+        "cache": train.cache, "deterministic": train.deterministic, "scheme": config.label, "images_per_s": rates,
+        "environment": environment(),
     }  # fmt: skip
     for turn in range(turns.rounds):
         for arm in ARMS:
@@ -55,13 +57,20 @@ def measure(run: RunRoot, arm: str, overlays: list[Path], sets: list[str]) -> li
     """Images/s of every epoch of one training."""
     if arm == "stock":
         return measure_stock(run, load("fp16", overlays, sets))
+    run_child([*train_command(run, arm, overlays, sets), "--force"])
     config = load(arm, overlays, sets)
-    root = RunRoot(run.runs_dir, run.name)
-    command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", arm, "--run", root.name, "--force"]
-    command += ["--runs-dir", str(run.runs_dir), *(part for path in overlays for part in ("--conf", str(path)))]
-    command += [part for item in sets for part in ("--set", item)]
-    run_child(command)
-    return [row["time/images_per_s"] for row in read_rows(root.variant_dir(config.label) / "results.csv")]
+    return [row["time/images_per_s"] for row in read_rows(run.variant_dir(config.label) / "results.csv")]
+
+
+def train_command(run: RunRoot, variant: str, overlays: list[Path], sets: list[str]) -> list[str]:
+    """The train stage as a command."""
+    command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", variant]
+    command += ["--run", run.name, "--runs-dir", str(run.runs_dir)]
+    for path in overlays:
+        command += ["--conf", str(path)]
+    for item in sets:
+        command += ["--set", item]
+    return command
 
 
 def run_child(command: list[str]) -> None:
@@ -91,10 +100,11 @@ def stock_dataset(run: RunRoot, stock_dir: Path) -> None:
     """Writes coco.yaml and all that it names into a new folder: Ultralytics' label scan writes beside the labels."""
     view = Path(read_json(run.provenance, "data")["view_dir"])
     shutil.copytree(view, stock_dir / "view", symlinks=True)
-    dataset_yaml = run.dataset_yaml.read_text(encoding="utf-8")
-    for split in ("train", "val"):
+    copied_view = str((stock_dir / "view").resolve())
+    for split in SPLITS:
         listed = (run.dataset_yaml.parent / f"{split}.txt").read_text(encoding="utf-8")
-        write_text(stock_dir / f"{split}.txt", listed.replace(str(view), str((stock_dir / "view").resolve())))
+        write_text(stock_dir / f"{split}.txt", listed.replace(str(view), copied_view))
+    dataset_yaml = run.dataset_yaml.read_text(encoding="utf-8")
     dataset_yaml = dataset_yaml.replace(str(run.dataset_yaml.parent.resolve()), str(stock_dir.resolve()))
     write_text(stock_dir / "coco.yaml", dataset_yaml)
 
@@ -103,9 +113,10 @@ def show(result: dict[str, Any]) -> None:
     medians = {arm: statistics.median(rates) for arm, rates in result["images_per_s"].items()}
     cells = [["loop", "images/s", "lowest", "highest", "to stock", "to our fp16"]]
     for arm, rates in result["images_per_s"].items():
-        numbers = [f"{value:.0f}" for value in (medians[arm], min(rates), max(rates))]
-        ratios = [f"{medians[arm] / medians[base]:.3f}" for base in ("stock", "fp16")]
-        cells.append([{"stock": "stock yolo train", "fp16": "our fp16", "qat": "our qat"}[arm], *numbers, *ratios])
+        median = medians[arm]
+        numbers = [f"{value:.0f}" for value in (median, min(rates), max(rates))]
+        ratios = [f"{median / medians[base]:.3f}" for base in ("stock", "fp16")]
+        cells.append([ARMS[arm], *numbers, *ratios])
     log.info("%s, %d px, batch %d, %d workers", *(result[key] for key in ("model", "imgsz", "batch", "workers")))
     for line in markdown_table(cells):
         log.info("%s", line)

@@ -50,13 +50,21 @@ def set_facts(model: ModelProto, facts: dict[str, Any]) -> None:
 
 
 def tidy(model: ModelProto) -> None:
-    """Weights are constants and not inputs that a caller may override; Constant nodes become initializers."""
+    """Weights are constants and not inputs that a caller may override; Constant nodes become initializers.
+
+    So do the Identity nodes by which torch's exporter shares equal initializers, such as the biases of a new head.
+    """
     graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     for node in list(graph.node):
-        if node.op_type != "Constant" or node.attribute[0].name != "value":
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            value = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in tensors:
+            value = tensors[node.input[0]]
+        else:
             continue
         tensor = graph.initializer.add()
-        tensor.CopyFrom(node.attribute[0].t)
+        tensor.CopyFrom(value)
         tensor.name = node.output[0]
         graph.node.remove(node)
     weights = {tensor.name for tensor in graph.initializer}

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics of an EMA copy: re-estimated, and compared with those before."""
+"""BatchNorm's running statistics of an EMA copy: re-estimation, and how far it moved them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from torch import nn
 
 @torch.no_grad()
 def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
-    """Running variance of every BatchNorm layer in `after` over that in `before`, geometric mean over its channels.
+    """Running variance in `after` over that in `before`, by BatchNorm layer: the geometric mean over its channels.
 
-    1 means that the statistics fit; far from 1 the layer is normalised wrongly before the re-estimation.
+    Near 1 the statistics from before the re-estimation fit the weights; far from 1 they normalise the layer wrongly.
     """
-    norms = [
-        [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
-        for model in (before, after)
-    ]
-    ratios = [
-        (new.running_var.log() - old.running_var.log()).mean().exp()  # pyright: ignore[reportOptionalMemberAccess]
-        for (_, old), (_, new) in zip(*norms, strict=True)
-    ]
-    return dict(zip([name for name, _ in norms[0]], torch.stack(ratios).tolist(), strict=True))
+    old_layers, new_layers = _batchnorm_layers(before), _batchnorm_layers(after)
+    ratios = []
+    for old, new in zip(old_layers.values(), new_layers.values(), strict=True):
+        log_ratio = new.running_var.log() - old.running_var.log()  # pyright: ignore[reportOptionalMemberAccess]
+        ratios.append(log_ratio.mean().exp())
+    return dict(zip(old_layers, torch.stack(ratios).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -30,9 +27,9 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     """Replaces every BatchNorm's running statistics by the mean over `batches` of the batch statistics.
 
     mu = (1/K) sum_k mean(x_k), var = (1/K) sum_k var(x_k): PyTorch's cumulative average (momentum None).
-    An EMA copy quantizes to other codes than the raw weights whose activations filled its averaged statistics; one pass
-    over train batches makes them fit again. Nagel et al., "Overcoming Oscillations in Quantization-Aware Training",
-    ICML 2022, section 4.1. No batches: nothing is changed.
+    The EMA weights quantize to other codes than the raw weights. The averaged statistics come from the activations of
+    the raw weights, so they do not fit the EMA copy; one pass over train batches makes them fit. Nagel et al.,
+    "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.1. Without batches nothing changes.
 
     Args:
         model: any module; only BatchNorm buffers change, and its training mode is restored.
@@ -41,7 +38,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     Returns:
         the number of batches used.
     """
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = _batchnorm_layers(model).values()
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
     n_batches = 0
@@ -58,3 +55,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
         norm.momentum = momentum
     model.train(was_training)
     return n_batches
+
+
+def _batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}

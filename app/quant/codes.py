@@ -14,7 +14,11 @@ from app.quant.fused import FastPath, codes_of
 
 @dataclass(frozen=True)
 class Codes:
-    """One layer: integer codes (as floats, shaped like the weight), scale (broadcasts to it), largest code."""
+    """The quantized weight of one layer; its dequantized value is codes * scale.
+
+    `codes` holds integers as floats and is shaped like the weight; `scale` broadcasts to it; `largest` is the largest
+    code, e.g. 7 at 4 bits.
+    """
 
     layer: QuantConv2d
     codes: torch.Tensor
@@ -24,16 +28,26 @@ class Codes:
 
 @torch.no_grad()
 def read_codes(model: nn.Module) -> list[Codes]:
-    """Codes of every layer whose weights are quantized at the moment, in the order of model.modules()."""
+    """Codes of every layer whose weight quantizer is enabled at the moment, in the order of model.modules()."""
     if "_fast_path" in vars(model):
-        path: FastPath = vars(model)["_fast_path"]
-        pairs = zip(path.layers, path.specs, strict=True)
-        return [Codes(layer, *codes_of(layer, spec), spec.largest) for layer, spec in pairs]
-    layers = (layer for layer in model.modules() if isinstance(layer, QuantConv2d))
-    return [_brevitas_codes(layer) for layer in layers if cast(Any, layer.weight_quant).is_quant_enabled]
+        return _fast_path_codes(vars(model)["_fast_path"])
+    return [
+        _brevitas_codes(layer)
+        for layer in model.modules()
+        if isinstance(layer, QuantConv2d) and cast(Any, layer.weight_quant).is_quant_enabled
+    ]
+
+
+def _fast_path_codes(path: FastPath) -> list[Codes]:
+    quantized = []
+    for layer, spec in zip(path.layers, path.specs, strict=True):
+        codes, scale = codes_of(layer, spec)
+        quantized.append(Codes(layer, codes, scale, spec.largest))
+    return quantized
 
 
 def _brevitas_codes(layer: QuantConv2d) -> Codes:
     quantized: Any = layer.quant_weight()
     codes = (quantized.value / quantized.scale).round()
-    return Codes(layer, codes, quantized.scale, 2 ** (int(quantized.bit_width) - 1) - 1)
+    largest = 2 ** (int(quantized.bit_width) - 1) - 1
+    return Codes(layer, codes, quantized.scale, largest)

@@ -1,23 +1,26 @@
 """The training fast path: all fake-quantized weights of a model in one autograd node, bit-equal to Brevitas.
 
-Brevitas' modules stay the definition and the exporter; they are what a layer does by itself. While a model with the
-fast path attached runs forward, its layers use weights that were computed together when the forward began.
+Brevitas' modules remain the definition and do the export. In the forward of a model with the fast path attached, all
+layers' fake-quantized weights are computed together before the first layer runs; in any other forward each layer
+quantizes its own weight, as in Brevitas.
 
-What is computed for a weight w, with Brevitas' order of operations (0.13.4):
+Forward for a weight w, with Brevitas' order of operations (0.13.4):
     absmax = max |w|                        over an output channel, or over the tensor
     scale  = max(absmax, 1e-10) / largest   largest code: 7 at 4 bits, 127 at 8
-    q      = round(w / scale) * scale       halves to even; Brevitas' clamp cannot act, |w| / scale rounds to <= largest
+    q      = round(w / scale) * scale       halves to even; |w| / scale rounds to <= largest, so Brevitas' clamp is left out
 Backward, with g the gradient of q and the straight-through estimator for the rounding:
-    of_scale = sum(g * round(w / scale)) - sum(g * scale * ((w / scale) / scale))
-    grad     = g * scale / scale, plus sign(w) * of_scale / largest where |w| is the absmax: at the first such element
-               of a channel (torch.max over a dim), in equal shares where the scale is per tensor (torch.max over all)
-The 1e-10 passes the gradient on, as Brevitas' clamp does. A channel of zeros gives zeros. A channel with an infinite or
-NaN weight gives NaN, as in Brevitas: the loss shows it at once. Trained scales are in app/quant/learned.py.
+    scale_grad = sum(g * round(w / scale)) - sum(g * scale * ((w / scale) / scale))
+    grad       = g * scale / scale, plus sign(w) * scale_grad / largest where |w| is the absmax: at the first such
+                 element of a channel (torch.max over a dim), in equal shares if the scale is per tensor (torch.max over
+                 all)
+max(absmax, 1e-10) passes the gradient on in both cases, as Brevitas' clamp does. A channel of zeros gives zeros. A
+channel with an infinite or NaN weight gives NaN, as in Brevitas, so the loss shows it at once. For trained scales see
+app/quant/learned.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from brevitas.core.function_wrapper import RoundSte, TensorClampSte
@@ -39,14 +42,15 @@ from app.quant import kernels, learned
 from app.quant.kernels import Kind, Layout, Spec
 
 Tensors = tuple[torch.Tensor, ...]
-# Hooks run between the graphs of torch.compile; compiled layers take their weight as an input.
+# The hooks run eagerly between the graphs of torch.compile; a compiled layer gets its weight as an input.
 _not_compiled: Any = torch.compiler.disable
 
 
 class FastQuantConv2d(QuantConv2d):
-    """QuantConv2d that takes its weight from the fast path inside a forward of the model it is attached to.
+    """QuantConv2d that takes its weight from the fast path during a forward of the model with the fast path.
 
-    Alone, in export, or with its quantizer off, it is QuantConv2d. Its state_dict is QuantConv2d's.
+    Without such a model around it, in export, or with its quantizer disabled it works like QuantConv2d. Its state_dict
+    has the same keys.
     """
 
     _fast_weight: torch.Tensor | None = None
@@ -61,10 +65,10 @@ class FastQuantConv2d(QuantConv2d):
 def attach(model: nn.Module) -> None:
     """Makes every forward of `model` compute the weights of its FastQuantConv2d layers together.
 
-    Again after layers were replaced, or their bits changed. A deepcopy of the model has a fast path of its own.
+    Call it again after layers were replaced or their bits changed. A deepcopy of the model gets its own fast path.
 
     Raises:
-        UserError: a layer whose quantizer the fast path does not compute.
+        UserError: the fast path does not support a layer's quantizer.
     """
     detach(model)
     layers = {
@@ -73,12 +77,12 @@ def attach(model: nn.Module) -> None:
         if isinstance(layer, FastQuantConv2d) and cast(Any, layer.weight_quant).is_quant_enabled
     }
     if layers:
-        # In the module's dict, where deepcopy finds it; the underscore keeps Ultralytics' EMA from copying it over.
+        # In the module's __dict__, so that deepcopy copies it; Ultralytics' EMA does not copy names with an underscore.
         vars(model)["_fast_path"] = FastPath(model, layers)
 
 
 def detach(model: nn.Module) -> None:
-    """Takes the fast path off: every layer computes its own weight again."""
+    """Removes the fast path, so that every layer quantizes its own weight again."""
     if "_fast_path" in vars(model):
         vars(model).pop("_fast_path").remove()
 
@@ -91,6 +95,7 @@ class FastPath:
         self.specs = [_spec(name, layer) for name, layer in layers.items()]
         if len({spec.kind for spec in self.specs}) > 1:
             raise UserError("the layers' scales are made in different ways; set quant.fast_path=false")
+        self.kind = self.specs[0].kind
         self.layout: Layout | None = None
         self.handles = (
             model.register_forward_pre_hook(self.compute),
@@ -102,29 +107,31 @@ class FastPath:
         """Gives every layer its fake-quantized weight, in the dtype that autocast would cast it to."""
         weights = [layer.weight for layer in self.layers]
         if weights[0].dtype != torch.float32 or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-            return  # halved models and traces are left to Brevitas
+            return  # in a model of another dtype and in a trace the layers quantize their own weights
         device_type = weights[0].device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else torch.float32
-        kind = self.specs[0].kind
-        if kind != "abs-max":
-            quantized = learned.quantize(self.layers, self.layout_of(weights), kind, dtype)
-        else:
-            node, how = (_Together, self.layout_of(weights)) if weights[0].is_cuda else (_EachInTurn, self.specs)
-            quantized = cast(Tensors, node.apply(how, dtype, *weights))
-        for layer, weight in zip(self.layers, quantized, strict=True):
+        dtype = torch.float32
+        if torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+        for layer, weight in zip(self.layers, self.quantize(weights, dtype), strict=True):
             vars(layer)["_fast_weight"] = weight  # nn.Module.__setattr__ would cost 2 us a layer
+
+    def quantize(self, weights: list[torch.Tensor], dtype: torch.dtype) -> Tensors:
+        """The fake-quantized weights of all layers in `dtype`, in one autograd node."""
+        if self.kind != "abs-max":
+            return learned.quantize(self.layers, self.layout_of(weights), self.kind, dtype)
+        if weights[0].is_cuda:
+            return cast(Tensors, _Together.apply(self.layout_of(weights), dtype, *weights))
+        return cast(Tensors, _EachInTurn.apply(self.specs, dtype, *weights))
 
     @_not_compiled
     def clear(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Drops the weights, so that none is used after its latent weight has changed."""
+        """Drops the fake-quantized weights, so that no layer uses them after the optimizer has changed its weight."""
         for layer in self.layers:
             vars(layer).pop("_fast_weight", None)
 
     def layout_of(self, weights: list[torch.Tensor]) -> Layout:
-        """The layout of these weights, made anew when device or memory format have changed."""
-        key = (weights[0].device, [weight.stride() for weight in weights])
-        if self.layout is None or self.layout.key != key:
+        """The layout of these weights, rebuilt when their device or memory format has changed."""
+        if self.layout is None or not self.layout.fits(weights):
             self.layout = Layout(weights, self.specs)
         return self.layout
 
@@ -134,100 +141,138 @@ class FastPath:
 
 
 def _spec(name: str, layer: FastQuantConv2d) -> Spec:
-    proxy, others = cast(Any, layer.weight_quant), cast(Any, [layer.input_quant, layer.output_quant, layer.bias_quant])
-    quant = proxy.tensor_quant
-    if any(other.is_quant_enabled for other in others):
-        raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
+    """What the layer's Brevitas quantizer computes.
+
+    Raises:
+        UserError: the fast path does not support it.
+    """
+    for other in cast(Any, [layer.input_quant, layer.output_quant, layer.bias_quant]):
+        if other.is_quant_enabled:
+            raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
+    quant = cast(Any, layer.weight_quant).tensor_quant
+    kind: Kind
     if isinstance(quant, DecoupledRescalingIntQuant):
-        int_quant, kind, fits = quant.decoupled_int_quant, "decoupled", _is_decoupled(quant)
-        per_tensor = True
+        kind, int_quant = "decoupled", quant.decoupled_int_quant
+        scale_shape = _decoupled_shape(quant)
+    elif isinstance(quant, RescalingIntQuant) and isinstance(quant.scaling_impl, ParameterScaling):
+        kind, int_quant = "lsq", quant.int_quant
+        scale_shape = _lsq_shape(quant.scaling_impl)
     elif isinstance(quant, RescalingIntQuant):
-        is_lsq, int_quant = isinstance(quant.scaling_impl, ParameterScaling), quant.int_quant
-        kind = "lsq" if is_lsq else "abs-max"
-        shape = _learned_shape(quant.scaling_impl) if is_lsq else _absmax_shape(quant.scaling_impl)
-        per_tensor = shape == () and not is_lsq
-        fits = per_tensor or shape == (layer.out_channels, 1, 1, 1)
+        kind, int_quant = "abs-max", quant.int_quant
+        scale_shape = _absmax_shape(quant.scaling_impl)
     else:
         raise UserError(f"layer {name}: not a quantizer that the fast path computes; set quant.fast_path=false")
+    per_tensor = scale_shape == () and kind != "lsq"
+    per_channel = scale_shape == (layer.out_channels, 1, 1, 1)
     rounds = isinstance(int_quant.float_to_int_impl, RoundSte)
     symmetric = (int_quant.signed, int_quant.narrow_range) == (True, True)
-    if not (rounds and symmetric and fits):
+    if not (rounds and symmetric and (per_tensor or per_channel)):
         raise UserError(f"layer {name}: not a symmetric abs-max or trained scale; set quant.fast_path=false")
     largest = int(quant.int_scaling_impl(quant.msb_clamp_bit_width_impl()))
-    return Spec(largest, per_tensor, cast(Kind, kind))
+    return Spec(largest, per_tensor, kind)
 
 
-def _is_decoupled(quant: Any) -> bool:
-    """Whether codes are made with the L2 mean of the channels' abs-max, and their scale is a trained number a layer."""
-    pre, scaling = quant.pre_scaling_impl, quant.scaling_impl
-    return (
-        isinstance(pre, StatsFromParameterScaling)
-        and isinstance(pre.parameter_list_stats.stats.stats_impl, AbsMaxL2)
-        and isinstance(scaling, ParameterFromStatsFromParameterScaling)
-        and all(_is_plain(of.stats_scaling_impl) for of in (pre, scaling))
+# The shape of a quantizer's scale, where the quantizer computes what this module and learned.py compute; else None.
+Shape = tuple[int, ...] | None
+
+
+def _decoupled_shape(quant: Any) -> Shape:
+    """Codes come from the L2 mean of the channels' abs-max, and their scale is one trained number for the layer."""
+    step, scale = quant.pre_scaling_impl, quant.scaling_impl
+    is_decoupled = (
+        isinstance(step, StatsFromParameterScaling)
+        and isinstance(step.parameter_list_stats.stats.stats_impl, AbsMaxL2)
+        and isinstance(scale, ParameterFromStatsFromParameterScaling)
+        and _is_absolute(step.stats_scaling_impl)
+        and _is_absolute(scale.stats_scaling_impl)
         and isinstance(quant.decoupled_int_quant.tensor_clamp_impl, TensorClampSte)
-        and scaling.value.shape == ()
+        and scale.value.shape == ()
     )
+    return () if is_decoupled else None
 
 
-def _is_plain(stats_scaling: Any) -> bool:
-    """Whether it gives the absolute value, without a smallest one."""
+def _is_absolute(stats_scaling: Any) -> bool:
+    """Whether it returns the absolute value of its input without a lower bound."""
     is_float = isinstance(stats_scaling.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
     return is_float and stats_scaling.clamp_scaling.min_val is None
 
 
-def _absmax_shape(scaling: Any) -> tuple[int, ...] | None:
-    """Shape of the scales where they are max |w|, not below MIN_ABSMAX; None: they are something else."""
+def _absmax_shape(scaling: Any) -> Shape:
+    """The scale is max |w|, at least MIN_ABSMAX."""
     if not isinstance(scaling, StatsFromParameterScaling):
         return None
-    stats, scaling = scaling.parameter_list_stats.stats, scaling.stats_scaling_impl
-    as_computed_here = (
+    stats, stats_scaling = scaling.parameter_list_stats.stats, scaling.stats_scaling_impl
+    is_absmax = (
         isinstance(stats.stats_impl, AbsMax)
-        and isinstance(scaling.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
-        and scaling.clamp_scaling.min_val == kernels.MIN_ABSMAX
+        and isinstance(stats_scaling.restrict_clamp_scaling.restrict_value_impl, FloatRestrictValue)
+        and stats_scaling.clamp_scaling.min_val == kernels.MIN_ABSMAX
     )
-    return tuple(stats.stats_output_shape) if as_computed_here else None
+    return tuple(stats.stats_output_shape) if is_absmax else None
 
 
-def _learned_shape(scaling: Any) -> tuple[int, ...] | None:
-    """Shape of the scales where they are 2**value and the largest code is taken as it is; None: something else."""
+def _lsq_shape(scaling: Any) -> Shape:
+    """The scale is 2**value, over the largest code as it is."""
     in_log = isinstance(scaling.restrict_clamp_scaling.restrict_value_impl, LogFloatRestrictValue)
     plain = isinstance(scaling.restrict_clamp_threshold.restrict_value_impl, FloatRestrictValue)
     return tuple(scaling.value.shape) if in_log and plain else None
 
 
+class _Parts(NamedTuple):
+    """What the backward of one weight needs."""
+
+    scale: torch.Tensor  # [out_channels,1,1,1], or [] per tensor
+    where: torch.Tensor  # position of the absmax, as _scale returns it
+    ratio: torch.Tensor  # weight / scale
+    codes: torch.Tensor  # the ratio, rounded
+
+
 class _EachInTurn(torch.autograd.Function):
-    """One autograd node, layer after layer: on a CPU a layer's numbers stay in the cache between operations."""
+    """One autograd node that computes layer after layer, for the CPU: a layer's tensors stay in the cache."""
 
     @staticmethod
     def forward(ctx: Any, specs: list[Spec], dtype: torch.dtype, *weights: torch.Tensor) -> Tensors:
         ctx.set_materialize_grads(False)
         ctx.specs = specs
-        parts = [_parts(weight, spec) for weight, spec in zip(weights, specs, strict=True)]
-        ctx.save_for_backward(*(tensor for part in parts for tensor in part))
-        return tuple((codes * scale).to(dtype) for scale, _, _, codes in parts)
+        saved: list[torch.Tensor] = []
+        quantized = []
+        for weight, spec in zip(weights, specs, strict=True):
+            scale, where = _scale(weight, spec)
+            ratio = weight / scale
+            codes = ratio.round()
+            saved += _Parts(scale, where, ratio, codes)
+            quantized.append((codes * scale).to(dtype))
+        ctx.save_for_backward(*saved)
+        return tuple(quantized)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        saved = iter(ctx.saved_tensors)
-        parts = zip(saved, saved, saved, saved, strict=True)
-        each = zip(grads, parts, ctx.specs, strict=True)
-        return None, None, *(None if g is None else _gradient(g.float(), part, spec) for g, part, spec in each)
+        saved, n_parts = ctx.saved_tensors, len(_Parts._fields)
+        weight_grads = []
+        for index, (grad, spec) in enumerate(zip(grads, ctx.specs, strict=True)):
+            parts = _Parts(*saved[index * n_parts : (index + 1) * n_parts])
+            weight_grads.append(None if grad is None else _gradient(grad.float(), parts, spec))
+        return None, None, *weight_grads
 
 
 def codes_of(layer: QuantConv2d, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's codes, as floats shaped like the weight, and their scale: [out_channels,1,1,1], or [] per tensor."""
     if spec.kind == "abs-max":
-        step = scale = _scale(layer.weight, spec)[0]
+        scale, _ = _scale(layer.weight, spec)
+        step = scale
     else:
-        step, scale = (limit / spec.largest for limit in learned.limits(layer, spec.kind))
-    return (layer.weight / step).round_().clamp_(-spec.largest, spec.largest), scale
+        step_limit, scale_limit = learned.limits(layer, spec.kind)
+        step, scale = step_limit / spec.largest, scale_limit / spec.largest
+    codes = (layer.weight / step).round_().clamp_(-spec.largest, spec.largest)
+    return codes, scale
 
 
 def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale, and where the absmax is: its index in a channel [out_channels,1], as torch.max gives Brevitas; or
-    a mask of it, where the scale is per tensor."""
+    """The scale, and where the absmax is.
+
+    Per channel that is the index of its first element [out_channels,1], from torch.max as in Brevitas; per tensor it is
+    a mask, shaped like the weight, of all elements that are the absmax.
+    """
     sizes = weight.abs()
     if spec.per_tensor:
         absmax = sizes.amax()
@@ -238,30 +283,25 @@ def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor
     return absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest, where
 
 
-def _parts(weight: torch.Tensor, spec: Spec) -> Tensors:
-    """Scale, where the absmax is, weight / scale, and codes."""
-    scale, where = _scale(weight, spec)
-    ratio = weight / scale
-    return scale, where, ratio, ratio.round()
-
-
-def _gradient(grad: torch.Tensor, parts: Tensors, spec: Spec) -> torch.Tensor:
+def _gradient(grad: torch.Tensor, parts: _Parts, spec: Spec) -> torch.Tensor:
+    """Gradient of one weight from the gradient of its fake-quantized weight; the formulas are at the top of the file."""
     scale, where, ratio, codes = parts
-    of_codes = grad * scale
-    # Two sums of the shapes autograd sums, because the order of additions decides the last bit.
-    of_scale = (grad * codes).sum_to_size(scale.shape) - (ratio / scale * of_codes).sum_to_size(scale.shape)
-    share = of_scale / spec.largest
-    out = of_codes.div_(scale)
+    codes_grad = grad * scale
+    # Two sums over the shapes that autograd sums over, because the order of additions decides the last bit.
+    from_codes = (grad * codes).sum_to_size(scale.shape)
+    from_ratio = (ratio / scale * codes_grad).sum_to_size(scale.shape)
+    absmax_grad = (from_codes - from_ratio) / spec.largest
+    weight_grad = codes_grad.div_(scale)
     if spec.per_tensor:
-        return out.add_(where * (share / where.sum()) * ratio.sign())
-    out = out.contiguous()  # scatter_add_ counts in logical order
+        return weight_grad.add_(where * (absmax_grad / where.sum()) * ratio.sign())
+    weight_grad = weight_grad.contiguous()  # the indices of scatter_add_ count in logical order
     sign = ratio.flatten(1).gather(1, where).sign()
-    out.view(len(out), -1).scatter_add_(1, where, share.view(-1, 1) * sign)
-    return out
+    weight_grad.view(len(weight_grad), -1).scatter_add_(1, where, absmax_grad.view(-1, 1) * sign)
+    return weight_grad
 
 
 class _Together(torch.autograd.Function):
-    """One autograd node, all layers in one kernel: on a GPU launches are what a small kernel costs."""
+    """One autograd node with one kernel for all layers, for the GPU: small kernels cost mostly their launch."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, dtype: torch.dtype, *weights: torch.Tensor) -> Tensors:
@@ -277,5 +317,6 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         layout: Layout = ctx.layout
         flat, absmax, pick = ctx.saved_tensors
-        out = layout.split(kernels.gradient(layout.join_grads(grads), flat, layout, absmax, pick))
-        return None, None, *(None if g is None else part for g, part in zip(grads, out, strict=True))
+        flat_grads = kernels.gradient(layout.join_grads(grads), flat, layout, absmax, pick)
+        weight_grads = zip(grads, layout.split(flat_grads), strict=True)
+        return None, None, *(None if grad is None else weight_grad for grad, weight_grad in weight_grads)

@@ -1,3 +1,5 @@
+"""How healthy a quantized training is: oscillating weights, quantization noise, and how the EMA follows."""
+
 from __future__ import annotations
 
 import math
@@ -9,14 +11,18 @@ from torch import nn
 from app.quant.codes import read_codes
 from app.quant.options import Stabiliser
 
-WINDOW_STEPS = 20  # last steps of a validated epoch, at most a quarter of it, in which oscillations are counted
+# Oscillations are counted in the last steps of a validated epoch: this many, or a quarter of the epoch if that is less.
+WINDOW_STEPS = 20
 
 
 class Oscillations(Stabiliser):
-    """Counts weights that oscillate: in the window their code has changed and later changed in the other direction.
+    """Counts the weights that oscillate: within a window of steps their code changes, and later changes back.
 
-    Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 3 (they average over all
-    steps; a window at the end of an epoch costs next to nothing and tells the same story).
+    Any later change in the opposite direction counts. Nagel et al., "Overcoming Oscillations in Quantization-Aware
+    Training", ICML 2022, section 3. They average over all steps; a window at the end of an epoch shows the same and
+    costs next to nothing.
+
+    State: flat tensors over all quantized weights of the model; empty while no window is open.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,12 +35,17 @@ class Oscillations(Stabiliser):
             self.state = {}
 
     def open(self, epoch: int) -> None:
-        """Counts from the next step on; the trainer calls it at every step of the window."""
+        """Counts the step that follows; the training loop calls it before every step of the window."""
         self.is_open = True
         if not self.state:
             codes = flat_codes(self.model)
             zeros = torch.zeros_like(codes)
-            self.state = {"codes": codes, "direction": zeros, "oscillates": zeros.bool(), "epoch": torch.tensor(epoch)}
+            self.state = {
+                "codes": codes,
+                "direction": zeros,
+                "oscillates": zeros.bool(),
+                "epoch": torch.tensor(epoch),
+            }
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -42,7 +53,7 @@ class Oscillations(Stabiliser):
             return
         self.is_open = False
         codes, state = flat_codes(self.model), self.state
-        if len(codes) != len(state["codes"]):  # bits have changed
+        if len(codes) != len(state["codes"]):  # other layers are quantized now: a warm-up with float weights has ended
             self.state = {}
             return
         direction = (codes - state["codes"]).sign_()
@@ -51,9 +62,12 @@ class Oscillations(Stabiliser):
         state["codes"] = codes
 
     def share(self) -> float:
-        """Share of the quantized weights, 0..1; closes the window."""
-        state, self.state = self.state, {}
-        return state["oscillates"].float().mean().item() if state and len(state["codes"]) else 0.0
+        """Share of the quantized weights that oscillated in the window, 0..1; closes the window."""
+        state = self.state
+        self.state = {}
+        if not state or len(state["codes"]) == 0:
+            return 0.0
+        return state["oscillates"].float().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
@@ -67,35 +81,42 @@ class Oscillations(Stabiliser):
 @torch.no_grad()
 def flat_codes(model: nn.Module) -> torch.Tensor:
     """Integer codes of all quantized weights, int8 [n]; n = 0 while nothing is quantized."""
-    parts = [of.codes.flatten().to(torch.int8) for of in read_codes(model)]
+    parts = [quantized.codes.flatten().to(torch.int8) for quantized in read_codes(model)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int8)
 
 
 def share_of_different(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Share of codes that differ, 0..1; 0 where one of the two is not quantized."""
-    return (a != b).float().mean().item() if len(a) == len(b) and len(a) else 0.0
+    """Share of the codes that differ between two models, 0..1; 0 if one of the two is not quantized."""
+    if len(a) != len(b) or len(a) == 0:
+        return 0.0
+    return (a != b).float().mean().item()
 
 
 @torch.no_grad()
 def signal_to_noise(model: nn.Module) -> dict[str, float]:
     """Quantization SNR of every quantized layer in dB: 10 log10(||w||^2 / ||w - w_hat||^2); 0 for a layer of zeros."""
     names = {layer: name for name, layer in model.named_modules()}
-    layers = read_codes(model)
-    if not layers:
+    quantized_names, sums = [], []
+    for quantized in read_codes(model):
+        weight = quantized.layer.weight
+        error = weight - quantized.codes * quantized.scale
+        quantized_names.append(names[quantized.layer])
+        sums.append(torch.stack([weight.square().sum(), error.square().sum()]))
+    if not sums:
         return {}
-    noise = [(of.layer.weight - of.codes * of.scale).square().sum() for of in layers]
-    power = [of.layer.weight.square().sum() for of in layers]
-    pairs = torch.stack([torch.stack(power), torch.stack(noise)], 1).tolist()  # one wait for the GPU
-    return {
-        names[of.layer]: 10 * math.log10(p / n) if p and n else 0.0 for of, (p, n) in zip(layers, pairs, strict=True)
-    }
+    decibels = {}
+    pairs = torch.stack(sums).tolist()  # for all layers at once: one synchronisation with the GPU
+    for name, (power, noise) in zip(quantized_names, pairs, strict=True):
+        decibels[name] = 10 * math.log10(power / noise) if power and noise else 0.0
+    return decibels
 
 
 @torch.no_grad()
 def scale_ratios(raw: nn.Module, averaged: nn.Module) -> list[float]:
-    """Scale of the raw weights over that of their average, a number a quantized layer: the mean over its channels.
+    """Scale of the raw weights over the scale of their EMA, averaged over the channels: one number a quantized layer.
 
-    Near 1 the average follows; a trained scale may be left behind.
+    Near 1 the EMA's scale follows the raw one; a trained scale can lag behind.
     """
     pairs = zip(read_codes(raw), read_codes(averaged), strict=True)
-    return torch.stack([(of.scale / kept.scale).mean() for of, kept in pairs]).tolist()
+    ratios = [(quantized.scale / ema_quantized.scale).mean() for quantized, ema_quantized in pairs]
+    return torch.stack(ratios).tolist()

@@ -1,12 +1,11 @@
-"""Triton kernels of the fast path: every quantized weight of a model in one launch forward and one backward.
+"""Triton kernels of the fast path: one launch quantizes all weights of a model, and one computes their gradients.
 
 All weights lie one after the other in one flat buffer. A row is a run of elements that share one scale: an output
-channel, or a whole weight where the scale is per tensor. One program handles one row.
+channel, or a whole weight where the scale is per tensor. One program of the kernel handles one row.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -14,13 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-# Smallest abs-max a scale is made of: scaling_min_val of brevitas.quant.base.MaxStatsScaling, 0.13.4.
+# A smaller abs-max is raised to this before the scale is computed: scaling_min_val of
+# brevitas.quant.base.MaxStatsScaling, 0.13.4.
 MIN_ABSMAX = 1e-10
-LONG_ROW = 65536  # elements; only per-tensor rows are that long, and want a wider program
+LONG_ROW = 65536  # elements; longer rows, which only per-tensor scales have, are faster with a wider program
 
 _MIN_ABSMAX: Any = tl.constexpr(MIN_ABSMAX)
-# Adding and taking away 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, halves to even, by IEEE
-# arithmetic alone. |weight / scale| is at most largest code * (1 + 2**-22), so this holds, and no clamp can act.
+# Adding and then subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, halves to even, by IEEE
+# arithmetic alone. |weight / scale| is at most largest code * (1 + 2**-22), which is below 2**22 and rounds to the
+# largest code at most, so no clamp is needed.
 _ROUND: Any = tl.constexpr(12582912.0)
 _NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
 
@@ -30,8 +31,11 @@ Kind = Literal["abs-max", "lsq", "decoupled"]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a layer's quantizer computes: codes -largest..largest, one scale per output channel or per tensor, from the
-    abs-max or as app.quant.learned says."""
+    """What a layer's quantizer computes: codes -largest..largest with one scale per output channel or per tensor.
+
+    `kind` says where the scale comes from: the abs-max of the weights, or a trained parameter as app/quant/learned.py
+    describes for "lsq" and "decoupled".
+    """
 
     largest: int
     per_tensor: bool
@@ -43,47 +47,67 @@ class Layout:
 
     `table` int32 [n_rows, 6] describes the rows: first element in the flat buffer; number of elements; n_inner and
     stride, which turn the position k in memory into the logical one, k % n_inner * stride + k // n_inner; largest code;
-    1 if per tensor. `largest` float32 [n_rows] is the largest code; `rows_of` the number of rows of each weight.
+    1 if the scale is per tensor. `largest` float32 [n_rows] is the largest code of each row; `rows_per_weight` the
+    number of rows of each weight.
     """
 
     def __init__(self, weights: list[torch.Tensor], specs: list[Spec]) -> None:
-        self.key = (weights[0].device, [weight.stride() for weight in weights])
+        self.device = weights[0].device
         self.shapes = [weight.shape for weight in weights]
-        self.channels_last = [not weight.is_contiguous() for weight in weights]
-        self.starts = [0, *itertools.accumulate(shape.numel() for shape in self.shapes)][:-1]
-        layers = zip(self.shapes, self.starts, self.channels_last, specs, strict=True)
-        tables = [_rows(*layer) for layer in layers]
-        self.rows_of = [len(rows) for rows in tables]
+        self.strides = [weight.stride() for weight in weights]
+        self.memory_formats = [_memory_format(weight) for weight in weights]
+        self.starts: list[int] = []
+        tables = []
+        n_elements = 0
+        for weight, spec in zip(weights, specs, strict=True):
+            self.starts.append(n_elements)
+            tables.append(_rows(weight, n_elements, spec))
+            n_elements += weight.numel()
+        self.rows_per_weight = [len(rows) for rows in tables]
         table = torch.cat(tables)
         longest = int(table[:, 1].max())
-        self.table = table.to(weights[0].device)
+        self.table = table.to(self.device)
         self.largest = self.table[:, 4].float()
         self.launch = {"BLOCK": 4096, "num_warps": 16} if longest > LONG_ROW else {"BLOCK": 1024, "num_warps": 4}
 
+    def fits(self, weights: list[torch.Tensor]) -> bool:
+        """Whether the same weights still lie on this device in this memory order."""
+        return weights[0].device == self.device and [weight.stride() for weight in weights] == self.strides
+
     def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """One flat buffer of tensors shaped like the weights; what lies in another memory order is copied first."""
-        formats = (torch.channels_last if last else torch.contiguous_format for last in self.channels_last)
-        dense = (tensor.contiguous(memory_format=order) for tensor, order in zip(tensors, formats, strict=True))
-        return torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in dense])
+        """One flat buffer of tensors shaped like the weights; a tensor in another memory order is copied first."""
+        parts = []
+        for tensor, memory_format in zip(tensors, self.memory_formats, strict=True):
+            dense = tensor.contiguous(memory_format=memory_format)
+            parts.append(dense.as_strided((dense.numel(),), (1,)))
+        return torch.cat(parts)
 
     def join_grads(self, grads: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-        """`join` of gradients, zeros where a weight got none."""
-        zero = torch.zeros((), dtype=next(grad.dtype for grad in grads if grad is not None), device=self.table.device)
-        return self.join([zero.expand(s) if g is None else g for g, s in zip(grads, self.shapes, strict=True)])
+        """`join` of the gradients, with zeros for a weight that has none; at least one weight has a gradient."""
+        dtype = next(grad.dtype for grad in grads if grad is not None)
+        zero = torch.zeros((), dtype=dtype, device=self.device)
+        dense = [zero.expand(shape) if grad is None else grad for grad, shape in zip(grads, self.shapes, strict=True)]
+        return self.join(dense)
 
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views of the flat buffer with the shapes and strides of the weights."""
-        views = zip(self.shapes, self.key[1], self.starts, strict=True)
+        views = zip(self.shapes, self.strides, self.starts, strict=True)
         return [flat.as_strided(shape, stride, start) for shape, stride, start in views]
 
 
-def _rows(shape: torch.Size, start: int, channels_last: bool, spec: Spec) -> torch.Tensor:
-    """The rows of one weight in Layout.table."""
-    n_rows = 1 if spec.per_tensor else shape[0]
-    length = shape.numel() // n_rows
-    n_inner, stride = (shape[1], shape[2] * shape[3]) if channels_last else (length, 1)
-    same = torch.tensor([start, length, n_inner, stride, spec.largest, int(spec.per_tensor)], dtype=torch.int32)
-    table = same.repeat(n_rows, 1)
+def _memory_format(weight: torch.Tensor) -> torch.memory_format:
+    return torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+
+
+def _rows(weight: torch.Tensor, start: int, spec: Spec) -> torch.Tensor:
+    """The rows of Layout.table for a weight that begins at element `start` of the flat buffer."""
+    n_rows = 1 if spec.per_tensor else weight.shape[0]
+    length = weight.numel() // n_rows
+    n_inner, stride = length, 1
+    if not weight.is_contiguous():
+        n_inner, stride = weight.shape[1], weight.shape[2] * weight.shape[3]
+    row = torch.tensor([start, length, n_inner, stride, spec.largest, int(spec.per_tensor)], dtype=torch.int32)
+    table = row.repeat(n_rows, 1)
     table[:, 0] += torch.arange(n_rows, dtype=torch.int32) * length
     return table
 
@@ -93,12 +117,13 @@ def quantize(flat: torch.Tensor, layout: Layout, dtype: torch.dtype) -> tuple[to
 
     Args:
         flat: the weights, float32 [n].
-        layout: where they lie.
+        layout: where each weight lies in `flat`.
         dtype: of the fake-quantized weights, which are computed in float32 and rounded once.
 
     Returns:
-        out [n] in `dtype`; absmax float32 [n_rows], NaN where a weight is not finite; pick int32 [n_rows]: logical
-        position of the first element that is the absmax, or their number where the scale is per tensor.
+        out [n] in `dtype`; absmax float32 [n_rows], NaN where a weight is not finite; pick int32 [n_rows], which says
+        which elements get the scale's gradient: the logical position of the first element that is the absmax, or, where
+        the scale is per tensor, the number of elements that are the absmax.
     """
     n_rows = len(layout.table)
     out = torch.empty_like(flat, dtype=dtype)
@@ -112,7 +137,10 @@ def quantize(flat: torch.Tensor, layout: Layout, dtype: torch.dtype) -> tuple[to
 def gradient(
     grads: torch.Tensor, flat: torch.Tensor, layout: Layout, absmax: torch.Tensor, pick: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of the weights, float32 [n], from `grads` [n] of the fake-quantized ones (any float dtype)."""
+    """Gradient of the weights, float32 [n], from the gradient `grads` [n] of the fake-quantized weights in any dtype.
+
+    `absmax` and `pick` come from `quantize`.
+    """
     out = torch.empty_like(flat)
     with torch.cuda.device_of(flat):
         _gradient[(len(layout.table),)](grads, flat, layout.table, absmax, pick, out, **cast(Any, layout.launch))
@@ -120,7 +148,15 @@ def gradient(
 
 
 @triton.jit
-def _code(weight, scale):
+def load_row(table, row):
+    """The three columns of Layout.table that every kernel needs: start, length and, as a float, largest code."""
+    entry = table + row * 6
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 4).to(tl.float32)
+
+
+@triton.jit
+def to_code(weight, scale):
+    """The nearest integer to weight / scale, halves to even; see _ROUND for the range."""
     return tl.math.div_rn(weight, scale) + _ROUND - _ROUND
 
 
@@ -133,17 +169,15 @@ def _scale(absmax, largest):
 @triton.jit
 def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # noqa: PLR0913 - a kernel takes pointers
     row = tl.program_id(0)
-    start = tl.load(table + row * 6)
-    length = tl.load(table + row * 6 + 1)
+    start, length, largest = load_row(table, row)
     n_inner = tl.load(table + row * 6 + 2)
     stride = tl.load(table + row * 6 + 3)
-    largest = tl.load(table + row * 6 + 4).to(tl.float32)
     per_tensor = tl.load(table + row * 6 + 5)
     lanes = tl.arange(0, BLOCK)
 
     largest_seen = tl.zeros([BLOCK], tl.float32)
     poison = tl.zeros([BLOCK], tl.float32)  # 0, or NaN once an element is infinite or NaN
-    i = 0  # while: the interpreter of Triton 3.6 cannot count to a loaded number (numpy 2.4)
+    i = 0  # not range(): Triton 3.6's interpreter fails on a bound that is loaded from memory (numpy 2.4)
     while i < length:
         weight = tl.load(flat + start + i + lanes, mask=i + lanes < length, other=0.0)
         largest_seen = tl.maximum(largest_seen, tl.abs(weight))
@@ -159,7 +193,7 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
         k = i + lanes
         mask = k < length
         weight = tl.load(flat + start + k, mask=mask, other=0.0)
-        tl.store(out + start + k, (_code(weight, scale) * scale).to(out.dtype.element_ty), mask=mask)
+        tl.store(out + start + k, (to_code(weight, scale) * scale).to(out.dtype.element_ty), mask=mask)
         is_max = mask & (tl.abs(weight) == absmax)
         first = tl.minimum(first, tl.where(is_max, k % n_inner * stride + k // n_inner, _NO_ELEMENT))
         count += is_max.to(tl.int32)
@@ -171,27 +205,25 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
 @triton.jit
 def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
-    start = tl.load(table + row * 6)
-    length = tl.load(table + row * 6 + 1)
+    start, length, largest = load_row(table, row)
     n_inner = tl.load(table + row * 6 + 2)
     stride = tl.load(table + row * 6 + 3)
-    largest = tl.load(table + row * 6 + 4).to(tl.float32)
     per_tensor = tl.load(table + row * 6 + 5)
     absmax = tl.load(absmax_in + row)
     pick = tl.load(pick_in + row)
     scale = _scale(absmax, largest)
     lanes = tl.arange(0, BLOCK)
 
-    of_scale = tl.zeros([BLOCK], tl.float32)
+    scale_grad = tl.zeros([BLOCK], tl.float32)
     i = 0
     while i < length:
         k = i + lanes
         weight = tl.load(flat + start + k, mask=k < length, other=0.0)
         grad = tl.load(grads + start + k, mask=k < length, other=0.0).to(tl.float32)
         ratio = tl.math.div_rn(weight, scale)
-        of_scale += grad * (ratio + _ROUND - _ROUND) - grad * scale * tl.math.div_rn(ratio, scale)
+        scale_grad += grad * (ratio + _ROUND - _ROUND) - grad * scale * tl.math.div_rn(ratio, scale)
         i += BLOCK
-    share = tl.math.div_rn(tl.sum(of_scale, axis=0), largest)
+    share = tl.math.div_rn(tl.sum(scale_grad, axis=0), largest)
     if per_tensor == 1:
         share = tl.math.div_rn(share, pick.to(tl.float32))
 

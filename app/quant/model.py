@@ -17,8 +17,9 @@ from app.core.config import Config, UserError, validate
 from app.core.files import write_atomic
 from app.quant.schemes import quantize
 
-CHECKPOINT_FORMAT = 1
-SEAL = b"\nsha256:"  # ends a checkpoint, with 64 hex digits; torch.load reads the ZIP before it and ignores the rest
+CHECKPOINT_FORMAT = 2
+# A checkpoint is torch's ZIP, then the seal and 64 hex digits; torch.load reads the ZIP and ignores what follows it.
+SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how a ZIP without a seal ends
 
@@ -38,22 +39,21 @@ def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
 
 
 def scored_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """FP32 CPU copy of a state_dict, contiguous whatever the memory format in training was."""
-    return {
-        key: value.detach()
-        .to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True)
-        .contiguous()
-        for key, value in model.state_dict().items()
-    }
+    """An FP32 copy of the model's state_dict on the CPU, contiguous also after a training in channels_last."""
+    state = {}
+    for key, value in model.state_dict().items():
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        state[key] = value.detach().to("cpu", dtype, copy=True).contiguous()
+    return state
 
 
 def save_checkpoint(path: Path, config: Config, entries: dict[str, Any], previous: Path | None = None) -> None:
     """Writes a checkpoint atomically: format, configuration and `entries` (tensors and plain values only).
 
-    With `previous` the checkpoint that is replaced stays under that name.
+    With `previous` the checkpoint that is replaced is kept under that name.
 
     Raises:
-        OSError: for example no space is left; the old file is whole.
+        OSError: for example no space is left; then the old file is still there, whole.
     """
     checkpoint = {"format": CHECKPOINT_FORMAT, "config": config.model_dump(mode="json"), **entries}
     buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a reason
@@ -67,7 +67,7 @@ def seal(data: bytes | memoryview) -> bytes:
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the seal fits; a plain ZIP, as torch.save writes it, has none."""
+    """Whether the checksum in the seal is that of the data. A plain ZIP, as torch.save writes it, counts as whole."""
     plain = data[-ZIP_END_BYTES:].startswith(ZIP_END)
     return plain or data[-SEAL_BYTES:] == seal(memoryview(data)[:-SEAL_BYTES])
 
@@ -76,7 +76,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint without executing any pickle code (weights_only).
 
     Raises:
-        UserError: missing, truncated, changed on the disk, or not a checkpoint of this project.
+        UserError: missing, truncated, changed on the disk, or not a checkpoint of this project and version.
     """
     try:
         data = path.read_bytes()
@@ -88,15 +88,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is not a readable checkpoint of this project ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this project (format {CHECKPOINT_FORMAT} expected)")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise UserError(f"{path} is not a checkpoint of this project (it names no format)")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path} was written by another version of this program (format {checkpoint['format']}, this version has "
+            f"{CHECKPOINT_FORMAT}): go on with that version, or train again"
+        )
     return checkpoint
 
 
 def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
     """Rebuilds the evaluated model (EMA weights, re-estimated BatchNorm) from a checkpoint file alone.
 
-    Quantized layers are plain Brevitas here, whatever the fast path in training was: they are the definition.
+    Its quantized layers are plain Brevitas layers, also when the training used the fast path: Brevitas is the
+    definition.
 
     Returns:
         the model in eval mode on the CPU, its configuration, and the whole checkpoint.

@@ -1,4 +1,4 @@
-"""What keeps the evaluated model as healthy as the trained one: small hooks that the trainer calls."""
+"""Optional stabilisers of quantized training, off by default: small hooks that the training loop calls."""
 
 from __future__ import annotations
 
@@ -16,57 +16,62 @@ from app.quant.learned import learned_layers, limits, reset_scales, scale_parame
 
 
 class Stabiliser:
-    """The protocol: what the trainer calls, and when. The base class does nothing."""
+    """The hooks that the training loop calls, and when. The base class does nothing."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Before an epoch, counted from 0; after a resume also for the epoch that starts."""
+        """Called before every epoch, which is counted from 0, and after a resume for the epoch that goes on."""
 
     def before_step(self, grad_scale: float) -> None:
-        """Gradients are accumulated, and still multiplied by the GradScaler's scale; may change them."""
+        """Called before optimizer.step; may change the gradients, which are accumulated and still times `grad_scale`.
+
+        Args:
+            grad_scale: the GradScaler's factor.
+        """
 
     def after_step(self) -> None:
-        """After optimizer.step and the update of the EMA; may change weights."""
+        """Called after optimizer.step and the update of the EMA; may change weights."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values for last.pt; with them a resumed training goes on exactly."""
+        """Tensors and plain values for last.pt, so that a resumed training equals an uninterrupted one."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what state_dict gave."""
+        """Restores the result of state_dict."""
 
 
 def stabilisers(config: Config, model: nn.Module, ema: nn.Module) -> list[Stabiliser]:
-    """The hooks that `quant` switches on, in the order they are called; none by default and for fp16."""
+    """The stabilisers that `quant` switches on, in the order of their calls; none by default and for fp16."""
     quant = config.quant
     if quant is None:
         return []
     chosen: list[Stabiliser] = []
-    n_warm = config.n_warmup_epochs
-    if n_warm:
-        chosen.append(WarmUp(quant, n_warm, (model, ema)))
+    n_warmup = config.n_warmup_epochs
+    if n_warmup:
+        chosen.append(WarmUp(quant, n_warmup, (model, ema)))
     if quant.learned_scale:
         chosen.append(LearnedScale(model))
     if not quant.averaged_scales:
         chosen.append(FirstUseScales(ema))
     if quant.dampening:
-        chosen.append(Dampening(quant, model, n_warm))
+        chosen.append(Dampening(quant, model, n_warmup))
     if quant.freeze_threshold:
-        chosen.append(Freezing(quant, model, n_warm))
+        chosen.append(Freezing(quant, model, n_warmup))
     return chosen
 
 
 class WarmUp(Stabiliser):
-    """A first share of the epochs with float or 8-bit weights, then those of the scheme: model and EMA alike.
+    """Trains a first share of the epochs with float or 8-bit weights, then with the scheme's bits: model and EMA alike.
 
-    Which bits hold follows from the epoch alone. Learned scales start anew from the abs-max at the switch: float
-    weights gave them no gradient. Float first, then low bits: e.g. Krishnamoorthi, arXiv:1806.08342, section 3.2.
+    The epoch alone decides between the two. At the switch learned scales are set to the abs-max again, because they
+    get no gradient from float weights. Float first, then low bits: Krishnamoorthi, arXiv:1806.08342, section 3.2.
     """
 
     def __init__(self, quant: Quant, n_epochs: int, models: tuple[nn.Module, ...]) -> None:
         self.bits: Literal["float", 8] = quant.warmup_bits
-        self.n_epochs, self.models = n_epochs, models
-        self.in_force: bool | None = None  # in this process
-        self.was_warm = False  # before this epoch, whichever process that was in
+        self.n_epochs = n_epochs
+        self.models = models
+        self.in_force: bool | None = None  # whether this process has set the warm-up's bits; None: it has set no bits
+        self.was_warm = False  # whether the epoch before was part of the warm-up; comes from last.pt after a resume
 
     def start_epoch(self, epoch: int) -> None:
         warm = epoch < self.n_epochs
@@ -85,27 +90,29 @@ class WarmUp(Stabiliser):
 
 
 def set_bits(model: nn.Module, bits: Literal["float", 8] | None) -> None:
-    """Quantizes the layers that are quantized by the scheme to `bits` instead; None: what the scheme says."""
+    """Gives every quantized layer of `model` these bits instead of the scheme's; None restores the scheme's."""
     for layer in model.modules():
         if isinstance(layer, QuantConv2d):
             proxy = cast(Any, layer.weight_quant)
             proxy.disable_quant = bits == "float"
-            proxy.tensor_quant.msb_clamp_bit_width_impl.bit_width.value.fill_(bits if bits == 8 else own_bits(layer))
+            bit_width = proxy.tensor_quant.msb_clamp_bit_width_impl.bit_width
+            bit_width.value.fill_(8 if bits == 8 else own_bits(layer))
     attach(model)
 
 
 def own_bits(layer: QuantConv2d) -> int:
-    """What the scheme says, whatever is in force."""
+    """Bits that the scheme gives the layer, also while a warm-up uses others."""
     return cast(Any, layer.weight_quant).quant_injector.bit_width
 
 
 class LearnedScale(Stabiliser):
     """LSQ's gradient scale g = 1 / sqrt(N Qp) for a channel of N weights and the largest code Qp, in the log domain.
 
-    Esser et al., "Learned Step Size Quantization", ICLR 2020: a step s -= lr g dL/ds moves s, relative to its size, as
-    fast as the weights move. The parameter is v = log2(s Qp), so the same move is v -= lr g dL/dv / (s ln 2)**2. It is
-    cut at 1: with learning rate lr a step changes a scale by a factor of 2**lr at most, where LSQ's could turn it
-    negative. (Infinite gradients stay visible to the GradScaler in the weights' own.)
+    Esser et al., "Learned Step Size Quantization", ICLR 2020: with the step s -= lr g dL/ds a scale s moves, relative
+    to its size, as fast as the weights. Here the parameter is v = log2(s Qp), so the same move is
+    v -= lr g dL/dv / (s ln 2)**2. That gradient is clamped to -1..1: with learning rate lr one step changes a scale by
+    a factor of 2**lr at most, while an unclamped step of LSQ can turn it negative. The clamp hides an infinite gradient
+    from the GradScaler, but the gradient of the layer's weights is infinite too and shows it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,30 +122,32 @@ class LearnedScale(Stabiliser):
     def before_step(self, grad_scale: float) -> None:
         for layer in self.layers:
             value = cast(nn.Parameter, scale_parameter(layer))
-            if value.grad is not None:
-                largest = 2 ** (own_bits(layer) - 1) - 1
-                g = 1 / math.sqrt(layer.weight[0].numel() * largest)
-                factor = torch.exp2(-2 * value).mul_(g * (largest / math.log(2)) ** 2)
-                value.grad.mul_(factor).clamp_(-grad_scale, grad_scale)
+            if value.grad is None:
+                continue
+            largest = 2 ** (own_bits(layer) - 1) - 1
+            lsq_factor = 1 / math.sqrt(layer.weight[0].numel() * largest)
+            # 1 / (s ln 2)**2 with s = 2**v / largest
+            factor = torch.exp2(-2 * value).mul_(lsq_factor * (largest / math.log(2)) ** 2)
+            value.grad.mul_(factor).clamp_(-grad_scale, grad_scale)
 
 
 def exempt_scales_from_decay(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Moves learned scales from Ultralytics' optimizer group with weight decay to the one without (BatchNorm's)."""
+    """Moves learned scales from Ultralytics' optimizer group with weight decay to BatchNorm's, which has none."""
     groups = {group["param_group"]: group["params"] for group in optimizer.param_groups}
     scales = [cast(nn.Parameter, scale_parameter(layer)) for layer in learned_layers(model).values()]
-    ids = {id(scale) for scale in scales}
-    groups["weight"][:] = [parameter for parameter in groups["weight"] if id(parameter) not in ids]
+    scale_ids = {id(scale) for scale in scales}
+    groups["weight"][:] = [parameter for parameter in groups["weight"] if id(parameter) not in scale_ids]
     groups["bn"].extend(scales)
 
 
 class FirstUseScales(Stabiliser):
-    """The decoupled scales of the EMA copy stay what they are at its first use, at the end of the first epoch.
+    """Keeps the EMA copy's decoupled scales at their values after the first epoch, instead of averaging them.
 
-    What Ultralytics' EMA (8.4.190) makes of Brevitas' scales (0.13.4) when nothing is done about it. Brevitas sets such
-    a scale in a layer's first forward, to its L2 mean of the channels' abs-max, and leaves it out of state_dict before.
-    The copy is made before any forward, so at the first step, when ModelEMA pairs the entries of the two state_dicts,
-    it has none; its own are set in the first validation and follow the trained ones no more. Here they are set right
-    after that one, which still scores averaged scales.
+    This reproduces what Ultralytics' EMA (8.4.190) does with Brevitas' decoupled scales (0.13.4) if nobody intervenes.
+    Brevitas sets such a scale in a layer's first forward, to the L2 mean of the channels' abs-max; before it the scale
+    is not in state_dict. The EMA copy is made before any forward and ModelEMA pairs the entries of the two state_dicts
+    at the first step, so the copy's scales are left out. The first validation sets them, and they follow the trained
+    scales no more. Here they are set right after the first validation, which still scores averaged scales.
     """
 
     def __init__(self, ema: nn.Module) -> None:
@@ -167,14 +176,16 @@ class FirstUseScales(Stabiliser):
 
 
 class Dampening(Stabiliser):
-    """Pulls every weight to the middle of its code: adds the gradient of lambda ||w_hat - clip(w)||^2, w_hat constant.
+    """Pulls every weight w to its quantized value w_hat: adds the gradient of lambda ||w_hat - clip(w)||^2.
 
-    d/dw = 2 lambda (w - w_hat), and 0 for a clipped weight. Nagel et al., "Overcoming Oscillations in
-    Quantization-Aware Training", ICML 2022, section 4.2.
+    With w_hat as a constant that is 2 lambda (w - w_hat), and 0 for a clipped weight. Nagel et al., "Overcoming
+    Oscillations in Quantization-Aware Training", ICML 2022, section 4.2.
     """
 
     def __init__(self, quant: Quant, model: nn.Module, first_epoch: int) -> None:
-        self.quant, self.model, self.first_epoch = quant, model, first_epoch
+        self.quant = quant
+        self.model = model
+        self.first_epoch = first_epoch
         self.active = True
 
     def start_epoch(self, epoch: int) -> None:
@@ -182,25 +193,32 @@ class Dampening(Stabiliser):
 
     @torch.no_grad()
     def before_step(self, grad_scale: float) -> None:
-        for of in read_codes(self.model) if self.active else []:
-            weight = of.layer.weight
-            if weight.grad is not None:
-                off = (weight - of.codes * of.scale).masked_fill_(weight.abs() > of.largest * of.scale, 0.0)
-                weight.grad.add_(off, alpha=2 * self.quant.dampening * grad_scale)
+        if not self.active:
+            return
+        for quantized in read_codes(self.model):
+            weight = quantized.layer.weight
+            if weight.grad is None:
+                continue
+            is_clipped = weight.abs() > quantized.largest * quantized.scale
+            error = (weight - quantized.codes * quantized.scale).masked_fill_(is_clipped, 0.0)
+            weight.grad.add_(error, alpha=2 * self.quant.dampening * grad_scale)
 
 
 class Freezing(Stabiliser):
     """Freezes the code of a weight that oscillates too often. Nagel et al., ICML 2022, section 4.3, algorithm 1.
 
-    A weight oscillates in a step when its code changes in the direction opposite to its last change; f is the moving
-    average of that, f = m o + (1 - m) f, with m = quant.freeze_momentum. At f > quant.freeze_threshold the code becomes
-    the rounded moving average of the codes and stays: w = code * scale after every step. The scale still moves.
+    A weight oscillates in a step (o = 1, else 0) when its code changes in the direction opposite to its last change.
+    Its frequency is the moving average f = m o + (1 - m) f, with m = quant.freeze_momentum. When f exceeds
+    quant.freeze_threshold, the code is fixed at the rounded moving average of the codes: after every later step the
+    weight is set to code * scale. The scale still moves.
 
     State: flat tensors over all quantized weights of the model; empty until the first step at the scheme's bits.
     """
 
     def __init__(self, quant: Quant, model: nn.Module, first_epoch: int) -> None:
-        self.quant, self.model, self.first_epoch = quant, model, first_epoch
+        self.quant = quant
+        self.model = model
+        self.first_epoch = first_epoch
         self.active = True
         self.state: dict[str, torch.Tensor] = {}
 
@@ -218,39 +236,51 @@ class Freezing(Stabiliser):
     def after_step(self) -> None:
         if not self.active:
             return
-        if self.state:  # first back to where the last step left them: the optimizer must not move a channel's scale so
+        if self.state:
+            # Undo the optimizer's step of frozen weights before the scales are read: it may have moved an abs-max.
             self._hold(read_codes(self.model), self.state["scale"])
-        now = read_codes(self.model)
-        codes = torch.cat([of.codes.flatten() for of in now])
-        scale = torch.cat([of.scale.flatten() for of in now])
+        layers = read_codes(self.model)
+        codes = torch.cat([quantized.codes.flatten() for quantized in layers])
+        scales = torch.cat([quantized.scale.flatten() for quantized in layers])
         if not self.state:
-            zeros = torch.zeros_like(codes, dtype=torch.int8)
-            self.state = {"codes": zeros, "direction": zeros.clone(), "frozen": zeros.bool()}
-            self.state |= {"mean": codes.clone(), "frequency": torch.zeros_like(codes)}
-            self.state["codes"] = codes.to(torch.int8)
+            self.state = _unfrozen(codes)
         self._track(codes)
-        self.state["scale"] = scale
-        self._hold(now, scale)
+        self.state["scale"] = scales
+        self._hold(layers, scales)
 
     def _track(self, codes: torch.Tensor) -> None:
-        """Updates frequency, moving average and frozen set from the codes after a step, [n]."""
+        """Updates frequencies, moving averages and the set of frozen weights from the codes after a step, [n]."""
         state, momentum = self.state, self.quant.freeze_momentum
         direction = (codes - state["codes"]).sign_().to(torch.int8)
         oscillates = direction * state["direction"] < 0
         state["frequency"].lerp_(oscillates.float(), momentum)
         state["mean"] = torch.where(state["frozen"], state["mean"], state["mean"].lerp(codes, momentum))
-        new = (state["frequency"] > self.quant.freeze_threshold) & ~state["frozen"]
-        state["mean"] = torch.where(new, state["mean"].round(), state["mean"])
-        state["frozen"] |= new
+        newly_frozen = (state["frequency"] > self.quant.freeze_threshold) & ~state["frozen"]
+        state["mean"] = torch.where(newly_frozen, state["mean"].round(), state["mean"])
+        state["frozen"] |= newly_frozen
         state["direction"] = torch.where(direction == 0, state["direction"], direction)
         state["codes"] = codes.to(torch.int8)
 
-    def _hold(self, now: list[Codes], scale: torch.Tensor) -> None:
-        """Writes code * scale, with scale [n_channels], to the frozen weights."""
-        start = row = 0
-        for of in now:
-            part, rows = slice(start, start + of.codes.numel()), slice(row, row + of.scale.numel())
-            frozen, mean = (self.state[name][part].view(of.codes.shape) for name in ("frozen", "mean"))
-            weight = of.layer.weight
-            weight.copy_(torch.where(frozen, mean * scale[rows].view(of.scale.shape), weight))
-            start, row = part.stop, rows.stop
+    def _hold(self, layers: list[Codes], scales: torch.Tensor) -> None:
+        """Writes code * scale to the frozen weights; `scales` [n] holds those of all layers, one a channel."""
+        n_weights = [quantized.codes.numel() for quantized in layers]
+        n_scales = [quantized.scale.numel() for quantized in layers]
+        frozen_parts = self.state["frozen"].split(n_weights)
+        mean_parts = self.state["mean"].split(n_weights)
+        parts = zip(layers, frozen_parts, mean_parts, scales.split(n_scales), strict=True)
+        for quantized, frozen, mean, scale in parts:
+            weight = quantized.layer.weight
+            held = mean.view(weight.shape) * scale.view(quantized.scale.shape)
+            weight.copy_(torch.where(frozen.view(weight.shape), held, weight))
+
+
+def _unfrozen(codes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of Freezing before its first step, from the codes [n] after that step."""
+    zeros = torch.zeros_like(codes, dtype=torch.int8)
+    return {
+        "codes": codes.to(torch.int8),
+        "direction": zeros,
+        "frozen": zeros.bool(),
+        "mean": codes.clone(),
+        "frequency": torch.zeros_like(codes),
+    }

@@ -1,4 +1,4 @@
-"""Which layer gets how many bits: a table by layer name, applied with Brevitas' own layers."""
+"""Schemes: tables that give each layer its number of bits by its name, and their application with Brevitas' layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.core.config import Quant, UserError
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
 
-# Otherwise load_state_dict builds every quantizer anew: the optimizer would go on with scales that no layer uses.
+# By default load_state_dict builds every quantizer anew, and the optimizer goes on with scales that no layer uses.
 brevitas_config.REINIT_ON_STATE_DICT_LOAD = False
 
 
@@ -36,8 +36,8 @@ class LearnedInt8WeightPerChannel(Int8WeightPerChannelFloat):
     """Symmetric, narrow, one trained scale per output channel = 2**value / 127; `value` starts at log2(abs-max).
 
     LSQ (Esser et al., ICLR 2020) in the log domain, where no step turns a scale negative (Jain et al., TQT, MLSys
-    2020). The start is the abs-max instead of LSQ's 2 mean|w| / sqrt(7): that is 2.6 times the abs-max of the uniform
-    weights that a convolution starts with, and would leave most codes unused.
+    2020). The scale starts from the abs-max and not from LSQ's 2 mean|w| / sqrt(7). A convolution starts with uniform
+    weights; for those LSQ's start is 2.6 times the scale of the abs-max and leaves most codes unused.
     """
 
     scaling_impl_type = "parameter"
@@ -54,13 +54,15 @@ class LearnedInt4WeightPerChannel(LearnedInt8WeightPerChannel):
 
 QUANTIZERS: dict[int, Any] = {4: Int4WeightPerChannel, 8: Int8WeightPerChannelFloat}
 LEARNED: dict[int, Any] = {4: LearnedInt4WeightPerChannel, 8: LearnedInt8WeightPerChannel}
+# What a quantized layer takes over from the convolution that it replaces, besides weight and bias.
+GEOMETRY = "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split()
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers whose name matches `pattern` (fnmatch) get `bits`; None leaves the layer in float. First match wins.
+    """Layers whose name matches `pattern` (fnmatch) get `bits`; with None they stay in float. The first match wins.
 
-    `quantizer` is for schemes that are defined by it.
+    `quantizer` replaces the usual quantizer of these bits, in the schemes that differ by their quantizer.
     """
 
     pattern: str
@@ -77,10 +79,10 @@ SCHEMES: dict[str, tuple[Rule, ...]] = {
     "w4a16": (DFL, Rule("*", 4, "every learned convolution")),
     "w4a16-mixed": (DFL, FIRST, LAST, Rule("*", 4, "every other learned convolution")),
     "w8a16": (DFL, Rule("*", 8, "every learned convolution")),
-    # For the stability bench. One ingredient of w4a16 less: DFL not exempt; one scale a layer.
+    # Ablations for the stability bench: w4a16 with DFL quantized too, and w4a16 with one scale per tensor.
     "w4a16-dfl": (Rule("*", 4, "every convolution, DFL too"),),
     "w4a16-per-tensor": (DFL, Rule("*", 4, "every learned convolution", Int4WeightPerTensor)),
-    # The earlier recipe, a negative example: one learned scale per tensor, on the fixed integral of DFL too.
+    # A negative example, the recipe before this one: one learned scale per tensor, and DFL quantized too.
     "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled),),
 }
 
@@ -93,16 +95,18 @@ def assign(names: list[str], scheme: str) -> dict[str, Rule]:
     """
     if scheme not in SCHEMES:
         raise UserError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
-    rules = SCHEMES[scheme]
-    chosen = {name: next((rule for rule in rules if fnmatchcase(name, rule.pattern)), None) for name in names}
-    if missing := [name for name, rule in chosen.items() if rule is None]:
-        raise UserError(f"scheme {scheme} has no rule for layer {missing[0]}: mend the table in app/quant/schemes.py")
-    used = {name: rule for name, rule in chosen.items() if rule is not None}
-    if idle := [rule.pattern for rule in rules if rule not in used.values()]:
-        raise UserError(
-            f"scheme {scheme}: pattern '{idle[0]}' matches no layer; mend the table in app/quant/schemes.py"
-        )
-    return used
+    chosen = {}
+    for name in names:
+        matching = [rule for rule in SCHEMES[scheme] if fnmatchcase(name, rule.pattern)]
+        if not matching:
+            raise UserError(f"scheme {scheme} has no rule for layer {name}: mend the table in app/quant/schemes.py")
+        chosen[name] = matching[0]
+    for rule in SCHEMES[scheme]:
+        if rule not in chosen.values():
+            raise UserError(
+                f"scheme {scheme}: pattern '{rule.pattern}' matches no layer; mend the table in app/quant/schemes.py"
+            )
+    return chosen
 
 
 def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
@@ -115,11 +119,11 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
     convs = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     rules = assign(list(convs), quant.scheme)
     quantizers = {name: _quantizer(rule, quant) for name, rule in rules.items()}
+    layer_class = FastQuantConv2d if quant.fast_path else QuantConv2d
     for name, quantizer in quantizers.items():
         if quantizer is not None:
             parent, _, child = name.rpartition(".")
-            layer = FastQuantConv2d if quant.fast_path else QuantConv2d
-            setattr(model.get_submodule(parent), child, _quant_conv(convs[name], quantizer, layer))
+            setattr(model.get_submodule(parent), child, _quant_conv(convs[name], quantizer, layer_class))
     if quant.fast_path:
         attach(model)
     return {
@@ -130,51 +134,54 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
 
 
 def _quantizer(rule: Rule, quant: Quant) -> Any:
-    """Brevitas' quantizer of a layer; None leaves it in float."""
+    """The Brevitas quantizer of a layer; None if the layer stays in float.
+
+    Raises:
+        UserError: an option of `quant` that does not work with the quantizer of the scheme.
+    """
     if rule.bits is None:
         return None
     if rule.quantizer is None:
         return (LEARNED if quant.learned_scale else QUANTIZERS)[rule.bits]
-    unfit = ["learned_scale"]
-    if rule.quantizer is Int4WeightPerTensorFloatDecoupled:  # codes are not weights over scale, float trains no scale
-        unfit += ["warmup_share", "dampening", "freeze_threshold"]
-    if given := [name for name in unfit if getattr(quant, name)]:
-        raise UserError(f"scheme {quant.scheme}: quant.{given[0]} is not for this scheme, choose w4a16 or w4a16-mixed")
+    unfit_options = ["learned_scale"]
+    if rule.quantizer is Int4WeightPerTensorFloatDecoupled:
+        # A decoupled code is not round(weight / scale), and float weights give a decoupled scale no gradient.
+        unfit_options += ["warmup_share", "dampening", "freeze_threshold"]
+    for option in unfit_options:
+        if getattr(quant, option):
+            raise UserError(f"scheme {quant.scheme}: quant.{option} is not for this scheme, choose w4a16 or w4a16-mixed")
     return rule.quantizer
 
 
-def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer: type[QuantConv2d]) -> QuantConv2d:
-    same: dict[str, Any] = {
-        name: getattr(conv, name)
-        for name in (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        )
-    }
-    quantized = layer(**same, bias=conv.bias is not None, weight_quant=quantizer)
+def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer_class: type[QuantConv2d]) -> QuantConv2d:
+    """A quantized layer with the shape and the weights of `conv`."""
+    same: dict[str, Any] = {name: getattr(conv, name) for name in GEOMETRY}
+    quantized = layer_class(**same, bias=conv.bias is not None, weight_quant=quantizer)
     quantized.weight.data.copy_(conv.weight.data)
     if quantized.bias is not None and conv.bias is not None:
         quantized.bias.data.copy_(conv.bias.data)
     quantized.to(conv.weight.device)
     reset_scales(quantized)
-    quantized.quant_weight()  # the decoupled quantizer's scale appears in state_dict at its first use
+    quantized.quant_weight()  # the decoupled quantizer adds its scale to state_dict in its first call
     return quantized
 
 
 def _shares(convs: dict[str, nn.Conv2d], rules: dict[str, Rule]) -> dict[str, float]:
     """Share of learned convolution weights by bits, e.g. {'4': 0.98, '8': 0.02}."""
-    learned = [(rule.bits, convs[name].weight.numel()) for name, rule in rules.items() if rule is not DFL]
-    total = sum(count for _, count in learned)
-    return {str(bits): sum(n for b, n in learned if b == bits) / total for bits in sorted({b for b, _ in learned if b})}
+    total = 0
+    n_weights: dict[int, int] = {}
+    for name, rule in rules.items():
+        if rule is DFL:
+            continue
+        n = convs[name].weight.numel()
+        total += n
+        if rule.bits is not None:
+            n_weights[rule.bits] = n_weights.get(rule.bits, 0) + n
+    return {str(bits): n_weights[bits] / total for bits in sorted(n_weights)}
 
 
 def _describe(name: str, conv: nn.Conv2d, rule: Rule, quantizer: Any) -> dict[str, Any]:
+    """The entry of one layer in quant_config.json."""
     granularity = "per output channel" if rule.quantizer is None else "per tensor"
     return {
         "name": name,

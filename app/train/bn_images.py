@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from app.core.config import Config, Train
-from app.train.loader import CocoDataset, train_loader
+from app.train.loader import CocoDataset, Place, train_loader
 
 BN_EPOCH = 2**31 - 1  # never trained: the tickets of these batches
 
@@ -52,7 +52,7 @@ class BnImages:
         view.transforms = view.build_transforms(copy(self.hyp))
         if not mosaic:
             view.close_mosaic(copy(self.hyp))
-        loader = train_loader(view, self.hyp.workers, pin_memory=False, start=(BN_EPOCH, first))
+        loader = train_loader(view, self.hyp.workers, pin_memory=False, start=Place(BN_EPOCH, first))
         images = [batch["img"] for batch in islice(loader, end - first)]
         loader.close()
         return images
@@ -67,8 +67,10 @@ def mosaic_share(config: Config, n_batches: int, epoch: int) -> float:
     if epoch < closes_at or not config.hyp.close_mosaic:
         return 1.0
     n_steps = -(-n_batches // max(round(config.hyp.nbs / config.train.batch), 1))  # of an epoch
+    if closes_at == 0:
+        return 0.0
     updates = range(closes_at * n_steps + 1, (epoch + 1) * n_steps + 1)
-    return math.prod(ema_decay(config.train, n) for n in updates) if closes_at else 0.0
+    return math.prod(ema_decay(config.train, n) for n in updates)
 
 
 def ema_decay(settings: Train, n_updates: int) -> float:

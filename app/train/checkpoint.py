@@ -10,7 +10,7 @@ import torch
 
 from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, shown, validate
 from app.core.files import keep
-from app.core.results import WARM_UP, Rows
+from app.core.results import WARM_UP, Rows, is_validated
 from app.quant.model import load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, WarmUp
 from app.train.processes import Ranks
@@ -121,7 +121,7 @@ def after_warm_up(stabiliser: Stabiliser) -> dict[str, Any]:
 
 def marked_as_warm_up(rows: Rows) -> Rows:
     """Rows whose validated epochs are those of a quant warm-up."""
-    return [row | {WARM_UP: 1} if "AP/ema_bn" in row else row for row in rows]
+    return [row | {WARM_UP: 1} if is_validated(row) else row for row in rows]
 
 
 def with_own_scales(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,9 @@ from torch.amp.grad_scaler import GradScaler
 
 from app.core.config import Config, UserError
 from app.quant.model import save_checkpoint, scored_state
+from app.train.processes import ALONE
+from app.train.state import State
+from app.train.step import criterion_after
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +71,12 @@ def correct(
     Returns:
         the number of steps.
     """
-    was_training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train().requires_grad_(False)
-    for norm in (layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)):
-        norm.eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
     corrections = list(_corrections(model))
     handles = [correction.conv.register_forward_hook(correction) for correction in corrections]
     try:
@@ -102,7 +108,9 @@ def _corrections(model: nn.Module) -> Iterator[_Correction]:
 
 def _train(corrections: list[_Correction], losses: Iterator[torch.Tensor], lr: float) -> int:
     """One Adam step a loss."""
-    parameters = [p for c in corrections for p in (c.scale, c.shift) if p.requires_grad]
+    parameters = []
+    for correction in corrections:
+        parameters += [part for part in (correction.scale, correction.shift) if part.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr)
     scaler = GradScaler(enabled=parameters[0].is_cuda)  # losses may come from FP16 autocast
     n_steps = 0
@@ -113,6 +121,14 @@ def _train(corrections: list[_Correction], losses: Iterator[torch.Tensor], lr: f
         scaler.update()
         n_steps += 1
     return n_steps
+
+
+def model_of(state: State, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A model with these weights, and with the loss that the last epoch had, on one rank."""
+    model: Any = deepcopy(state.ema.ema)
+    model.load_state_dict(weights)
+    model.criterion = criterion_after(state.net.criterion.updates, model, ALONE)
+    return model
 
 
 def keep_better(path: Path, config: Config, best: dict[str, Any], model: nn.Module, ap: float) -> None:

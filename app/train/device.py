@@ -51,7 +51,7 @@ def check_arch(capability: tuple[int, int], archs: list[str], torch_version: str
     if not any(_runs(arch, major, minor) for arch in archs):
         raise UserError(
             f"this GPU is sm_{major}{minor}, but torch {torch_version} holds only {' '.join(archs)}: "
-            "rebuild the image with a torch that lists it (README, 'GPU architectures')"
+            "rebuild the image with a torch that lists it (docs/container.md, 'GPU architectures')"
         )
 
 

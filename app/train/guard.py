@@ -6,7 +6,7 @@ import itertools
 import logging
 
 from app.core.config import Guard
-from app.core.results import Rows, candidates, train_loss
+from app.core.results import SCORED, SCORED_AP, VAL_LOSS, Rows, candidates, column, train_loss
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +27,17 @@ def judge(rows: Rows, guard: Guard) -> None:
     validated = candidates(rows)
     if len(validated) <= guard.n_validations or validated[-1] is not rows[-1]:
         return
-    last = validated[-guard.n_validations :]
-    best = max(row["AP/ema_bn"] for row in validated)
-    if all(row["AP/ema_bn"] < guard.share * best for row in last):
+    aps = [row[SCORED_AP] for row in validated]
+    best, last = max(aps), aps[-guard.n_validations :]
+    if max(last) < guard.share * best:
         finding = (
             f"collapse: the scored AP was below {guard.share:.0%} of its best ({best:.3f}) in {len(last)} validations, "
-            f"{last[-1]['AP/ema_bn']:.3f} at the last"
+            f"{last[-1]:.3f} at the last"
         )
         _act(guard.collapse, finding, "collapse")
     pairs = list(itertools.pairwise(validated[-guard.n_validations - 1 :]))
-    val_loss_rises = all(after["val_loss/ema_bn"] > before["val_loss/ema_bn"] for before, after in pairs)
+    loss = column(VAL_LOSS, SCORED)
+    val_loss_rises = all(after[loss] > before[loss] for before, after in pairs)
     if val_loss_rises and all(train_loss(after) < train_loss(before) for before, after in pairs):
         finding = f"divergence: for {len(pairs)} validations the validation loss rose while the train loss fell"
         _act(guard.divergence, finding, "divergence")

@@ -1,6 +1,8 @@
-"""What training reads: the checked view through Ultralytics' augmentation. A sample is a function of its ticket alone:
-(epoch, position in the epoch) and the seed decide image, mosaic partners and augmentation, so that a training can
-start again anywhere."""
+"""What training reads: the checked view through Ultralytics' augmentation.
+
+A sample is a function of its ticket alone: (epoch, position in the epoch) and the seed decide image, mosaic partners
+and augmentation, so that a training can resume anywhere.
+"""
 
 from __future__ import annotations
 
@@ -32,32 +34,49 @@ class Ticket(NamedTuple):
     position: int
 
 
+class Place(NamedTuple):
+    """A batch of an epoch, both counted from 0."""
+
+    epoch: int
+    batch: int
+
+
+class Part(NamedTuple):
+    """The share of one of n ranks: of a batch of b images those from b * rank // n to b * (rank + 1) // n."""
+
+    rank: int
+    n: int
+
+
+BEGINNING = Place(0, 0)
+WHOLE = Part(0, 1)
+
+
 class EpochBatches(Sampler[list[Ticket]]):
-    """Tickets of batch after batch, epoch after epoch, starting anywhere: a pass of `iter` is what is left of an epoch.
+    """Tickets of batch after batch, epoch after epoch; a pass of `iter` gives what is left of an epoch.
 
     Args:
         n_images: of the dataset.
-        batch_size: of a batch, over all processes.
-        part: (k, n) for the k-th of n processes: it gets images b*k//n to b*(k+1)//n of a batch of b.
+        batch_size: of a batch, over all ranks.
+        part: of each batch.
+        start: where the first pass begins.
 
     Raises:
-        UserError: a process would get nothing of an epoch's last batch.
+        UserError: a rank would get nothing of an epoch's last batch.
     """
 
-    def __init__(
-        self, n_images: int, batch_size: int, part: tuple[int, int] = (0, 1), start: tuple[int, int] = (0, 0)
-    ) -> None:
+    def __init__(self, n_images: int, batch_size: int, part: Part = WHOLE, start: Place = BEGINNING) -> None:
         self.n_images, self.batch_size, self.part = n_images, batch_size, part
         last = n_images % batch_size or batch_size
-        if last < part[1]:
+        if last < part.n:
             raise UserError(
                 f"train.batch={batch_size} leaves {last} of {n_images} images for the last batch of an epoch, fewer "
-                f"than {part[1]} processes: choose another train.batch, or fewer devices"
+                f"than {part.n} processes: choose another train.batch, or fewer devices"
             )
         self.start(*start)
 
     def start(self, epoch: int, batch: int) -> None:
-        """The next pass begins at a batch of `epoch`, counted from 0."""
+        """The next pass begins at this batch of `epoch`, both counted from 0."""
         self.epoch, self.batch = epoch, batch
 
     def __len__(self) -> int:
@@ -69,9 +88,11 @@ class EpochBatches(Sampler[list[Ticket]]):
         return (self._tickets(epoch, i) for i in range(first, len(self)))
 
     def _tickets(self, epoch: int, batch: int) -> list[Ticket]:
-        start, (k, n) = batch * self.batch_size, self.part
+        start = batch * self.batch_size
         size = min(self.batch_size, self.n_images - start)
-        return [Ticket(epoch, start + i) for i in range(size * k // n, size * (k + 1) // n)]
+        rank, n = self.part
+        own = range(start + size * rank // n, start + size * (rank + 1) // n)
+        return [Ticket(epoch, position) for position in own]
 
 
 def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
@@ -88,8 +109,8 @@ class CocoDataset(YOLODataset):
 
     def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
         """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
-        self._view, self.seed = (provenance, split), seed
-        self.lane: tuple[int, int, int] | None = None
+        self.provenance, self.split, self.seed = provenance, split, seed
+        self.stream_of: tuple[int, int, int] | None = None  # epoch, worker, number of workers
         self.recent: dict[int, None] = {}
         self.partners: list[int] = []
         train = split == "train"
@@ -102,7 +123,7 @@ class CocoDataset(YOLODataset):
 
     def get_labels(self) -> list[dict[str, Any]]:
         """One dict an image in the layout of BaseDataset.get_labels; boxes are xywh, normalised."""
-        images = read_split(*self._view)
+        images = read_split(self.provenance, self.split)
         self.im_files = [image.path for image in images]
         return [
             {
@@ -118,9 +139,9 @@ class CocoDataset(YOLODataset):
             return super().__getitem__(key)
         info = get_worker_info()
         batch, place = divmod(key.position, self.batch_size)
-        n_lanes = info.num_workers if info else 1
-        self._choose_lane(key.epoch, batch % n_lanes, n_lanes)
-        place += batch // n_lanes * self.batch_size
+        n_workers = info.num_workers if info else 1
+        self._choose_stream(key.epoch, batch % n_workers, n_workers)
+        place += batch // n_workers * self.batch_size
         n_partners = max(min(self.n_recent, len(self.stream)) - 1, 1)
         self.partners = self.stream.take(range(place - n_partners, place), mode="wrap").tolist()
         self.buffer = self.partners.copy()
@@ -129,16 +150,17 @@ class CocoDataset(YOLODataset):
         np.random.seed(state)
         return super().__getitem__(int(self.stream[place % len(self.stream)]))
 
-    def _choose_lane(self, epoch: int, lane: int, n_lanes: int) -> None:
-        """Batches of an epoch go to the loader processes in turns; `stream` is what this one reads, in order.
+    def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> None:
+        """Sets `stream`, the images that a loader process reads in an epoch, in order: batches go round the workers.
 
-        Mosaic partners are taken from a process's own stream: those images are decoded already. At the beginning of an
-        epoch the window reaches round to the end of the stream.
+        Mosaic partners are taken from a worker's own stream: those images are decoded already. At the beginning of an
+        epoch the window of partners wraps to the end of the stream.
         """
-        if self.lane != (epoch, lane, n_lanes):
-            self.lane = (epoch, lane, n_lanes)
+        if self.stream_of != (epoch, worker, n_workers):
+            self.stream_of = (epoch, worker, n_workers)
             order = epoch_order(self.ni, self.seed, epoch)
-            self.stream = order[np.arange(self.ni) // self.batch_size % n_lanes == lane]
+            batches = np.arange(self.ni) // self.batch_size
+            self.stream = order[batches % n_workers == worker]
 
     def load_image(self, i: int, rect_mode: bool = True, resize_short: bool = False) -> Any:
         """As BaseDataset.load_image; the last `n_recent` decoded images of training are kept for mosaic."""
@@ -158,10 +180,10 @@ def train_loader(
     dataset: CocoDataset,
     workers: int,
     pin_memory: bool,
-    start: tuple[int, int] = (0, 0),
-    part: tuple[int, int] = (0, 1),
+    start: Place = BEGINNING,
+    part: Part = WHOLE,
 ) -> InfiniteDataLoader:
-    """Loader of shuffled batches, or of this process's part of each, from `start` (epoch, batch) on without an end.
+    """Loader of shuffled batches, or of this rank's part of each, from `start` on without an end.
 
     Its `batch_sampler.sampler.start(epoch, batch)` together with `reset()` begins anywhere.
     """

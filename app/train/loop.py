@@ -5,32 +5,31 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
-from copy import deepcopy
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from ultralytics.utils.torch_utils import autocast, unset_deterministic
+from ultralytics.utils.torch_utils import unset_deterministic
 
 from app.core.files import write_json
 from app.core.progress import track
-from app.core.results import WARM_UP, write_rows
-from app.quant.batchnorm import reestimate_batchnorm
+from app.core.results import AP, CORRECTED_AP, SCORED_AP, WARM_UP, write_rows
 from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.model import load_checkpoint, save_checkpoint, scored_state
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
 from app.train.checkpoint import branch, read_in_turn, save_state
-from app.train.correction import correct, keep_better
+from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
 from app.train.monitor import Monitor
-from app.train.nonfinite import NonFinite, Watch, check_finite, find_cause, to_keep
-from app.train.processes import ALONE, explain_lost_peer
+from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
+from app.train.processes import explain_lost_peer
 from app.train.state import State
-from app.train.step import Rise, clipped_step, criterion_after, criterion_of_part, warm_up
+from app.train.step import Rise, clipped_step, warm_up
 from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
 
@@ -98,14 +97,13 @@ class Loop:
             net=trainer.net, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
-        self.state.net.criterion = criterion_of_part(self.state.net, self.ranks)
         saved = read_in_turn(trainer.last, self.ranks)
-        first = branch(self.state, self.config) if saved is None else saved
-        if first is not None:
+        first = saved or branch(self.state, self.config)
+        if first:
             self.state.load_state_dict(first)
-        if saved is None:
+        if not saved:
             self.save()
-        if first is not None:
+        if first:
             self._tell_where_it_continues()
 
     def _tell_where_it_continues(self) -> None:
@@ -142,8 +140,7 @@ class Loop:
             trainer._close_dataloader_mosaic()
             self.restarts_loader = True
         if self.restarts_loader:
-            trainer.train_loader.batch_sampler.sampler.start(epoch, state.batch_in_epoch)
-            trainer.train_loader.reset()
+            trainer.read_from(epoch, state.batch_in_epoch)
             self.restarts_loader = False
         if epoch == self.config.n_warmup_epochs:
             state.codes_before = torch.zeros(0, dtype=torch.int8)  # codes of other bits do not compare
@@ -171,7 +168,7 @@ class Loop:
                 state.last_step = step
                 self._save_if_due()
             n_trained = min(batch_size, n_images - (state.batch_in_epoch - 1) * batch_size)
-            self.monitor.step(n_trained, self.mean_losses)
+            self.monitor.step(n_trained, partial(state.mean_losses, n_batches))
 
     def _warm_up(self, step: int, n_batches: int) -> None:
         """Learning rates, momentum and accumulation rise to their values over the first steps, as in Ultralytics."""
@@ -204,16 +201,13 @@ class Loop:
         for stabiliser in state.stabilisers:
             stabiliser.after_step()
 
-    def mean_losses(self) -> dict[str, float]:
-        """Columns train/* of the epoch so far; waits for the GPU."""
-        return self.state.mean_losses(len(self.trainer.train_loader))
-
     def _end_epoch(self) -> None:
         """Validates where it is due, then writes what the epoch gave."""
         state = self.state
         self.monitor.end_train_pass()
         check_finite(state.net, state.scaler, self.watch)  # before rank 0 goes on alone
-        row: dict[str, Any] = {"epoch": state.epoch + 1, **self.mean_losses()}
+        losses = state.mean_losses(len(self.trainer.train_loader))
+        row: dict[str, Any] = {"epoch": state.epoch + 1, **losses}
         if self._is_validated():
             row |= self._on_main(self.validate)
             row |= self._examine() if self.ranks.is_main else {}
@@ -222,7 +216,7 @@ class Loop:
         state.rows.append(row | self.monitor.epoch_facts())
         state.batch_in_epoch, state.loss_sum = 0, 0.0
         if self.ranks.is_main:
-            self.monitor.end_epoch(state.rows, self.trainer.validator, (state.best_fitness, state.best_epoch))
+            self.monitor.end_epoch(state.rows, self.trainer.validator, state.best_fitness, state.best_epoch)
         self._save_if_due(always=True)
         judge(state.rows, self.config.guard)
 
@@ -242,7 +236,7 @@ class Loop:
         state = self.state
         scores = score_states(state, self._score, self._reestimate)
         self.scored_model, state.scored = scores.model, scored_state(scores.model)
-        columns, fitness = scores.columns, scores.columns["AP/ema_bn"]
+        columns, fitness = scores.columns, scores.columns[SCORED_AP]
         if state.epoch < self.config.n_warmup_epochs:
             columns[WARM_UP] = 1
         elif state.best_fitness is None or fitness > state.best_fitness:
@@ -264,11 +258,7 @@ class Loop:
         return self.trainer.score(model, self.state.loss_names)
 
     def _reestimate(self, model: nn.Module) -> None:
-        """Re-estimates BatchNorm's statistics of a model on train batches as the averaged weights have seen them."""
-        trainer = self.trainer
-        batches = ({"img": images} for images in self.bn_images.after(self.state.epoch))
-        with autocast(trainer.amp, device=trainer.device.type):
-            reestimate_batchnorm(model, (trainer.preprocess_batch(batch)["img"] for batch in batches))
+        self.trainer.reestimate(model, self.bn_images.after(self.state.epoch))
 
     def _on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` on rank 0 and broadcasts its result; a signal during it ends all ranks."""
@@ -291,19 +281,17 @@ class Loop:
         best.pt is replaced if its AP is not lower. results.csv gets AP/corrected in its last row.
         """
         quant, trainer, state = self.config.quant, self.trainer, self.state
-        if quant is None or not quant.correction_epochs or "AP/corrected" in state.rows[-1]:
+        if quant is None or not quant.correction_epochs or CORRECTED_AP in state.rows[-1]:
             return
         best = load_checkpoint(trainer.best)
-        model: Any = deepcopy(state.ema.ema)
-        model.load_state_dict(best["scored"])
-        model.criterion = criterion_after(state.net.criterion.updates, model, ALONE)
+        model = model_of(state, best["scored"])
         batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
         correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
-        ap = self._score(model)[SCORES["AP"]]
+        ap = self._score(model)[SCORES[AP]]
         keep_better(trainer.best, self.config, best, model, ap)
-        state.rows[-1]["AP/corrected"] = ap
+        state.rows[-1][CORRECTED_AP] = ap
         write_rows(trainer.save_dir / "results.csv", state.rows)
-        self.monitor.writer.add_scalar("AP/corrected", ap, trainer.epochs)
+        self.monitor.writer.add_scalar(CORRECTED_AP, ap, trainer.epochs)
         self.save()
 
     # --- checkpoints, faults, errors ---------------------------------------------------------------------------------
@@ -321,8 +309,8 @@ class Loop:
     def _save_if_due(self, always: bool = False) -> None:
         """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""
         own_signal = self.interrupt.signal or (signal.SIGTERM if self.ranks.is_orphan else 0)
-        own_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s)
-        signal_number, due = self.ranks.maximum([own_signal, int(own_due)])
+        is_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s)
+        signal_number, due = self.ranks.maximum([own_signal, int(is_due)])
         if signal_number or due or always:
             self.save()
         if signal_number:  # a signal that has come since waits for the next step: the other ranks do not know of it
@@ -340,8 +328,7 @@ class Loop:
         state, trainer = self.state, self.trainer
         where, cause = find_cause(state, fault, trainer.forward, len(trainer.train_loader))
         numbers = [number for number, _ in fault.batches]
-        rank = "" if self.ranks.is_main else f"-of-process-{self.ranks.rank + 1}"
-        path = trainer.save_dir / "faults" / f"batch-{numbers[0]}{rank}.pt"
+        path = trainer.save_dir / "faults" / file_name(fault, self.ranks)
         save_checkpoint(path, self.config, to_keep(state, fault, cause))
         faults = [*state.faults, {"batches": numbers, "what": fault.what, "cause": cause}]
         state.load_state_dict(load_checkpoint(trainer.last))

@@ -19,7 +19,7 @@ from ultralytics.utils.plotting import plot_images
 from app.core.config import Config, dump, flatten
 from app.core.curves import curve_figure
 from app.core.progress import Meter, clock
-from app.core.results import WARM_UP, train_loss, write_rows
+from app.core.results import SCORED_AP, WARM_UP, Rows, is_validated, train_loss, write_rows
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
 HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp")
@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Sends every log record of this process to `path` as well, Ultralytics' own included; only its warnings and ours
-    reach the terminal."""
+    """Sends every log record of this process to `path` as well, Ultralytics' own included.
+
+    Of Ultralytics' records only warnings reach the terminal.
+    """
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     LOGGER.handlers.clear()
@@ -51,7 +53,7 @@ class Monitor:
     Args:
         out_dir: folder of the variant.
         config: its configuration; `label` is the first word of every line.
-        writes: False in a process that only counts, beside the one that writes.
+        writes: False on all ranks but rank 0, which count and write nothing.
     """
 
     writer: SummaryWriter  # of the process that writes
@@ -68,12 +70,14 @@ class Monitor:
 
     def _add_hparams(self, config: Config) -> None:
         """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own."""
-        flat = {key: value for key, value in flatten(config).items() if key.split(".")[0] in HPARAM_SECTIONS}
-        values = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in flat.items()}
+        values: dict[str, Any] = {}
+        for key, value in flatten(config).items():
+            if key.split(".")[0] in HPARAM_SECTIONS:
+                values[key] = value if isinstance(value, bool | int | float) else str(value)
         # One value for the whole section: TensorBoard shows no hyper-parameter that one of the runs lacks.
         quant = config.quant.model_dump() if config.quant else {}
         values["quant"] = ", ".join(f"{key}={value}" for key, value in quant.items()) or "none"
-        metrics = [hparams.Metric(BEST_AP), hparams.Metric("AP/ema_bn")]
+        metrics = [hparams.Metric(BEST_AP), hparams.Metric(SCORED_AP)]
         writer: Any = self.writer.file_writer
         writer.add_summary(hparams.hparams_config_pb([hparams.HParam(key) for key in values], metrics))
         writer.add_summary(hparams.hparams_pb(values, trial_id=f"{self.out_dir.parent.name}/{self.label}"))
@@ -121,32 +125,40 @@ class Monitor:
             "time/images_per_s": round(self.meter.done / self.train_s, 2),
         }
 
-    def end_epoch(self, rows: list[dict[str, float]], validator: Any, best: tuple[float | None, int]) -> None:
-        """Writes results.csv and TensorBoard, and logs one line. `rows` are all epochs so far; `best` is AP and epoch
-        of best.pt, (None, 0) where there is none yet."""
+    def end_epoch(self, rows: Rows, validator: Any, best_ap: float | None, best_epoch: int) -> None:
+        """Writes results.csv and TensorBoard, and logs one line.
+
+        Args:
+            rows: all epochs so far.
+            validator: Ultralytics', after the validation of this epoch.
+            best_ap, best_epoch: of best.pt; None and 0 where there is none yet.
+        """
         row = rows[-1]
         write_rows(self.out_dir / "results.csv", rows)
         for name, value in row.items():
             if name != "epoch":
                 self.writer.add_scalar(name, value, self.epoch + 1)
-        n_done, validated = self.epoch + 1, "AP/ema_bn" in row
-        if validated and best[0] is not None:
-            self.writer.add_scalar(BEST_AP, best[0], n_done)
-        if validated:
+        n_done = self.epoch + 1
+        if is_validated(row):
+            if best_ap is not None:
+                self.writer.add_scalar(BEST_AP, best_ap, n_done)
             self._add_pictures(rows, validator, n_done)
         self.epochs_here += self.share_here
         left = "?"
         if self.epochs_here:
-            left = clock((time.monotonic() - self.run_start) / self.epochs_here * (self.n_epochs - n_done))
-        aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row) if validated else "no AP"
-        best_text = "" if best[0] is None else f" (best {best[0]:.3f} at {best[1]})"
-        best_text += ", quant warm-up" if row.get(WARM_UP) else ""
+            epoch_s = (time.monotonic() - self.run_start) / self.epochs_here
+            left = clock(epoch_s * (self.n_epochs - n_done))
+        aps = "no AP"
+        if is_validated(row):
+            aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row)
+        best = "" if best_ap is None else f" (best {best_ap:.3f} at {best_epoch})"
+        best += ", quant warm-up" if row.get(WARM_UP) else ""
         log.info(
             "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left",
-            self.label, n_done, self.n_epochs, train_loss(row), aps, best_text, row["time/images_per_s"], left,
+            self.label, n_done, self.n_epochs, train_loss(row), aps, best, row["time/images_per_s"], left,
         )  # fmt: skip
 
-    def _add_pictures(self, rows: list[dict[str, float]], validator: Any, n_done: int) -> None:
+    def _add_pictures(self, rows: Rows, validator: Any, n_done: int) -> None:
         """The same val batch every time, its ground truth once, and the curves so far."""
         every = max(self.n_epochs // N_PICTURES, 1)
         if self.n_pictures and n_done // every <= self.n_pictures and n_done < self.n_epochs:
@@ -171,12 +183,10 @@ def memory_gib() -> float:
 def draw_predictions(validator: Any) -> Any:
     """First validation batch with the detections of the scored model: uint8 [H,W,3]."""
     preds, _ = validator.first_batch
-    labels = {
-        "batch_idx": torch.cat([torch.full_like(p["conf"], i) for i, p in enumerate(preds)]),
-        "cls": torch.cat([p["cls"] for p in preds]),
-        "conf": torch.cat([p["conf"] for p in preds]),
-        "bboxes": ops.xyxy2xywh(torch.cat([p["bboxes"] for p in preds])),
-    }
+    labels = {key: torch.cat([pred[key] for pred in preds]) for key in ("cls", "conf", "bboxes")}
+    counts = torch.tensor([len(pred["conf"]) for pred in preds])
+    labels["batch_idx"] = torch.arange(len(preds)).repeat_interleave(counts)
+    labels["bboxes"] = ops.xyxy2xywh(labels["bboxes"])
     return draw_batch(validator, labels)
 
 

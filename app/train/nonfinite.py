@@ -13,7 +13,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from app.quant.model import scored_state
-from app.train.processes import ALONE
+from app.train.processes import ALONE, Ranks
 from app.train.state import State
 from app.train.step import criterion_after
 
@@ -179,6 +179,12 @@ def to_keep(state: State, fault: NonFinite, cause: str) -> dict[str, Any]:
         tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
         kept.append({"number": number, "im_file": [str(path) for path in batch["im_file"]], **tensors})
     return {"what": fault.what, "cause": cause, "batches": kept, "model": scored_state(state.net)}
+
+
+def file_name(fault: NonFinite, ranks: Ranks) -> str:
+    """batch-12.pt; of another rank than 0 batch-12-of-process-2.pt."""
+    part = "" if ranks.is_main else f"-of-process-{ranks.rank + 1}"
+    return f"batch-{fault.batches[0][0]}{part}.pt"
 
 
 def describe(batches: list[Batch], n_batches: int) -> str:

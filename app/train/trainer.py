@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -17,12 +17,13 @@ from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap
 from app.core.config import Config
 from app.core.files import read_json, write_json
 from app.core.run import RunRoot
+from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.model import build
 from app.quant.options import exempt_scales_from_decay
 from app.train.bn_images import ema_decay
-from app.train.loader import CocoDataset, limit_wait, train_loader
+from app.train.loader import CocoDataset, Part, Place, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
-from app.train.step import fuse
+from app.train.step import criterion_of_part, fuse
 from app.train.validation import Validator
 
 
@@ -73,6 +74,7 @@ class Trainer(DetectionTrainer):
             self.model = self.ranks.distributed(self.model, may_skip)
             self.amp = self.ranks.broadcast(self.amp)  # Ultralytics checks it on rank 0 alone
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
+        self.net.criterion = criterion_of_part(self.net, self.ranks)
         self.ema.decay = lambda x: ema_decay(self.config.train, x)
 
     @property
@@ -92,11 +94,9 @@ class Trainer(DetectionTrainer):
         n, workers = self.ranks.n, self.args.workers
         if mode == "train":
             dataset = self.build_dataset(dataset_path, mode, batch_size)
-            return train_loader(dataset, workers, self.device.type == "cuda", part=(self.ranks.rank, n))
+            return train_loader(dataset, workers, self.device.type == "cuda", part=Part(self.ranks.rank, n))
         dataset = self.build_dataset(dataset_path, mode, -(-batch_size // n))
-        loader = build_dataloader(
-            dataset, dataset.batch_size, workers, shuffle=False, rank=-1, device=self.device
-        )  # fmt: skip
+        loader = build_dataloader(dataset, dataset.batch_size, workers, shuffle=False, rank=-1, device=self.device)
         return limit_wait(loader)
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CocoDataset:
@@ -126,11 +126,26 @@ class Trainer(DetectionTrainer):
         self.loss_items = dict.fromkeys(loss_names, torch.zeros((), device=self.device))  # what validation counts from
         return self.validator(self)
 
+    def reestimate(self, model: nn.Module, images: Iterable[torch.Tensor]) -> None:
+        """Re-estimates BatchNorm's statistics of a model, in place.
+
+        Args:
+            images: batches as a loader gives them, uint8 [N,3,H,W].
+        """
+        inputs = (self.preprocess_batch({"img": batch})["img"] for batch in images)
+        with autocast(self.amp, device=self.device.type):
+            reestimate_batchnorm(model, inputs)
+
+    def read_from(self, epoch: int, batch: int) -> None:
+        """The train loader begins anew at a batch of an epoch, both counted from 0."""
+        self.train_loader.batch_sampler.sampler.start(epoch, batch)
+        self.train_loader.reset()
+
     def extra_epoch(self) -> Iterator[dict[str, Any]]:
         """Batches of the epoch after the last one, augmented as that was; whole ones, whatever the number of ranks."""
         self.train_loader.close()
-        on_gpu, first_batch = self.device.type == "cuda", (self.epochs, 0)
-        loader = train_loader(self.train_loader.dataset, self.args.workers, on_gpu, first_batch)
+        on_gpu = self.device.type == "cuda"
+        loader = train_loader(self.train_loader.dataset, self.args.workers, on_gpu, Place(self.epochs, 0))
         yield from loader
         loader.close()
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionValidator
 
-from app.core.results import STATES
+from app.core.results import AP, AP50, SCORED, STATES, VAL_LOSS, column
 from app.quant.batchnorm import variance_ratios
 from app.quant.health import Oscillations, flat_codes, scale_ratios, share_of_different, signal_to_noise
 from app.train.state import State
 
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
-SCORES = {"AP": "metrics/mAP50-95(B)", "AP50": "metrics/mAP50(B)"}
+SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)"}
 LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
 LOSSES = ("val/box_loss", "val/cls_loss", "val/dfl_loss")
 
@@ -37,13 +37,18 @@ class Validator(DetectionValidator):
         """Detections on the CPU: matching takes hundreds of tiny operations an image, each a launch and a wait."""
         on_device = super().postprocess(preds)
         counts = [len(pred["conf"]) for pred in on_device]
-        parts = {key: torch.cat([pred[key] for pred in on_device]).cpu().split(counts) for key in on_device[0]}
-        return [{key: parts[key][i] for key in parts} for i in range(len(on_device))]
+        on_cpu: list[dict[str, torch.Tensor]] = [{} for _ in on_device]
+        for key in on_device[0]:
+            all_images = torch.cat([pred[key] for pred in on_device]).cpu()
+            for pred, part in zip(on_cpu, all_images.split(counts), strict=True):
+                pred[key] = part
+        return on_cpu
 
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         if self.batch_i == 0:
             self.first_batch = (preds, batch)
-        super().update_metrics(preds, {**batch, **{key: batch[key].cpu() for key in LABELS}})
+        labels = {key: batch[key].cpu() for key in LABELS}
+        super().update_metrics(preds, {**batch, **labels})
 
     def _prepare_batch(self, si: int, batch: dict[str, Any]) -> dict[str, Any]:
         device, self.device = self.device, torch.device("cpu")  # where it makes a tensor for the boxes
@@ -78,14 +83,14 @@ def score_states(
     for name in STATES:
         source = state.net if name == "raw" else state.ema.ema
         held_out.load_state_dict(source.state_dict())
-        if name == "ema_bn":
+        if name == SCORED:
             start = time.monotonic()
             reestimate(held_out)
             columns["time/bn_reestimation_s"] = round(time.monotonic() - start, 3)
         scores = score(held_out)
         for score_name, key in SCORES.items():
-            columns[f"{score_name}/{name}"] = scores[key]
-        columns[f"val_loss/{name}"] = sum(scores[key] for key in LOSSES)
+            columns[column(score_name, name)] = scores[key]
+        columns[column(VAL_LOSS, name)] = sum(scores[key] for key in LOSSES)
     scores.pop("fitness")
     return Scores({**scores, **columns}, held_out)
 
@@ -119,7 +124,8 @@ def examine(state: State, scored: nn.Module, oscillations: Oscillations) -> Heal
         snr_db = signal_to_noise(scored)
         values |= {"snr_min_db": min(snr_db.values()), "snr_mean_db": statistics.fmean(snr_db.values())}
     state.codes_before = codes.cpu()
-    return Health({f"health/{name}": round(value, 6) for name, value in values.items()}, snr_db)
+    columns = {f"health/{name}": round(value, 6) for name, value in values.items()}
+    return Health(columns, snr_db)
 
 
 def extremes(name: str, values: list[float]) -> dict[str, float]:

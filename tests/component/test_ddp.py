@@ -20,7 +20,7 @@ from app.core.config import UserError, load
 from app.core.files import read_json
 from app.core.run import RunRoot
 from app.quant.model import load_checkpoint, load_scored
-from app.train.loader import EpochBatches
+from app.train.loader import EpochBatches, Part
 from app.train.processes import Ranks
 from app.train.train import device_of, train
 from app.train.trainer import Trainer
@@ -159,7 +159,7 @@ def test_killed_then_stopped_then_finished_by_one_process(runs_dir: Path) -> Non
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_parts_of_a_batch_are_the_batch_whatever_their_number(n: int) -> None:
     """Also from inside an epoch on, as a resumed training with another number of processes reads them."""
-    whole, parts = EpochBatches(30, 8), [EpochBatches(30, 8, (k, n)) for k in range(n)]
+    whole, parts = EpochBatches(30, 8), [EpochBatches(30, 8, Part(k, n)) for k in range(n)]
     for sampler in (whole, *parts):
         sampler.start(epoch=5, batch=1)
     for _ in range(2):
@@ -171,7 +171,7 @@ def test_parts_of_a_batch_are_the_batch_whatever_their_number(n: int) -> None:
 
 def test_a_process_without_an_image_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.batch=8 leaves 1 of 33 images .* fewer than 2 processes"):
-        EpochBatches(33, 8, (0, 2))
+        EpochBatches(33, 8, Part(0, 2))
 
 
 def test_each_process_takes_its_device(monkeypatch: pytest.MonkeyPatch) -> None:

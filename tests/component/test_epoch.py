@@ -14,12 +14,12 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from app.core.run import RunRoot
 from app.quant.model import load_checkpoint
-from app.train.loader import train_loader
+from app.train.loader import Part, train_loader
 from app.train.ptq import bn_images
 from app.train.train import train
 from tests.support.scripted import (
+    PLAIN,
     Batch,
     box_of,
     number_of,
@@ -27,17 +27,17 @@ from tests.support.scripted import (
     reading,
     scores,
     scripted,
-    settle,
     solid,
     write_coco,
 )
+from tests.support.settle import settle
 from tests.support.tiny import tiny_network
 
 N_IMAGES, BATCH = 30, 8
 SIZES = [8, 8, 8, 6]  # of an epoch's batches
 N_BATCHES = len(SIZES)
 LR, MOMENTUM, PULL = 0.01, 0.5, 1e-3  # PULL: gradient of a weight for one image; not clipped
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = PLAIN | {
     "train.epochs": 2, "train.batch": BATCH, "train.val_every": 2, "hyp.lr0": LR, "hyp.lrf": 1,
     "hyp.momentum": MOMENTUM, "hyp.weight_decay": 0,
 }  # fmt: skip
@@ -109,17 +109,17 @@ class Trained:
         return [[float(row[name]) for name in names] for row in read_table(self.folder / "results.csv")]
 
 
-def trained(run: RunRoot, coco_dir: Path, **settings: Any) -> Trained:
+def trained(runs_dir: Path, name: str, coco_dir: Path, settings: dict[str, Any]) -> Trained:
     """An FP16 training with given losses and scores; it validates after the last epoch alone."""
-    config = settle(run, coco_dir, "fp16", {**SETTINGS, **settings})
+    config, run = settle(runs_dir, name, "fp16", {**SETTINGS, "data.coco_dir": coco_dir, **settings})
     with reading(losses_of, PULL) as batches, scripted([scores(ap) for ap in (0.1, 0.2, 0.3)]):
         train(config, run, force=False)
     return Trained(run.variant_dir("fp16"), batches)
 
 
 @pytest.fixture(scope="module")
-def plain(coco_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return trained(RunRoot(tmp_path_factory.mktemp("runs"), "plain"), coco_dir)
+def plain(coco_dir: Path, runs_dir: Path) -> Trained:
+    return trained(runs_dir, "plain", coco_dir, {})
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -153,14 +153,10 @@ def test_pixels_and_labels_are_those_of_the_image(plain: Trained) -> None:
 
 
 @pytest.fixture(scope="module")
-def seeds(twins_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+def seeds(twins_dir: Path, runs_dir: Path) -> dict[str, Trained]:
     """Two trainings of seed 0 and one of seed 1, augmented."""
-    runs_dir = tmp_path_factory.mktemp("runs")
     cases = {"zero": 0, "again": 0, "one": 1}
-    return {
-        name: trained(RunRoot(runs_dir, name), twins_dir, **AUGMENTED, **{"train.seed": seed})
-        for name, seed in cases.items()
-    }
+    return {name: trained(runs_dir, name, twins_dir, AUGMENTED | {"train.seed": seed}) for name, seed in cases.items()}
 
 
 def share_alike(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -199,12 +195,14 @@ def test_no_two_samples_of_an_epoch_are_augmented_alike(seeds: dict[str, Trained
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_processes_read_disjoint_parts_that_make_the_batch(seeds: dict[str, Trained], twins_dir: Path, n: int) -> None:
+def test_processes_read_disjoint_parts_that_make_the_batch(
+    seeds: dict[str, Trained], twins_dir: Path, runs_dir: Path, n: int
+) -> None:
     """Each part holds the same samples, pixel for pixel, as the batch of one process."""
     whole = seeds["zero"]
-    config = settle(RunRoot(whole.folder.parents[1], "zero"), twins_dir, "fp16", {**SETTINGS, **AUGMENTED})
-    dataset = bn_images(config, RunRoot(whole.folder.parents[1], "zero"), workers=0).dataset
-    loaders = [train_loader(dataset, 0, pin_memory=False, part=(k, n)) for k in range(n)]
+    config, run = settle(runs_dir, "zero", "fp16", {**SETTINGS, **AUGMENTED, "data.coco_dir": twins_dir})
+    dataset = bn_images(config, run, workers=0).dataset
+    loaders = [train_loader(dataset, 0, pin_memory=False, part=Part(k, n)) for k in range(n)]
     for batch, *parts in zip(whole.epoch(1), *loaders, strict=True):
         numbers = [[number_of(file) for file in part["im_file"]] for part in parts]
         assert list(chain(*numbers)) == batch.numbers
@@ -216,7 +214,7 @@ def test_processes_read_disjoint_parts_that_make_the_batch(seeds: dict[str, Trai
 
 
 def test_batchnorm_is_reestimated_on_train_images(
-    coco_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coco_dir: Path, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On as many batches as train.bn_batches says: grey levels tell the images, and 114 the padding."""
     seen: list[torch.Tensor] = []
@@ -228,7 +226,7 @@ def test_batchnorm_is_reestimated_on_train_images(
         return predict(self, x, *args, **kwargs)
 
     monkeypatch.setattr(DetectionModel, "predict", look)
-    trained(RunRoot(tmp_path, "bn"), coco_dir, **{"train.bn_batches": 3, "train.epochs": 1})
+    trained(runs_dir, "bn", coco_dir, {"train.bn_batches": 3, "train.epochs": 1})
     assert [len(images) for images in seen] == [BATCH] * 3
     levels = [image[0, 32, 32].item() for images in seen for image in images]
     assert set(levels) <= {level_of(number) for number in range(N_IMAGES)}
@@ -265,15 +263,14 @@ def test_every_image_pulls_alike_at_the_weights(plain: Trained) -> None:
     assert_moved(plain, SIZES * 2)
 
 
-def test_a_left_out_batch_counts_nowhere(coco_dir: Path, tmp_path: Path) -> None:
+def test_a_left_out_batch_counts_nowhere(coco_dir: Path, runs_dir: Path) -> None:
     """The batch with image 13 has no finite loss; its epoch's means are over the three others."""
     bad = 13
 
     def losses(numbers: list[int]) -> tuple[float, float, float]:
         return (float("nan"), 1.0, 1.0) if bad in numbers else losses_of(numbers)
 
-    run = RunRoot(tmp_path, "fault")
-    config = settle(run, coco_dir, "fp16", SETTINGS)
+    config, run = settle(runs_dir, "fault", "fp16", {**SETTINGS, "data.coco_dir": coco_dir})
     with reading(losses, PULL) as batches, scripted([scores(ap) for ap in (0.1, 0.2, 0.3)]):
         train(config, run, force=False)
     good = {tuple(batch.numbers): None for batch in batches if bad not in batch.numbers}

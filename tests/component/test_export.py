@@ -1,11 +1,9 @@
-"""Export of both variants from files alone: gates, metadata, contracts, FP16 and INT4 files."""
+"""Export of YOLOv10n in both variants from files alone: gates, metadata, contracts, FP16 and INT4 files."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +14,19 @@ from onnx import TensorProto, numpy_helper
 
 from app.coco.annotations import NAMES
 from app.coco.detections import select
-from app.core.config import UserError, load
+from app.core.config import load
 from app.core.files import read_json, sha256
-from app.core.labels import BASELINE, Label
+from app.core.labels import Label
 from app.core.run import RunRoot
 from app.export import gates as onnx_gates
-from app.export.export import Trained, export, load_trained, write_file
+from app.export.export import Trained, export, load_trained
 from app.export.gates import run_file
 from app.export.graphs import quant_weights
 from app.export.trace import one_head
 from app.quant.model import build
 from app.report.evidence import RECORD_KEYS, lacking
 from tests.support.cuda_kernels import without_kernel
-from tests.support.export_run import IMGSZ, config_of, make_run, write_checkpoint
+from tests.support.export_run import IMGSZ, config_of, make_run
 
 BOTH = "export.contracts=[raw,end2end]"
 N_QUANTIZED = 83  # convolutions of YOLOv10n with one head, without DFL's
@@ -178,46 +176,6 @@ def test_raw_and_end2end_give_the_same_detections(run: RunRoot, trained: dict[st
             assert same.mean() > 0.98  # the others have equal scores in another order
 
 
-def test_done_already_and_force(run: RunRoot, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    config = config_of(run, "qat", BOTH)
-    before = {path.name: path.stat().st_mtime_ns for path in run.onnx_dir.glob("*.onnx")}
-    export(config, run, force=False)
-    assert sum("done already" in message for message in caplog.messages) == 8
-    assert {path.name: path.stat().st_mtime_ns for path in run.onnx_dir.glob("*.onnx")} == before
-    other = copy_of(run, tmp_path, "fp16")
-    with pytest.raises(UserError, match=r"yolov10n-baseline-fp32\.onnx was made with another export: .*--force"):
-        export(config_of(other, "qat", "export.opset=16"), other, force=False)
-    export(config_of(other, "qat", "export.opset=16"), other, force=True)
-    assert read_json(other.onnx_dir / "yolov10n-baseline-fp32.json", "export")["opset"] == 16
-
-
-def copy_of(run: RunRoot, tmp_path: Path, label: str) -> RunRoot:
-    """The same run with one variant only."""
-    other = RunRoot(tmp_path, "other")
-    shutil.copytree(run.root, other.root)
-    for name in {"fp16", "qat-w4a16"} - {label}:
-        shutil.rmtree(other.variant_dir(name))
-    return other
-
-
-@pytest.mark.parametrize(("label", "gate"), [("fp16", "check_half"), ("qat-w4a16", "check_same_output")])
-def test_failed_gate_leaves_no_file(
-    run: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str, gate: str
-) -> None:
-    other = copy_of(run, tmp_path, label)
-
-    def fail(path: Path, *_: object) -> None:
-        raise RuntimeError(f"{path.name} is wrong")
-
-    monkeypatch.setattr(f"app.export.export.{gate}", fail)
-    with pytest.raises(RuntimeError, match="is wrong"):
-        export(config_of(other, "qat"), other, force=True)
-    stem = STEMS[1] if label == "fp16" else STEMS[3]
-    assert not list(other.onnx_dir.glob(f"*{stem}.*"))
-    assert not [path for path in other.onnx_dir.iterdir() if path.name.startswith(".")]
-
-
 def test_wrong_graphs_fail_their_gates(run: RunRoot, trained: dict[str, Trained], tmp_path: Path) -> None:
     """One weight, one code or one layer too few: each is found, and the message names it."""
     truth = trained["qat-w4a16"].truth
@@ -246,21 +204,6 @@ def test_wrong_graphs_fail_their_gates(run: RunRoot, trained: dict[str, Trained]
         onnx_gates.check_half(file_of(run, "yolov10n-baseline-fp32"))
 
 
-def test_a_network_that_magnifies_rounding_is_named(
-    run: RunRoot, trained: dict[str, Trained], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its gate is passed because torch moves as much itself."""
-    truth = trained["fp16"].truth
-    assert not onnx_gates.check_parity(file_of(run, STEMS[0]), truth, BASELINE)["magnifies_rounding"]
-    restless = replace(truth, raw=truth.raw + 0.02, rounding=onnx_gates.Tolerance(0.01, 0.01))
-    other = RunRoot(tmp_path, "other")
-    other.root.mkdir()
-    write_file(config_of(run, "fp16").export, other, replace(trained["fp16"], truth=restless), BASELINE)
-    record = read_json(next(other.onnx_dir.glob("*.json")), "export")
-    assert record["gates"]["parity"]["magnifies_rounding"]
-    assert "this one magnifies rounding" in caplog.text
-
-
 def test_end2end_parity_sees_a_wrong_choice(run: RunRoot, trained: dict[str, Trained]) -> None:
     truth = trained["fp16"].truth
     allowed = truth.allowed("fp32")
@@ -273,48 +216,6 @@ def test_end2end_parity_sees_a_wrong_choice(run: RunRoot, trained: dict[str, Tra
     assert score > allowed.score
     shifted = output + np.array([1, 0, 0, 0, 0, 0], np.float32)
     assert onnx_gates.off_end2end(shifted, truth.raw[0], allowed)[0] > allowed.box_px
-
-
-def test_dynamic_batch(tmp_path: Path, trained: dict[str, Trained]) -> None:
-    run = make_run(tmp_path, "export.dynamic=true", BOTH)
-    export(config_of(run, "qat", "export.dynamic=true", BOTH), run, force=False)
-    images = trained["fp16"].truth.images
-    for stem in STEMS:
-        for contract in ("raw", "end2end"):
-            path = file_of(run, stem, contract)
-            shape = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
-            assert (shape[0].dim_param, [side.dim_value for side in shape[1:]]) == ("batch", [3, IMGSZ, IMGSZ])
-            one_by_one, together = run_file(path, images, "on")
-            assert one_by_one.shape == together.shape == ((8, 84, 189) if contract == "raw" else (8, 189, 6))
-
-
-def test_other_checkpoint_is_refused_in_one_line(run: RunRoot, tmp_path: Path) -> None:
-    other = copy_of(run, tmp_path, "fp16")
-    write_checkpoint(other, config_of(other, "qat"), other.variant_dir("fp16"))
-    with pytest.raises(UserError, match=r"best\.pt is a checkpoint of qat-w4a16, not of fp16: [^\n]*$"):
-        export(config_of(other, "qat"), other, force=True)
-    write_checkpoint(other, config_of(other, "fp16", "train.seed=1"), other.variant_dir("fp16"))
-    with pytest.raises(UserError, match=r"made with another checkpoint_sha256: [^\n]*--force$"):
-        export(config_of(other, "qat"), other, force=False)
-
-
-def test_a_trained_checkpoint_is_not_taken_for_ptq(run: RunRoot, tmp_path: Path) -> None:
-    other = copy_of(run, tmp_path, "qat-w4a16")
-    shutil.copytree(other.variant_dir("qat-w4a16"), other.variant_dir("ptq-w4a16"))
-    with pytest.raises(UserError, match=r"best\.pt is a checkpoint of qat-w4a16, not of ptq-w4a16: [^\n]*$"):
-        load_trained(other, Label("ptq", "w4a16"))
-
-
-def test_mixed_scheme_keeps_8_bits_and_w8_has_no_int4_file(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "quant.scheme=w4a16-mixed", variants=("qat",))
-    export(config_of(run, "qat"), run, force=False)
-    model = onnx.load(run.onnx_dir / "yolov10n-w4a16-mixed-int4-qat.onnx")
-    assert Counter(weight.bits for weight in quant_weights(model)) == {8: 7, 4: N_QUANTIZED - 7}
-    shutil.rmtree(run.root / "qat-w4a16-mixed")
-    config = config_of(run, "qat", "quant.scheme=w8a16")
-    write_checkpoint(run, config, run.variant_dir("qat-w8a16"))
-    export(config, run, force=False)
-    assert [path.name for path in run.onnx_dir.glob("*w8a16*.onnx")] == ["yolov10n-w8a16-qcdq-qat.onnx"]
 
 
 def test_int4_file_of_yolov10m_is_small(tmp_path: Path) -> None:

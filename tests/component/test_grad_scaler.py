@@ -17,7 +17,8 @@ from torch.amp.grad_scaler import GradScaler
 from app.quant.model import load_checkpoint
 from app.train.step import clipped_step
 from tests.support.recorder import Recorder, distance
-from tests.support.tiny import AT_EVERY_STEP, settle, tiny_network, train_recorded, train_stock
+from tests.support.settle import AT_EVERY_STEP, settle
+from tests.support.tiny import tiny_network, train_recorded, train_stock
 
 SCALE = 1024.0  # a power of two, by which FP32 numbers multiply exactly
 CLIP_EPSILON = 1e-6  # relative: torch divides by the norm + 1e-6
@@ -99,16 +100,17 @@ def enabled_scaler(growth_interval: int = 1000) -> Iterator[None]:
 
 def settings(n_train: int, epochs: int, nbs: int) -> dict[str, Any]:
     """Trainings in batches of 2."""
-    sizes = {"data.n_train": n_train, "train.batch": 2, "train.epochs": epochs, "train.val_every": epochs}
+    sizes = {"data.n_train": n_train, "data.n_val": 2, "train.batch": 2}
+    sizes |= {"train.epochs": epochs, "train.val_every": epochs}
     return sizes | {f"hyp.{key}": value for key, value in RECIPE.items()} | {"hyp.nbs": nbs}
 
 
-def test_training_under_a_scaler_is_training_without_one(tmp_path: Path) -> None:
+def test_training_under_a_scaler_is_training_without_one(runs_dir: Path) -> None:
     """Bit for bit, also where options of `quant` change the scaled gradients; the scale doubles on the way."""
     options = {"quant.learned_scale": True, "quant.dampening": 1.0}
     recorders = []
     for name in ("without", "with"):
-        config, run = settle(tmp_path, name, "qat", settings(6, 1, 2) | options)
+        config, run = settle(runs_dir, name, "qat", settings(6, 1, 2) | options)
         recorder = Recorder()
         if name == "with":
             with enabled_scaler(growth_interval=2):
@@ -122,9 +124,9 @@ def test_training_under_a_scaler_is_training_without_one(tmp_path: Path) -> None
         assert torch.equal(plain.network, scaled.network)
 
 
-def test_a_resumed_training_has_the_state_of_the_scaler(tmp_path: Path) -> None:
+def test_a_resumed_training_has_the_state_of_the_scaler(runs_dir: Path) -> None:
     """Six steps, the scale doubles after four: it is doubled once, and two steps have been counted since."""
-    config, run = settle(tmp_path, "resumed", "fp16", settings(4, 3, 2) | AT_EVERY_STEP)
+    config, run = settle(runs_dir, "resumed", "fp16", settings(4, 3, 2) | AT_EVERY_STEP)
     recorder = Recorder(crash_before=(5,))
     with enabled_scaler(growth_interval=4):
         folder = train_recorded(config, run, recorder)
@@ -137,9 +139,9 @@ BAD = 2  # the batch, from 0, with an infinite gradient: the first of the second
 
 
 @pytest.fixture(scope="module")
-def skipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, Recorder, dict[str, Any]]:
+def skipped(runs_dir: Path) -> tuple[Recorder, Recorder, dict[str, Any]]:
     """Our training and Ultralytics' with one skipped step of four, two batches each, and our last checkpoint."""
-    config, run = settle(tmp_path_factory.mktemp("runs"), "skipped", "fp16", settings(8, 2, 4))
+    config, run = settle(runs_dir, "skipped", "fp16", settings(8, 2, 4))
     ours = Recorder(factors={BAD: float("inf")})
     with enabled_scaler():
         folder = train_recorded(config, run, ours)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from app.core.run import RunRoot
 from app.quant.model import load_checkpoint
 from app.train.guard import GuardStop
 from app.train.train import train
-from tests.support.scripted import Batch, read_table, reading, same, scores, scripted, settle, solid, write_coco
+from tests.support.scripted import PLAIN, Batch, read_table, reading, same, scores, scripted, solid, write_coco
+from tests.support.settle import settle
 from tests.support.tiny import tiny_network
 
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = PLAIN | {
     "train.epochs": 3, "train.batch": 4, "guard.n_validations": 1, "guard.share": 0.5, "hyp.lr0": 0.02,
 }  # fmt: skip
 # Scores of the EMA with re-estimated BatchNorm; the other two states stay healthy.
@@ -63,9 +63,9 @@ def falling_losses() -> Iterator[list[Batch]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_remedy_goes_on_to_the_last_epoch(case: str, coco_dir: Path, tmp_path: Path) -> None:
-    run, other = RunRoot(tmp_path, "stopped"), RunRoot(tmp_path, "warned")
-    stop, warn = ({**SETTINGS, f"guard.{case}": action} for action in ("stop", "warn"))
-    config = settle(run, coco_dir, "fp16", stop)
+    settings = {**SETTINGS, "data.coco_dir": coco_dir}
+    stop, warn = ({**settings, f"guard.{case}": action} for action in ("stop", "warn"))
+    config, run = settle(tmp_path, "stopped", "fp16", stop)
     folder = run.variant_dir("fp16")
     with falling_losses() as read:
         with (
@@ -78,10 +78,11 @@ def test_the_remedy_goes_on_to_the_last_epoch(case: str, coco_dir: Path, tmp_pat
         assert load_checkpoint(folder / "weights" / "last.pt")["epoch"] == STOPPED - 1
         n_read = len(read)
         with scripted(results(case, range(STOPPED + 1, 4))):
-            train(settle(run, coco_dir, "fp16", warn), run, force=False)
+            train(*settle(tmp_path, "stopped", "fp16", warn), force=False)
     assert (n_read, len(read)) == (4, 6)  # two batches an epoch
     with falling_losses(), scripted(results(case, range(1, 4))):
-        train(settle(other, coco_dir, "fp16", warn), other, force=False)
+        config, other = settle(tmp_path, "warned", "fp16", warn)
+        train(config, other, force=False)
     assert_same_training(folder, other.variant_dir("fp16"))
 
 
@@ -101,13 +102,14 @@ def assert_same_training(stopped: Path, warned: Path) -> None:
 
 def test_a_stop_at_the_last_epoch_is_ended_by_the_remedy(coco_dir: Path, tmp_path: Path) -> None:
     """All epochs are trained by then: nothing is read or scored again."""
-    run = RunRoot(tmp_path, "end")
-    settings = {**SETTINGS, "train.epochs": STOPPED}
+    settings = {**SETTINGS, "train.epochs": STOPPED, "data.coco_dir": coco_dir}
+    stop, warn = ({**settings, "guard.collapse": action} for action in ("stop", "warn"))
+    config, run = settle(tmp_path, "end", "fp16", stop)
     with falling_losses() as read, scripted(results("collapse", range(1, STOPPED + 1))):
         with pytest.raises(GuardStop):
-            train(settle(run, coco_dir, "fp16", {**settings, "guard.collapse": "stop"}), run, force=False)
+            train(config, run, force=False)
         n_read = len(read)
-        train(settle(run, coco_dir, "fp16", {**settings, "guard.collapse": "warn"}), run, force=False)
+        train(*settle(tmp_path, "end", "fp16", warn), force=False)
         assert len(read) == n_read
     done = json.loads((run.variant_dir("fp16") / "done.json").read_text())
     assert (done["epochs"], done["best_ap"]) == (STOPPED, 0.4)

@@ -23,11 +23,12 @@ from app.train.bn_images import ema_decay
 from app.train.processes import ALONE
 from app.train.step import criterion_after
 from tests.support.recorder import Recorder
-from tests.support.tiny import AT_EVERY_STEP, settle, tiny_network, train_recorded
+from tests.support.settle import AT_EVERY_STEP, settle
+from tests.support.tiny import tiny_network, train_recorded
 
 SETTINGS = {
-    "data.n_train": 10, "train.batch": 2, "train.epochs": 4, "train.val_every": 4, "train.ema_decay": 0.9,
-    "train.ema_tau": 5, "hyp.nbs": 7, "hyp.warmup_epochs": 1.4, "hyp.lr0": 0.02, "hyp.lrf": 0.2,
+    "data.n_train": 10, "data.n_val": 2, "train.batch": 2, "train.epochs": 4, "train.val_every": 4,
+    "train.ema_decay": 0.9, "train.ema_tau": 5, "hyp.nbs": 7, "hyp.warmup_epochs": 1.4, "hyp.lr0": 0.02, "hyp.lrf": 0.2,
     "hyp.momentum": 0.9, "hyp.warmup_momentum": 0.6, "hyp.warmup_bias_lr": 0.1, "hyp.weight_decay": 0.0007,
     "hyp.close_mosaic": 2, "hyp.mosaic": 1.0,
 }  # fmt: skip
@@ -49,9 +50,9 @@ ONE2MANY = [0.8, 0.8 - 0.7 / 3, 0.8 - 1.4 / 3, 0.1]  # gain of its loss: linear 
 MAX_NORM = 10.0
 LARGE = 8  # batch whose gradient is made so large that the step after it is clipped
 GROUPS = {"weight": 0, "norm": 1, "bias": 2}  # place in the optimizer, as Ultralytics has it
-# (Matrices, vectors) of the groups. The network has 41 convolutions with BatchNorm: 5 and, in each of the two heads, 6
-# a level on three levels. A head's level ends in two convolutions with a bias; DFL is one without.
-N_PARAMETERS = [(41 + 12 + 1, 0), (0, 41), (0, 41 + 12)]
+# (Matrices, vectors) of the groups. The network has 15 convolutions with BatchNorm: 3 and, in each of the two heads, 6.
+# A head ends in two convolutions with a bias; DFL is one without.
+N_PARAMETERS = [(15 + 4 + 1, 0), (0, 15), (0, 15 + 4)]
 EXACT = 1e-9  # relative: the values are FP64 numbers of a few operations
 FP32 = 1e-5  # relative: a norm of 400,000 FP32 gradients, or an EMA of FP32 values after ten updates
 CRASHES = (2, 9)  # steps before which the FP16 training is interrupted: in the warm-up and after mosaic has been closed
@@ -63,11 +64,6 @@ class Training:
 
     recorder: Recorder
     rows: list[dict[str, str]]
-
-
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module", autouse=True)

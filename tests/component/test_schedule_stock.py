@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from tests.support.recorder import Recorder, Update, distance
-from tests.support.tiny import settle, tiny_network, train_recorded, train_stock
+from tests.support.settle import settle
+from tests.support.tiny import tiny_network, train_recorded, train_stock
 
-SIZE = {"data.n_train": 8, "train.batch": 2, "train.epochs": 4, "train.val_every": 4}
+SIZE = {"data.n_train": 8, "data.n_val": 2, "train.batch": 2, "train.epochs": 4, "train.val_every": 4}
 RECIPE = {
     "lr0": 0.01, "lrf": 0.1, "momentum": 0.937, "weight_decay": 0.0005, "warmup_epochs": 1.0, "warmup_momentum": 0.8,
     "warmup_bias_lr": 0.1, "nbs": 4, "close_mosaic": 2, "mosaic": 1.0, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
@@ -39,11 +40,10 @@ def tiny() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=["SGD", "AdamW"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Recorder, Recorder]:
+def pair(request: pytest.FixtureRequest, runs_dir: Path) -> tuple[str, Recorder, Recorder]:
     """Name of the optimizer, our training, Ultralytics' training."""
     recipe: dict[str, Any] = {"optimizer": request.param, **RECIPE}
-    runs_dir: Path = tmp_path_factory.mktemp("runs")
-    config, run = settle(runs_dir, "stock", "fp16", SIZE | {f"hyp.{key}": value for key, value in recipe.items()})
+    config, run = settle(runs_dir, request.param, "fp16", SIZE | {f"hyp.{key}": value for key, value in recipe.items()})
     ours = Recorder(factors=FACTORS)
     train_recorded(config, run, ours)
     return request.param, ours, train_stock(config, run, recipe, FACTORS)

@@ -16,10 +16,20 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from app.core.files import sha256
-from app.core.run import RunRoot
 from app.quant.model import load_checkpoint
 from app.train.train import train
-from tests.support.scripted import SIZE_WH, Validation, read_table, reading, same, scores, scripted, settle, write_coco
+from tests.support.scripted import (
+    PLAIN,
+    SIZE_WH,
+    Validation,
+    read_table,
+    reading,
+    same,
+    scores,
+    scripted,
+    write_coco,
+)
+from tests.support.settle import settle
 from tests.support.tiny import tiny_network
 
 STATES = ("raw", "ema", "ema_bn")
@@ -28,7 +38,7 @@ STATES = ("raw", "ema", "ema_bn")
 APS = {2: (0.61, 0.12, 0.30), 4: (0.41, 0.22, 0.50), 5: (0.31, 0.72, 0.50)}
 BEST, LAST = 4, 5
 TRAIN, VAL = range(8), range(8, 13)  # numbers of the images
-SETTINGS: dict[str, Any] = {
+SETTINGS: dict[str, Any] = PLAIN | {
     "train.epochs": 5, "train.batch": 4, "train.val_every": 2, "train.save_period": 1, "train.bn_batches": 2,
     "train.ema_decay": 0.9, "train.ema_tau": 1, "hyp.lr0": 0.05, "hyp.lrf": 0.2,
 }  # fmt: skip
@@ -70,9 +80,8 @@ def coco_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scored(coco_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
-    run = RunRoot(tmp_path_factory.mktemp("runs"), "scored")
-    config = settle(run, coco_dir, "qat", SETTINGS)
+def scored(coco_dir: Path, runs_dir: Path) -> Scored:
+    config, run = settle(runs_dir, "scored", "qat", {**SETTINGS, "data.coco_dir": coco_dir})
     results = [scores(ap) for aps in APS.values() for ap in aps]
     logger = logging.getLogger("app")
     level = logger.level
@@ -274,11 +283,10 @@ def test_health_of_scales_and_batchnorm(scored: Scored, epoch: int) -> None:
 # --- warm-up and correction ------------------------------------------------------------------------------------------
 
 
-def test_the_warm_up_is_never_best_and_a_correction_that_is_as_good_is(coco_dir: Path, tmp_path: Path) -> None:
+def test_the_warm_up_is_never_best_and_a_correction_that_is_as_good_is(coco_dir: Path, runs_dir: Path) -> None:
     """The warm-up's epoch scores 0.9, the two after it 0.4 and 0.2, and a correction of the first of these 0.4."""
-    run = RunRoot(tmp_path, "warm")
     options = {"train.epochs": 3, "train.val_every": 1, "quant.warmup_share": 0.34, "quant.correction_epochs": 1}
-    config = settle(run, coco_dir, "qat", {**SETTINGS, **options})
+    config, run = settle(runs_dir, "warm", "qat", {**SETTINGS, **options, "data.coco_dir": coco_dir})
     aps = (0.7, 0.8, 0.9, 0.21, 0.3, 0.4, 0.5, 0.1, 0.2, 0.4)
     with scripted([scores(ap) for ap in aps]) as validations, reading() as read:
         train(config, run, force=False)
@@ -306,17 +314,16 @@ def assert_corrected(folder: Path, corrected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(corrected[name], second["scored"][name]) for name in weights)
 
 
-def test_a_training_on_fp16s_epochs_has_its_own_best(coco_dir: Path, tmp_path: Path) -> None:
+def test_a_training_on_fp16s_epochs_has_its_own_best(coco_dir: Path, runs_dir: Path) -> None:
     """The FP16 epochs that are its warm-up scored 0.9 and are in its table, marked where they were validated. Its own
     epoch scores 0.3, and a correction that scores 0.29 is not kept."""
-    run = RunRoot(tmp_path, "branch")
-    settings = {**SETTINGS, "train.epochs": 3}
-    fp16 = settle(run, coco_dir, "fp16", settings)
+    settings = {**SETTINGS, "train.epochs": 3, "data.coco_dir": coco_dir}
+    fp16, run = settle(runs_dir, "branch", "fp16", settings)
     with scripted([scores(ap) for ap in (0.7, 0.8, 0.9, 0.91, 0.92, 0.93)]):
         train(fp16, run, force=False)
     trunk = run.variant_dir("fp16") / "weights" / "epoch2.pt"
     float_epochs = {"quant.warmup_share": 0.67, "quant.warmup_bits": "float", "quant.warmup_from": trunk}
-    qat = settle(run, coco_dir, "qat", settings | float_epochs | {"quant.correction_epochs": 1})
+    qat, _ = settle(runs_dir, "branch", "qat", settings | float_epochs | {"quant.correction_epochs": 1})
     with scripted([scores(ap) for ap in (0.1, 0.2, 0.3, 0.29)]):
         train(qat, run, force=False)
     folder = run.variant_dir(qat.label)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from app.core.run import RunRoot
 from app.train.train import train
-from tests.support.scripted import box_of, read_table, reading, settle, solid, write_coco
+from tests.support.scripted import PLAIN, box_of, read_table, reading, solid, write_coco
+from tests.support.settle import settle
 from tests.support.tiny import tiny_network
 
 N_TRAIN, VAL = 4, range(4, 9)  # numbers of the images
@@ -68,7 +68,7 @@ def losses_of(numbers: list[int]) -> tuple[float, float, float]:
 
 def test_scores_and_losses_of_known_detections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coco_dir = write_coco(tmp_path / "coco", [solid(30)] * N_TRAIN, [solid(level_of(number)) for number in VAL])
-    run, predict, read = RunRoot(tmp_path, "r"), DetectionModel.predict, []
+    predict, read = DetectionModel.predict, []
 
     def give(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return predict(self, x, *args, **kwargs) if torch.is_grad_enabled() else (given(x), None)
@@ -77,8 +77,8 @@ def test_scores_and_losses_of_known_detections(tmp_path: Path, monkeypatch: pyte
         read.append(numbers)
         return losses_of(numbers)
 
-    settings = {"train.epochs": 1, "train.batch": 2, "train.bn_batches": 0}
-    config = settle(run, coco_dir, "fp16", settings)
+    settings = {"train.epochs": 1, "train.batch": 2, "train.bn_batches": 0, "data.coco_dir": coco_dir}
+    config, run = settle(tmp_path, "r", "fp16", PLAIN | settings)
     monkeypatch.setattr(DetectionModel, "predict", give)
     with reading(losses):
         train(config, run, force=False)

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from app.coco.score import Dataset
+from app.coco.dataset import Dataset
 from app.core.files import sha256
 from app.core.run import RunRoot
 from tests.support.eval_fixtures import truth_box, write_annotations
@@ -59,7 +59,7 @@ def build_crowds(runs_dir: Path, coco_dir: Path) -> RunRoot:
     tree = provenance()
     tree["splits"]["val"] |= {"annotation_file": str(file), "annotation_sha256": sha256(file)}
     write(run.provenance, tree | {"coco_dir": str(coco_dir)})
-    dataset = Dataset(coco_dir / "val2017", file, "val2017", None, "small set")
+    dataset = Dataset(coco_dir, "val2017", None, "small set")
     for folder, rows in FOUND.items():
         enter_latency(run.root / folder / "metrics.json", P50_MS[folder])
         score_detections(run.root / folder, list(map(result, rows)), dataset)

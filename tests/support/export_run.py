@@ -1,10 +1,16 @@
-"""A run of two untrained YOLOv10n at 96 px on a few drawn images, ready for the export stage."""
+"""A run of two untrained networks at 96 px on a few drawn images, ready for the export stage: YOLOv10n, or one of the
+small ones inside `network`."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from app.core.config import Config, dump, load
@@ -23,6 +29,37 @@ SETS = [
     "eval.latency_warmup=0",
     "eval.latency_runs=1",
 ]
+# Small enough for ptq, which re-estimates BatchNorm on train batches.
+TINY_SETS = ("train.batch=2", "train.bn_batches=2")
+N_TINY = 29  # quantized convolutions of tests/support/tiny.py's LAYERS with one head; DFL's is the 30th
+# Every kind of block of YOLOv10 once, and as small as the attention allows: it has heads of 64 channels.
+EVERY_BLOCK = {
+    "nc": 80,
+    "backbone": [
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "SCDown", [16, 3, 2]],
+        [-1, 1, "C2f", [16, True]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [128, 3, 2]],
+        [-1, 1, "SPPF", [128, 5]],
+        [-1, 1, "PSA", [128]],
+    ],
+    "head": [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 4], 1, "Concat", [1]],
+        [-1, 1, "C2fCIB", [16, True, True]],
+        [[3, 10, 7], 1, "v10Detect", ["nc"]],
+    ],
+}
+
+
+@contextmanager
+def network(layers: dict[str, Any]) -> Iterator[None]:
+    """Inside, Ultralytics reads `layers` from every architecture file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ultralytics.nn.tasks.yaml_model_load", lambda path: deepcopy(layers))
+        yield
 
 
 def config_of(run: RunRoot, variant: str, *sets: str) -> Config:
@@ -38,6 +75,13 @@ def make_run(runs_dir: Path, *sets: str, variants: tuple[str, ...] = ("fp16", "q
         config = config_of(run, variant, *sets)
         write_checkpoint(run, config, run.variant_dir(config.label))
     return run
+
+
+def copy_of(run: RunRoot, runs_dir: Path, *without: str) -> RunRoot:
+    """The same run elsewhere, for a test that changes it, `without` these folders; it reads the same images."""
+    other = RunRoot(runs_dir, run.name)
+    shutil.copytree(run.root, other.root, ignore=shutil.ignore_patterns(*without))
+    return other
 
 
 def write_checkpoint(run: RunRoot, config: Config, variant_dir: Path) -> None:

@@ -17,16 +17,12 @@ import torch
 from ultralytics.nn.tasks import DetectionModel
 
 from app.coco.annotations import CATEGORIES
-from app.core.config import Config, load
-from app.core.run import RunRoot
-from app.data.prepare import prepare
 from app.quant.model import load_checkpoint
 from app.train.validation import Validator
 
 SIZE_WH = (64, 32)  # px of every image; letterboxed to 64 x 64 it has 16 rows of padding above and below
 # Without augmentation, learning-rate warm-up and EMA ramp; an optimizer step a batch.
 PLAIN: dict[str, Any] = {
-    "model": "yolov10n.yaml", "train.imgsz": 64, "train.workers": 0, "train.device": "cpu", "train.bn_batches": 1,
     "hyp.warmup_epochs": 0, "hyp.nbs": 1, "hyp.mosaic": 0, "hyp.close_mosaic": 0, "hyp.hsv_h": 0, "hyp.hsv_s": 0,
     "hyp.hsv_v": 0, "hyp.translate": 0, "hyp.scale": 0, "hyp.fliplr": 0,
 }  # fmt: skip
@@ -81,14 +77,6 @@ def annotation_entry(number: int) -> dict[str, Any]:
 
 def number_of(file: str) -> int:
     return int(Path(file).stem)
-
-
-def settle(run: RunRoot, coco_dir: Path, variant: str, settings: dict[str, Any]) -> Config:
-    """Configuration of a training in `run`, whose dataset is prepared."""
-    merged = {**PLAIN, "data.coco_dir": coco_dir, **settings}
-    config = load(variant, sets=[f"{key}={value}" for key, value in merged.items()])
-    prepare(config, run, force=False)
-    return config
 
 
 # --- losses, and what is read ----------------------------------------------------------------------------------------

@@ -12,30 +12,22 @@ import pytest
 import torch
 from ultralytics.models.yolo.detect import DetectionTrainer
 
-from app.core.config import Config, load
+from app.core.config import Config
 from app.core.files import read_json
 from app.core.run import RunRoot
-from app.data.prepare import prepare
 from app.train.loader import CocoDataset, train_loader
 from app.train.train import train
 from tests.support.recorder import Recorder, recording
 
-AT_EVERY_STEP = {"train.save_every_s": 1e-9}  # a checkpoint, for trainings that are interrupted
 LAYERS = {
     "nc": 80,
     "backbone": [
         [-1, 1, "Conv", [8, 3, 2]],
         [-1, 1, "Conv", [8, 3, 2]],
         [-1, 1, "Conv", [16, 3, 2]],
-        [-1, 1, "Conv", [16, 3, 2]],
-        [-1, 1, "Conv", [16, 3, 2]],
     ],
-    "head": [[[2, 3, 4], 1, "v10Detect", ["nc"]]],
+    "head": [[[2], 1, "v10Detect", ["nc"]]],
 }
-FIXED = {
-    "model": "yolov10n.yaml", "data.coco_dir": "coco-subset", "data.n_val": 2, "train.imgsz": 64, "train.workers": 0,
-    "train.device": "cpu", "train.bn_batches": 1,
-}  # fmt: skip
 
 
 @contextmanager
@@ -45,14 +37,6 @@ def tiny_network() -> Iterator[None]:
         patch.setattr("ultralytics.nn.tasks.yaml_model_load", lambda path: deepcopy(LAYERS))
         patch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
         yield
-
-
-def settle(runs_dir: Path, name: str, variant: str, settings: dict[str, Any]) -> tuple[Config, RunRoot]:
-    """Configuration and run root with a prepared dataset."""
-    sets = [f"{key}={value}" for key, value in {**FIXED, **settings}.items()]
-    config, run = load(variant, sets=sets), RunRoot(runs_dir, name)
-    prepare(config, run, force=False)
-    return config, run
 
 
 def train_recorded(config: Config, run: RunRoot, recorder: Recorder) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from app.coco.annotations import CATEGORY_IDS
-from app.coco.score import Dataset
+from app.coco.dataset import Dataset, annotation_path
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
 from app.data.view import read_split
@@ -57,13 +57,13 @@ HALF_DIGIT = 5e-7  # label files have six decimals
 def written(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """detections.json of a model that puts out the same boxes for every image."""
     folder = tmp_path_factory.mktemp("borders")
-    annotations = write_annotations(folder / "annotations.json", SIZES_WH, [])
+    write_annotations(annotation_path(folder, "val2017"), SIZES_WH, [])
     (folder / "val2017").mkdir()
     for image_id, (width, height) in SIZES_WH.items():
         cv2.imwrite(str(folder / "val2017" / f"{image_id:012d}.png"), np.zeros((height, width, 3), np.uint8))
     rows = [(x1, y1, x2, y2, 0.9 - 0.1 * i, i) for i, (x1, y1, x2, y2) in enumerate(BOXES.values())]
     path = write_model(folder / "net.onnx", raw_output(*rows))
-    dataset = Dataset(folder / "val2017", annotations, "val2017", None, "borders")
+    dataset = Dataset(folder, "val2017", None, "borders")
     evaluate_file(path, dataset, folder / "out", SETTINGS)
     return json.loads((folder / "out" / "detections.json").read_text())
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.coco.score import Dataset, ImageFile
+from app.coco.dataset import Dataset
+from app.coco.score import ImageFile
 from app.eval.evaluate import evaluate_file
 from app.eval.pipeline import measure_latency
 from app.eval.runtime import open_model
@@ -78,8 +79,7 @@ TIME_S = {"total": 0.162, "session": 0.150, "wait": 0.0, "postprocess": 0.012, "
 
 def scored(monkeypatch: pytest.MonkeyPatch, coco_dir: Path) -> dict[str, Any]:
     path = write_model(coco_dir / "net.onnx", raw_output(HIT))
-    annotation_file = coco_dir / "annotations" / "instances_val2017.json"
-    dataset = Dataset(coco_dir / "val2017", annotation_file, "val2017", None, "a test")
+    dataset = Dataset(coco_dir, "val2017", None, "a test")
     install(monkeypatch, FakeClock(SCRIPT_MS, select_ms=4.0))
     settings = SETTINGS.model_copy(update={"latency_runs": 1})
     return evaluate_file(path, dataset, coco_dir / "out", settings)

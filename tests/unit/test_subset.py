@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.coco.annotations import N_VAL
-from app.coco.score import Dataset, describe_dataset, load_truth
+from app.coco.dataset import Dataset, annotation_path
+from app.coco.score import describe_dataset, load_truth
 from app.core.config import load
 from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot, open_run
@@ -27,6 +27,7 @@ from tests.support.markdown_tables import row
 from tests.support.report_fixtures import build_run, write
 
 IDS = (1, 2, 3, 4, 5, 6)
+N_VAL = 5000  # images of COCO's val2017
 BROKEN = 4  # its image file is empty
 BOX_IN_IMAGE = [16.0, 8.0, 32.0, 24.0]
 HIT = (8.0, 8.0, 24.0, 20.0, 0.9, 0)  # the same box in the input
@@ -161,8 +162,11 @@ def test_authors_curve_stands_beside_the_whole_of_coco_only(tmp_path: Path, chan
 
 @pytest.fixture(scope="module")
 def of_5000(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    return write_annotations(folder / "instances.json", dict.fromkeys(range(1, N_VAL + 1), (64, 48)), [])
+    """A COCO folder without images, whose splits list as many as val2017 does."""
+    coco_dir = tmp_path_factory.mktemp("whole")
+    for split in ("train2017", "val2017"):
+        write_annotations(annotation_path(coco_dir, split), dict.fromkeys(range(1, N_VAL + 1), (64, 48)), [])
+    return coco_dir
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def of_5000(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_whole_of_coco_val(of_5000: Path, title: str, split: str, n_left_out: int, complete: bool) -> None:
-    dataset = Dataset(of_5000.parent, of_5000, split, None, title)
-    facts = describe_dataset(load_truth(of_5000), dataset, list(range(1, N_VAL + 1 - n_left_out)))
+    dataset = Dataset(of_5000, split, None, title)
+    facts = describe_dataset(load_truth(dataset.annotation_file), dataset, list(range(1, N_VAL + 1 - n_left_out)))
     assert facts["complete_coco_val"] is complete
     assert (facts["n_images"], facts["n_images_listed"], facts["subset"]) == (5000 - n_left_out, 5000, n_left_out > 0)

@@ -1,34 +1,31 @@
-# `make` lists the targets. scripts/job does the work of each: runner, checks, set-up, run. Variables given to make
-# reach it through the environment. The container's command lines are in docker-compose.yml.
+# `make` lists the targets. scripts/job does the work of each $(job): runner, checks, set-up, run. Variables given to
+# make reach it through the environment. The container's command lines are in docker-compose.yml.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 job = @export OWNER=$$PPID; exec scripts/job $@
 
 ##@ Start here
-smoke: ## the whole job on a small drawn dataset, minutes on two cores
-test: ## unit and component tests
+smoke: ; $(job) ## the whole job on a small drawn dataset, minutes on two cores
+test: ; $(job) ## unit and component tests
 
 ##@ The job, stage by stage
-data: ## check COCO and prepare it for training
-train-fp16: ## train the FP16 (AMP) baseline
-train-qat: ## train with 4-bit weights (quant.scheme)
-ptq: ## the trained baseline, quantized without training
-export: ## checkpoints to ONNX
-eval: ## score the ONNX files with COCO's metrics
-report: ## runs/RUN/summary.md and .html (ARGS="--runs A B C": the same with other seeds, merged)
-publish: ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
-all: ## data, both trainings, ptq, export, eval, report
-bench: ## step times and stability, side by side
+data: ; $(job) ## check COCO and prepare it for training
+train-fp16: ; $(job) ## train the FP16 (AMP) baseline
+train-qat: ; $(job) ## train with 4-bit weights (quant.scheme)
+ptq: ; $(job) ## the trained baseline, quantized without training
+export: ; $(job) ## checkpoints to ONNX
+eval: ; $(job) ## score the ONNX files with COCO's metrics
+report: ; $(job) ## runs/RUN/summary.md and .html (ARGS="--runs A B C": the same with other seeds, merged)
+publish: ; $(job) ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
+all: ; $(job) ## data, both trainings, ptq, export, eval, report
+bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it
-download-coco: ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
-tensorboard: ## every run, live, on http://localhost:6006
-build: ## build the image (RUNNER=local: the .venv)
-lint: ## ruff, pyright, import-linter
-soak: ## 50 random kills (-9) of small trainings, each compared with an uninterrupted one
-
-smoke test soak data train-fp16 train-qat export ptq eval report publish all bench download-coco tensorboard build lint:
-	$(job)
+download-coco: ; $(job) ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
+tensorboard: ; $(job) ## every run, live, on http://localhost:6006
+build: ; $(job) ## build the image (RUNNER=local: the .venv)
+lint: ; $(job) ## ruff, pyright, import-linter
+soak: ; $(job) ## 50 random kills (-9) of small trainings, each compared with an uninterrupted one
 
 test-container: ## tests of the image, from outside (needs a Docker engine)
 	@scripts/image
@@ -62,5 +59,4 @@ help:
 		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
 		'GPUS=n|all' 'GPUs that the job sees; a training uses all of them (default 1)'
 
-.PHONY: smoke test soak data train-fp16 train-qat export ptq eval report publish all bench download-coco tensorboard \
-	build lint test-container lock stop clean help
+.PHONY: help $(shell sed -n 's/^\([a-z0-9-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))

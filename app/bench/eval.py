@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import shutil
@@ -19,8 +18,10 @@ import numpy as np
 import onnx
 from pycocotools.coco import COCO
 
+from app.bench.eval_tables import OURS, SESSION, STOCK, show
 from app.bench.explain import explain
 from app.bench.train import stock_dataset
+from app.coco.dataset import SPLITS, annotation_path
 from app.coco.score import ImageFile, image_files, load_truth, usable_ids
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
@@ -28,13 +29,11 @@ from app.core.files import read_json, write_json
 from app.core.labels import BASELINE
 from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.eval.evaluate import dataset_of_run, exported_files
+from app.eval.evaluate import METRICS, dataset_of_run, exported_files
 from app.eval.pipeline import load_input
 from app.eval.runtime import CPU, Model, cpu_name, gpu_name, open_model
-from app.report.tables import markdown_table
 
 log = logging.getLogger(__name__)
-OURS, STOCK = "our eval", "yolo val"
 COPIES = (1, 2, 4)  # how often the images are repeated, to see whether memory and time an image grow with them
 N_PRELOADED = 64  # images in memory for the pure session time
 
@@ -58,7 +57,10 @@ class Amount:
     n_images: int | None
 
     def copies(self, n_given: int) -> tuple[int, ...]:
-        return COPIES if self.n_images is None else (1, max(2, math.ceil(self.n_images / n_given)))
+        """How often the `n_given` images are repeated, call by call."""
+        if self.n_images is None:
+            return COPIES
+        return 1, max(2, math.ceil(self.n_images / n_given))
 
 
 def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: Path | None, amount: Amount) -> None:
@@ -82,12 +84,16 @@ def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: P
     explained = explain(given.truth, [image.id for image in given.images], warm["out_dir"], recorded)
     turns = []
     for turn in range(amount.n_rounds):
-        sides = {OURS: run_ours(given, 1), STOCK: run_stock(given, model, record=False), "session": pure(given, model)}
-        turns.append(sides)
-        log.info("turn %d: %s", turn + 1, ", ".join(f"{name} {side['total_s']:.2f} s" for name, side in sides.items()))
-    repeated = {str(len(given.images) * n): run_ours(given, n) for n in amount.copies(len(given.images))}
+        ours, stock = run_ours(given, 1), run_stock(given, model, record=False)
+        turns.append({OURS: ours, STOCK: stock, SESSION: time_session(given, model)})
+        times = [f"{name} {side['total_s']:.2f} s" for name, side in turns[-1].items()]
+        log.info("turn %d: %s", turn + 1, ", ".join(times))
+    n_images = len(given.images)
+    repeated = {}
+    for n_times in amount.copies(n_images):
+        repeated[str(n_images * n_times)] = run_ours(given, n_times)
     result = {
-        "file": given.onnx_path.name, "contract": model.contract, "imgsz": model.imgsz, "n_images": len(given.images),
+        "file": given.onnx_path.name, "contract": model.contract, "imgsz": model.imgsz, "n_images": n_images,
         "provider": model.provider, "device": cpu_name() if model.provider == CPU else gpu_name(),
         "batch": model.batch or given.settings.batch, "turns": turns, "ours_by_images": repeated, **judge(turns),
         "AP": explained, "environment": environment(),
@@ -124,34 +130,39 @@ def add_stock_metadata(source: Path, target: Path, settings: Eval) -> None:
     onnx.save(model, target)
 
 
-def repeat(given: Given, n_times: int) -> None:
-    """A COCO folder with every image n times, as links with ids of their own (once: the ids stay); made once."""
-    root = given.folder / f"coco-{n_times}"
-    if root.exists():
-        return
-    (root / "val2017").mkdir(parents=True)
+def repeat(given: Given, n_times: int) -> Path:
+    """Makes a COCO folder with every image n times, unless it is there, and returns it.
+
+    Images are links. With n_times=1 they keep their names and ids; else each link has a name and an id of its own.
+    """
+    coco_dir, split = given.folder / f"coco-{n_times}", SPLITS["val"]
+    if coco_dir.exists():
+        return coco_dir
+    (coco_dir / split).mkdir(parents=True)
     tree: dict[str, Any] = {"categories": given.truth.dataset["categories"], "images": [], "annotations": []}
-    for number in range(n_times * len(given.images)):
-        image = given.images[number % len(given.images)]
-        image_id = image.id if n_times == 1 else number + 1
-        link = root / "val2017" / (image.path.name if n_times == 1 else f"{image_id:012d}{image.path.suffix}")
-        link.symlink_to(image.path.resolve())
-        tree["images"].append({**given.truth.imgs[image.id], "id": image_id, "file_name": link.name})
-        for annotation in copy.deepcopy(given.truth.imgToAnns[image.id]):
-            tree["annotations"].append({**annotation, "image_id": image_id, "id": len(tree["annotations"]) + 1})
-    write_json(root / "annotations" / "instances_val2017.json", tree)
+    for number, image in enumerate(given.images * n_times, 1):
+        image_id, name = image.id, image.path.name
+        if n_times > 1:
+            image_id, name = number, f"{number:012d}{image.path.suffix}"
+        (coco_dir / split / name).symlink_to(image.path.resolve())
+        tree["images"].append({**given.truth.imgs[image.id], "id": image_id, "file_name": name})
+        for annotation in given.truth.imgToAnns[image.id]:
+            own = {"image_id": image_id, "id": len(tree["annotations"]) + 1}
+            tree["annotations"].append({**annotation, **own})
+    write_json(annotation_path(coco_dir, split), tree)
+    return coco_dir
 
 
 def run_ours(given: Given, n_times: int) -> dict[str, Any]:
     """`python -m app eval --onnx` on the images n times: seconds, scoring included, and MiB of the process."""
-    repeat(given, n_times)
-    out_dir = given.folder / f"ours-{n_times}"
-    sets = {**given.settings.model_dump(exclude={"max_images"}), "latency_warmup": 0, "latency_runs": 1}
+    coco_dir, out_dir = repeat(given, n_times), given.folder / f"ours-{n_times}"
+    settings = {**given.settings.model_dump(exclude={"max_images"}), "latency_warmup": 0, "latency_runs": 1}
     command = [sys.executable, "-m", "app", "eval", "--onnx", str(given.onnx_path), "--out", str(out_dir)]
-    command += ["--coco-dir", str(given.folder / f"coco-{n_times}"), "--runs-dir", str(given.folder.parent.parent)]
-    command += [part for key, value in sets.items() for part in ("--set", f"eval.{key}={value}")]
+    command += ["--coco-dir", str(coco_dir), "--runs-dir", str(given.folder.parent.parent)]
+    for key, value in settings.items():
+        command += ["--set", f"eval.{key}={value}"]
     measured = run_measured(command)
-    metrics = read_json(out_dir / "metrics.json", "eval")
+    metrics = read_json(out_dir / METRICS, "eval")
     seconds = metrics["time_s"]
     inside = {"total_s": seconds["total"] + seconds["score"], "session_s": seconds["session"]}
     return measured | inside | {"AP": metrics["coco"]["AP"], "out_dir": str(out_dir)}
@@ -194,63 +205,39 @@ def high_water_kib(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:  # it has just ended
         return 0
-    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))
-    return next((int(words[1]) for words in lines), 0)
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    return 0
 
 
-def pure(given: Given, model: Model) -> dict[str, float]:
+def time_session(given: Given, model: Model) -> dict[str, float]:
     """Seconds that the session alone takes for as many images, already decoded and in batches as in the evaluator."""
     size = model.batch or given.settings.batch
-    arrays = np.stack([load_input(image, model.imgsz).array for image in given.images[:N_PRELOADED]])
-    batches = [arrays[np.arange(first, first + size) % len(arrays)] for first in range(0, len(arrays), size)]
-    lengths = [min(size, len(given.images) - first) for first in range(0, len(given.images), size)]
+    loaded = [load_input(image, model.imgsz).array for image in given.images[:N_PRELOADED]]
+    arrays = np.stack(loaded)
+    batches = []
+    for first in range(0, len(arrays), size):
+        indices = np.arange(first, first + size) % len(arrays)
+        batches.append(arrays[indices])
     model.run(batches[0])
     start = time.perf_counter()
-    for number, length in enumerate(lengths):
+    for number, first in enumerate(range(0, len(given.images), size)):
         batch = batches[number % len(batches)]
-        model.run(batch if model.batch else batch[:length])
+        n_left = len(given.images) - first
+        model.run(batch if model.batch else batch[:n_left])
     return {"total_s": time.perf_counter() - start}
 
 
 def judge(turns: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the turns: what the issue asks of the evaluator on a CPU."""
-    ours, stock, session = ([turn[name] for turn in turns] for name in (OURS, STOCK, "session"))
-    pairs = zip(ours, stock, session, strict=True)
-    ratios = [(a["session_s"] / a["total_s"], a["total_s"] / c["total_s"], a["total_s"] / b["total_s"],
-               a["process_s"] / b["process_s"]) for a, b, c in pairs]  # fmt: skip
-    names = ("share_in_onnxruntime", "to_pure_session", "to_yolo_val", "process_to_yolo_val")
-    return {name: statistics.median(column) for name, column in zip(names, zip(*ratios, strict=True), strict=True)}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Time, memory, and AP step by step, as tables."""
-    log.info(
-        "%s, %d px, %d images in batches of %d, %s",
-        *(result[k] for k in ("file", "imgsz", "n_images", "batch", "device")),
-    )
-    cells = [["", "images/s", "seconds", "in ONNX Runtime", "process s", "peak MiB", "AP"]]
-    for name in (OURS, STOCK):
-        sides = [turn[name] for turn in result["turns"]]
-        total, session, process, peak = (
-            statistics.median(side[key] for side in sides) for key in ("total_s", "session_s", "process_s", "peak_mib")
-        )
-        cells.append([name, f"{result['n_images'] / total:.1f}", f"{total:.2f}", f"{session / total:.3f}",
-                      f"{process:.2f}", f"{peak:.0f}", f"{sides[0]['AP']:.4f}"])  # fmt: skip
-    pure_s = statistics.median(turn["session"]["total_s"] for turn in result["turns"])
-    cells.append(["session alone", f"{result['n_images'] / pure_s:.1f}", f"{pure_s:.2f}", "1.000", "-", "-", "-"])
-    ap = result["AP"]
-    steps = [["from our AP to that of yolo val", "AP"], ["our eval", f"{ap['ours']:.4f}"]]
-    steps += [[name, f"{value:+.4f}"] for name, value in ap["steps"].items()] + [["yolo val", f"{ap['stock']:.4f}"]]
-    repeated = [["images of our eval", "peak MiB", "seconds", "in ONNX Runtime", "to the session alone"]]
-    for n, side in result["ours_by_images"].items():
-        to_session = side["total_s"] / (pure_s / result["n_images"] * int(n))
-        repeated.append([n, f"{side['peak_mib']:.0f}", f"{side['total_s']:.1f}",
-                         f"{side['session_s'] / side['total_s']:.3f}", f"{to_session:.3f}"])  # fmt: skip
-    for line in [*markdown_table(cells), "", *markdown_table(steps), "", *markdown_table(repeated)]:
-        log.info("%s", line)
-    log.info("detections: %d ours, %d of yolo val, %d in both", ap["n_ours"], ap["n_stock"], ap["n_same"])
-    log.info(
-        "our eval takes %.3f of the pure session time, %.3f of yolo val's",
-        result["to_pure_session"],
-        result["to_yolo_val"],
-    )
+    """Medians over the turns of our evaluator's ratios within a turn."""
+    ratios: dict[str, list[float]] = {
+        "share_in_onnxruntime": [], "to_pure_session": [], "to_yolo_val": [], "process_to_yolo_val": [],
+    }  # fmt: skip
+    for turn in turns:
+        ours, stock, session = turn[OURS], turn[STOCK], turn[SESSION]
+        ratios["share_in_onnxruntime"].append(ours["session_s"] / ours["total_s"])
+        ratios["to_pure_session"].append(ours["total_s"] / session["total_s"])
+        ratios["to_yolo_val"].append(ours["total_s"] / stock["total_s"])
+        ratios["process_to_yolo_val"].append(ours["process_s"] / stock["process_s"])
+    return {name: statistics.median(values) for name, values in ratios.items()}

@@ -13,7 +13,7 @@ from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
 from app.coco.annotations import CLASS_INDEX
-from app.coco.score import quiet, score
+from app.coco.score import quiet, score, with_annotations
 from app.core.files import read_json, write_json
 from app.eval.evaluate import DETECTIONS
 
@@ -37,9 +37,11 @@ def explain(truth: COCO, ids: list[int], ours_dir: str, recorded: dict[str, Any]
     ours_path, theirs_path = Path(ours_dir) / DETECTIONS, Path(ours_dir) / "detections-yolo-val.json"
     ours, theirs = read_json(ours_path, "bench"), with_ids(truth, recorded["rows"])
     write_json(theirs_path, theirs)
+    with quiet():
+        single = with_annotations(truth, without_crowds(truth.dataset["annotations"]))
     our_ap = score(truth, ours_path, ids)["AP"] or 0.0
     aps = {  # what is changed -> AP from then on
-        "crowd regions left out, what lies in them is a miss": score(without_crowds(truth), ours_path, ids)["AP"] or 0.0,
+        "crowd regions left out, what lies in them is a miss": score(single, ours_path, ids)["AP"] or 0.0,
         "Ultralytics' metric instead of COCOeval": stock_ap(truth, ours, ids),
         "its own detections": stock_ap(truth, theirs, ids),
         "label files, boxes not clipped": recorded["AP"],
@@ -66,14 +68,9 @@ def with_ids(truth: COCO, rows: Rows) -> Rows:
     return named
 
 
-def without_crowds(truth: COCO) -> COCO:
-    """The same annotations but for the crowd regions, which YOLO label files do not hold."""
-    single = COCO()
-    kept = [annotation for annotation in truth.dataset["annotations"] if not annotation["iscrowd"]]
-    single.dataset = {**truth.dataset, "annotations": kept}
-    with quiet():
-        single.createIndex()
-    return single
+def without_crowds(annotations: list[Any]) -> Rows:
+    """Single objects: YOLO label files hold no crowd regions."""
+    return [annotation for annotation in annotations if not annotation["iscrowd"]]
 
 
 def by_image(rows: Rows, ids: list[int]) -> dict[int, np.ndarray]:
@@ -88,8 +85,10 @@ def by_image(rows: Rows, ids: list[int]) -> dict[int, np.ndarray]:
 
 def stock_ap(truth: COCO, rows: Rows, ids: list[int]) -> float:
     """AP of Ultralytics' validator (engine/validator.py, utils/metrics.py, 8.4.190) over detections, best first."""
-    objects = by_image(without_crowds(truth).dataset["annotations"], list(truth.imgs))
-    detections = by_image(rows, ids)
+    annotations = []
+    for image_id in ids:
+        annotations += without_crowds(truth.imgToAnns[image_id])
+    objects, detections = by_image(annotations, ids), by_image(rows, ids)
     all_objects = np.concatenate([objects[image_id] for image_id in ids])
     all_detections = np.concatenate([detections[image_id] for image_id in ids])
     if not len(all_objects) or not len(all_detections):

@@ -154,10 +154,10 @@ def differences(left: Any, right: Any, where: str = "") -> list[str]:
         keys: Any = list(left)
     elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
         keys = range(len(left))
+    elif torch.is_tensor(left) and torch.is_tensor(right):
+        return [] if torch.equal(left, right) else [where]
     else:
-        both_tensors = torch.is_tensor(left) and torch.is_tensor(right)
-        same = torch.equal(left, right) if both_tensors else left == right
-        return [] if same else [where]
+        return [] if left == right else [where]
     places = []
     for key in keys:
         places += differences(left[key], right[key], f"{where}/{key}")

@@ -7,7 +7,7 @@ quantizes its own weight, as in Brevitas.
 Forward for a weight w, with Brevitas' order of operations (0.13.4):
     absmax = max |w|                        over an output channel, or over the tensor
     scale  = max(absmax, 1e-10) / largest   largest code: 7 at 4 bits, 127 at 8
-    q      = round(w / scale) * scale       halves to even; |w| / scale rounds to <= largest, so Brevitas' clamp is left out
+    q      = round(w / scale) * scale       halves to even; |w| / scale rounds to <= largest, so nothing is clamped
 Backward, with g the gradient of q and the straight-through estimator for the rounding:
     scale_grad = sum(g * round(w / scale)) - sum(g * scale * ((w / scale) / scale))
     grad       = g * scale / scale, plus sign(w) * scale_grad / largest where |w| is the absmax: at the first such
@@ -284,7 +284,7 @@ def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _gradient(grad: torch.Tensor, parts: _Parts, spec: Spec) -> torch.Tensor:
-    """Gradient of one weight from the gradient of its fake-quantized weight; the formulas are at the top of the file."""
+    """Gradient of one weight from `grad`, that of its fake-quantized weight; the formulas are at the top of the file."""
     scale, where, ratio, codes = parts
     codes_grad = grad * scale
     # Two sums over the shapes that autograd sums over, because the order of additions decides the last bit.

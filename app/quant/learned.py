@@ -1,21 +1,22 @@
-"""Trained scales: where LSQ's lie in Brevitas' modules, and the fast path of weights that have trained ones.
+"""Trained scales: where Brevitas' modules keep those of LSQ, and the fast path of weights with trained scales.
 
-What is computed for a weight w and its parameter v, with Brevitas' order of operations (0.13.4):
+Forward for a weight w and its trained parameter v, with Brevitas' order of operations (0.13.4):
     q = clamp(round(w / step), -largest, largest) * scale
-    LSQ, one v a channel:       step = scale = max(2**v, 1e-10) / largest
-    decoupled, one v a layer:   step = |(max |w| of each channel)|_2 / sqrt(channels) / largest, scale = |v| / largest
-The scales are made in autograd, those of all layers at once. Backward of the rest, with g the gradient of q, straight
-through the rounding:
-    of_ratio = g * scale                    LSQ: 0 where |round(w / step)| > largest
-    grad     = of_ratio / step
-    of_scale = sum(g * code)
-    of_step  = -sum(of_ratio * ((w / step) / step))
+    LSQ, one v per channel:       step = scale = max(2**v, 1e-10) / largest
+    decoupled, one v per layer:   step = |(max |w| of each channel)|_2 / sqrt(channels) / largest, scale = |v| / largest
+Autograd differentiates step and scale, which are computed for all layers at once. Backward of the rest, with g the
+gradient of q and the straight-through estimator for the rounding:
+    ratio_grad = g * scale                  LSQ: 0 where |round(w / step)| > largest
+    grad       = ratio_grad / step
+    scale_grad = sum(g * code)
+    step_grad  = -sum(ratio_grad * ((w / step) / step))
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -25,33 +26,36 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from app.quant.kernels import MIN_ABSMAX, Kind, Layout, _code
+from app.quant.kernels import MIN_ABSMAX, Kind, Layout, load_row, to_code
 
 Tensors = tuple[torch.Tensor, ...]
 
 
 def scale_parameter(layer: QuantConv2d) -> nn.Parameter | None:
-    """log2 of the largest weight that is not clipped, [out_channels,1,1,1]; None where the scale is not LSQ's."""
+    """LSQ's parameter: log2 of the largest weight that is not clipped, [out_channels,1,1,1]; None for other scales."""
     scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
     return scaling.value if isinstance(scaling, ParameterScaling) else None
 
 
 def learned_layers(model: nn.Module) -> dict[str, QuantConv2d]:
     """The layers with an LSQ scale, by name."""
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, QuantConv2d))
-    return {name: layer for name, layer in layers if scale_parameter(layer) is not None}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantConv2d) and scale_parameter(layer) is not None
+    }
 
 
 @torch.no_grad()
 def reset_scales(model: nn.Module) -> None:
-    """Sets every LSQ scale to what the abs-max quantizer would use."""
+    """Sets every LSQ scale to the scale of the abs-max quantizer."""
     for layer in learned_layers(model).values():
         absmax = layer.weight.abs().amax((1, 2, 3), keepdim=True)
         cast(nn.Parameter, scale_parameter(layer)).copy_(absmax.clamp_min(MIN_ABSMAX).log2())
 
 
 def quantize(layers: list[Any], layout: Layout, kind: Kind, dtype: torch.dtype) -> Tensors:
-    """Fake-quantized weights in `dtype`, with gradients for the weights and the layers' scale parameters."""
+    """Fake-quantized weights in `dtype`, differentiable in the weights and in the layers' scale parameters."""
     weights = [layer.weight for layer in layers]
     steps, scales = _steps_and_scales(layers, layout, kind)
     node = _Together if weights[0].is_cuda else _EachInTurn
@@ -59,30 +63,54 @@ def quantize(layers: list[Any], layout: Layout, kind: Kind, dtype: torch.dtype) 
 
 
 def _steps_and_scales(layers: list[Any], layout: Layout, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [n_rows], a row being a channel or, decoupled, a layer; the same tensor for LSQ, whose gradients add up."""
+    """Steps and scales, each [n_rows]: one number a channel, or a layer if the scales are decoupled.
+
+    LSQ's are the same tensor, so autograd adds the gradients of both uses.
+    """
     if kind == "lsq" and layout.table.is_cuda:
         scalings = [layer.weight_quant.tensor_quant.scaling_impl for layer in layers]
-        scales = scalings[0].restrict_clamp_scaling(torch.cat([scaling.value.flatten() for scaling in scalings]))
-        scales = scales / layout.largest
+        values = torch.cat([scaling.value.flatten() for scaling in scalings])
+        scales = scalings[0].restrict_clamp_scaling(values) / layout.largest
         return scales, scales
-    # A CPU's last bit of 2**v depends on where v lies in its tensor, so there they are made layer by layer.
-    pairs = [limits(layer, kind) for layer in layers]
-    scales = torch.cat([scale.flatten() for _, scale in pairs]) / layout.largest
-    return scales if kind == "lsq" else torch.stack([step for step, _ in pairs]) / layout.largest, scales
+    # On a CPU the last bit of 2**v depends on v's position in its tensor, so there it is computed layer by layer.
+    step_limits, scale_limits = zip(*(limits(layer, kind) for layer in layers), strict=True)
+    scales = torch.cat([limit.flatten() for limit in scale_limits]) / layout.largest
+    if kind == "lsq":
+        return scales, scales
+    return torch.stack(step_limits) / layout.largest, scales
 
 
 def limits(layer: QuantConv2d, kind: Kind) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a step and the scale are times the largest code: each [out_channels,1,1,1], or [] where it is per tensor."""
+    """Step and scale times the largest code: each [out_channels,1,1,1], or [] where it is per tensor."""
     scaling = cast(Any, layer.weight_quant).tensor_quant.scaling_impl
     if kind == "lsq":
         limit = scaling.restrict_clamp_scaling(scaling.value)
         return limit, limit
-    absmax = layer.weight.abs().flatten(1).max(1)[0]  # max over a dim, which gives one of two equal maxima the gradient
+    absmax, _ = layer.weight.abs().flatten(1).max(1)  # not amax, which spreads the gradient over equal maxima
     return absmax.norm() / math.sqrt(len(absmax)), scaling.value.abs()
 
 
+class _Layer(NamedTuple):
+    """One layer's tensors: its weight, and [n_rows,1,1,1] its steps, scales and largest codes."""
+
+    weight: torch.Tensor
+    step: torch.Tensor
+    scale: torch.Tensor
+    largest: torch.Tensor
+
+
+def _layers(layout: Layout, steps: torch.Tensor, scales: torch.Tensor, weights: Tensors) -> Iterator[_Layer]:
+    rows = [_split(numbers, layout) for numbers in (steps, scales, layout.largest)]
+    return map(_Layer, weights, *rows)
+
+
+def _split(rows: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    """One number a row -> a view [n_rows,1,1,1] a layer."""
+    return [part.view(-1, 1, 1, 1) for part in rows.split(layout.rows_per_weight)]
+
+
 class _EachInTurn(torch.autograd.Function):
-    """One autograd node, layer after layer, for the CPU."""
+    """One autograd node that computes layer after layer, for the CPU."""
 
     @staticmethod
     def forward(  # noqa: PLR0913 - one argument a tensor
@@ -92,49 +120,54 @@ class _EachInTurn(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.passes_clamp = layout, passes_clamp
         ctx.save_for_backward(steps, scales, *weights)
-        layers = zip(weights, *(_split(rows, layout) for rows in (steps, scales, layout.largest)), strict=True)
-        return tuple(_clamp((w / step).round_(), most).mul_(scale).to(dtype) for w, step, scale, most in layers)
+        quantized = []
+        for weight, step, scale, largest in _layers(layout, steps, scales, weights):
+            codes = _clamp((weight / step).round_(), largest)
+            quantized.append(codes.mul_(scale).to(dtype))
+        return tuple(quantized)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         steps, scales, *weights = ctx.saved_tensors
-        of_steps, of_scales = torch.zeros_like(steps), torch.zeros_like(scales)
-        rows = (_split(rows, ctx.layout) for rows in (steps, scales, ctx.layout.largest, of_steps, of_scales))
-        parts = zip(grads, weights, *rows, strict=True)
-        of_weights = (_gradient(grad, ctx.passes_clamp, *part) for grad, *part in parts)
-        return None, None, None, of_steps, of_scales, *of_weights
+        step_grads, scale_grads = torch.zeros_like(steps), torch.zeros_like(scales)
+        step_views, scale_views = _split(step_grads, ctx.layout), _split(scale_grads, ctx.layout)
+        weight_grads: list[torch.Tensor | None] = [None] * len(weights)
+        for index, layer in enumerate(_layers(ctx.layout, steps, scales, weights)):
+            grad = grads[index]
+            if grad is not None:
+                weight_grad, step_grad, scale_grad = _gradients(grad.float(), layer, ctx.passes_clamp)
+                weight_grads[index] = weight_grad
+                step_views[index].copy_(step_grad)
+                scale_views[index].copy_(scale_grad)
+        return None, None, None, step_grads, scale_grads, *weight_grads
 
 
-def _split(rows: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """One number a row -> a view [n_rows,1,1,1] a layer."""
-    return [part.view(-1, 1, 1, 1) for part in rows.split(layout.rows_of)]
+def _clamp(rounded: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    return rounded.clamp_(-largest, largest)  # NaN stays NaN
 
 
-def _clamp(rounded: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    return rounded.clamp_(-most, most)  # NaN stays NaN
+def _gradients(
+    grad: torch.Tensor, layer: _Layer, passes_clamp: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a layer's weight, steps and scales; the formulas are at the top of the file.
 
-
-def _gradient(  # noqa: PLR0913 - one argument a tensor
-    grad: torch.Tensor | None, passes_clamp: bool, weight: torch.Tensor, step: torch.Tensor, scale: torch.Tensor,
-    most: torch.Tensor, of_step: torch.Tensor, of_scale: torch.Tensor,
-) -> torch.Tensor | None:  # fmt: skip
-    """Gradient of one weight; those of its steps and scales are written to `of_step` and `of_scale`."""
-    if grad is None:
-        return None
-    grad, ratio = grad.float(), weight / step
+    With `passes_clamp` a clamped weight gets the gradient too, as Brevitas' TensorClampSte gives it.
+    """
+    weight, step, scale, largest = layer
+    ratio = weight / step
     rounded = ratio.round()
-    of_ratio = grad * scale
+    ratio_grad = grad * scale
     if not passes_clamp:
-        of_ratio.masked_fill_(rounded.abs() > most, 0.0)
-    # Sums of the shapes autograd sums, because the order of additions decides the last bit.
-    of_step.copy_(-(of_ratio * (ratio / step)).sum_to_size(step.shape))
-    of_scale.copy_((grad * _clamp(rounded, most)).sum_to_size(scale.shape))
-    return of_ratio.div_(step)
+        ratio_grad.masked_fill_(rounded.abs() > largest, 0.0)
+    # Sums over the shapes that autograd sums over, because the order of additions decides the last bit.
+    step_grad = -(ratio_grad * (ratio / step)).sum_to_size(step.shape)
+    scale_grad = (grad * _clamp(rounded, largest)).sum_to_size(scale.shape)
+    return ratio_grad.div_(step), step_grad, scale_grad
 
 
 class _Together(torch.autograd.Function):
-    """One autograd node, all layers in one kernel, for the GPU."""
+    """One autograd node with one kernel for all layers, for the GPU."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
@@ -155,33 +188,32 @@ class _Together(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         layout: Layout = ctx.layout
         flat, steps, scales = ctx.saved_tensors
-        upstream, out = layout.join_grads(grads), torch.empty_like(flat)
-        of_steps, of_scales = torch.empty_like(steps), torch.empty_like(scales)
-        args = (upstream, flat, layout.table, steps, scales, out, of_steps, of_scales)
+        upstream, flat_grads = layout.join_grads(grads), torch.empty_like(flat)
+        step_grads, scale_grads = torch.empty_like(steps), torch.empty_like(scales)
+        pointers = (upstream, flat, layout.table, steps, scales, flat_grads, step_grads, scale_grads)
         with torch.cuda.device_of(flat):
-            _gradient_kernel[(len(scales),)](*args, PASSES_CLAMP=ctx.passes_clamp, **cast(Any, layout.launch))
-        of_weights = (None if g is None else part for g, part in zip(grads, layout.split(out), strict=True))
-        return None, None, None, of_steps, of_scales, *of_weights
+            _gradient_kernel[(len(scales),)](*pointers, PASSES_CLAMP=ctx.passes_clamp, **cast(Any, layout.launch))
+        weight_grads = zip(grads, layout.split(flat_grads), strict=True)
+        of_weights = (None if grad is None else weight_grad for grad, weight_grad in weight_grads)
+        return None, None, None, step_grads, scale_grads, *of_weights
 
 
 @triton.jit
-def _rounded(ratio, most):
-    # The nearest integer, or one beyond the last code: _code rounds only small numbers. NaN stays NaN.
-    ratio = tl.where(ratio > most + 1, most + 1, ratio)
-    return _code(tl.where(ratio < -most - 1, -most - 1, ratio), 1.0)
+def _rounded(ratio, largest):
+    # The nearest integer, but at most one beyond the largest code, because to_code rounds only small numbers. NaN stays.
+    ratio = tl.where(ratio > largest + 1, largest + 1, ratio)
+    return to_code(tl.where(ratio < -largest - 1, -largest - 1, ratio), 1.0)
 
 
 @triton.jit
-def _clamped(rounded, most):
-    return tl.where(rounded > most, most, tl.where(rounded < -most, -most, rounded))
+def _clamped(rounded, largest):
+    return tl.where(rounded > largest, largest, tl.where(rounded < -largest, -largest, rounded))
 
 
 @triton.jit
 def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
-    start = tl.load(table + row * 6)
-    length = tl.load(table + row * 6 + 1)
-    most = tl.load(table + row * 6 + 4).to(tl.float32)
+    start, length, largest = load_row(table, row)
     step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)
@@ -189,37 +221,35 @@ def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # n
     while i < length:
         mask = i + lanes < length
         weight = tl.load(flat + start + i + lanes, mask=mask, other=0.0)
-        code = _clamped(_rounded(tl.math.div_rn(weight, step), most), most)
+        code = _clamped(_rounded(tl.math.div_rn(weight, step), largest), largest)
         tl.store(out + start + i + lanes, (code * scale).to(out.dtype.element_ty), mask=mask)
         i += BLOCK
 
 
 @triton.jit
 def _gradient_kernel(  # noqa: PLR0913
-    grads, flat, table, steps, scales, out, of_steps, of_scales, PASSES_CLAMP: tl.constexpr, BLOCK: tl.constexpr
+    grads, flat, table, steps, scales, out, step_grads, scale_grads, PASSES_CLAMP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
-    start = tl.load(table + row * 6)
-    length = tl.load(table + row * 6 + 1)
-    most = tl.load(table + row * 6 + 4).to(tl.float32)
+    start, length, largest = load_row(table, row)
     step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)
-    of_step = tl.zeros([BLOCK], tl.float32)
-    of_scale = tl.zeros([BLOCK], tl.float32)
+    step_grad = tl.zeros([BLOCK], tl.float32)
+    scale_grad = tl.zeros([BLOCK], tl.float32)
     i = 0
     while i < length:
         mask = i + lanes < length
         weight = tl.load(flat + start + i + lanes, mask=mask, other=0.0)
         grad = tl.load(grads + start + i + lanes, mask=mask, other=0.0).to(tl.float32)
         ratio = tl.math.div_rn(weight, step)
-        rounded = _rounded(ratio, most)
-        of_ratio = grad * scale
+        rounded = _rounded(ratio, largest)
+        ratio_grad = grad * scale
         if not PASSES_CLAMP:
-            of_ratio = tl.where(tl.abs(rounded) > most, 0.0, of_ratio)
-        of_step -= of_ratio * tl.math.div_rn(ratio, step)
-        of_scale += grad * _clamped(rounded, most)
-        tl.store(out + start + i + lanes, tl.math.div_rn(of_ratio, step), mask=mask)
+            ratio_grad = tl.where(tl.abs(rounded) > largest, 0.0, ratio_grad)
+        step_grad -= ratio_grad * tl.math.div_rn(ratio, step)
+        scale_grad += grad * _clamped(rounded, largest)
+        tl.store(out + start + i + lanes, tl.math.div_rn(ratio_grad, step), mask=mask)
         i += BLOCK
-    tl.store(of_steps + row, tl.sum(of_step, axis=0))
-    tl.store(of_scales + row, tl.sum(of_scale, axis=0))
+    tl.store(step_grads + row, tl.sum(step_grad, axis=0))
+    tl.store(scale_grads + row, tl.sum(scale_grad, axis=0))

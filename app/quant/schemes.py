@@ -149,7 +149,8 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
         unfit_options += ["warmup_share", "dampening", "freeze_threshold"]
     for option in unfit_options:
         if getattr(quant, option):
-            raise UserError(f"scheme {quant.scheme}: quant.{option} is not for this scheme, choose w4a16 or w4a16-mixed")
+            message = f"scheme {quant.scheme}: quant.{option} is not for this scheme, choose w4a16 or w4a16-mixed"
+            raise UserError(message)
     return rule.quantizer
 
 

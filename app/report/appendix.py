@@ -25,11 +25,11 @@ FILES_OF_TRAINING = (
 )  # fmt: skip
 
 
-def appendix(evidence: Evidence, found: dict[str, Any]) -> list[str]:
+def appendix(evidence: Evidence, findings: dict[str, Any]) -> list[str]:
     """Sections of Markdown; what has no evidence has no section."""
     trained = {label: training.config for label, training in evidence.trainings.items()}
     sections = {
-        "## Training": training_table(evidence, found),
+        "## Training": training_table(evidence, findings),
         "## Quantization": quantization_lines(evidence),
         "## Dataset": dataset_lines(evidence.provenance),
         "## Difference between the variants": difference_table(trained),
@@ -41,11 +41,11 @@ def appendix(evidence: Evidence, found: dict[str, Any]) -> list[str]:
     return [f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines]
 
 
-def training_table(evidence: Evidence, found: dict[str, Any]) -> list[str]:
+def training_table(evidence: Evidence, findings: dict[str, Any]) -> list[str]:
     """The best epoch of each training, the three validated states apart."""
     cells = [["variant", "epochs", "best epoch", "AP raw", "AP EMA", "AP EMA+BN", "train loss", "val loss"]]
     cells[0] += ["images/s", "hours"]
-    for label, training in found["trainings"].items():
+    for label, training in findings["trainings"].items():
         unfinished = "" if label in evidence.finished else f" of {training['epochs_planned']}, unfinished"
         aps = [number(ap) for ap in training["AP"].values()]
         cells.append([

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import combinations
 from typing import Any
 
 from app.coco.detail import Metrics
 from app.core.config import MACHINE_KEYS, Report, UserError, difference, flatten, shown
-from app.core.labels import BASELINE, Label
-from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, candidates, column, train_loss
-from app.report.evidence import Evidence, Training, label_of
+from app.core.labels import BASELINE
+from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
+from app.report.evidence import Evidence, Training
+from app.report.groups import describe_meter, is_baseline, measured_alike, meter, rows_of
+
+Findings = dict[str, Any]  # the content of report.json
 
 TELLING_AP = 0.01  # below it an AP is a handful of lucky boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the variants may differ
 SEEDS = ("train.seed", "data.seed")
 MERGED = ("AP", "AP_difference", "AP_over_ptq")  # values of a row that get a mean over runs with other seeds
 SCORED_VAL_LOSS = column(VAL_LOSS, SCORED)
+COMMON_FACTS = {"code_version": "code", "lock_sha256": "package lock", "device": "device", "gpus": "GPU"}
 LATER_SECTIONS = ("guard", "report")  # change nothing that is trained, exported or scored
 
 
-def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
+def derive(evidence: Evidence, settings: Report) -> Findings:
     """Every number of the page that no other file of the run holds, and the sentences of doubt."""
-    trainings = evidence.trainings
-    base = trainings.get(str(BASELINE))
     groups = []
     for group in measured_alike(evidence.scored):
-        groups.append({"measured": describe_meter(group[0]), "rows": compare(group)})
-    losses = {}
-    for label, training in trainings.items():
+        groups.append({"measured": describe_meter(group[0]), "rows": rows_of(group)})
+    base = evidence.trainings.get(str(BASELINE))
+    healths, speeds, losses, configs = {}, {}, {}, {}
+    for label, training in evidence.trainings.items():
+        healths[label] = health(training, settings.min_share_of_best)
+        speeds[label] = speed(training)
+        configs[label] = training.config
         if base and training is not base:
             losses[label] = loss_over(training, base)
     return {
@@ -38,105 +45,11 @@ def findings(evidence: Evidence, settings: Report) -> dict[str, Any]:
         "seeds": None,
         "doubts": doubts(evidence),
         "groups": groups,
-        "health": {label: health(training, settings.min_share_of_best) for label, training in trainings.items()},
-        "trainings": {label: speed(training) for label, training in trainings.items()},
+        "health": healths,
+        "trainings": speeds,
         "losses": losses,
-        "configs": {label: training.config for label, training in trainings.items()},
+        "configs": configs,
     }
-
-
-def meter(metrics: Metrics) -> tuple[Any, ...]:
-    """What must be equal for two rows to share a table: images, annotations, input size, thresholds, evaluator."""
-    dataset, settings = metrics["dataset"], metrics["settings"]
-    return (
-        dataset["annotation_sha256"], dataset["image_ids_sha256"], metrics["model"]["imgsz"],
-        settings["conf"], settings["max_det"], settings["evaluator"],
-    )  # fmt: skip
-
-
-def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:
-    """Groups of equal meter; the group with the baseline first, then those with more images."""
-    groups: dict[tuple[Any, ...], list[Metrics]] = {}
-    for metrics in scored:
-        groups.setdefault(meter(metrics), []).append(metrics)
-    return sorted(groups.values(), key=lambda group: (not is_baseline(group[0]), -group[0]["dataset"]["n_images"]))
-
-
-def is_baseline(metrics: Metrics) -> bool:
-    return metrics["dir"] == BASELINE.scores_dir
-
-
-def describe_meter(metrics: Metrics) -> dict[str, Any]:
-    """How a group was measured, for the line above its table."""
-    dataset, settings = metrics["dataset"], metrics["settings"]
-    keys = ("title", "split", "n_images", "n_images_listed", "subset", "complete_coco_val")
-    return {
-        **{key: dataset[key] for key in keys},
-        "annotations": dataset["annotation_sha256"][:12],
-        "images": dataset["image_ids_sha256"][:12],
-        "imgsz": metrics["model"]["imgsz"],
-        "conf": settings["conf"],
-        "max_det": settings["max_det"],
-        "evaluator": settings["evaluator"],
-    }
-
-
-def compare(group: list[Metrics]) -> list[dict[str, Any]]:
-    """A row for every file of a group: AP and size against the baseline of the same group, None without one."""
-    base = group[0] if is_baseline(group[0]) else None
-    rows = []
-    for metrics in group:
-        other = base if metrics is not base else None
-        ap, size = metrics["coco"]["AP"], metrics["model"]["size_bytes"]
-        base_ap = other["coco"]["AP"] if other else None
-        rows.append({
-            "dir": metrics["dir"],
-            "label": metrics["model"]["label"],
-            "file": metrics["model"]["file"],
-            "AP": ap,
-            "AP_difference": None if ap is None or base_ap is None else ap - base_ap,
-            "size_mb": size / 1e6,
-            "size_share": size / other["model"]["size_bytes"] if other else None,
-            "AP_over_ptq": over_ptq(metrics, group),
-            "p50_ms": metrics["latency_ms"]["p50"],
-            "provider": metrics["runtime"]["provider"].removesuffix("ExecutionProvider"),
-            "over_runs": None,
-        })  # fmt: skip
-    return rows
-
-
-def over_ptq(metrics: Metrics, group: list[Metrics]) -> float | None:
-    """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare."""
-    label, ap = label_of(metrics), metrics["coco"]["AP"]
-    if label.method != "qat" or label.is_repacked or ap is None:
-        return None
-    rivals = []
-    for other in group:
-        rival, rival_ap = label_of(other), other["coco"]["AP"]
-        if rival.method == "ptq" and rival.scheme == label.scheme and not rival.is_repacked and rival_ap is not None:
-            rivals.append(rival_ap)
-    return ap - max(rivals) if rivals else None
-
-
-def judged_labels(labels: list[Label]) -> list[Label]:
-    """The quantized models that get a verdict and figures of their own: QAT, and PTQ where its scheme was not trained.
-
-    Repacked files are left out, as they hold the weights of another one.
-    """
-    quantized = [label for label in labels if label.is_quantized and not label.is_repacked]
-    trained = {label.scheme for label in quantized if label.method == "qat"}
-    return [label for label in quantized if label.method == "qat" or label.scheme not in trained]
-
-
-def shown_apart(group: list[Metrics]) -> list[Metrics]:
-    """The rows that get figures of their own, see judged_labels."""
-    labels = judged_labels([label_of(metrics) for metrics in group])
-    return [metrics for metrics in group if label_of(metrics) in labels]
-
-
-def distinct(group: list[Metrics]) -> list[Metrics]:
-    """The rows without files that hold the weights of another row."""
-    return [metrics for metrics in group if not label_of(metrics).is_repacked] or group
 
 
 def health(training: Training, min_share: float) -> dict[str, Any]:
@@ -146,25 +59,42 @@ def health(training: Training, min_share: float) -> dict[str, Any]:
     is at least TELLING_AP. `lowest_share` is the lowest of AP / running best, first met at `lowest_epoch`. Both are
     None where no epoch could be judged.
     """
-    best, lowest, lowest_epoch, n_judged = 0.0, None, None, 0
     after = math.ceil(training.config["hyp"]["warmup_epochs"])
-    for row in candidates(training.history):
-        ap = row[SCORED_AP]
-        best = max(best, ap)
-        if row["epoch"] > after and best >= TELLING_AP:
-            n_judged += 1
-            if lowest is None or not ap / best >= lowest:  # a NaN counts as a fall
-                lowest, lowest_epoch = ap / best, int(row["epoch"])
-    all_finite = all(math.isfinite(value) for row in training.history for value in row.values())
-    judged = None if lowest is None else lowest >= min_share
+    shares = shares_of_best(training.history, after)
+    lowest, lowest_epoch = None, None
+    for epoch, share in shares:
+        if lowest is None or not share >= lowest:  # a NaN counts as a fall
+            lowest, lowest_epoch = share, epoch
+    is_finite = all_finite(training.history)
+    stayed = None if lowest is None else lowest >= min_share
     return {
-        "healthy": judged if all_finite else False,
-        "finite": all_finite,
+        "healthy": stayed if is_finite else False,
+        "finite": is_finite,
         "warmup_epochs": after,
-        "epochs_judged": n_judged,
+        "epochs_judged": len(shares),
         "lowest_share": None if lowest is None else finite(lowest),
         "lowest_epoch": lowest_epoch,
     }
+
+
+def shares_of_best(history: Rows, after: int) -> list[tuple[int, float]]:
+    """(epoch, scored AP / best AP so far) of the epochs later than `after` whose best AP so far is TELLING_AP."""
+    best = 0.0
+    shares = []
+    for row in candidates(history):
+        ap = row[SCORED_AP]
+        best = max(best, ap)
+        if row["epoch"] > after and best >= TELLING_AP:
+            shares.append((int(row["epoch"]), ap / best))
+    return shares
+
+
+def all_finite(history: Rows) -> bool:
+    """Whether results.csv holds neither NaN nor infinity."""
+    for row in history:
+        if not all(map(math.isfinite, row.values())):
+            return False
+    return True
 
 
 def loss_over(training: Training, base: Training) -> dict[str, Any] | None:
@@ -193,6 +123,8 @@ def speed(training: Training) -> dict[str, Any]:
     """The best epoch of a training, and how long it took; None where no epoch was validated."""
     history = training.history
     best = best_row(training)
+    rates = [row["time/images_per_s"] for row in history]
+    seconds = [row["time/epoch_s"] for row in history]
     return {
         "epochs": len(history),
         "epochs_planned": training.config["train"]["epochs"],
@@ -200,8 +132,8 @@ def speed(training: Training) -> dict[str, Any]:
         "AP": {state: finite(best[column(AP, state)]) if best else None for state in STATES},
         "train_loss": finite(train_loss(best)) if best else None,
         "val_loss": finite(best[SCORED_VAL_LOSS]) if best else None,
-        "images_per_s": sum(row["time/images_per_s"] for row in history) / len(history),
-        "hours": sum(row["time/epoch_s"] for row in history) / 3600,
+        "images_per_s": sum(rates) / len(rates),
+        "hours": sum(seconds) / 3600,
     }
 
 
@@ -212,21 +144,8 @@ def best_row(training: Training) -> Row | None:
 
 def doubts(evidence: Evidence) -> list[str]:
     """Sentences about what makes the comparison of the variants weaker than it looks."""
-    lines = doubts_of_trainings(list(evidence.trainings.values()))
-    for record in evidence.records:
-        parity = record["gates"].get("parity", {})
-        if parity.get("magnifies_rounding"):
-            off = f"{parity['max_box_px']:.2g} px and {parity['max_score']:.2g} in score"
-            lines.append(
-                f"{record['file']} is off torch by {off}: its network magnifies rounding, and is hardly trained."
-            )
-    base_aps = [metrics["coco"]["AP"] or 0.0 for metrics in evidence.scored if is_baseline(metrics)]
-    if base_aps and max(base_aps) < TELLING_AP:
-        lines.append("The baseline detects next to nothing: differences between such APs say nothing.")
-    devices = {(metrics["runtime"]["device"], metrics["runtime"]["provider"]) for metrics in evidence.scored}
-    if len(devices) > 1:
-        lines.append("The files were timed on different devices or providers: do not compare their latencies.")
-    return lines
+    trainings = list(evidence.trainings.values())
+    return [*doubts_of_trainings(trainings), *doubts_of_files(evidence.records), *doubts_of_scores(evidence.scored)]
 
 
 def doubts_of_trainings(trainings: list[Training]) -> list[str]:
@@ -235,13 +154,37 @@ def doubts_of_trainings(trainings: list[Training]) -> list[str]:
         first = trainings[0]
         if keys := difference(first.config, other.config, ignore=(*MACHINE_KEYS, *FAIR_DIFFERENCES)):
             lines.append(f"{other.label} was trained with another configuration than {first.label}: {', '.join(keys)}.")
-    for key, what in (("code_version", "code"), ("lock_sha256", "package lock"), ("device", "device"), ("gpus", "GPU")):
+    for key, what in COMMON_FACTS.items():
         values = {str(training.environment.get(key)) for training in trainings}
         if len(values) > 1:
             lines.append(f"The variants were trained with different {what}: see Environment.")
     versions = [str(training.environment["code_version"]) for training in trainings]
     if any(version.endswith("-dirty") for version in versions):
         lines.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    return lines
+
+
+def doubts_of_files(records: list[dict[str, Any]]) -> list[str]:
+    """Of the ONNX files, by what `export` recorded of each."""
+    lines = []
+    for record in records:
+        parity = record["gates"].get("parity", {})
+        if parity.get("magnifies_rounding"):
+            off = f"{parity['max_box_px']:.2g} px and {parity['max_score']:.2g} in score"
+            lines.append(
+                f"{record['file']} is off torch by {off}: its network magnifies rounding, and is hardly trained."
+            )
+    return lines
+
+
+def doubts_of_scores(scored: list[Metrics]) -> list[str]:
+    lines = []
+    base_aps = [metrics["coco"]["AP"] or 0.0 for metrics in scored if is_baseline(metrics)]
+    if base_aps and max(base_aps) < TELLING_AP:
+        lines.append("The baseline detects next to nothing: differences between such APs say nothing.")
+    devices = {(metrics["runtime"]["device"], metrics["runtime"]["provider"]) for metrics in scored}
+    if len(devices) > 1:
+        lines.append("The files were timed on different devices or providers: do not compare their latencies.")
     return lines
 
 
@@ -262,15 +205,21 @@ def check_same(first: Evidence, other: Evidence) -> None:
             values = flatten(config)
             seeds = ", ".join(f"{key}={values[key]}" for key in SEEDS)
             raise UserError(f"{names}: {label} has the same seeds in both ({seeds}): train with --set train.seed=N")
-    if not first.scored or not other.scored:
-        raise UserError(f"{names}: {(other if first.scored else first).run.name} has no scores, run 'make eval' first")
-    if meter(measured_alike(first.scored)[0][0]) != meter(measured_alike(other.scored)[0][0]):
+    for evidence in (first, other):
+        if not evidence.scored:
+            raise UserError(f"{names}: {evidence.run.name} has no scores, run 'make eval' first")
+    if first_meter(first) != first_meter(other):
         raise UserError(
             f"{names}: their files were measured differently, run 'make eval' for both with the same settings"
         )
 
 
-def enter_seeds(found: dict[str, Any], evidences: list[Evidence]) -> None:
+def first_meter(evidence: Evidence) -> tuple[Any, ...]:
+    """How the group with the baseline was measured."""
+    return meter(measured_alike(evidence.scored)[0][0])
+
+
+def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
     """Turns the findings of the first run into those of all: `seeds`, `over_runs` of the rows, what the others miss.
 
     seeds.runs has per run its name, its seeds, whether its trainings were healthy, and by folder AP and its differences
@@ -280,49 +229,49 @@ def enter_seeds(found: dict[str, Any], evidences: list[Evidence]) -> None:
     Raises:
         UserError: the runs are not the same but for their seeds.
     """
-    for i, first in enumerate(evidences):
-        for other in evidences[i + 1 :]:
-            check_same(first, other)
-    min_share = found["settings"]["min_share_of_best"]
+    for first, other in combinations(evidences, 2):
+        check_same(first, other)
+    min_share = findings["settings"]["min_share_of_best"]
     runs = [one_run(evidence, min_share) for evidence in evidences]
-    dirs: dict[str, None] = {}
+    over_runs = {}
     for run in runs:
-        dirs |= dict.fromkeys(run["AP"])
-    over_runs = {folder: over_all(runs, folder) for folder in dirs}
-    found["seeds"] = {"runs": runs, "over_runs": over_runs}
-    found["run"] = ", ".join(evidence.run.name for evidence in evidences)
+        for folder in run["AP"]:
+            over_runs[folder] = over_all(runs, folder)
+    findings["seeds"] = {"runs": runs, "over_runs": over_runs}
+    findings["run"] = ", ".join(run["name"] for run in runs)
     for other in evidences[1:]:
-        found["missing"] = [*found["missing"], *(f"{other.run.name}: {line}" for line in other.missing)]
-    for row in found["groups"][0]["rows"]:
+        missing = [f"{other.run.name}: {line}" for line in other.missing]
+        findings["missing"] = [*findings["missing"], *missing]
+    for row in findings["groups"][0]["rows"]:
         row["over_runs"] = over_runs[row["dir"]]
 
 
 def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:
     """The entry of a run in seeds.runs."""
-    first = next(iter(evidence.trainings.values()), None)
-    config = flatten(first.config) if first else {}
-    entry: dict[str, Any] = {"name": evidence.run.name, "seeds": {key: config.get(key) for key in SEEDS}}
-    rows = compare(measured_alike(evidence.scored)[0])
-    for what in MERGED:
-        entry[what] = {row["dir"]: row[what] for row in rows}
-    judged = {label: health(training, min_share) for label, training in evidence.trainings.items()}
-    entry["healthy"] = {label: judgement["healthy"] for label, judgement in judged.items()}
+    trainings = list(evidence.trainings.values())
+    config = flatten(trainings[0].config) if trainings else {}
+    seeds = {key: config.get(key) for key in SEEDS}
+    entry: dict[str, Any] = {"name": evidence.run.name, "seeds": seeds}
+    rows = rows_of(measured_alike(evidence.scored)[0])
+    for value in MERGED:
+        entry[value] = {row["dir"]: row[value] for row in rows}
+    entry["healthy"] = {training.label: health(training, min_share)["healthy"] for training in trainings}
     return entry
 
 
 def over_all(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
     """Number, mean and spread of every merged value of a scored folder."""
     merged = {}
-    for what in MERGED:
-        merged[what] = spread([run[what].get(folder) for run in runs])
+    for value in MERGED:
+        merged[value] = spread([run[value].get(folder) for run in runs])
     return merged
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:
     """Number, mean and sample standard deviation (n - 1) of the values that are there."""
-    there = [value for value in values if value is not None]
+    measured = [value for value in values if value is not None]
     return {
-        "n": len(there),
-        "mean": statistics.fmean(there) if there else None,
-        "sd": statistics.stdev(there) if len(there) > 1 else None,
+        "n": len(measured),
+        "mean": statistics.fmean(measured) if measured else None,
+        "sd": statistics.stdev(measured) if len(measured) > 1 else None,
     }

@@ -44,7 +44,7 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
     Raises:
         UserError: the run has no report, or was published before and `force` is not set.
     """
-    found = read_json(run.root / "report.json", "report")
+    findings = read_json(run.root / "report.json", "report")
     if not run.summary.exists():
         raise UserError(f"{run.summary} is missing: run 'make report' first")
     target = run.runs_dir / "reports" / run.name
@@ -57,7 +57,7 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
     text = without_dead_ends(text, target)
     write_text(target / "summary.md", text)
     write_text(target / "summary.html", page(text, target, run.name))
-    append_log(run.runs_dir / "LOG.md", entry(evidence, found, aim))
+    append_log(run.runs_dir / "LOG.md", entry(evidence, findings, aim))
     log.info("publish: %s, and an entry in %s", target, run.runs_dir / "LOG.md")
 
 
@@ -90,7 +90,7 @@ def without_dead_ends(text: str, target: Path) -> str:
     return f"{title}\n{rest.rstrip()}\n\n{note}\n"
 
 
-def entry(evidence: Evidence, found: dict[str, Any], aim: str | None) -> str:
+def entry(evidence: Evidence, findings: dict[str, Any], aim: str | None) -> str:
     """Markdown of one entry: aim, command, commit, machine, result, verdict."""
     environments = [training.environment for training in evidence.trainings.values()]
     environments += [metrics["environment"] for metrics in evidence.scored]
@@ -99,13 +99,13 @@ def entry(evidence: Evidence, found: dict[str, Any], aim: str | None) -> str:
         "command": listed(f"`{environment['command']}`" for environment in environments),
         "commit": listed(str(environment.get("code_version")) for environment in environments),
         "machine": listed(machine(environment) for environment in environments),
-        "result": "; ".join(results(found)) or "nothing was scored",
-        "verdict": " ".join([*verdict(found), *health_lines(found)]),
-        "missing": "; ".join(found["missing"]) or "nothing",
+        "result": "; ".join(results(findings)) or "nothing was scored",
+        "verdict": " ".join([*verdict(findings), *health_lines(findings)]),
+        "missing": "; ".join(findings["missing"]) or "nothing",
         "report": f"[reports/{evidence.run.name}/summary.md](reports/{evidence.run.name}/summary.md)",
     }
     lines = [f"- **{name}:** {value}" for name, value in facts.items()]
-    return "\n".join([f"## {utc_now()[:10]} {found['run']}", "", *lines])
+    return "\n".join([f"## {utc_now()[:10]} {findings['run']}", "", *lines])
 
 
 def listed(values: Iterable[str]) -> str:
@@ -127,11 +127,11 @@ def machine(environment: dict[str, Any]) -> str:
     return listed(gpus) if gpus else f"{environment.get('cpu_count')} CPU cores, no GPU"
 
 
-def results(found: dict[str, Any]) -> list[str]:
+def results(findings: dict[str, Any]) -> list[str]:
     """One part for every table: how it was measured, AP of each row and its difference to the baseline."""
     parts = []
-    for group in found["groups"]:
-        n = len(found["seeds"]["runs"]) if found["seeds"] else 1
+    for group in findings["groups"]:
+        n = len(findings["seeds"]["runs"]) if findings["seeds"] else 1
         rows = []
         for row in group["rows"]:
             difference = "" if row["AP_difference"] is None else f" ({difference_text(row)})"

@@ -35,16 +35,16 @@ def report(config: Config, run: RunRoot, force: bool, others: Sequence[RunRoot] 
         SystemExit: (1) report.min_ap50 is set and a variant stays below it, or none was scored.
     """
     evidence = gather(run)
-    found = findings(evidence, config.report)
+    findings = findings(evidence, config.report)
     if others:
-        enter_seeds(found, [evidence, *map(gather, others)])
-    write_json(run.root / "report.json", found)
+        enter_seeds(findings, [evidence, *map(gather, others)])
+    write_json(run.root / "report.json", findings)
     figures = make_figures(evidence, config.report)
-    text = summary(evidence, found, figures)
+    text = summary(evidence, findings, figures)
     write_text(run.summary, text)
-    write_text(run.summary.with_suffix(".html"), page(text, run.root, found["run"]))
+    write_text(run.summary.with_suffix(".html"), page(text, run.root, findings["run"]))
     record_stage(run, "report", {"file": run.summary.name})
-    for line in [*tables(evidence.scored, found), "", *(f"missing: {line}" for line in found["missing"])]:
+    for line in [*tables(evidence.scored, findings), "", *(f"missing: {line}" for line in findings["missing"])]:
         log.info("%s", line)
     log.info("report: %s", run.summary)
     check_min_ap50(evidence, config.report.min_ap50)

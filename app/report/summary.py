@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from app.coco.detail import Metrics
@@ -11,54 +11,64 @@ from app.coco.score import STATS
 from app.core.labels import Label, scored_name
 from app.report.appendix import appendix
 from app.report.evidence import Evidence
-from app.report.findings import TELLING_AP, judged_labels, measured_alike
+from app.report.findings import TELLING_AP, Findings
+from app.report.groups import judged_labels, measured_alike
 from app.report.tables import markdown_table, number, plain, signed
 
-Findings = dict[str, Any]
+COLUMN_WORDS = {"AP": "AP", "AP_difference": "difference"}
 HEALTH_WORDS = {True: "yes", False: "**no**", None: "?"}
 ANOTHER_METER = "Set apart: measured otherwise, not to be compared with the rows above. "
 
 
-def summary(evidence: Evidence, found: Findings, figures: list[str]) -> str:
+def summary(evidence: Evidence, findings: Findings, figures: list[str]) -> str:
     """The whole page; `figures` are blocks of Markdown."""
     parts = [
-        f"# What 4-bit weights cost: run `{found['run']}`",
-        "\n\n".join([*verdict(found), *health_lines(found)]),
-        *section("## Missing in this run", [f"- {plain(line)}" for line in found["missing"]]),
-        "\n".join(tables(evidence.scored, found)),
-        *section("## Seeds", seeds_lines(found)),
-        *section("## Read this before you compare", [f"- {line}" for line in caveats(evidence, found)]),
+        f"# What 4-bit weights cost: run `{findings['run']}`",
+        "\n\n".join([*verdict(findings), *health_lines(findings)]),
+        *section("## Missing in this run", bullets(findings["missing"])),
+        "\n".join(tables(evidence.scored, findings)),
+        *section("## Seeds", seeds_lines(findings)),
+        *section("## Read this before you compare", bullets(caveats(evidence, findings))),
         *section("## Pictures", ["\n\n".join(figures)] if figures else []),
-        *section("## All COCO numbers", coco_tables(evidence.scored, found)),
-        *appendix(evidence, found),
+        *section("## All COCO numbers", coco_tables(evidence.scored, findings)),
+        *appendix(evidence, findings),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def section(title: str, lines: list[str]) -> list[str]:
     return [title, "\n".join(lines)] if lines else []
 
 
-def verdict(found: Findings) -> list[str]:
+def bullets(sentences: list[str]) -> list[str]:
+    return [f"- {plain(sentence)}" for sentence in sentences]
+
+
+def verdict(findings: Findings) -> list[str]:
     """A paragraph for every judged model; only rows of one table are ever set against each other."""
     lines = []
-    for group in found["groups"]:
-        chosen = judged_labels([Label.parse(row["label"]) for row in group["rows"]])
-        lines += [_sentence(row, group) for row in group["rows"] if Label.parse(row["label"]) in chosen]
+    for group in findings["groups"]:
+        labels = [Label.parse(row["label"]) for row in group["rows"]]
+        judged = judged_labels(labels)
+        for row, label in zip(group["rows"], labels, strict=True):
+            if label in judged:
+                lines.append(_sentence(row, group))
     return lines or ["**No verdict:** no quantized variant was scored."]
 
 
 def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
-    base = group["rows"][0]
+    base, label = group["rows"][0], plain(row["label"])
     if row["AP_difference"] is None:
         return (
-            f"**{row['label']}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
+            f"**{label}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
             f"same way ({describe(group['measured'])})."
         )
-    over = row["over_runs"]
-    runs = f"; mean ± sample standard deviation over {over['AP_difference']['n']} runs with other seeds" if over else ""
+    runs = ""
+    if row["over_runs"]:
+        n_runs = row["over_runs"]["AP_difference"]["n"]
+        runs = f"; mean ± sample standard deviation over {n_runs} runs with other seeds"
     return (
-        f"**{row['label']}: AP {ap_text(row)} against {ap_text(base)} of the FP16 training, {difference_text(row)}** "
+        f"**{label}: AP {ap_text(row)} against {ap_text(base)} of the FP16 training, {difference_text(row)}** "
         f"({sample(group['measured'])}{runs}).{_without_training(row, group)} The file has {row['size_mb']:.2f} MB "
         f"against {base['size_mb']:.2f} MB, {row['size_share']:.2f} of it.{_packed(row, group)} One image takes "
         f"{row['p50_ms']:.2f} ms against {base['p50_ms']:.2f} ms (p50, {row['provider']}, float arithmetic: see below)."
@@ -92,8 +102,8 @@ def _text(row: dict[str, Any], key: str, write: Callable[[float | None], str]) -
     """The value of this run, or mean ± spread where runs were merged."""
     if row["over_runs"] is None:
         return write(row[key])
-    over = row["over_runs"][key]
-    return write(over["mean"]) + ("" if over["sd"] is None else f" ± {number(over['sd'])}")
+    mean, sd = row["over_runs"][key]["mean"], row["over_runs"][key]["sd"]
+    return write(mean) if sd is None else f"{write(mean)} ± {number(sd)}"
 
 
 def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
@@ -105,22 +115,24 @@ def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
     return ""
 
 
-def health_lines(found: Findings) -> list[str]:
-    if not found["health"]:
+def health_lines(findings: Findings) -> list[str]:
+    if not findings["health"]:
         return []
-    share = found["settings"]["min_share_of_best"]
-    sentences = [f"{label} {_health(judged, share)}" for label, judged in found["health"].items()]
-    return [f"**Training:** {'; '.join(sentences)}.", *losses_lines(found)]
+    share = findings["settings"]["min_share_of_best"]
+    sentences = []
+    for label, judged in findings["health"].items():
+        sentences.append(f"{plain(label)} {_health(judged, share)}")
+    return [f"**Training:** {'; '.join(sentences)}.", *losses_lines(findings)]
 
 
-def losses_lines(found: Findings) -> list[str]:
+def losses_lines(findings: Findings) -> list[str]:
     """Whether what is scored is what was trained, in losses: they differ less from seed to seed than AP does."""
     parts = []
-    for label, over in found["losses"].items():
+    for label, over in findings["losses"].items():
         if over:
             parts.append(
-                f"at epoch {over['epoch']} {label}'s differ from fp16's by {signed(over['train'])} on train images and "
-                f"{signed(over['val'])} on validation images"
+                f"at epoch {over['epoch']} {plain(label)}'s differ from fp16's by {signed(over['train'])} on train "
+                f"images and {signed(over['val'])} on validation images"
             )
     note = (
         "Where the second is larger by whole units, what is scored is not what was trained; tenths are what one short "
@@ -140,10 +152,10 @@ def _health(judged: dict[str, Any], share: float) -> str:
     return f"is **not healthy**, its AP fell to {lowest:.3f} of its running best at epoch {epoch} (warm-up: {after})"
 
 
-def tables(scored: list[Metrics], found: Findings) -> list[str]:
+def tables(scored: list[Metrics], findings: Findings) -> list[str]:
     """One table for every group of rows measured alike, each under a line that says how."""
     lines: list[str] = []
-    for group, about in zip(measured_alike(scored), found["groups"], strict=True):
+    for group, about in zip(measured_alike(scored), findings["groups"], strict=True):
         how = describe(about["measured"])
         lines += ["", ANOTHER_METER + how, ""] if lines else [how, ""]
         lines += _rows(group, about["rows"])
@@ -155,7 +167,7 @@ def sample(measured: dict[str, Any]) -> str:
     images = f"{measured['n_images']:,} images"
     if measured["subset"]:
         images = f"SUBSET of {measured['n_images']:,} of {measured['n_images_listed']:,} images"
-    return f"{measured['title']}, {measured['split']}, {images}"
+    return plain(f"{measured['title']}, {measured['split']}, {images}")
 
 
 def describe(measured: dict[str, Any]) -> str:
@@ -170,32 +182,62 @@ def describe(measured: dict[str, Any]) -> str:
 def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     cells = [["variant", "AP", "difference", "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
     for metrics, row in zip(group, rows, strict=True):
-        cells.append([
-            row["label"], ap_text(row), difference_text(row), number(metrics["coco"]["AP50"]),
-            f"{row['size_mb']:.2f}", f"{row['p50_ms']:.2f}", f"{metrics['latency_ms']['p90']:.2f}", row["provider"],
-            metrics["model"]["file"],
-        ])  # fmt: skip
+        cells.append(
+            [
+                row["label"],
+                ap_text(row),
+                difference_text(row),
+                number(metrics["coco"]["AP50"]),
+                f"{row['size_mb']:.2f}",
+                f"{row['p50_ms']:.2f}",
+                f"{metrics['latency_ms']['p90']:.2f}",
+                row["provider"],
+                metrics["model"]["file"],
+            ]
+        )
     return markdown_table(cells)
 
 
-def seeds_lines(found: Findings) -> list[str]:
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of seeds: one value (AP or AP_difference) of one scored folder."""
+
+    value: str
+    folder: str
+    write: Callable[[float | None], str]
+
+    @property
+    def title(self) -> str:
+        return f"{COLUMN_WORDS[self.value]} {self.folder}"
+
+    def of_run(self, run: dict[str, Any]) -> str:
+        return self.write(run[self.value].get(self.folder))
+
+    def over_runs(self, over_runs: dict[str, Any], statistic: str) -> str:
+        """n, the mean or the standard deviation."""
+        result = over_runs[self.folder][self.value][statistic]
+        return str(result) if statistic == "n" else self.write(result)
+
+
+def seeds_lines(findings: Findings) -> list[str]:
     """A row for every merged run, then their means and spreads; nothing for a single run."""
-    if found["seeds"] is None:
+    if findings["seeds"] is None:
         return []
-    runs, over_runs = found["seeds"]["runs"], found["seeds"]["over_runs"]
-    seeds, dirs = list(runs[0]["seeds"]), list(over_runs)
-    compared = [folder for folder in dirs if over_runs[folder]["AP_difference"]["n"]]
-    aps, differences = [f"AP {folder}" for folder in dirs], [f"difference {folder}" for folder in compared]
-    cells = [["run", *seeds, *aps, *differences, "healthy"]]
+    runs, over_runs = findings["seeds"]["runs"], findings["seeds"]["over_runs"]
+    columns = [Column("AP", folder, number) for folder in over_runs]
+    for folder, merged in over_runs.items():
+        if merged["AP_difference"]["n"]:
+            columns.append(Column("AP_difference", folder, signed))
+    cells = [["run", *runs[0]["seeds"], *(column.title for column in columns), "healthy"]]
     for run in runs:
-        aps = [number(run["AP"].get(folder)) for folder in dirs]
-        differences = [signed(run["AP_difference"].get(folder)) for folder in compared]
+        seeds = map(str, run["seeds"].values())
+        values = [column.of_run(run) for column in columns]
         healthy = [f"{label} {HEALTH_WORDS[judgement]}" for label, judgement in run["healthy"].items()]
-        cells.append([run["name"], *map(str, run["seeds"].values()), *aps, *differences, ", ".join(healthy)])
-    for what in ("n", "mean", "sd"):
-        aps = [_cell(over_runs[folder]["AP"][what], number) for folder in dirs]
-        differences = [_cell(over_runs[folder]["AP_difference"][what], signed) for folder in compared]
-        cells.append([what, *[""] * len(seeds), *aps, *differences, ""])
+        cells.append([run["name"], *seeds, *values, ", ".join(healthy)])
+    no_seeds = [""] * len(runs[0]["seeds"])
+    for statistic in ("n", "mean", "sd"):
+        values = [column.over_runs(over_runs, statistic) for column in columns]
+        cells.append([statistic, *no_seeds, *values, ""])
     note = (
         "sd is the sample standard deviation; the difference is taken within each run, against its own baseline. "
         "Sizes, latencies, pictures and all that follows are those of the first run."
@@ -203,17 +245,13 @@ def seeds_lines(found: Findings) -> list[str]:
     return [*markdown_table(cells), "", note]
 
 
-def _cell(value: float | None, write: Callable[[float | None], str]) -> str:
-    """A count as it is, everything else as `write` writes it."""
-    return str(value) if isinstance(value, int) else write(value)
-
-
-def caveats(evidence: Evidence, found: Findings) -> list[str]:
+def caveats(evidence: Evidence, findings: Findings) -> list[str]:
     """What the numbers do not say."""
     if not evidence.scored:
-        return found["doubts"]
-    once = "One training each (n=1): a difference smaller than the spread between seeds says nothing."
-    lines = [*([] if found["seeds"] else [once]), *found["doubts"]]
+        return findings["doubts"]
+    lines = list(findings["doubts"])
+    if not findings["seeds"]:
+        lines.insert(0, "One training each (n=1): a difference smaller than the spread between seeds says nothing.")
     if not all(metrics["dataset"]["complete_coco_val"] for metrics in evidence.scored):
         lines.append("Not measured on the whole of COCO val2017: never compare these numbers with published ones.")
     timed = evidence.scored[0]["latency_ms"]
@@ -229,13 +267,15 @@ def caveats(evidence: Evidence, found: Findings) -> list[str]:
     return lines
 
 
-def coco_tables(scored: list[Metrics], found: Findings) -> list[str]:
+def coco_tables(scored: list[Metrics], findings: Findings) -> list[str]:
     """The twelve numbers of every row, a table for every group of rows measured alike."""
     lines: list[str] = []
-    for group, about in zip(measured_alike(scored), found["groups"], strict=True):
+    for group, about in zip(measured_alike(scored), findings["groups"], strict=True):
         lines += ["", ANOTHER_METER + describe(about["measured"]), ""] if lines else []
-        cells = [["", *(scored_name(metrics["dir"]) for metrics in group)]]
-        for name in STATS:
-            cells.append([name, *(number(metrics["coco"][name]) for metrics in group)])
+        names = [scored_name(metrics["dir"]) for metrics in group]
+        cells = [["", *names]]
+        for stat in STATS:
+            values = [number(metrics["coco"][stat]) for metrics in group]
+            cells.append([stat, *values])
         lines += markdown_table(cells)
     return lines

@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 MISSING = "-"
+MIN_WIDTH = 3  # characters of a column: a rule needs as many
 
 
 def markdown_table(cells: list[list[str]], text_columns: int = 1) -> list[str]:
     """Aligned, so that it reads well on a terminal too; all but the first columns are right-aligned."""
-    rows = [[plain(cell) for cell in row] for row in cells]
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width if i < text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return [_line(row, widths, text_columns) for row in (rows[0], rule, *rows[1:])]
+    rows = [list(map(plain, row)) for row in cells]
+    widths = column_widths(rows)
+    lines = [_line(row, widths, text_columns) for row in rows]
+    return [lines[0], _rule(widths, text_columns), *lines[1:]]
+
+
+def column_widths(rows: list[list[str]]) -> list[int]:
+    """Characters of the longest cell of each column."""
+    widths = []
+    for column in zip(*rows, strict=True):
+        longest = max(map(len, column))
+        widths.append(max(MIN_WIDTH, longest))
+    return widths
 
 
 def _line(row: list[str], widths: list[int], text_columns: int) -> str:
     padded = []
     for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
         padded.append(cell.ljust(width) if i < text_columns else cell.rjust(width))
-    return "| " + " | ".join(padded) + " |"
+    return _joined(padded)
+
+
+def _rule(widths: list[int], text_columns: int) -> str:
+    """The line below the header; a colon at its end aligns a column to the right."""
+    dashes = []
+    for i, width in enumerate(widths):
+        end = "-" if i < text_columns else ":"
+        dashes.append("-" * (width - 1) + end)
+    return _joined(dashes)
+
+
+def _joined(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def plain(text: str) -> str:
@@ -26,8 +49,12 @@ def plain(text: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    return MISSING if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return MISSING
+    return f"{value:.{digits}f}"
 
 
 def signed(value: float | None) -> str:
-    return MISSING if value is None else f"{value:+.4f}"
+    if value is None:
+        return MISSING
+    return f"{value:+.4f}"

@@ -6,9 +6,6 @@ import contextlib
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from app.core.config import (
     WITHOUT_EFFECT,
@@ -51,8 +48,8 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE) -> No
     with log_file(out_dir / "log.txt") if ranks.is_main else contextlib.nullcontext():
         trainer = Trainer(config, run, device, ranks)
         if ranks.is_main:
-            write_json(out_dir / "env.json", {**environment(), **facts_of(trainer)})
-        log.info("train %s: %s", config.label, headline(trainer))
+            write_json(out_dir / "env.json", {**environment(), **trainer.facts()})
+        log.info("train %s: %s", config.label, trainer.headline())
         loop = Loop(trainer)
         loop.run()
     if not ranks.is_main:
@@ -62,28 +59,6 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE) -> No
     facts = {"epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
     record_stage(run, f"train {config.label}", facts)
     write_json(out_dir / "done.json", {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
-
-
-def facts_of(trainer: Trainer) -> dict[str, Any]:
-    """What training really uses, for env.json."""
-    args, amp = trainer.args, trainer.config.train.amp
-    return {
-        "device": str(trainer.device), "processes": trainer.ranks.n, "workers": args.workers, "seed": args.seed,
-        "deterministic": args.deterministic, "amp_requested": amp, "amp": amp and trainer.device.type == "cuda",
-        "torch_threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
-def headline(trainer: Trainer) -> str:
-    """One line: what is trained on what, how and where."""
-    settings, n, device = trainer.config.train, trainer.ranks.n, trainer.device
-    n_images, title = trainer.provenance["splits"]["train"]["n_images"], trainer.provenance["title"]
-    precision = "FP16 autocast" if settings.amp and device.type == "cuda" else "float32"
-    return (
-        f"{Path(trainer.config.model).stem} from random weights, {n_images:,} images of {title}, "
-        f"{settings.epochs} epochs, batch {settings.batch}, {settings.imgsz} px, {precision}, "
-        + (f"{n} processes, {device.type}" if n > 1 else str(device))
-    )
 
 
 def make_ready(config: Config, run: RunRoot, force: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -76,6 +77,26 @@ class Trainer(DetectionTrainer):
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
         self.net.criterion = criterion_of_part(self.net, self.ranks)
         self.ema.decay = lambda x: ema_decay(self.config.train, x)
+
+    def facts(self) -> dict[str, Any]:
+        """What training really uses, for env.json."""
+        args, amp = self.args, self.config.train.amp
+        return {
+            "device": str(self.device), "processes": self.ranks.n, "workers": args.workers, "seed": args.seed,
+            "deterministic": args.deterministic, "amp_requested": amp, "amp": amp and self.device.type == "cuda",
+            "torch_threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+    def headline(self) -> str:
+        """One line: what is trained on what, how and where."""
+        train, n = self.config.train, self.ranks.n
+        n_images, title = self.provenance["splits"]["train"]["n_images"], self.provenance["title"]
+        precision = "FP16 autocast" if train.amp and self.device.type == "cuda" else "float32"
+        return (
+            f"{Path(self.config.model).stem} from random weights, {n_images:,} images of {title}, "
+            f"{train.epochs} epochs, batch {train.batch}, {train.imgsz} px, {precision}, "
+            + (f"{n} processes, {self.device.type}" if n > 1 else str(self.device))
+        )
 
     @property
     def net(self) -> Any:

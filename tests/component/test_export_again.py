@@ -20,10 +20,13 @@ from app.export.export import export, load_trained, write_file
 from app.export.gates import run_file
 from app.export.graphs import quant_weights
 from app.export.trace import parity_images
+from app.quant import schemes
+from app.quant.schemes import Rule
 from tests.support.export_run import (
     EVERY_BLOCK,
     IMGSZ,
     N_TINY,
+    TINY,
     TINY_SETS,
     config_of,
     copy_of,
@@ -31,7 +34,6 @@ from tests.support.export_run import (
     network,
     write_checkpoint,
 )
-from tests.support.tiny import LAYERS
 
 BOTH = "export.contracts=[raw,end2end]"
 STEMS = ["yolov10n-baseline-fp32", "yolov10n-baseline-fp16", "yolov10n-w4a16-qcdq-qat", "yolov10n-w4a16-int4-qat"]
@@ -39,7 +41,7 @@ STEMS = ["yolov10n-baseline-fp32", "yolov10n-baseline-fp16", "yolov10n-w4a16-qcd
 
 @pytest.fixture(autouse=True)
 def tiny() -> Iterator[None]:
-    with network(LAYERS):
+    with network(TINY):
         yield
 
 
@@ -99,8 +101,12 @@ def test_a_network_that_magnifies_rounding_is_named(
     assert "this one magnifies rounding" in caplog.text
 
 
-def test_dynamic_batch(tmp_path: Path) -> None:
-    """Of every kind of block: what a trace fixes, such as the sizes that an attention reads, would fix the batch."""
+def test_dynamic_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of block: what a trace fixes, such as the sizes that an attention reads, would fix the batch.
+
+    The attention is quantized; Brevitas takes long for each layer.
+    """
+    monkeypatch.setitem(schemes.SCHEMES, "w4a16", (Rule("model.7.*", 4, "attention"), Rule("*", None, "the rest")))
     with network(EVERY_BLOCK):
         run = make_run(tmp_path, "export.dynamic=true", BOTH)
         export(config_of(run, "qat", "export.dynamic=true", BOTH), run, force=False)

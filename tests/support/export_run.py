@@ -31,7 +31,19 @@ SETS = [
 ]
 # Small enough for ptq, which re-estimates BatchNorm on train batches.
 TINY_SETS = ("train.batch=2", "train.bn_batches=2")
-N_TINY = 29  # quantized convolutions of tests/support/tiny.py's LAYERS with one head; DFL's is the 30th
+# Three levels, so that raw and end2end outputs have the shapes of YOLOv10's.
+TINY = {
+    "nc": 80,
+    "backbone": [
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+    ],
+    "head": [[[2, 3, 4], 1, "v10Detect", ["nc"]]],
+}
+N_TINY = 29  # its convolutions with one head, without DFL's
 # Every kind of block of YOLOv10 once, and as small as the attention allows: it has heads of 64 channels.
 EVERY_BLOCK = {
     "nc": 80,

@@ -1,0 +1,131 @@
+"""Groups of scored files that were measured alike, and what each file has against the baseline of its group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.coco.detail import Metrics
+from app.core.labels import BASELINE, Label
+from app.report.evidence import label_of
+
+N_HASH = 12  # hex digits of a hash on the page; the whole one is in metrics.json
+DATASET_KEYS = ("title", "split", "n_images", "n_images_listed", "subset", "complete_coco_val")
+
+
+def meter(metrics: Metrics) -> tuple[Any, ...]:
+    """What must be equal for two rows to share a table: images, annotations, input size, thresholds, evaluator."""
+    dataset, settings = metrics["dataset"], metrics["settings"]
+    return (
+        dataset["annotation_sha256"],
+        dataset["image_ids_sha256"],
+        metrics["model"]["imgsz"],
+        settings["conf"],
+        settings["max_det"],
+        settings["evaluator"],
+    )
+
+
+def describe_meter(metrics: Metrics) -> dict[str, Any]:
+    """How a group was measured, for the line above its table."""
+    dataset, settings = metrics["dataset"], metrics["settings"]
+    facts = {key: dataset[key] for key in DATASET_KEYS}
+    return {
+        **facts,
+        "annotations": dataset["annotation_sha256"][:N_HASH],
+        "images": dataset["image_ids_sha256"][:N_HASH],
+        "imgsz": metrics["model"]["imgsz"],
+        "conf": settings["conf"],
+        "max_det": settings["max_det"],
+        "evaluator": settings["evaluator"],
+    }
+
+
+def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:
+    """Groups of equal meter; the group with the baseline first, then those with more images."""
+    groups: dict[tuple[Any, ...], list[Metrics]] = {}
+    for metrics in scored:
+        groups.setdefault(meter(metrics), []).append(metrics)
+    return sorted(groups.values(), key=_page_order)
+
+
+def _page_order(group: list[Metrics]) -> tuple[bool, int]:
+    first = group[0]
+    return not is_baseline(first), -first["dataset"]["n_images"]
+
+
+def is_baseline(metrics: Metrics) -> bool:
+    return metrics["dir"] == BASELINE.scores_dir
+
+
+def rows_of(group: list[Metrics]) -> list[dict[str, Any]]:
+    """A row for every file of a group: AP and size against the baseline of the same group, None without one."""
+    return [_row(metrics, group) for metrics in group]
+
+
+def _row(metrics: Metrics, group: list[Metrics]) -> dict[str, Any]:
+    model, ap = metrics["model"], metrics["coco"]["AP"]
+    base = group[0]
+    ap_difference, size_share = None, None
+    if is_baseline(base) and metrics is not base:
+        ap_difference = change(base["coco"]["AP"], ap)
+        size_share = model["size_bytes"] / base["model"]["size_bytes"]
+    return {
+        "dir": metrics["dir"],
+        "label": model["label"],
+        "file": model["file"],
+        "AP": ap,
+        "AP_difference": ap_difference,
+        "size_mb": model["size_bytes"] / 1e6,
+        "size_share": size_share,
+        "AP_over_ptq": over_ptq(metrics, group),
+        "p50_ms": metrics["latency_ms"]["p50"],
+        "provider": metrics["runtime"]["provider"].removesuffix("ExecutionProvider"),
+        "over_runs": None,
+    }
+
+
+def change(old: float | None, new: float | None) -> float | None:
+    """new - old, where both could be measured."""
+    if old is None or new is None:
+        return None
+    return new - old
+
+
+def over_ptq(metrics: Metrics, group: list[Metrics]) -> float | None:
+    """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare."""
+    label, ap = label_of(metrics), metrics["coco"]["AP"]
+    if label.method != "qat" or label.is_repacked or ap is None:
+        return None
+    ptq_aps = []
+    for other in group:
+        rival, rival_ap = label_of(other), other["coco"]["AP"]
+        is_ptq = rival.method == "ptq" and rival.scheme == label.scheme and not rival.is_repacked
+        if is_ptq and rival_ap is not None:
+            ptq_aps.append(rival_ap)
+    return ap - max(ptq_aps) if ptq_aps else None
+
+
+def judged_labels(labels: list[Label]) -> list[Label]:
+    """The quantized models that get a verdict and figures of their own: QAT, and PTQ where its scheme was not trained.
+
+    Repacked files are left out, as they hold the weights of another one.
+    """
+    quantized = [label for label in labels if label.is_quantized and not label.is_repacked]
+    trained = {label.scheme for label in quantized if label.method == "qat"}
+    judged = []
+    for label in quantized:
+        if label.method == "qat" or label.scheme not in trained:
+            judged.append(label)
+    return judged
+
+
+def shown_apart(group: list[Metrics]) -> list[Metrics]:
+    """The rows that get figures of their own, see judged_labels."""
+    labels = judged_labels(list(map(label_of, group)))
+    return [metrics for metrics in group if label_of(metrics) in labels]
+
+
+def distinct(group: list[Metrics]) -> list[Metrics]:
+    """The rows without files that hold the weights of another row."""
+    originals = [metrics for metrics in group if not label_of(metrics).is_repacked]
+    return originals or group

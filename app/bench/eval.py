@@ -51,7 +51,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Amount:
-    """How many turns, and to how many images at least our evaluator's are repeated at last; None: COPIES."""
+    """Size of the measurement: turns, and images (at least) of our evaluator's last call; None: by COPIES."""
 
     n_rounds: int
     n_images: int | None
@@ -64,8 +64,9 @@ class Amount:
 
 
 def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: Path | None, amount: Amount) -> None:
-    """Times both evaluators in turns, each in a process of its own, then ours with the images repeated, and writes
-    bench-eval.json.
+    """Times both evaluators in turns, each in a process of its own, then ours with the images repeated.
+
+    Writes bench-eval.json.
 
     Args:
         run: its val images are scored; its exported baseline is the file, unless `onnx_path` names another.
@@ -82,24 +83,38 @@ def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: P
     recorded = run_stock(given, model, record=True)  # untimed: it warms the caches of both sides and keeps detections
     warm = run_ours(given, 1)
     explained = explain(given.truth, [image.id for image in given.images], warm["out_dir"], recorded)
-    turns = []
-    for turn in range(amount.n_rounds):
-        ours, stock = run_ours(given, 1), run_stock(given, model, record=False)
-        turns.append({OURS: ours, STOCK: stock, SESSION: time_session(given, model)})
-        times = [f"{name} {side['total_s']:.2f} s" for name, side in turns[-1].items()]
-        log.info("turn %d: %s", turn + 1, ", ".join(times))
+    turns = take_turns(given, model, amount.n_rounds)
     n_images = len(given.images)
     repeated = {}
     for n_times in amount.copies(n_images):
         repeated[str(n_images * n_times)] = run_ours(given, n_times)
     result = {
-        "file": given.onnx_path.name, "contract": model.contract, "imgsz": model.imgsz, "n_images": n_images,
-        "provider": model.provider, "device": cpu_name() if model.provider == CPU else gpu_name(),
-        "batch": model.batch or given.settings.batch, "turns": turns, "ours_by_images": repeated, **judge(turns),
-        "AP": explained, "environment": environment(),
-    }  # fmt: skip
+        "file": given.onnx_path.name,
+        "contract": model.contract,
+        "imgsz": model.imgsz,
+        "n_images": n_images,
+        "provider": model.provider,
+        "device": cpu_name() if model.provider == CPU else gpu_name(),
+        "batch": model.batch or given.settings.batch,
+        "turns": turns,
+        "ours_by_images": repeated,
+        **judge(turns),
+        "AP": explained,
+        "environment": environment(),
+    }
     write_json(run.root / "bench-eval.json", result)
     show(result)
+
+
+def take_turns(given: Given, model: Model, n_rounds: int) -> list[dict[str, Any]]:
+    """Runs every side once a round; a round gives side -> its times."""
+    turns = []
+    for number in range(1, n_rounds + 1):
+        ours, stock = run_ours(given, 1), run_stock(given, model, record=False)
+        turns.append({OURS: ours, STOCK: stock, SESSION: time_session(given, model)})
+        times = [f"{name} {side['total_s']:.2f} s" for name, side in turns[-1].items()]
+        log.info("turn %d: %s", number, ", ".join(times))
+    return turns
 
 
 def set_up(config: Config, run: RunRoot, onnx_path: Path) -> Given:
@@ -231,13 +246,15 @@ def time_session(given: Given, model: Model) -> dict[str, float]:
 
 def judge(turns: list[dict[str, Any]]) -> dict[str, float]:
     """Medians over the turns of our evaluator's ratios within a turn."""
-    ratios: dict[str, list[float]] = {
-        "share_in_onnxruntime": [], "to_pure_session": [], "to_yolo_val": [], "process_to_yolo_val": [],
-    }  # fmt: skip
+    ratios: dict[str, list[float]] = {}
     for turn in turns:
         ours, stock, session = turn[OURS], turn[STOCK], turn[SESSION]
-        ratios["share_in_onnxruntime"].append(ours["session_s"] / ours["total_s"])
-        ratios["to_pure_session"].append(ours["total_s"] / session["total_s"])
-        ratios["to_yolo_val"].append(ours["total_s"] / stock["total_s"])
-        ratios["process_to_yolo_val"].append(ours["process_s"] / stock["process_s"])
+        of_turn = {
+            "share_in_onnxruntime": ours["session_s"] / ours["total_s"],
+            "to_pure_session": ours["total_s"] / session["total_s"],
+            "to_yolo_val": ours["total_s"] / stock["total_s"],
+            "process_to_yolo_val": ours["process_s"] / stock["process_s"],
+        }
+        for name, ratio in of_turn.items():
+            ratios.setdefault(name, []).append(ratio)
     return {name: statistics.median(values) for name, values in ratios.items()}

@@ -39,10 +39,16 @@ def side_cells(result: dict[str, Any], session_s: float) -> Cells:
         for key in ("total_s", "session_s", "process_s", "peak_mib"):
             medians[key] = statistics.median(side[key] for side in sides)
         total_s = medians["total_s"]
-        cells.append([
-            name, f"{n_images / total_s:.1f}", f"{total_s:.2f}", f"{medians['session_s'] / total_s:.3f}",
-            f"{medians['process_s']:.2f}", f"{medians['peak_mib']:.0f}", f"{sides[0]['AP']:.4f}",
-        ])  # fmt: skip
+        row = [
+            name,
+            f"{n_images / total_s:.1f}",
+            f"{total_s:.2f}",
+            f"{medians['session_s'] / total_s:.3f}",
+            f"{medians['process_s']:.2f}",
+            f"{medians['peak_mib']:.0f}",
+            f"{sides[0]['AP']:.4f}",
+        ]
+        cells.append(row)
     rate = f"{n_images / session_s:.1f}"
     cells.append(["session alone", rate, f"{session_s:.2f}", "1.000", MISSING, MISSING, MISSING])
     return cells

@@ -52,20 +52,25 @@ def explain(truth: COCO, ids: list[int], ours_dir: str, recorded: dict[str, Any]
         before = ap
     our_table, their_table = by_image(ours, ids), by_image(theirs, ids)
     return {
-        "ours": our_ap, "stock": recorded["AP"], "steps": steps,
+        "ours": our_ap,
+        "stock": recorded["AP"],
+        "steps": steps,
         "stock_detections_by_our_score": score(truth, theirs_path, ids)["AP"],
-        "n_ours": len(ours), "n_stock": len(theirs), "n_same": sum(n_same(our_table[i], their_table[i]) for i in ids),
-    }  # fmt: skip
+        "n_ours": len(ours),
+        "n_stock": len(theirs),
+        "n_same": sum(n_same(our_table[i], their_table[i]) for i in ids),
+    }
 
 
 def with_ids(truth: COCO, rows: Rows) -> Rows:
     """The rows with the image id in place of the file name."""
     ids = {Path(image["file_name"]).name: image_id for image_id, image in truth.imgs.items()}
-    named = []
+    results = []
     for row in rows:
-        others = {key: value for key, value in row.items() if key != "file"}
-        named.append({"image_id": ids[row["file"]], **others})
-    return named
+        result = {"image_id": ids[row["file"]], **row}
+        del result["file"]
+        results.append(result)
+    return results
 
 
 def without_crowds(annotations: list[Any]) -> Rows:
@@ -89,12 +94,12 @@ def stock_ap(truth: COCO, rows: Rows, ids: list[int]) -> float:
     for image_id in ids:
         annotations += without_crowds(truth.imgToAnns[image_id])
     objects, detections = by_image(annotations, ids), by_image(rows, ids)
-    all_objects = np.concatenate([objects[image_id] for image_id in ids])
-    all_detections = np.concatenate([detections[image_id] for image_id in ids])
+    all_objects = np.concatenate(list(objects.values()))
+    all_detections = np.concatenate(list(detections.values()))
     if not len(all_objects) or not len(all_detections):
         return 0.0
-    hits = np.concatenate([stock_hits(detections[image_id], objects[image_id]) for image_id in ids])
-    result = ap_per_class(hits, all_detections[:, 4], all_detections[:, 5], all_objects[:, 5])
+    hits = list(map(stock_hits, detections.values(), objects.values()))
+    result = ap_per_class(np.concatenate(hits), all_detections[:, 4], all_detections[:, 5], all_objects[:, 5])
     return float(np.mean(result[5]))  # AP [classes, IoU thresholds]
 
 

@@ -66,7 +66,8 @@ def bench_soak(run: RunRoot, overlays: list[Path], sets: list[str], plan: Plan) 
         whole = wholes[n_trainings % len(wholes)]
         root = fresh(run, f"{n_trainings}", whole.config)
         n_before = n_kills
-        while n_kills < plan.n_kills and killed(whole.config, root, rng.uniform(0, KILL_SHARE * whole.seconds)):
+        longest_s = KILL_SHARE * whole.seconds
+        while n_kills < plan.n_kills and killed(whole.config, root, rng.uniform(0, longest_s)):
             n_kills += 1
             n_torn += any(root.root.rglob(".*.part"))
         killed(whole.config, root, None)

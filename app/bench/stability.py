@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 WARM, EARLIER = "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"
 BRANCH = "float warm-up"
 FLOAT = [WARM, "quant.warmup_bits=float"]
-# Arm -> settings beside the variant's. That EMA and re-estimation are left out needs no arm: every arm scores all three
-# states. The arms named after BRANCH begin with the weights that fp16 of the same seed has after the warm-up: what an
-# option changes there is seen without the difference between two trainings; w8a16 shows how much noise is left.
+# Arm -> settings beside the variant's. No arm leaves out EMA or re-estimation, because every arm scores all three
+# states. The arms named after BRANCH begin with the weights that fp16 of the same seed has after the warm-up: so they
+# show what an option changes without the difference between two trainings, and w8a16 shows how much noise is left.
 ARMS: dict[str, list[str]] = {
     BASE: [],
     "w4a16": [],

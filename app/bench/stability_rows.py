@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, flatten, load, read_yaml, shown
 from app.core.files import read_json, write_text
-from app.core.results import AP, CORRECTED_AP, SCORED, STATES, VAL_LOSS, candidates, column, read_rows, train_loss
+from app.core.results import (
+    AP,
+    CORRECTED_AP,
+    SCORED,
+    STATES,
+    VAL_LOSS,
+    Rows,
+    candidates,
+    column,
+    read_rows,
+    train_loss,
+)
 
 Row = dict[str, Any]
 FILE_KEYS = {"config", "arms", "rows"}  # of a bench-stability.json
@@ -39,6 +51,18 @@ def read_arm(arm: str, seed: int, config: Config, out_dir: Path) -> Row | None:
         raise UserError(f"{out_dir} was trained with another configuration ({shown(differences)}): take another --run")
     env = read_json(out_dir / "env.json", "bench")
     gpus = env["gpus"] or ["none"]
+    return {
+        "arm": arm,
+        "seed": seed,
+        **curves(validated),
+        "gpu": gpus[0].split(",")[0],
+        "torch": env["packages"]["torch"],
+        "code_version": env["code_version"],
+    }
+
+
+def curves(validated: Rows) -> Row:
+    """What a row holds of the validated epochs of results.csv."""
     aps: dict[str, list[float]] = {state: [] for state in STATES}
     epochs, train_losses, val_losses = [], [], []
     for row in validated:
@@ -48,10 +72,12 @@ def read_arm(arm: str, seed: int, config: Config, out_dir: Path) -> Row | None:
         for state in STATES:
             aps[state].append(row[column(AP, state)])
     return {
-        "arm": arm, "seed": seed, "epoch": epochs, "AP": aps, "train_loss": train_losses, "val_loss": val_losses,
-        "corrected": validated[-1].get(CORRECTED_AP), "gpu": gpus[0].split(",")[0], "torch": env["packages"]["torch"],
-        "code_version": env["code_version"],
-    }  # fmt: skip
+        "epoch": epochs,
+        "AP": aps,
+        "train_loss": train_losses,
+        "val_loss": val_losses,
+        "corrected": validated[-1].get(CORRECTED_AP),
+    }
 
 
 def recipe(base: Config, arms: dict[str, list[str]]) -> dict[str, Any]:
@@ -104,17 +130,24 @@ def write_file(path: Path, common: dict[str, Any], rows: list[Row]) -> None:
 
 def up_to(row: Row, epoch: int) -> Row | None:
     """A row as it was at an epoch; None before a validation that counts."""
-    n_validations = sum(validated <= epoch for validated in row["epoch"])
+    n_validations = bisect_right(row["epoch"], epoch)
     if n_validations == 0:
         return None
     if n_validations == len(row["epoch"]):
         return row
-    shorter = {key: row[key][:n_validations] for key in ("epoch", "train_loss", "val_loss")}
-    aps = {state: curve[:n_validations] for state, curve in row["AP"].items()}
-    return {**row, **shorter, "AP": aps, "corrected": None}
+    shorter = {**row, "AP": {}, "corrected": None}
+    for name in ("epoch", "train_loss", "val_loss"):
+        shorter[name] = row[name][:n_validations]
+    for state, curve in row["AP"].items():
+        shorter["AP"][state] = curve[:n_validations]
+    return shorter
 
 
 def all_up_to(rows: list[Row], epoch: int) -> list[Row]:
     """The rows as they were at an epoch, without those that had no validation yet that counts."""
-    parts = [up_to(row, epoch) for row in rows]
-    return [part for part in parts if part is not None]
+    kept = []
+    for row in rows:
+        shorter = up_to(row, epoch)
+        if shorter is not None:
+            kept.append(shorter)
+    return kept

@@ -59,7 +59,7 @@ def arm_cells(arm: str, whole: list[Row], fp16: list[Row]) -> list[str]:
     for state in STATES:
         curves = [row["AP"][state] for row in rows]
         final_aps.append(spread([curve[-1] for curve in curves]))
-        lowest_shares.append(worst([lowest_share(curve) for curve in curves]))
+        lowest_shares.append(worst(list(map(lowest_share, curves))))
     of_mean_curve = lowest_share(list(mean_curve(rows).values()))
     return [
         arm,
@@ -96,19 +96,21 @@ def lowest_share(aps: list[float]) -> float | None:
 
 def worst(shares: list[float | None]) -> str:
     """The smallest; MISSING until every training has one."""
-    known = [share for share in shares if share is not None]
-    return f"{min(known):.2f}" if len(known) == len(shares) else MISSING
+    smallest = math.inf
+    for share in shares:
+        if share is None:
+            return MISSING
+        smallest = min(smallest, share)
+    return f"{smallest:.2f}"
 
 
 def mean_curve(rows: list[Row], state: str = SCORED) -> dict[int, float]:
     """Epoch -> mean AP of the seeds, for every epoch that all have validated."""
-    curves = [dict(zip(row["epoch"], row["AP"][state], strict=True)) for row in rows]
-    means = {}
-    for epoch in curves[0]:
-        aps = [curve[epoch] for curve in curves if epoch in curve]
-        if len(aps) == len(curves):
-            means[epoch] = statistics.fmean(aps)
-    return means
+    by_epoch: dict[int, list[float]] = {}
+    for row in rows:
+        for epoch, ap in zip(row["epoch"], row["AP"][state], strict=True):
+            by_epoch.setdefault(epoch, []).append(ap)
+    return {epoch: statistics.fmean(aps) for epoch, aps in by_epoch.items() if len(aps) == len(rows)}
 
 
 def corrected(rows: list[Row]) -> str:
@@ -137,10 +139,14 @@ def spread(values: list[float]) -> str:
 def paired(rows: list[Row], fp16: list[Row]) -> Pairs:
     """The rows whose seed FP16 has too, with FP16's."""
     fp16_of = {row["seed"]: row for row in fp16}
-    kept = [row for row in rows if row["seed"] in fp16_of]
-    bases = [fp16_of[row["seed"]] for row in kept]
-    epoch = min((row["epoch"][-1] for row in kept + bases), default=0)
-    return Pairs(kept, bases, epoch)
+    kept, bases, last_epochs = [], [], []
+    for row in rows:
+        base = fp16_of.get(row["seed"])
+        if base is not None:
+            kept.append(row)
+            bases.append(base)
+            last_epochs += [row["epoch"][-1], base["epoch"][-1]]
+    return Pairs(kept, bases, min(last_epochs, default=0))
 
 
 def share_of_fp16(rows: list[Row], fp16: list[Row], n_last: int) -> str:
@@ -149,13 +155,15 @@ def share_of_fp16(rows: list[Row], fp16: list[Row], n_last: int) -> str:
     Both APs are means over the last `n_last` validations up to the last epoch that all pairs have.
     """
     pairs = paired(rows, fp16)
-    ours = [at(row, row["AP"][SCORED], pairs.epoch, n_last) for row in pairs.rows]
-    base = [at(row, row["AP"][SCORED], pairs.epoch, n_last) for row in pairs.fp16]
-    if not sum(base) or math.isnan(sum(ours) + sum(base)):
+    aps, base_aps = [], []
+    for row, base in zip(pairs.rows, pairs.fp16, strict=True):
+        aps.append(at(row, row["AP"][SCORED], pairs.epoch, n_last))
+        base_aps.append(at(base, base["AP"][SCORED], pairs.epoch, n_last))
+    if not sum(base_aps) or math.isnan(sum(aps) + sum(base_aps)):
         return MISSING
-    mean_base = statistics.fmean(base)
-    share = statistics.fmean(ours) / mean_base
-    residuals = [(ap - share * base_ap) / mean_base for ap, base_ap in zip(ours, base, strict=True)]
+    mean_base = statistics.fmean(base_aps)
+    share = statistics.fmean(aps) / mean_base
+    residuals = [(ap - share * base_ap) / mean_base for ap, base_ap in zip(aps, base_aps, strict=True)]
     return f"{share:.3f}{standard_error(residuals)} at {pairs.epoch}"
 
 

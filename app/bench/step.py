@@ -105,10 +105,16 @@ def bench_step(run: RunRoot, overlays: list[Path], sets: list[str], sizes: Sizes
         raise UserError(f"train.device={train.device}: torch sees no GPU; use train.device=cpu")
     torch.backends.cudnn.deterministic = train.deterministic
     result: dict[str, Any] = {
-        "model": base.model, "imgsz": train.imgsz, "device": device_name(device),
-        "amp": train.amp and device.type == "cuda", "scheme": load("qat", overlays, sets).label,
-        "rounds": sizes.n_rounds, "steps": sizes.n_steps, "rows": [], "environment": environment(),
-    }  # fmt: skip
+        "model": base.model,
+        "imgsz": train.imgsz,
+        "device": device_name(device),
+        "amp": train.amp and device.type == "cuda",
+        "scheme": load("qat", overlays, sets).label,
+        "rounds": sizes.n_rounds,
+        "steps": sizes.n_steps,
+        "rows": [],
+        "environment": environment(),
+    }
     for n_images in sizes.batches:
         batch = synthetic_batch(n_images, train.imgsz, device)
         peaks = {name: peak_memory(config, device, batch) for name, config in configs.items()}
@@ -157,10 +163,15 @@ def step_row(n_images: int, name: str, times: dict[str, list[float]], peaks: dic
     """Median of the rounds, and median of the ratios to FP16 round by round, so that drift cancels."""
     ratios = [ms / base_ms for ms, base_ms in zip(times[name], times[BASE], strict=True)]
     return {
-        "batch": n_images, "arm": name, "ms": statistics.median(times[name]), "min_ms": min(times[name]),
-        "max_ms": max(times[name]), "ratio": statistics.median(ratios), "peak_gib": peaks[name],
+        "batch": n_images,
+        "arm": name,
+        "ms": statistics.median(times[name]),
+        "min_ms": min(times[name]),
+        "max_ms": max(times[name]),
+        "ratio": statistics.median(ratios),
+        "peak_gib": peaks[name],
         "peak_ratio": peaks[name] / peaks[BASE] if peaks[BASE] else None,
-    }  # fmt: skip
+    }
 
 
 def show_steps(result: dict[str, Any]) -> None:

@@ -21,14 +21,29 @@ from app.train.device import check_devices
 def main(folder: Path) -> None:
     """Trains config.train.epochs epochs and writes how many images a second each one took in."""
     config = validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    t = config.train
+    train = config.train
     arguments: dict[str, Any] = {
-        "model": config.model, "data": str(folder / "coco.yaml"), "save_dir": str(folder / "train"), "epochs": t.epochs,
-        "batch": t.batch, "imgsz": t.imgsz, "seed": t.seed, "deterministic": t.deterministic, "amp": t.amp,
-        "workers": t.workers, "device": check_devices(config)[0], "cache": "ram" if t.cache else False, "plots": False,
-        "pretrained": False, "val": False, "save": False, "exist_ok": True, "patience": 0, "nms": False,
+        "model": config.model,
+        "data": str(folder / "coco.yaml"),
+        "save_dir": str(folder / "train"),
+        "epochs": train.epochs,
+        "batch": train.batch,
+        "imgsz": train.imgsz,
+        "seed": train.seed,
+        "deterministic": train.deterministic,
+        "amp": train.amp,
+        "workers": train.workers,
+        "device": check_devices(config)[0],
+        "cache": "ram" if train.cache else False,
+        "plots": False,
+        "pretrained": False,
+        "val": False,
+        "save": False,
+        "exist_ok": True,
+        "patience": 0,
+        "nms": False,
         **config.hyp.model_dump(),
-    }  # fmt: skip
+    }
     trainer = DetectionTrainer(overrides=arguments)
     rates: list[float] = []
     started: list[float] = []

@@ -30,13 +30,16 @@ class Recorder(DetectionValidator):
 
     def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
         super().update_metrics(preds, batch)
-        for i, pred in enumerate(preds):
-            scaled = self.scale_preds(pred, self._prepare_batch(i, batch))
-            boxes = scaled["bboxes"].double()
-            xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-            for box, score, index in zip(xywh, scaled["conf"].tolist(), scaled["cls"].int().tolist(), strict=True):
-                row = {"file": Path(batch["im_file"][i]).name, "category_id": CATEGORY_IDS[index]}
-                Recorder.rows.append(row | {"bbox": box, "score": score})
+        for index, pred in enumerate(preds):
+            file_name = Path(batch["im_file"][index]).name
+            scaled = self.scale_preds(pred, self._prepare_batch(index, batch))
+            corners = scaled["bboxes"].double()
+            sizes = corners[:, 2:] - corners[:, :2]
+            boxes = torch.cat([corners[:, :2], sizes], 1).tolist()
+            scores, classes = scaled["conf"].tolist(), scaled["cls"].int().tolist()
+            for box, score, class_index in zip(boxes, scores, classes, strict=True):
+                row = {"file": file_name, "category_id": CATEGORY_IDS[class_index], "bbox": box, "score": score}
+                Recorder.rows.append(row)
 
 
 def main(folder: Path) -> None:
@@ -44,12 +47,18 @@ def main(folder: Path) -> None:
     given = json.loads((folder / "val.json").read_text(encoding="utf-8"))
     arguments = given["arguments"] | {"data": str(folder / "coco.yaml"), "project": str(folder), "exist_ok": True}
     model = YOLO(given["onnx"], task="detect")
+    validator = Recorder if given["record"] else None
     start = time.perf_counter()
-    metrics: Any = model.val(validator=Recorder if given["record"] else None, plots=False, verbose=False, **arguments)
+    metrics: Any = model.val(validator=validator, plots=False, verbose=False, **arguments)
     total_s = time.perf_counter() - start
-    session_s = metrics.speed["inference"] * given["n_images"] / 1e3
-    result = {"AP": metrics.box.map, "AP50": metrics.box.map50, "total_s": total_s, "session_s": session_s}
-    write_json(folder / "val-result.json", result | {"rows": Recorder.rows if given["record"] else None})
+    result = {
+        "AP": metrics.box.map,
+        "AP50": metrics.box.map50,
+        "total_s": total_s,
+        "session_s": metrics.speed["inference"] * given["n_images"] / 1e3,
+        "rows": Recorder.rows if given["record"] else None,
+    }
+    write_json(folder / "val-result.json", result)
 
 
 if __name__ == "__main__":

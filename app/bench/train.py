@@ -41,10 +41,16 @@ def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turn
     rates: dict[str, list[float]] = {}
     train = config.train
     result = {
-        "model": config.model, "imgsz": train.imgsz, "batch": train.batch, "workers": train.workers,
-        "cache": train.cache, "deterministic": train.deterministic, "scheme": config.label, "images_per_s": rates,
+        "model": config.model,
+        "imgsz": train.imgsz,
+        "batch": train.batch,
+        "workers": train.workers,
+        "cache": train.cache,
+        "deterministic": train.deterministic,
+        "scheme": config.label,
+        "images_per_s": rates,
         "environment": environment(),
-    }  # fmt: skip
+    }
     for turn in range(turns.rounds):
         for arm in ARMS:
             rates.setdefault(arm, []).extend(measure(run, arm, overlays, sets)[1:])

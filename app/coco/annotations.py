@@ -1,4 +1,4 @@
-"""COCO 2017: its 80 categories, and reading and checking an instances_*.json."""
+"""COCO 2017's 80 categories, and the reader of instances_*.json, which checks what it reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from app.coco.dataset import COCO_2017, LAYOUT
 from app.core.config import UserError
 
-# Supercategory: official category ids and names, in the order of the ids. A class of the network is a place in it.
+# Supercategory: official category ids and names, in the order of the ids. The n-th of them is class n of the network.
 _OFFICIAL = {
     "person": "1 person",
     "vehicle": "2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat",
@@ -27,26 +27,34 @@ _OFFICIAL = {
     "appliance": "78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator",
     "indoor": "84 book, 85 clock, 86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush",
 }
-CATEGORIES: list[dict[str, Any]] = [
-    {"supercategory": group, "id": int(entry.split(" ", 1)[0]), "name": entry.split(" ", 1)[1]}
-    for group, entries in _OFFICIAL.items()
-    for entry in entries.split(", ")
-]
+
+
+def _categories() -> list[dict[str, Any]]:
+    """The entries of `categories` in an official instances_*.json."""
+    categories = []
+    for supercategory, members in _OFFICIAL.items():
+        for member in members.split(", "):
+            category_id, name = member.split(" ", 1)
+            categories.append({"supercategory": supercategory, "id": int(category_id), "name": name})
+    return categories
+
+
+CATEGORIES = _categories()
 CATEGORY_IDS: list[int] = [category["id"] for category in CATEGORIES]
 NAMES: list[str] = [category["name"] for category in CATEGORIES]
-CLASS_INDEX = {number: index for index, number in enumerate(CATEGORY_IDS)}
+CLASS_INDEX = {category_id: index for index, category_id in enumerate(CATEGORY_IDS)}
 
 ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-LARGEST_ID = 2**53  # beyond, a float64 cannot hold an id exactly; COCOeval keeps ids in float64 arrays
+LARGEST_ID = 2**53  # COCOeval keeps ids in float64 arrays, which do not hold larger integers exactly
 NOT_COCO = f"give an instances file of {COCO_2017}, or of a dataset in its layout and categories"
-BOX_TOLERANCE_PX = 1.0  # annotators' boxes may pass the border by a rounding
+BOX_TOLERANCE_PX = 1.0  # rounding may put an annotated box over the border of its image
 
 
 @dataclass(frozen=True)
 class Split:
-    """A checked annotation file; everything but `images` is by image id.
+    """A checked annotation file. `images` are its image entries in the order of their ids.
 
-    `images` are its entries in the order of their ids, `boxes` rows [category_id, x, y, w, h] in px without crowds,
+    The other fields are dicts by image id: `boxes` are rows [category_id, x, y, w, h] in px without crowds,
     `n_degenerate` counts boxes without area, `problems` says why an image cannot be used.
     """
 
@@ -62,8 +70,8 @@ class Split:
 def read_instances(file: Path) -> Split:
     """Reads and checks an annotation file in COCO's instances layout.
 
-    Faults of single images (a box outside its image, a path that leaves the folder) are collected in `problems`, by
-    image id; boxes without area are counted and left out, as the official train2017 has some.
+    Faults of single images (a box outside its image, a path that leaves the folder) are collected in `problems`. Boxes
+    without area, of which the official train2017 has some, are counted and left out.
 
     Raises:
         UserError: the file as a whole cannot be used.
@@ -110,20 +118,22 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _check_categories(file: Path, categories: list[Any]) -> None:
-    """Refuses unknown ids, and known ids with other names: their boxes would train the wrong class."""
+    """Refuses unknown ids, and known ids with other names, because their boxes would train the wrong class."""
     for category in categories:
-        number = category.get("id") if isinstance(category, dict) else None
-        if not _is_id(number) or number not in CLASS_INDEX:
-            raise UserError(f"{file}: category id {number!r} is not among the 80 official COCO ids: {NOT_COCO}")
-        official = NAMES[CLASS_INDEX[number]]
-        if category.get("name") != official:
-            raise UserError(
-                f"{file}: category {number} is '{category.get('name')}', in COCO it is '{official}': {NOT_COCO}"
-            )
+        category_id = category.get("id") if isinstance(category, dict) else None
+        if not _is_id(category_id) or category_id not in CLASS_INDEX:
+            raise UserError(f"{file}: category id {category_id!r} is not among the 80 official COCO ids: {NOT_COCO}")
+        name, official = category.get("name"), NAMES[CLASS_INDEX[category_id]]
+        if name != official:
+            raise UserError(f"{file}: category {category_id} is '{name}', in COCO it is '{official}': {NOT_COCO}")
 
 
 def _check_images(file: Path, entries: list[Any]) -> dict[int, dict[str, Any]]:
-    """Image id -> its entry, in the order of the file."""
+    """The checked entries by image id, in the order of the file.
+
+    Raises:
+        UserError: an entry cannot be used, or two entries have the same id or would share a label file.
+    """
     images: dict[int, dict[str, Any]] = {}
     label_names = set()
     for image in entries:
@@ -147,9 +157,11 @@ def _check_image(file: Path, image: Any) -> None:
     name = image["file_name"]
     if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
         raise UserError(f"{file}: image id {image['id']} has file name {name!r}: {NOT_COCO}")
-    if not all(_is_id(image[key]) and image[key] > 0 for key in ("width", "height")):
-        raise UserError(f"{file}: image {name} has size {image['width']} x {image['height']}: mend the annotations")
-    stem = PurePosixPath(name).stem  # which Ultralytics and others take for the id
+    for side in (image["width"], image["height"]):
+        if not _is_id(side) or side == 0:
+            raise UserError(f"{file}: image {name} has size {image['width']} x {image['height']}: mend the annotations")
+    # Ultralytics and others read the id from a file name that is a number, so it must be this id.
+    stem = PurePosixPath(name).stem
     if stem.isdecimal() and (stem.lstrip("0") or "0") != str(image["id"]):
         raise UserError(f"{file}: image id {image['id']} has the file name {name}: mend the ids")
 
@@ -159,6 +171,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _check_annotation(file: Path, annotation: Any, number: int, images: dict[int, dict[str, Any]]) -> None:
+    """`number` is the annotation's position in the file, for the message about an annotation that has no id."""
     if not isinstance(annotation, dict) or not set(ANNOTATION_KEYS) <= set(annotation):
         raise UserError(f"{file}: annotation {number} lacks one of {', '.join(ANNOTATION_KEYS)}: {NOT_COCO}")
     key, image_id, category = annotation["id"], annotation["image_id"], annotation["category_id"]
@@ -174,17 +187,17 @@ def _check_annotation(file: Path, annotation: Any, number: int, images: dict[int
 
 def _add_annotation(split: Split, image: dict[str, Any], annotation: dict[str, Any]) -> None:
     """Counts one annotation and keeps its box, clipped to the image."""
-    image_id = image["id"]
+    image_id, width, height = image["id"], image["width"], image["height"]
     split.n_annotations[image_id] += 1
     if annotation["iscrowd"]:
         split.n_crowd[image_id] += 1
-    fault = _box_fault(annotation["bbox"], annotation["area"], image["width"], image["height"])
+    fault = _box_fault(annotation["bbox"], annotation["area"], width, height)
     if fault:
         split.problems.setdefault(image_id, f"annotation {annotation['id']}: {fault}")
         return
     if annotation["iscrowd"]:
         return
-    box = _clip(annotation["bbox"], image["width"], image["height"])
+    box = _clip(annotation["bbox"], width, height)
     if box is None:
         split.n_degenerate[image_id] += 1
     else:
@@ -192,7 +205,7 @@ def _add_annotation(split: Split, image: dict[str, Any], annotation: dict[str, A
 
 
 def _box_fault(bbox: Any, area: Any, width: int, height: int) -> str:
-    """What is wrong with an annotation's box x,y,w,h in px and its area in px^2, or ''."""
+    """What is wrong with an annotation's box x,y,w,h in px or its area in px^2; '' if nothing is."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         return f"bbox {bbox!r} is not four finite numbers"
     if not _is_number(area) or area < 0:
@@ -207,13 +220,15 @@ def _box_fault(bbox: Any, area: Any, width: int, height: int) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a float holds it; NaN and infinity, which Python's JSON reader lets pass, compare as false."""
+    """Whether the value is a number of at most 2^53; Python's JSON reader accepts NaN and Infinity, this does not."""
     return isinstance(value, int | float) and abs(value) <= LARGEST_ID
 
 
 def _clip(bbox: list[float], width: int, height: int) -> list[float] | None:
-    """The part of a box x,y,w,h (px) inside its image; None where it has no area."""
+    """The part of a box x,y,w,h (px) inside its image; None if that part has no area."""
     x, y, w, h = map(float, bbox)
-    x2, y2 = min(x + w, width), min(y + h, height)
-    x, y = max(x, 0.0), max(y, 0.0)
-    return [x, y, x2 - x, y2 - y] if x2 > x and y2 > y else None
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + w, width), min(y + h, height)
+    if right <= left or bottom <= top:
+        return None
+    return [left, top, right - left, bottom - top]

@@ -1,4 +1,4 @@
-"""A dataset in COCO's layout: where its files lie, what it may be called, and the one maker of `Dataset`."""
+"""A dataset in COCO's layout: the paths of its files, its title in reports, and `Dataset`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUILTIN_TITLE = f"built-in {BUILTIN_DATASET}"
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and annotations of one split. image_ids None means all images that the annotation file lists."""
+    """Images and annotations of one split; `image_ids` None means all images that the annotation file lists."""
 
     coco_dir: Path
     split: str
@@ -41,10 +41,10 @@ class Dataset:
 def open_dataset(
     coco_dir: Path, split: str, image_ids: list[int] | None, title: str, annotation_sha256: str | None = None
 ) -> Dataset:
-    """The split of a COCO folder, if its annotations are those of `annotation_sha256` (None: any, not looked at).
+    """The split of a COCO folder. With `annotation_sha256` the annotation file must have this hash.
 
     Raises:
-        UserError: the annotation file is missing or another one.
+        UserError: the annotation file is missing or has another hash.
     """
     dataset = Dataset(coco_dir, split, image_ids, title)
     file = dataset.annotation_file
@@ -58,7 +58,7 @@ def annotation_path(coco_dir: Path, split: str) -> Path:
 
 
 def coco_title(n_listed: dict[str, int]) -> str:
-    """COCO_2017 where every split (train2017, val2017) lists as many images as the official one, else OTHER_COCO."""
+    """COCO_2017 if every split (train2017, val2017) lists as many images as the official one, else OTHER_COCO."""
     official = all(OFFICIAL_SIZES.get(split) == n_images for split, n_images in n_listed.items())
     return COCO_2017 if official else OTHER_COCO
 

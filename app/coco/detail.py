@@ -50,19 +50,26 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
     if not path.exists():
         raise UserError(f"{folder.name}/{path.name} is not there")
     scorer = evaluated(truth, path, ids)
-    precision = scorer.eval["precision"][:, :, :, 0, 0]  # [IoU, recall, class]; -1 where a class has no object
-    present = (precision > -1).any(axis=(0, 1))
-    precision = precision[:, :, present]
-    ap = float(precision.mean()) if present.any() else None
+    names, precision = precision_by_class(truth, scorer)
+    ap = float(precision.mean()) if names else None
     if not is_same_ap(ap, expected_ap):
         raise UserError(f"{folder.name}/{path.name} does not give the AP of metrics.json")
-    names = [truth.cats[number]["name"] for number in np.array(scorer.params.catIds)[present]]
     over_recall = {}
     for iou in PR_IOUS:
         nearest = int(np.argmin(abs(scorer.params.iouThrs - iou)))
         over_recall[str(iou)] = precision[nearest].mean(axis=1).tolist()
-    ap_by_class = dict(zip(names, precision.mean(axis=(0, 1)).tolist(), strict=True))
+    aps = precision.mean(axis=(0, 1)).tolist()
+    ap_by_class = dict(zip(names, aps, strict=True))
     return {"ap_by_class": ap_by_class, "precision": over_recall, **f1(scorer, ids)}
+
+
+def precision_by_class(truth: COCO, scorer: COCOeval) -> tuple[list[str], np.ndarray]:
+    """Names of the classes that have objects, and their precision [IoU, recall, class]."""
+    precision = scorer.eval["precision"][:, :, :, 0, 0]
+    present = (precision > -1).any(axis=(0, 1))  # COCOeval gives -1 where a class has no object
+    category_ids = np.array(scorer.params.catIds)[present]
+    names = [truth.cats[category_id]["name"] for category_id in category_ids]
+    return names, precision[:, :, present]
 
 
 def evaluated(truth: COCO, detections_path: Path, ids: list[int]) -> COCOeval:
@@ -70,7 +77,8 @@ def evaluated(truth: COCO, detections_path: Path, ids: list[int]) -> COCOeval:
     with quiet():
         scorer = COCOeval(truth, load_results(truth, detections_path), "bbox")
         scorer.params.imgIds = ids
-        scorer.params.areaRng, scorer.params.areaRngLbl = ALL_SIZES, ["all"]
+        scorer.params.areaRng = ALL_SIZES
+        scorer.params.areaRngLbl = ["all"]
         scorer.params.maxDets = [MAX_DETECTIONS]
         scorer.evaluate()
         scorer.accumulate()
@@ -87,35 +95,46 @@ def is_same_ap(ap: float | None, expected: float | None) -> bool:
 def f1(scorer: COCOeval, ids: list[int]) -> dict[str, Any]:
     """The score threshold of the best F1 over all images and classes at IoU 0.5, and every image's F1 there.
 
-    F1 = 2 TP / (2 TP + FP + FN). Crowds and what they swallow do not count. An image with nothing to find and nothing
-    found has F1 1.
+    F1 = 2 TP / (2 TP + FP + FN). Crowds, and detections that match a crowd, do not count. An image with
+    nothing to find and nothing found has F1 1.
     """
     hits, n_objects = matches(scorer.evalImgs, ids)
-    scores, correct = np.concatenate(list(hits.values())).T
-    best_f1, threshold = 0.0, 1.0
-    if len(scores):
-        order = np.argsort(-scores, kind="stable")
-        n_shown = np.arange(1, len(scores) + 1)
-        curve = 2 * np.cumsum(correct[order]) / (n_shown + sum(n_objects.values()))
-        best = int(curve.argmax())
-        best_f1, threshold = float(curve[best]), float(scores[order][best])
-    by_image = {str(image_id): _image_f1(hits[image_id], n_objects[image_id], threshold) for image_id in ids}
+    best_f1, threshold = best_threshold(np.concatenate(list(hits.values())), sum(n_objects.values()))
+    by_image = {}
+    for image_id in ids:
+        by_image[str(image_id)] = _image_f1(hits[image_id], n_objects[image_id], threshold)
     return {"best_f1": best_f1, "best_score": threshold, "f1_by_image": by_image}
+
+
+def best_threshold(hits: np.ndarray, n_objects: int) -> tuple[float, float]:
+    """The best F1 over rows [score, 1 if correct else 0] [n,2], and its score; (0, 1) where nothing was detected."""
+    if not len(hits):
+        return 0.0, 1.0
+    order = np.argsort(-hits[:, 0], kind="stable")
+    scores, correct = hits[order].T
+    n_correct = np.cumsum(correct)
+    n_shown = np.arange(1, len(hits) + 1)
+    curve = 2 * n_correct / (n_shown + n_objects)
+    best = int(curve.argmax())
+    return float(curve[best]), float(scores[best])
 
 
 def matches(cells: Iterable[Any], ids: list[int]) -> tuple[dict[int, np.ndarray], dict[int, int]]:
     """COCOeval's evalImgs -> per image: rows [score, 1 if correct else 0] [n,2], and the number of objects."""
-    hits: dict[int, list[np.ndarray]] = {image_id: [np.zeros((0, 2))] for image_id in ids}
+    hits: dict[int, np.ndarray] = {image_id: np.zeros((0, 2)) for image_id in ids}
     n_objects = dict.fromkeys(ids, 0)
     for cell in cells:
         if cell is None:
             continue
+        image_id = cell["image_id"]
+        is_object = np.asarray(cell["gtIgnore"]) == 0
+        n_objects[image_id] += int(is_object.sum())
         counted = ~np.asarray(cell["dtIgnore"][0], bool)  # row 0 is IoU 0.5
         correct = np.asarray(cell["dtMatches"][0])[counted] > 0
         scores = np.asarray(cell["dtScores"], float)[counted]
-        hits[cell["image_id"]].append(np.stack([scores, correct], axis=1))
-        n_objects[cell["image_id"]] += int((np.asarray(cell["gtIgnore"]) == 0).sum())
-    return {image_id: np.concatenate(rows) for image_id, rows in hits.items()}, n_objects
+        rows = np.stack([scores, correct], axis=1)
+        hits[image_id] = np.concatenate([hits[image_id], rows])
+    return hits, n_objects
 
 
 def _image_f1(hits: np.ndarray, n_objects: int, threshold: float) -> float:
@@ -132,12 +151,13 @@ def choose(base: dict[str, float], other: dict[str, float], n_each: int, seed: i
     neither lost nor gained is no example of a loss or a gain.
     """
     change = {image_id: other[image_id] - base[image_id] for image_id in base}
-    ordered = sorted(change, key=lambda image_id: (change[image_id], int(image_id)))
-    losses = [image_id for image_id in ordered if change[image_id] < 0][:n_each]
+    lost = [image_id for image_id in change if change[image_id] < 0]
     gained = [image_id for image_id in change if change[image_id] > 0]
+    losses = sorted(lost, key=lambda image_id: (change[image_id], int(image_id)))[:n_each]
     gains = sorted(gained, key=lambda image_id: (-change[image_id], int(image_id)))[:n_each]
-    rest = sorted(set(change) - {*losses, *gains}, key=int)
-    drawn = random.Random(seed).sample(rest, min(n_each, len(rest)))  # noqa: S311 - a reproducible choice, no secret
+    rest = sorted(change.keys() - {*losses, *gains}, key=int)
+    n_drawn = min(n_each, len(rest))
+    drawn = random.Random(seed).sample(rest, n_drawn)  # noqa: S311 - a reproducible choice, no secret
     chosen = []
     for why, images in (("largest loss", losses), ("largest gain", gains), ("random", drawn)):
         chosen += [(image_id, why, change[image_id]) for image_id in images]

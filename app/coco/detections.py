@@ -33,7 +33,8 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
         rows = raw_rows(output, settings.max_det)
     else:
         rows = suppressed_rows(output, settings.conf)
-    rows = rows[np.argsort(-rows[:, 4], kind="stable")[: settings.max_det]]
+    order = np.argsort(-rows[:, 4], kind="stable")
+    rows = rows[order[: settings.max_det]]
     if not np.isfinite(rows).all():
         raise UserError("the model puts out values that are not finite: it is damaged or its precision overflows")
     return rows[rows[:, 4] > settings.conf]
@@ -46,16 +47,19 @@ def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
     """
     if not np.isfinite(output).all():
         return np.full((1, 6), np.nan, np.float32)  # `select` names the fault
-    classes, anchors = np.nonzero(output[4:] > conf)
-    scores = output[4:][classes, anchors]
-    best = np.argsort(-scores, kind="stable")[:N_NMS_CANDIDATES]
-    classes, anchors, scores = classes[best], anchors[best], scores[best]
-    x1, y1, x2, y2 = corners(output[:4, anchors])
-    w, h = output[2:4, anchors]
+    boxes, all_scores = output[:4], output[4:]
+    classes, anchors = np.nonzero(all_scores > conf)
+    order = np.argsort(-all_scores[classes, anchors], kind="stable")
+    best = order[:N_NMS_CANDIDATES]
+    classes, anchors = classes[best], anchors[best]
+    scores = all_scores[classes, anchors]
+    x1, y1, x2, y2 = corners(boxes[:, anchors])
+    _, _, w, h = boxes[:, anchors]
     xywh = np.stack([x1, y1, w, h], axis=1).astype(np.float64)
     suppress: Any = cv2.dnn.NMSBoxesBatched  # takes arrays, whatever OpenCV's stubs say
-    kept = np.array(suppress(xywh, scores, classes.astype(np.int32), conf, NMS_IOU), dtype=int)
-    return np.stack([x1, y1, x2, y2, scores, classes], axis=1, dtype=np.float32)[kept]
+    kept = suppress(xywh, scores, classes.astype(np.int32), conf, NMS_IOU)
+    rows = np.stack([x1, y1, x2, y2, scores, classes], axis=1, dtype=np.float32)
+    return rows[np.array(kept, dtype=int)]
 
 
 def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
@@ -67,12 +71,11 @@ def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
     scores = output[4:]
     n = min(max_det, scores.shape[1])
     anchors = top(scores.max(axis=0), n)
-    chosen = scores[:, anchors]
-    pairs = top(chosen.ravel(), n)
+    chosen = scores[:, anchors].ravel()
+    pairs = top(chosen, n)
     classes, columns = np.divmod(pairs, n)
-    best_scores = chosen.ravel()[pairs]
-    boxes = corners(output[:4, anchors[columns]])
-    return np.stack([*boxes, best_scores, classes.astype(np.float32)], axis=1)
+    x1, y1, x2, y2 = corners(output[:4, anchors[columns]])
+    return np.stack([x1, y1, x2, y2, chosen[pairs], classes.astype(np.float32)], axis=1)
 
 
 def corners(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +87,8 @@ def corners(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 def top(values: np.ndarray, n: int) -> np.ndarray:
     """Indices of the n largest of a flat array, in no order; NumPy sorts NaN above all numbers."""
-    return np.argpartition(values, len(values) - n)[len(values) - n :]
+    n_rest = len(values) - n
+    return np.argpartition(values, n_rest)[n_rest:]
 
 
 def results(image_id: int, detections: np.ndarray, placement: Placement) -> list[dict[str, Any]]:
@@ -95,7 +99,8 @@ def results(image_id: int, detections: np.ndarray, placement: Placement) -> list
     boxes = np.round(undo(detections[:, :4], placement), 3).tolist()
     scores = detections[:, 4].tolist()
     classes = detections[:, 5].astype(int).tolist()
-    return [
-        {"image_id": image_id, "category_id": CATEGORY_IDS[index], "bbox": box, "score": score}
-        for box, score, index in zip(boxes, scores, classes, strict=True)
-    ]
+    rows = []
+    for box, score, index in zip(boxes, scores, classes, strict=True):
+        row = {"image_id": image_id, "category_id": CATEGORY_IDS[index], "bbox": box, "score": score}
+        rows.append(row)
+    return rows

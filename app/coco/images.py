@@ -1,4 +1,4 @@
-"""Image file -> pixels -> input of the network, and boxes back: one rule for all stages."""
+"""Reads image files, makes the network's input from them and maps its boxes back: the same code for all stages."""
 
 from __future__ import annotations
 
@@ -30,20 +30,26 @@ class Placement:
 
 
 def fault(image_dir: Path, file_name: str, width: int, height: int) -> str:
-    """What is wrong with an image file of a dataset, or ''. The file is decoded: a header says nothing of the pixels.
+    """What is wrong with an image file of a dataset, or ''. The whole file is decoded, because a header can be intact
+    while the pixels are damaged.
 
-    width and height in px are those of the annotations; they mean the decoded image, after any EXIF rotation.
-    A whole folder may be a link that the user made; a single file that leads elsewhere came with the dataset.
+    A file must not lead out of the dataset by a link. The image folder itself may be a link, which the user has made.
+
+    Args:
+        width, height: size in px from the annotations, which is that of the decoded image after its EXIF rotation.
     """
     path = image_dir / file_name
-    roots = [os.path.realpath(folder) for folder in (image_dir, image_dir.parent)]
-    if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+    target = Path(os.path.realpath(path))
+    in_folder = target.is_relative_to(os.path.realpath(image_dir))
+    in_dataset = target.is_relative_to(os.path.realpath(image_dir.parent))
+    if not (in_folder or in_dataset):
         return "is a link out of the dataset"
     pixels = _decode(path)
     if isinstance(pixels, str):
         return pixels
-    if pixels.shape[:2] != (height, width):
-        return f"has {pixels.shape[1]} x {pixels.shape[0]} px, the annotations say {width} x {height}"
+    file_height, file_width = pixels.shape[:2]
+    if (file_width, file_height) != (width, height):
+        return f"has {file_width} x {file_height} px, the annotations say {width} x {height}"
     return ""
 
 
@@ -51,7 +57,7 @@ def read_image(path: Path) -> np.ndarray:
     """Image file -> uint8 [H,W,3] BGR, rotated as its EXIF says (COCO's sizes are those after the rotation).
 
     Raises:
-        UserError: missing, unreadable, or not whole.
+        UserError: the file is missing, unreadable or damaged.
     """
     pixels = _decode(path)
     if isinstance(pixels, str):
@@ -60,10 +66,9 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _decode(path: Path) -> np.ndarray | str:
-    """The pixels of an image file, or what is wrong with the file. Its content decides, never its suffix.
+    """The pixels of an image file, or what is wrong with the file. The format follows from its content, not its suffix.
 
-    OpenCV decodes from memory: there a file that ends too early is an error, while cv2.imread fills the rest of a JPEG
-    with grey (opencv 5.0.0).
+    cv2.imdecode fails on a file that ends too early; cv2.imread fills the rest of a JPEG with grey (opencv 5.0.0).
     """
     try:
         data = path.read_bytes()
@@ -81,23 +86,26 @@ def _decode(path: Path) -> np.ndarray | str:
 
 
 def _has_end(jpeg: bytes) -> bool:
-    """Whether the end marker follows the start of the scan; OpenCV does not ask for it.
+    """Whether a JPEG has an end marker after the start of its scan; OpenCV decodes files without one.
 
-    It is missing where a broken download left zeros, which decode as grey blocks. The segments before the scan are
-    stepped over, because a thumbnail in them has an end marker of its own.
+    A broken download can leave zeros, which decode as grey blocks, instead of the end. The segments before the scan are
+    skipped, because a thumbnail in one of them has an end marker too.
     """
-    position = 2  # of the first segment: a marker of two bytes, then two bytes that count themselves and the content
+    # A segment is a marker of two bytes, then two bytes with its length, which counts them and the content.
+    position = 2  # after the marker that starts the file
     while position + 4 <= len(jpeg) and jpeg[position] == MARKER and jpeg[position + 1] != START_OF_SCAN:
-        n_content = int.from_bytes(jpeg[position + 2 : position + 4])
-        position += 1 if jpeg[position + 1] == MARKER else 2 + n_content  # a marker may have fill bytes before it
+        if jpeg[position + 1] == MARKER:  # a fill byte before the marker
+            position += 1
+        else:
+            position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
     return jpeg.rfind(JPEG_END, position) >= 0
 
 
 def place(width: int, height: int, imgsz: int) -> Placement:
-    """The long side becomes imgsz, small images are scaled up and centred; an odd px of padding goes right or below.
+    """Scales the long side to imgsz, up or down, and centres the image; an odd px of padding goes right or below.
 
     The rounding is that of Ultralytics 8.4.190 in validation (data/base.py load_image, then LetterBox with
-    scaleup=False in data/augment.py): sizes round up, so no side vanishes.
+    scaleup=False in data/augment.py): sizes round up, so no side becomes 0.
     """
     ratio = imgsz / max(width, height)
     new_width = min(math.ceil(width * ratio), imgsz)
@@ -114,8 +122,9 @@ def letterbox(image: np.ndarray, imgsz: int) -> tuple[np.ndarray, Placement]:
     if new_size != (width, height):
         image = cv2.resize(image, new_size, interpolation=cv2.INTER_LINEAR)
     array = np.full((3, imgsz, imgsz), PAD_VALUE / np.float32(255), np.float32)
-    right, bottom = placement.left + placement.new_width, placement.top + placement.new_height
-    inside = array[:, placement.top : bottom, placement.left : right]
+    rows = slice(placement.top, placement.top + placement.new_height)
+    columns = slice(placement.left, placement.left + placement.new_width)
+    inside = array[:, rows, columns]
     for channel in range(3):
         np.divide(image[:, :, 2 - channel], np.float32(255), out=inside[channel])
     return array, placement
@@ -128,4 +137,5 @@ def undo(boxes: np.ndarray, placement: Placement) -> np.ndarray:
     offset = np.array([placement.left, placement.top])
     corners = (boxes.astype(np.float64) - np.tile(offset, 2)) / np.tile(gain, 2)
     corners = corners.clip(0, np.tile(size, 2))
-    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    top_left, bottom_right = corners[:, :2], corners[:, 2:]
+    return np.concatenate([top_left, bottom_right - top_left], axis=1)

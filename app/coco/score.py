@@ -1,4 +1,4 @@
-"""COCO's ground truth and score: which images count, and the twelve numbers of pycocotools."""
+"""COCO's ground truth and score: which images are scored, and the twelve numbers of pycocotools."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image to score; width and height in px as the annotations have them."""
+    """One image to score; width and height are those of the annotations, in px."""
 
     id: int
     path: Path
@@ -48,10 +48,10 @@ class ImageFile:
 
 
 def standalone_dataset(coco_dir: Path, split: str) -> Dataset:
-    """All images of a split of a COCO folder that no run has looked at.
+    """All images of a split of a COCO folder, for an evaluation without a run; reads and checks its annotations.
 
     Raises:
-        UserError: no such folder, or annotations that `make data` would not take either.
+        UserError: the folder is missing, or `make data` would refuse the annotations.
     """
     images_dir = coco_dir / split
     if not images_dir.is_dir():
@@ -63,10 +63,10 @@ def standalone_dataset(coco_dir: Path, split: str) -> Dataset:
 
 
 def load_truth(annotation_file: Path) -> COCO:
-    """Reads annotations that COCOeval can score.
+    """Reads an annotation file for COCOeval.
 
     Raises:
-        UserError: not COCO instances, or a fault with which COCOeval would silently give wrong numbers.
+        UserError: the file does not hold COCO instances, or COCOeval would silently compute wrong numbers from it.
     """
     read_instances(annotation_file)
     with quiet():
@@ -77,13 +77,14 @@ def usable_ids(truth: COCO, dataset: Dataset) -> list[int]:
     """Sorted ids of the images that may be scored."""
     if dataset.image_ids is None:
         return sorted(truth.imgs)
-    if unknown := set(dataset.image_ids) - set(truth.imgs):
+    unknown = set(dataset.image_ids) - set(truth.imgs)
+    if unknown:
         raise UserError(f"{dataset.annotation_file} does not list image {min(unknown)}: run 'make data ARGS=--force'")
     return sorted(dataset.image_ids)
 
 
 def first_of(image_ids: list[int], max_images: int | None) -> list[int]:
-    """Sorted ids of the first `max_images` in a random order that depends on nothing but the ids."""
+    """Sorted ids of the first `max_images` (None: all) in a random order that depends only on the ids."""
     order = sorted(image_ids)
     random.Random(0).shuffle(order)  # noqa: S311 - a reproducible choice, no secret
     return sorted(order[:max_images])
@@ -100,7 +101,7 @@ def image_files(truth: COCO, dataset: Dataset, image_ids: list[int]) -> list[Ima
 
 
 def describe_dataset(truth: COCO, dataset: Dataset, image_ids: list[int]) -> dict[str, Any]:
-    """What was scored, for metrics.json; `subset` is true as soon as one listed image is left out."""
+    """What was scored, for metrics.json; `subset` is true if a listed image is left out."""
     n_listed = len(truth.imgs)
     n_official = OFFICIAL_SIZES[SPLITS["val"]]
     official = dataset.title == COCO_2017 and dataset.split == SPLITS["val"]
@@ -120,33 +121,35 @@ def describe_dataset(truth: COCO, dataset: Dataset, image_ids: list[int]) -> dic
 
 
 def score(truth: COCO, detections_path: Path, image_ids: list[int]) -> dict[str, float | None]:
-    """The twelve numbers of COCOeval (0..1; None where there is nothing to measure) of a results file.
+    """The twelve numbers of COCOeval for a results file: 0..1, or None if there is nothing to measure.
 
     All `image_ids` count, those without objects or detections too. COCOeval keeps a dict for each detection, and one
-    for each image, class and size, gigabytes on COCO val2017: here it sees one class at a time, and gives the same.
+    for each image, class and size: gigabytes on COCO val2017. Here it gets one class at a time, with the same result.
     """
     detections = read_results(detections_path)
+    precision, recall = [], []
     with quiet():
-        classes = [score_class(truth, detections, number, image_ids) for number in sorted(truth.getCatIds())]
-        precision = [one["precision"] for one in classes]  # each [IoU, recall, class, size, detections]
-        recall = [one["recall"] for one in classes]  # each [IoU, class, size, detections]
-        whole: Any = COCOeval(iouType="bbox")
-        whole.eval = {"precision": np.concatenate(precision, axis=2), "recall": np.concatenate(recall, axis=1)}
-        whole.summarize()
-    numbers = dict(zip(STATS, np.asarray(whole.stats).tolist(), strict=True))
-    return {name: None if number == -1 else number for name, number in numbers.items()}
+        for category_id in sorted(truth.getCatIds()):
+            result = score_class(truth, detections, category_id, image_ids)
+            precision.append(result["precision"])  # [IoU, recall, class, size, detections]
+            recall.append(result["recall"])  # [IoU, class, size, detections]
+        evaluation: Any = COCOeval(iouType="bbox")
+        evaluation.eval = {"precision": np.concatenate(precision, axis=2), "recall": np.concatenate(recall, axis=1)}
+        evaluation.summarize()
+    numbers = zip(STATS, np.asarray(evaluation.stats).tolist(), strict=True)
+    return {name: None if number == -1 else number for name, number in numbers}
 
 
 def read_results(detections_path: Path) -> np.ndarray:
     """COCO results -> [n,7]: image id, category id, x, y, w, h (px), score.
 
     Raises:
-        UserError: missing, or not such a file.
+        UserError: the file is missing or does not hold COCO results.
     """
     try:
         try:
             parts = read_lines(detections_path)
-        except ValueError:  # rows that spread over lines, from another program
+        except ValueError:  # another program wrote the file, with rows that spread over several lines
             parts = [as_array(json.loads(detections_path.read_text(encoding="utf-8")))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{detections_path} is missing or no COCO results: run 'make eval ARGS=--force'") from error
@@ -154,7 +157,7 @@ def read_results(detections_path: Path) -> np.ndarray:
 
 
 def read_lines(detections_path: Path) -> list[np.ndarray]:
-    """Results as our evaluator writes them, whole rows on each line: the file is never in memory as one tree."""
+    """Reads results as our evaluator writes them, with whole rows on each line, so one line at a time is parsed."""
     parts = []
     with open(detections_path, encoding="utf-8") as file:
         for line in file:
@@ -164,20 +167,19 @@ def read_lines(detections_path: Path) -> list[np.ndarray]:
 
 
 def as_array(rows: list[dict[str, Any]]) -> np.ndarray:
-    """Rows of COCO's results format -> [n,7], see `read_results`."""
+    """Rows of COCO's results format -> [n,7] with the columns of `read_results`."""
     values = [(row["image_id"], row["category_id"], *row["bbox"], row["score"]) for row in rows]
     return np.array(values, float).reshape(-1, 7)
 
 
 def score_class(truth: COCO, detections: np.ndarray, category_id: int, image_ids: list[int]) -> Any:
-    """COCOeval's result of one class, a dict with precision and recall; `detections` as read_results gives them."""
+    """COCOeval's result for one class, a dict with precision and recall; `detections` come from read_results."""
     annotations = []
     rows = detections[detections[:, 1] == category_id].tolist()
     for number, (image_id, _, x, y, w, h, confidence) in enumerate(rows, start=1):
-        annotations.append({
-            "id": number, "image_id": int(image_id), "category_id": category_id, "bbox": [x, y, w, h], "area": w * h,
-            "score": confidence,
-        })  # fmt: skip
+        annotation = {"id": number, "image_id": int(image_id), "category_id": category_id}
+        annotation |= {"bbox": [x, y, w, h], "area": w * h, "score": confidence}
+        annotations.append(annotation)
     scorer: Any = COCOeval(truth, with_annotations(truth, annotations), "bbox")
     scorer.params.imgIds, scorer.params.catIds = image_ids, [category_id]
     scorer.evaluate()
@@ -186,13 +188,13 @@ def score_class(truth: COCO, detections: np.ndarray, category_id: int, image_ids
 
 
 def load_results(truth: COCO, detections_path: Path) -> COCO:
-    """COCO.loadRes that also takes a file without any detection (pycocotools 2.0.11 looks at the first)."""
+    """COCO.loadRes, but also for a file without detections, on which that of pycocotools 2.0.11 fails."""
     rows = read_json(detections_path, "eval")
     return truth.loadRes(rows) if rows else with_annotations(truth, [])
 
 
 def with_annotations(truth: COCO, annotations: list[dict[str, Any]]) -> COCO:
-    """The images and categories of `truth` with other annotations: those that a model found."""
+    """A COCO object with the images and categories of `truth` and a model's detections as its annotations."""
     results: Any = COCO()
     results.dataset = {**truth.dataset, "annotations": annotations}
     results.createIndex()
@@ -201,7 +203,7 @@ def with_annotations(truth: COCO, annotations: list[dict[str, Any]]) -> COCO:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Sends what pycocotools prints to the log, at debug."""
+    """Redirects the output of pycocotools to the log, at level debug."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         yield
     log.debug("%s", printed.getvalue().rstrip())

@@ -1,4 +1,8 @@
-"""Configuration: typed, frozen, unknown keys rejected. load = base + hyp.scratch <- variant <- overlays <- --set."""
+"""The configuration: typed and frozen sections, which reject unknown keys.
+
+`load` merges conf/base.yaml and conf/hyp.scratch.yaml, the variant's file, the user's overlays, and --set; a later one
+overrides an earlier one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 DEVICES = r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$"
 # Keys and whole sections that do not change what a training computes, each with the reason. They are left out of
-# `config_hash`, and an unfinished training goes on with other values of them.
+# `config_hash`, and an unfinished training can be resumed with other values of them.
 WITHOUT_EFFECT = {
     "train.workers": "Every image draws from a random stream of its own, whichever loader process reads it.",
     "train.device": "It says where a training runs; a training may continue on other hardware, to within rounding.",
@@ -32,11 +36,11 @@ WITHOUT_EFFECT = {
     "eval": "Only the eval stage reads it, after training.",
     "report": "Only the report stage reads it, after training.",
 }
-MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # the single keys: how a training is computed
+MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # all but the sections: how a training is computed
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that names the thing and the remedy; exit code 2."""
+    """A mistake that the user can mend. Its message is one line that names the cause and the remedy; exit code 2."""
 
 
 class Section(BaseModel):
@@ -72,7 +76,7 @@ class Train(Section):
 
 
 class Hyp(Section):
-    """Arguments of Ultralytics' trainer that make up the recipe; names and meaning are Ultralytics' own."""
+    """Arguments of Ultralytics' trainer that make up the recipe, with Ultralytics' names and meanings."""
 
     optimizer: Literal["SGD", "AdamW"]
     lr0: float = Field(gt=0)
@@ -128,10 +132,11 @@ class Quant(Section):
         return self
 
     def without_options(self) -> Quant:
-        """The scheme alone, computed by plain Brevitas, with every option off that changes a training."""
-        off = {"learned_scale": False, "averaged_scales": True, "dampening": 0.0, "freeze_threshold": 0.0}
-        no_more_epochs = {"warmup_share": 0.0, "warmup_from": None, "correction_epochs": 0}
-        return self.model_copy(update={"fast_path": False, **off, **no_more_epochs})
+        """The scheme alone: plain Brevitas layers, and every option off that changes a training."""
+        off: dict[str, Any] = {"fast_path": False, "learned_scale": False, "averaged_scales": True}
+        off |= {"dampening": 0.0, "freeze_threshold": 0.0}
+        off |= {"warmup_share": 0.0, "warmup_from": None, "correction_epochs": 0}
+        return self.model_copy(update=off)
 
 
 class Guard(Section):
@@ -187,12 +192,12 @@ class Config(Section):
 
     @property
     def n_warmup_epochs(self) -> int:
-        """Epochs at quant.warmup_bits, before those at the bits of the scheme; what they score is not the result."""
+        """Number of first epochs, at quant.warmup_bits; only the later ones, at the scheme's bits, can be the best."""
         return int(self.quant.warmup_share * self.train.epochs) if self.quant else 0
 
     @property
     def warmup_from(self) -> Path | None:
-        """Checkpoint of the FP16 training whose epochs are the warm-up; None: it is trained here, or there is none."""
+        """Checkpoint of an FP16 training that replaces the warm-up epochs; None: this training runs them, if any."""
         return Path(self.quant.warmup_from) if self.quant and self.quant.warmup_from else None
 
 
@@ -201,11 +206,11 @@ def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | Non
 
     Args:
         variant: 'fp16' or 'qat'.
-        overlays: YAML files laid over the defaults, in order.
+        overlays: YAML files that override the defaults, in this order.
         sets: 'key=value' strings with dotted keys and YAML values, applied last.
 
     Raises:
-        UserError: unknown key or value, unreadable file; the message lists every problem.
+        UserError: an unknown key, a wrong value or an unreadable file; the message lists every problem.
     """
     if variant not in VARIANTS:
         raise UserError(f"unknown variant '{variant}': choose one of {', '.join(VARIANTS)}")
@@ -220,7 +225,11 @@ def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | Non
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping (safe_load); an unreadable file or one that is no mapping is a UserError."""
+    """Reads a YAML mapping with safe_load.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or does not hold a mapping.
+    """
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -233,11 +242,11 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lays one tree over another: mappings merge key by key, everything else is replaced."""
+    """A copy of `below` with the values of `above`: mappings merge key by key, everything else is replaced."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        are_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if are_mappings else value
     return merged
 
 
@@ -256,7 +265,11 @@ def parse_set(item: str) -> dict[str, Any]:
 
 
 def validate(tree: dict[str, Any]) -> Config:
-    """Tree -> Config; all problems together in one UserError."""
+    """Tree of plain values -> Config.
+
+    Raises:
+        UserError: lists all unknown keys and wrong values.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -265,8 +278,9 @@ def validate(tree: dict[str, Any]) -> Config:
 
 
 def _describe(problem: Any) -> str:
+    """One problem of a pydantic ValidationError, in the user's words."""
     key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "value_error":  # a rule of ours over a whole section
+    if problem["type"] == "value_error":  # raised by a validator of this file
         return f"{key}: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
         return f"{key} = {problem['input']!r}: {problem['msg']}"
@@ -284,7 +298,7 @@ def known_keys() -> set[str]:
 
 
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys to plain values, for differences and tables; `quant` of fp16 is one key with value None."""
+    """Plain values by dotted key, for differences and tables; `quant` of fp16 is one key with the value None."""
     flat: dict[str, Any] = {}
     tree = config if isinstance(config, dict) else config.model_dump(mode="json")
     for name, value in tree.items():
@@ -298,13 +312,13 @@ def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
 def difference(
     old: Config | dict[str, Any], new: Config | dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with (old, new); `ignore` names keys and whole sections."""
+    """(old value, new value) by dotted key, where the two differ; `ignore` names keys and whole sections."""
     before, after = flatten(old), flatten(new)
     differences = {}
     for key in sorted(before | after):
-        values = before.get(key), after.get(key)
-        if values[0] != values[1] and not _is_named(key, ignore):
-            differences[key] = values
+        old_value, new_value = before.get(key), after.get(key)
+        if old_value != new_value and not _is_named(key, ignore):
+            differences[key] = (old_value, new_value)
     return differences
 
 
@@ -314,7 +328,7 @@ def _is_named(key: str, names: Iterable[str]) -> bool:
 
 
 def shown(differences: dict[str, tuple[Any, Any]]) -> str:
-    """What `difference` gave, for a message."""
+    """The result of `difference` as text for a message: 'key: old -> new, ...'."""
     return ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in differences.items())
 
 

@@ -56,7 +56,8 @@ LOSS_LABEL = "loss (box + cls + dfl, both heads)"
 
 def palette(labels: Iterable[str]) -> dict[str, str]:
     """A colour for every label, the same in all figures of a page: fp16, then QAT, then PTQ."""
-    ordered = sorted(map(Label.parse, labels), key=lambda label: (label.method == "ptq", label.order))
+    parsed = map(Label.parse, labels)
+    ordered = sorted(parsed, key=lambda label: (label.method == "ptq", label.order))
     return dict(zip(map(str, ordered), cycle(COLOURS), strict=False))
 
 
@@ -77,44 +78,63 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
     marker = "o" if last_epoch == 1 else ""  # a line of one point shows nothing
     colours = palette(variants)
     for label, rows in variants.items():
-        validated = [row for row in rows if is_validated(row)]
-        draw_losses(loss_axes, rows, validated, colours[label], marker)
-        draw_aps(ap_axes, validated, colours[label], marker)
-        warm_up = [row["epoch"] for row in validated if row.get(WARM_UP)]
-        for axes in (loss_axes, ap_axes) if warm_up else ():
-            name = "last validation of the quant warm-up"
-            axes.axvline(max(warm_up), color=colours[label], linewidth=0.8, label=name)
-    reached = {epoch: ap for epoch, ap in (reference or {}).items() if epoch <= last_epoch}
-    if reached:
-        ap_axes.plot(list(reached), list(reached.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
+        draw_losses(loss_axes, rows, colours[label], marker)
+        draw_aps(ap_axes, rows, colours[label], marker)
+        mark_warm_up((loss_axes, ap_axes), rows, colours[label])
+    if reference:
+        draw_reference(ap_axes, reference, last_epoch)
     ap_axes.set_ylim(bottom=0)
     explain(figure, list(variants))
     return figure
 
 
-def draw_losses(axes: Axes, rows: Rows, validated: Rows, colour: str, marker: str) -> None:
+def draw_losses(axes: Axes, rows: Rows, colour: str, marker: str) -> None:
     """The train loss of every epoch, dotted, and the validation loss of the scored state."""
-    epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [train_loss(row) for row in rows], ":", marker=marker, color=colour)
-    epochs = [row["epoch"] for row in validated]
-    losses = [row[column(VAL_LOSS, SCORED)] for row in validated]
-    axes.plot(epochs, losses, marker=marker, color=colour)
+    train_losses = list(map(train_loss, rows))
+    axes.plot(values_of("epoch", rows), train_losses, ":", marker=marker, color=colour)
+    validated = list(filter(is_validated, rows))
+    val_losses = values_of(column(VAL_LOSS, SCORED), validated)
+    axes.plot(values_of("epoch", validated), val_losses, marker=marker, color=colour)
 
 
-def draw_aps(axes: Axes, validated: Rows, colour: str, marker: str) -> None:
-    epochs = [row["epoch"] for row in validated]
+def draw_aps(axes: Axes, rows: Rows, colour: str, marker: str) -> None:
+    """The AP of every validated state."""
+    validated = list(filter(is_validated, rows))
+    epochs = values_of("epoch", validated)
     for state, style in STYLES.items():
-        aps = [row[column(AP, state)] for row in validated]
+        aps = values_of(column(AP, state), validated)
         axes.plot(epochs, aps, style.line, marker=marker, color=colour, linewidth=style.width)
+
+
+def values_of(name: str, rows: Rows) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def mark_warm_up(panels: tuple[Axes, Axes], rows: Rows, colour: str) -> None:
+    """A line at the last validated epoch of the quant warm-up, where there was one."""
+    epochs = [row["epoch"] for row in rows if row.get(WARM_UP)]
+    if not epochs:
+        return
+    for axes in panels:
+        axes.axvline(max(epochs), color=colour, linewidth=0.8, label="last validation of the quant warm-up")
+
+
+def draw_reference(axes: Axes, reference: dict[int, float], last_epoch: float) -> None:
+    """The AP of a published training, as far as the variants reach."""
+    reached = {epoch: ap for epoch, ap in reference.items() if epoch <= last_epoch}
+    if reached:
+        axes.plot(list(reached), list(reached.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
 
 
 def explain(figure: Figure, labels: list[str]) -> None:
     """Legends under the axes: variants by colour, states by style; nothing is drawn over the lines."""
     colours = palette(labels)
-    variants = [Line2D([], [], color=colours[name], linewidth=4, label=name) for name in labels if name]
-    states = list(STYLES.values())[::-1]
-    for axes, styles in zip(figure.axes, (LOSS_STYLES, states), strict=True):
-        lines = [style_line(style) for style in styles]
+    variants = []
+    for label in filter(None, labels):
+        variants.append(Line2D([], [], color=colours[label], linewidth=4, label=label))
+    scored_first = reversed(STYLES.values())
+    for axes, styles in zip(figure.axes, (LOSS_STYLES, scored_first), strict=True):
+        lines: list[Artist] = list(map(style_line, styles))
         lines += axes.get_legend_handles_labels()[0]
         n_rows = max(len(variants), len(lines))
         handles = filled(variants, n_rows) + filled(lines, n_rows)

@@ -1,4 +1,4 @@
-"""Code version, machine and libraries of this process, and the settings that libraries read from the environment."""
+"""Code version, machine and packages of this process, and the environment variables that libraries read."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ GPU_FACTS = ("name", "driver_version", "memory.total", "power.limit", "clocks.ma
 
 
 def code_version() -> str:
-    """Git revision with '-dirty' where tracked files differ; in the image the build's revision; else 'unknown'."""
-    if revision := os.environ.get("APP_REVISION"):
+    """Git revision, with '-dirty' if tracked files differ; in the image that of its build; 'unknown' without git."""
+    revision = os.environ.get("APP_REVISION")
+    if revision:
         return revision
     git = ["git", "-C", str(REPO_DIR), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
@@ -36,7 +37,7 @@ def code_version() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and software of this process, for env.json. Imports nothing heavy; the GPU is asked by nvidia-smi."""
+    """Machine and software of this process, for env.json. Imports nothing heavy: nvidia-smi describes the GPUs."""
     lock = REPO_DIR / "requirements.lock"
     return {
         "code_version": code_version(),
@@ -53,7 +54,7 @@ def environment() -> dict[str, Any]:
 
 
 def nvidia_smi(fields: tuple[str, ...]) -> list[str]:
-    """The values of `fields` for every GPU, one line a GPU; empty where the machine has none."""
+    """The values of `fields` for every GPU, one line a GPU; empty if the machine has none."""
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
@@ -74,10 +75,10 @@ def utc_now() -> str:
 
 
 def isolate_libraries(cache_dir: Path) -> None:
-    """Points Ultralytics and Matplotlib at the cache folder and takes Ultralytics off the network.
+    """Makes Ultralytics and Matplotlib use the cache folder, and Ultralytics work without the network.
 
     Must run before the first `import ultralytics`: utils/__init__.py (8.4.190) reads these variables when imported.
-    The link to Matplotlib's own font keeps check_font() from downloading Arial.ttf.
+    Arial.ttf becomes a link to a font of Matplotlib, so that Ultralytics' check_font() does not download it.
     """
     config_dir = (cache_dir / "ultralytics").resolve()
     font = config_dir / "Ultralytics" / "Arial.ttf"
@@ -85,17 +86,17 @@ def isolate_libraries(cache_dir: Path) -> None:
     os.environ.update(
         YOLO_CONFIG_DIR=str(config_dir), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false"
     )
-    # Brevitas drops the names of a tensor at every quantization; the warning is about naming them.
+    # Brevitas removes the names of a tensor at every quantization, and torch warns of any use of named tensors.
     warnings.filterwarnings("ignore", message="Named tensors", category=UserWarning)
-    # Brevitas looks for a package of rotations, which are not used here.
+    # Brevitas looks for a package for rotations, which are not used here.
     warnings.filterwarnings("ignore", message="fast_hadamard_transform package not found", category=UserWarning)
-    # torch.onnx.export saves and restores the flags of all backends, that of Intel GPUs too (torch 2.10).
+    # torch.onnx.export saves and restores the flags of all backends, also that of Intel GPUs (torch 2.10).
     warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN", category=UserWarning)
     # More loader processes than cores are slower and not wrong; the report has both numbers (train.workers, cpu_count).
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     os.environ.setdefault("MPLCONFIGDIR", str((cache_dir / "matplotlib").resolve()))
-    # OpenMP's threads otherwise spin for a millisecond while they wait: beside a busy process a step took 3.7 times as
-    # long as alone. With 1,000 turns it takes 2.5 times as long there, and a tenth more alone (two cores).
+    # By default OpenMP's threads spin for a millisecond while they wait. Then a step takes 3.7 times as long beside a
+    # busy process as alone (two cores). With 1,000 spins it takes 2.5 times as long, and alone a tenth longer.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("USER", "user")  # torchvision asks getpass.getuser(), which fails for a uid without a name
     spec = util.find_spec("matplotlib")

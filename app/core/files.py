@@ -1,4 +1,4 @@
-"""Files and folders: written beside their place and renamed; read with the remedy in the message."""
+"""Files and folders that are written atomically: to a temporary name, which is then renamed. JSON files and hashes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from app.core.config import UserError
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
-NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # rename to a folder that holds something; POSIX allows both
+NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # a rename to a folder that is not empty; POSIX allows both
 
 
 @contextlib.contextmanager
@@ -33,8 +33,8 @@ def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
 def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
     """Lets `write` fill a temporary file beside `path`, flushes it to disk, then renames it over `path`.
 
-    A crash or a full disk leaves the old file whole and, short of kill -9, no temporary file behind. With `previous`
-    the file that is replaced stays under that name.
+    After a crash or a full disk the old file is unchanged; only kill -9 leaves the temporary file behind. With
+    `previous` the file that is replaced is kept under that name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -46,18 +46,18 @@ def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | N
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    flush(path.parent)  # else the new name may not outlive a power failure
+    flush(path.parent)  # so that the new name survives a power failure
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, replace: bool = False, alone: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `path` to fill; after the block it is renamed to `path`.
+    """Yields an empty folder beside `path`, which the block fills; after the block it is renamed to `path`.
 
-    A half-filled folder never has the name. Where another process has made `path` meanwhile, the other folder stays.
+    So `path` is never half-filled. If another process has created `path` in the meantime, that folder is kept.
 
     Args:
-        replace: an older folder at `path` is replaced.
-        alone: no other process makes this folder (the caller holds a lock), so what a killed one left can be removed.
+        replace: replace an older folder at `path`.
+        alone: the caller holds a lock, so no other process creates this folder; what a killed one left is removed.
     """
     mark = f".{path.name}" if alone else f".{path.name}.{os.getpid()}"
     part, old = path.with_name(f"{mark}.part"), path.with_name(f"{mark}.old")
@@ -80,7 +80,7 @@ def new_folder(path: Path, replace: bool = False, alone: bool = False) -> Iterat
 
 
 def flush(path: Path) -> None:
-    """Waits until a file or the names in a folder are on the disk."""
+    """Waits until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,7 +89,7 @@ def flush(path: Path) -> None:
 
 
 def keep(path: Path, second: Path) -> None:
-    """Gives the file a second name by a hard link, or by a copy where there are none; the first name stays."""
+    """Gives a file a second name by a hard link, or by a copy if the file system has no hard links."""
     part = second.with_name(f".{second.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try:
@@ -99,7 +99,7 @@ def keep(path: Path, second: Path) -> None:
             shutil.copyfile(path, part)
         part.replace(second)
     finally:
-        part.unlink(missing_ok=True)  # rename leaves it where both names led to one file already
+        part.unlink(missing_ok=True)  # rename does nothing if both names are links to the same file
 
 
 def write_text(path: Path, text: str) -> None:

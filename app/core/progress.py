@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal; elsewhere a log line a minute and one at the end."""
+"""Progress of long work: a bar on a terminal; elsewhere a log line every minute and one at the end."""
 
 from __future__ import annotations
 
@@ -17,30 +17,37 @@ log = logging.getLogger(__name__)
 
 
 class Meter:
-    """Counts done work and shows count, rate and time left.
+    """Counts finished units of work, and shows their number, the rate and the time left.
 
     Args:
-        desc: what is being done, a few words.
-        total: how many units there will be.
-        unit: what is counted, plural.
+        desc: the work, in a few words.
+        total: number of units when all is done.
+        unit: name of the units, plural.
     """
 
     def __init__(self, desc: str, total: int, unit: str = "images") -> None:
-        self.desc, self.total, self.unit = desc, total, unit
+        self.desc = desc
+        self.total = total
+        self.unit = unit
         self.done = 0
         self.start = self.shown = time.monotonic()
-        tty = sys.stderr.isatty() and log.isEnabledFor(logging.INFO)
-        self.bar = tqdm(desc=desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True) if tty else None
+        self.bar = None
+        if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+            self.bar = tqdm(desc=desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
     def update(self, count: int = 1, note: Callable[[], str] = str) -> None:
-        """Adds `count` done units; `note` makes the end of the line (loss, memory) and is called only to show it."""
+        """Adds `count` finished units.
+
+        `note` returns the end of the line, such as loss and memory; it is called only when the line is shown.
+        """
         self.done += count
         now = time.monotonic()
-        show = now - self.shown >= (REFRESH_S if self.bar is not None else LOG_EVERY_S)
+        interval_s = LOG_EVERY_S if self.bar is None else REFRESH_S
+        show = now - self.shown >= interval_s
         if show:
             self.shown = now
         if self.bar is not None:
@@ -52,13 +59,13 @@ class Meter:
             log.info(", ".join(part for part in parts if part))
 
     def close(self) -> None:
-        """Takes the bar off the terminal."""
+        """Removes the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
 
 
 def track(items: Iterable[T], desc: str, total: int, unit: str = "images") -> Iterator[T]:
-    """Yields `items` unchanged while a Meter shows how far they are; ends with one line."""
+    """Yields `items` while a Meter shows the progress; logs one line at the end."""
     meter = Meter(desc, total, unit)
     try:
         for item in items:
@@ -70,7 +77,7 @@ def track(items: Iterable[T], desc: str, total: int, unit: str = "images") -> It
 
 
 def progress_line(meter: Meter) -> str:
-    """'desc: 12/72 images, 35.2 images/s, 0:02 left' or, when all is done, '... in 0:02'."""
+    """'desc: 12/72 images, 35.2 images/s, 0:02 left'; when all is done it ends in 'in 0:02'."""
     seconds = meter.seconds
     rate = meter.done / seconds if seconds > 0 else 0.0
     left = clock((meter.total - meter.done) / rate) if rate else "?"

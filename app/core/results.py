@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from itertools import chain
 from pathlib import Path
 
 from app.core.files import write_text
@@ -30,7 +31,7 @@ SCORED_AP = column(AP, SCORED)
 def write_rows(path: Path, rows: Rows) -> None:
     """Rows as CSV, atomically; a cell stays empty where a row lacks the key (an epoch that was not validated)."""
     longest_first = sorted(rows, key=len, reverse=True)
-    names = dict.fromkeys(name for row in longest_first for name in row)
+    names = dict.fromkeys(chain.from_iterable(longest_first))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
     writer.writeheader()
@@ -58,10 +59,14 @@ def candidates(rows: Rows) -> Rows:
 
 def train_loss(row: Row) -> float:
     """Sum of the running means of an epoch's loss terms."""
-    return sum(value for name, value in row.items() if name.startswith(TRAIN_LOSS))
+    terms = [value for name, value in row.items() if name.startswith(TRAIN_LOSS)]
+    return sum(terms)
 
 
 def loss_curve(rows: Rows) -> Rows:
     """The columns of losses and APs alone, for loss_curve.csv."""
     beginnings = ("epoch", TRAIN_LOSS, "val/", f"{VAL_LOSS}/", f"{AP}/", f"{AP50}/", WARM_UP)
-    return [{name: value for name, value in row.items() if name.startswith(beginnings)} for row in rows]
+    curve = []
+    for row in rows:
+        curve.append({name: value for name, value in row.items() if name.startswith(beginnings)})
+    return curve

@@ -1,4 +1,4 @@
-"""The run root: every path in one place, its record, and its lock."""
+"""The run root: the paths of its files, its lock, and its record of stages."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 @contextlib.contextmanager
 def hold(run: RunRoot, stage: str) -> Iterator[None]:
-    """Locks the run root for this process, and removes the half-written files that a killed process left there.
+    """Locks the run root for this process, and removes half-written files that a killed process has left there.
 
-    The lock is POSIX's: it belongs to the process alone, not to its loader processes, and the kernel releases it when
-    the process dies, however that happens. The lock file is in the shared cache, so a refused input leaves no run root.
+    It is a POSIX lock: loader processes do not inherit it, and the kernel releases it when the process ends in any way.
+    The lock file is in the shared cache, so that a stage that refuses its input creates no run root.
 
     Raises:
-        UserError: another process holds it; the message names that.
+        UserError: another process holds the lock; the message names the process.
     """
     path = run.cache_dir / "locks" / run.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def hold(run: RunRoot, stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RunRoot:
-    """Paths of runs/<name>. Stages talk only through these files."""
+    """Paths of runs/<name>. Stages exchange data only through these files."""
 
     runs_dir: Path
     name: str
@@ -61,7 +61,7 @@ class RunRoot:
 
     @property
     def cache_dir(self) -> Path:
-        """Shared by all runs: the drawn coco-subset, YOLO views, Ultralytics' settings."""
+        """Folder that all runs share: the drawn coco-subset, YOLO views, locks, Ultralytics' settings."""
         return self.runs_dir / ".cache"
 
     @property
@@ -77,15 +77,15 @@ class RunRoot:
         return self.root / "dataset" / "provenance.json"
 
     def variant_dir(self, label: Label | str) -> Path:
-        """Folder of a checkpoint: that of a training, fp16 or qat-<scheme>, or of ptq, ptq-<scheme> or -bn."""
+        """Folder of a checkpoint: fp16 or qat-<scheme> of a training, ptq-<scheme> or ptq-<scheme>-bn of PTQ."""
         return self.root / str(label)
 
     def best(self, label: Label | str) -> Path:
-        """Checkpoint of the variant as it is exported."""
+        """The checkpoint that is exported."""
         return self.variant_dir(label) / "weights" / "best.pt"
 
     def finished_labels(self) -> list[Label]:
-        """Labels of the finished checkpoints, of trainings and of PTQ alike: fp16 first."""
+        """Labels of the finished checkpoints of trainings and of PTQ, fp16 first."""
         labels = [Label.parse(path.parent.name) for path in self.root.glob("*/done.json")]
         return sorted(labels, key=lambda label: label.order)
 
@@ -103,14 +103,16 @@ class RunRoot:
 
 
 def open_run(name: str, runs_dir: Path) -> RunRoot:
-    """Checks the name of a run; nothing is created before a stage has something to write."""
+    """Checks the name of a run. It creates no folder; a stage does when it writes its first file."""
     if not RUN_NAME.fullmatch(name):
         raise UserError(f"--run '{name}': use letters, digits, '.', '_' and '-' (it becomes a folder under {runs_dir})")
     return RunRoot(runs_dir, name)
 
 
 def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
-    """Writes into run.json what a stage did, when, and with which code."""
-    record = read_json(run.run_json, "data") if run.run_json.exists() else {"name": run.name, "stages": {}}
+    """Writes to run.json what a stage did, when, and with which code."""
+    record = {"name": run.name, "stages": {}}
+    if run.run_json.exists():
+        record = read_json(run.run_json, "data")
     record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
     write_json(run.run_json, record)

@@ -1,4 +1,4 @@
-"""Fetches the official COCO 2017 archives: resumed after a break, checked, unpacked beside their place."""
+"""Downloads the official COCO 2017 archives, resuming broken downloads; checks them and unpacks them atomically."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from app.core.progress import track
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 2**20
-TIMEOUT_S = 60.0  # without a byte
-RETRY_WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # between requests that bring nothing new
+TIMEOUT_S = 60.0  # longest silence of the server
+RETRY_WAITS_S = (2.0, 5.0, 15.0, 30.0, 60.0, 120.0)  # after requests that have brought no new byte
 DISK_REMEDY = "make room and start the same command again, it goes on from there"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One official archive. All its members lie in the folder `folder`; n_unpacked_bytes is their size, rounded up."""
+    """One official archive. All its members lie in `folder`; `n_unpacked_bytes` is their total size, rounded up."""
 
     url: str
     n_bytes: int
@@ -48,7 +48,7 @@ class Archive:
         return self.url.rpartition("/")[2]
 
 
-# Small ones first. Plain http, as the certificate of this host is for another name; the MD5 proves what arrives.
+# The small ones come first. Plain http, because this host's certificate is for another name; the MD5 is checked.
 ARCHIVES = (
     Archive(
         "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
@@ -66,9 +66,9 @@ ARCHIVES = (
 
 
 def download_coco(target_dir: Path, keep_archives: bool = False, archives: tuple[Archive, ...] = ARCHIVES) -> None:
-    """Fills `target_dir` with the folders of `archives`; a folder that is there is left alone.
+    """Fills `target_dir` with the folders of `archives`; a folder that exists and is not empty is left alone.
 
-    A folder gets its name only when it is complete, and only then its archive is removed.
+    A folder gets its final name when it is complete; its archive is removed after that.
 
     Raises:
         UserError: no space, no connection, a wrong or unsafe archive, or another download into the same folder.
@@ -93,13 +93,15 @@ def _is_there(folder: Path) -> bool:
 
 
 def check_space(missing: list[Archive], target_dir: Path, keep_archives: bool) -> None:
-    """A UserError where the largest need at any moment, archives and unpacked files together, does not fit."""
+    """Raises a UserError if the peak of archives and unpacked files together is larger than the free space."""
     used = peak = 0
     for archive in missing:
         path = target_dir / archive.name
-        used += archive.n_bytes + archive.n_unpacked_bytes - max(_size(path), _size(_part(path)))
+        n_downloaded = max(_size(path), _size(_part(path)))
+        used += archive.n_bytes + archive.n_unpacked_bytes - n_downloaded
         peak = max(peak, used)
-        used -= 0 if keep_archives else archive.n_bytes
+        if not keep_archives:
+            used -= archive.n_bytes
     existing = next(folder for folder in (target_dir, *target_dir.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < peak:
@@ -120,7 +122,7 @@ def _part(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _only_one(target_dir: Path) -> Iterator[None]:
-    """Holds a lock on the folder: two downloads would write into the same files."""
+    """Holds a lock on the folder, because two downloads would write to the same files."""
     try:
         target_dir.mkdir(parents=True, exist_ok=True)
         lock = open(target_dir / ".download.lock", "w")  # noqa: SIM115  closed by the block below
@@ -137,7 +139,7 @@ def _only_one(target_dir: Path) -> Iterator[None]:
 
 
 def fetch(archive: Archive, target_dir: Path) -> Path:
-    """Downloads and checks an archive; continues what an earlier download, or the user, left half-done."""
+    """Downloads and checks an archive; resumes the unfinished download of an earlier start, or of the user."""
     path = target_dir / archive.name
     part_path = _part(path)
     if path.exists():
@@ -148,7 +150,7 @@ def fetch(archive: Archive, target_dir: Path) -> Path:
 
 
 def _receive_all(archive: Archive, part_path: Path) -> None:
-    """Sends requests until the file has its full length; gives up after several in a row that bring nothing new."""
+    """Sends requests until the file has its full length; gives up after several in a row that bring no new byte."""
     if _size(part_path) > archive.n_bytes:
         part_path.unlink()
     longest, waits_s = _size(part_path), iter(RETRY_WAITS_S)
@@ -168,13 +170,13 @@ def _receive_all(archive: Archive, part_path: Path) -> None:
 
 
 def _receive(archive: Archive, part_path: Path) -> str:
-    """One request for the missing bytes, which are appended to the file; returns why it ended, for a message."""
+    """Sends one request for the missing bytes and appends them to the file; returns why it ended, for a message."""
     have = _size(part_path)
     headers = {"Range": f"bytes={have}-"} if have else {}
     request = urllib.request.Request(archive.url, headers=headers)  # noqa: S310  the table above has http only
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response, open(part_path, "ab") as file:  # noqa: S310
-            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # the whole file: this server knows no Range
+            if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # the server ignores Range and sends the whole file
                 file.truncate(0)
                 have = 0
             n_blocks = math.ceil((archive.n_bytes - have) / BLOCK_BYTES)
@@ -199,7 +201,7 @@ def _receive(archive: Archive, part_path: Path) -> str:
 
 
 def _check_md5(archive: Archive, path: Path) -> None:
-    """A UserError where the archive is not the official one; it is deleted, and the next start fetches it anew."""
+    """Deletes the archive and raises a UserError if it is not the official one; the next start downloads it again."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         blocks = iter(partial(file.read, BLOCK_BYTES), b"")
@@ -214,7 +216,7 @@ def _check_md5(archive: Archive, path: Path) -> None:
 
 
 def unpack(zip_path: Path, folder: Path) -> None:
-    """Unpacks an archive whose members all lie in `folder`'s name; starts over where an earlier try was broken off.
+    """Unpacks an archive whose members all lie in a folder named like `folder`; an interrupted try is started over.
 
     Raises:
         UserError: a member is a link or would land outside the folder, or the archive is damaged.
@@ -227,13 +229,13 @@ def unpack(zip_path: Path, folder: Path) -> None:
             files = [member for member in members if not member.is_dir()]
             for member in track(files, f"unpacking {zip_path.name}", len(files), "files"):
                 archive.extract(member, part_dir)
-            os.sync()  # the archive goes next: first its content must be on the disk
+            os.sync()  # the caller deletes the archive, so its content must be on the disk
     except zipfile.BadZipFile as error:
         raise UserError(f"{zip_path} is damaged ({error}): delete it and start the same command again") from error
 
 
 def _put_into(folder_name: str, member: zipfile.ZipInfo, zip_path: Path) -> None:
-    """Takes the folder's name off the path to which `member` is unpacked; a UserError where it leads elsewhere."""
+    """Makes the path of `member` relative to the folder; raises a UserError if it leads out of it or is a link."""
     parts = PurePosixPath(member.filename.replace("\\", "/")).parts
     is_inside = parts[:1] == (folder_name,) and ".." not in parts and (member.is_dir() or len(parts) > 1)
     if not is_inside or stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):

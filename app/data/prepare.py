@@ -1,4 +1,4 @@
-"""The data stage: COCO folder -> checked YOLO view, seeded choice of images, dataset file and provenance."""
+"""The data stage: from a COCO folder to a checked YOLO view, a seeded choice of images, dataset file and provenance."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ OTHER_RUN = "take another RUN=name, or start the run over with ARGS=--force"
 
 
 def prepare(config: Config, run: RunRoot, force: bool) -> None:
-    """Makes dataset/coco.yaml, train.txt, val.txt and provenance.json of a run; the view is shared by all runs.
+    """Writes dataset/coco.yaml, train.txt, val.txt and provenance.json of a run, and the view that all runs share.
 
-    Never writes to the dataset. With `force` every image is checked again, for all runs.
+    It never writes to the dataset. With `force` every image is checked again; the new view holds for all runs.
 
     Raises:
         UserError: the dataset cannot be used, the run root was made with other data, or no space is left.
@@ -63,23 +63,34 @@ def prepare(config: Config, run: RunRoot, force: bool) -> None:
 
 
 def locate(coco_dir: str, cache_dir: Path) -> Path:
-    """Absolute dataset folder; the word coco-subset means the built-in one, relative paths the current folder."""
+    """Absolute dataset folder: the built-in one for the word coco-subset, else `coco_dir` from the current folder."""
     if coco_dir == BUILTIN_DATASET:
         return cache_dir.resolve() / f"{BUILTIN_DATASET}-v{VERSION}"
     return Path(coco_dir).resolve()
 
 
 def check_same_settings(run: RunRoot, recorded: dict[str, Any], data: Data, coco_dir: Path) -> None:
-    """A UserError that lists old -> new where a setting has changed; one folder may be named in several ways."""
+    """Refuses settings other than those that the run was made with.
+
+    The same folder may be written in several ways, so folders are compared by their absolute paths.
+
+    Raises:
+        UserError: lists old -> new for every setting that has changed.
+    """
     old, new = recorded["settings"], data.model_dump()
     if recorded["coco_dir"] == str(coco_dir):
         old = old | {"coco_dir": new["coco_dir"]}
-    if differences := difference({"data": old}, {"data": new}):
+    differences = difference({"data": old}, {"data": new})
+    if differences:
         raise UserError(f"{run.root} was made with other data settings ({shown(differences)}): {OTHER_RUN}")
 
 
 def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """A run whose folder or view has moved goes on; one whose dataset has changed does not."""
+    """Refuses a dataset with other annotations or images than the run was made with; its place may have changed.
+
+    Raises:
+        UserError: names the split and the hash that differs.
+    """
     for split, new in provenance["splits"].items():
         old = recorded["splits"][split]
         for key in ("annotation_sha256", "image_ids_sha256"):
@@ -91,7 +102,7 @@ def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[s
 
 
 def hash_annotations(coco_dir: Path) -> dict[str, str]:
-    """Name of a split (train2017, val2017) -> SHA-256 of its annotation file.
+    """SHA-256 of the annotation files, by the name of the split (train2017, val2017).
 
     Raises:
         UserError: the folder does not have COCO's layout, or an annotation file may not be read.
@@ -104,7 +115,7 @@ def hash_annotations(coco_dir: Path) -> dict[str, str]:
 
 
 def check_layout(coco_dir: Path) -> None:
-    """A UserError where a folder of COCO's layout or an annotation file is missing."""
+    """Raises a UserError if a folder of COCO's layout or an annotation file is missing."""
     if not coco_dir.is_dir():
         raise UserError(f"no COCO folder at {coco_dir}: give COCO_DIR=path, or run 'make download-coco'")
     for name in (*SPLITS.values(), ANNOTATIONS):
@@ -125,7 +136,7 @@ def assemble(data: Data, coco_dir: Path, view: Path, digests: dict[str, str]) ->
     Raises:
         UserError: broken images without data.skip_broken, or more images asked for than there are.
     """
-    wanted = {"train": data.n_train, "val": data.n_val}
+    n_wanted = {"train": data.n_train, "val": data.n_val}
     splits = {}
     for split, name in SPLITS.items():
         entries = read_index(view, split)
@@ -136,9 +147,13 @@ def assemble(data: Data, coco_dir: Path, view: Path, digests: dict[str, str]) ->
                 f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
             )
         sound = [entry for entry in entries if not entry["fault"]]
-        used = choose(sound, wanted[split], split, data.seed)
-        file = {"name": name, "annotation_file": str(annotation_path(coco_dir, name))}
-        splits[split] = file | {"annotation_sha256": digests[name]} | count(entries, broken, used)
+        used = choose(sound, n_wanted[split], split, data.seed)
+        splits[split] = {
+            "name": name,
+            "annotation_file": str(annotation_path(coco_dir, name)),
+            "annotation_sha256": digests[name],
+            **count(entries, broken, used),
+        }
     return {
         "title": title(data, splits),
         "coco_dir": str(coco_dir),
@@ -152,7 +167,11 @@ def assemble(data: Data, coco_dir: Path, view: Path, digests: dict[str, str]) ->
 
 
 def choose(sound: Entries, n_wanted: int | None, split: str, seed: int) -> Entries:
-    """All usable images, or a seeded choice of n_wanted among them; in the order of their ids."""
+    """A seeded choice of `n_wanted` usable images, or all of them for None, in the order of their ids.
+
+    Raises:
+        UserError: fewer images are usable than wanted, or none.
+    """
     if not sound:
         raise UserError(f"no image of {SPLITS[split]} can be used: repair the dataset")
     if n_wanted is None:
@@ -167,45 +186,56 @@ def choose(sound: Entries, n_wanted: int | None, split: str, seed: int) -> Entri
 
 
 def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
-    """What the used images of a split hold, and which they are. `entries` are all listed, in the order of their ids."""
+    """Counts over a split for provenance.json, and the ids of its used images.
+
+    `entries` are all images that the annotation file lists; `broken` and `used` are parts of them.
+    """
     ids = [entry["id"] for entry in used]
+    n_without_objects = len([entry for entry in used if entry["n_boxes"] == 0])
     return {
         "n_listed": len(entries),
         "n_images": len(used),
         "n_broken": len(broken),
         "broken": [{"file": entry["file"], "reason": entry["fault"]} for entry in broken],
-        "n_annotations": sum(entry["n_annotations"] for entry in used),
-        "n_crowd": sum(entry["n_crowd"] for entry in used),
-        "n_degenerate_boxes": sum(entry["n_degenerate"] for entry in used),
-        "n_without_objects": sum(entry["n_boxes"] == 0 for entry in used),
+        "n_annotations": total(used, "n_annotations"),
+        "n_crowd": total(used, "n_crowd"),
+        "n_degenerate_boxes": total(used, "n_degenerate"),
+        "n_without_objects": n_without_objects,
         "subset": len(used) < len(entries) - len(broken),
         "image_ids_sha256": hash_ids(ids),
         "image_ids": ids if len(used) < len(entries) else None,
     }
 
 
+def total(entries: Entries, key: str) -> int:
+    return sum(entry[key] for entry in entries)
+
+
 def name_faults(broken: Entries) -> str:
-    """The first faults, each with its file, for a message."""
+    """The first faults, each after its file name, for a message."""
     faults = [f"{entry['file']} {entry['fault']}" for entry in broken[:N_SHOWN_FAULTS]]
-    more = ["..."] if len(broken) > N_SHOWN_FAULTS else []
-    return "; ".join(faults + more)
+    if len(broken) > N_SHOWN_FAULTS:
+        faults.append("...")
+    return "; ".join(faults)
 
 
 def title(data: Data, splits: dict[str, Any]) -> str:
-    """What the dataset may be called in a report; `splits` are those of provenance.json."""
+    """The name of the dataset in a report; `splits` are those of provenance.json."""
     if data.coco_dir == BUILTIN_DATASET:
         return BUILTIN_TITLE
-    return coco_title({facts["name"]: facts["n_listed"] for facts in splits.values()})
+    n_listed = {facts["name"]: facts["n_listed"] for facts in splits.values()}
+    return coco_title(n_listed)
 
 
 def write_dataset_files(run: RunRoot, view: Path, provenance: dict[str, Any]) -> None:
-    """Writes train.txt, val.txt, coco.yaml and last provenance.json: where that stands, the others are complete."""
+    """Writes train.txt, val.txt and coco.yaml, and provenance.json last: if that exists, the others are complete."""
     dataset: dict[str, Any] = {"path": str(view)}
     for split, facts in provenance["splits"].items():
         image_dir = view / "images" / facts["name"]
         entries = read_chosen(view, split, facts["image_ids"])
+        lines = [f"{image_dir / entry['file']}\n" for entry in entries]
         path = (run.provenance.parent / f"{split}.txt").resolve()
-        write_text(path, "".join(f"{image_dir / entry['file']}\n" for entry in entries))
+        write_text(path, "".join(lines))
         dataset[split] = str(path)
     dataset["names"] = dict(enumerate(NAMES))
     write_text(run.dataset_yaml, yaml.safe_dump(dataset, sort_keys=False))
@@ -213,7 +243,7 @@ def write_dataset_files(run: RunRoot, view: Path, provenance: dict[str, Any]) ->
 
 
 def describe(provenance: dict[str, Any]) -> str:
-    """'COCO 2017, train2017: 118,287 images, 860,001 annotations (10,777 crowd); val2017: ...'"""
+    """One line for the log: 'COCO 2017, train2017: 118,287 images, 860,001 annotations (10,777 crowd); val2017: ...'"""
     parts = []
     for split in provenance["splits"].values():
         seeded = f" of {split['n_listed']:,}, seed {provenance['seed']}" if split["subset"] else ""

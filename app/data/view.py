@@ -1,4 +1,4 @@
-"""The view of a dataset: YOLO labels, links to the images, and an index that says which images can be used."""
+"""The view of a dataset: links to its images, YOLO labels, and an index that says which images can be used."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from app.core.progress import track
 
 VIEW_VERSION = 3
 N_THREADS = min(8, os.cpu_count() or 1)
-Entries = list[dict[str, Any]]  # of a view's index: one an image
+Entries = list[dict[str, Any]]  # entries of a view's index, one an image
 
 
 @dataclass(frozen=True)
 class Image:
-    """One image of a split: path through the view, size in px as (height, width), labels float32 [n,5] with rows
-    class index, then cx, cy, w, h as shares of the image."""
+    """One image of a split: its path in the view, its size in px as (height, width), and its labels.
+
+    `labels` is float32 [n,5], a row an object: class index, then cx, cy, w, h as shares of the image's size.
+    """
 
     path: str
     shape_hw: tuple[int, int]
@@ -35,13 +37,13 @@ class Image:
 
 
 def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> Path:
-    """Folder of the view of exactly this dataset at exactly this place."""
+    """Folder of the view; its name depends on the place of the dataset and the content of its annotations."""
     key = json.dumps([VIEW_VERSION, str(coco_dir), annotation_sha256], sort_keys=True)
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def is_current(view: Path, coco_dir: Path) -> bool:
-    """Whether the view is there and its damaged images are still damaged: a repaired one asks for a new view."""
+    """Whether the view exists and no image has been repaired since: an image damaged then must still be damaged."""
     if not view.exists():
         return False
     for split, name in SPLITS.items():
@@ -53,9 +55,9 @@ def is_current(view: Path, coco_dir: Path) -> bool:
 
 
 def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
-    """Checks every image once and writes links, labels and index; a view that is there is replaced.
+    """Checks every image once and writes links, labels and index; an existing view is replaced.
 
-    Damaged images are recorded, not refused: whether to go on without them is the run's decision.
+    Damaged images are recorded in the index and raise no error: each run decides whether to go on without them.
     """
     with new_folder(target_dir, replace=True) as root:
         (root / "images").mkdir()
@@ -68,38 +70,50 @@ def _build_split(root: Path, coco_dir: Path, name: str, annotation_sha256: str) 
     (root / "images" / name).symlink_to(coco_dir / name)
     label_dir = root / "labels" / name
     label_dir.mkdir(parents=True)
+    entries = []
     pool = ThreadPoolExecutor(N_THREADS)
     try:
-        reasons = pool.map(partial(_file_fault, coco_dir / name, split), split.images)
-        checked = track(zip(split.images, reasons, strict=True), f"checking {name}", len(split.images))
-        entries = [_enter(label_dir, split, image, reason) for image, reason in checked]
+        file_faults = pool.map(partial(_file_fault, coco_dir / name, split), split.images)
+        checked = zip(split.images, file_faults, strict=True)
+        for image, file_fault in track(checked, f"checking {name}", len(split.images)):
+            entries.append(_enter(label_dir, split, image, file_fault))
     finally:
-        pool.shutdown(cancel_futures=True)  # else an interrupted pass would first read all the other images
+        pool.shutdown(cancel_futures=True)  # without it an interrupted check goes on with all queued images
     index = {"annotation_sha256": annotation_sha256, "images": entries}
     (root / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def _file_fault(image_dir: Path, split: Split, image: dict[str, Any]) -> str:
-    """Fault of the image file; '' too where the annotations are at fault already: such a name may lead anywhere."""
+    """Fault of the image file, or ''.
+
+    Also '' if the image's annotations are at fault: the file is not opened, as its name may lead out of the folder.
+    """
     if image["id"] in split.problems:
         return ""
     return fault(image_dir, image["file_name"], image["width"], image["height"])
 
 
 def _enter(label_dir: Path, split: Split, image: dict[str, Any], file_fault: str) -> dict[str, Any]:
-    """Writes the labels of an image that can be used; returns the image's entry of the index."""
-    key = image["id"]
-    boxes = split.boxes[key]
-    reason = split.problems.get(key) or file_fault or None
+    """Writes the label file of an image if the image can be used; returns the image's entry in the index."""
+    image_id, file_name = image["id"], image["file_name"]
+    boxes = split.boxes[image_id]
+    reason = split.problems.get(image_id) or file_fault or None
     if reason is None:
-        path = _label_path(label_dir, image["file_name"])
+        path = _label_path(label_dir, file_name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yolo_rows(image, boxes), encoding="utf-8")
     return {
-        "id": key, "file": image["file_name"], "height": image["height"], "width": image["width"],
-        "n_annotations": split.n_annotations[key], "n_crowd": split.n_crowd[key],
-        "n_degenerate": split.n_degenerate[key], "n_boxes": len(boxes), "fault": reason, "damaged": bool(file_fault),
-    }  # fmt: skip
+        "id": image_id,
+        "file": file_name,
+        "height": image["height"],
+        "width": image["width"],
+        "n_annotations": split.n_annotations[image_id],
+        "n_crowd": split.n_crowd[image_id],
+        "n_degenerate": split.n_degenerate[image_id],
+        "n_boxes": len(boxes),
+        "fault": reason,
+        "damaged": bool(file_fault),
+    }
 
 
 def _label_path(label_dir: Path, file_name: str) -> Path:
@@ -110,21 +124,23 @@ def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
     """COCO boxes [category_id, x, y, w, h] in px -> lines 'class cx cy w h', centre and size as shares of the image."""
     width, height = image["width"], image["height"]
     lines = []
-    for category, x, y, w, h in boxes:
-        centre = (x + w / 2) / width, (y + h / 2) / height
-        numbers = (*centre, w / width, h / height)
-        shares = " ".join(f"{number:.6f}" for number in numbers)
-        lines.append(f"{CLASS_INDEX[int(category)]} {shares}\n")
+    for category_id, x, y, w, h in boxes:
+        centre_x = (x + w / 2) / width
+        centre_y = (y + h / 2) / height
+        class_index = CLASS_INDEX[int(category_id)]
+        lines.append(f"{class_index} {centre_x:.6f} {centre_y:.6f} {w / width:.6f} {h / height:.6f}\n")
     return "".join(lines)
 
 
 def read_index(view: Path, split: str) -> Entries:
     """Entries of all listed images of 'train' or 'val', broken ones too, in the order of their ids."""
-    return json.loads((view / f"{SPLITS[split]}.json").read_text(encoding="utf-8"))["images"]
+    index_path = view / f"{SPLITS[split]}.json"
+    index = json.loads(index_path.read_text(encoding="utf-8"))
+    return index["images"]
 
 
 def read_chosen(view: Path, split: str, image_ids: list[int] | None) -> Entries:
-    """Entries of the images that a run has chosen, in the order of their ids; None means all images."""
+    """Entries of the images that a run has chosen, in the order of their ids; `image_ids` None means all images."""
     entries = read_index(view, split)
     if image_ids is None:
         return entries
@@ -134,16 +150,17 @@ def read_chosen(view: Path, split: str, image_ids: list[int] | None) -> Entries:
 
 def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
     """The images of a run's 'train' or 'val' with their labels, in the order of their ids."""
-    view, name = Path(provenance["view_dir"]), SPLITS[split]
-    image_dir, label_dir = view / "images" / name, view / "labels" / name
+    view = Path(provenance["view_dir"])
+    image_dir = view / "images" / SPLITS[split]
+    label_dir = view / "labels" / SPLITS[split]
     entries = read_chosen(view, split, provenance["splits"][split]["image_ids"])
     label_paths = [_label_path(label_dir, entry["file"]) for entry in entries]
+    images = []
     with ThreadPoolExecutor(N_THREADS) as pool:
-        labels = list(pool.map(_read_labels, label_paths))
-    return [
-        Image(str(image_dir / entry["file"]), (entry["height"], entry["width"]), rows)
-        for entry, rows in zip(entries, labels, strict=True)
-    ]
+        for entry, labels in zip(entries, pool.map(_read_labels, label_paths), strict=True):
+            path = str(image_dir / entry["file"])
+            images.append(Image(path, (entry["height"], entry["width"]), labels))
+    return images
 
 
 def _read_labels(path: Path) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""What an ONNX file promises: contract, size and batch of the input, class names. Ours, or Ultralytics' own export."""
+"""The interface of an ONNX file of ours or of Ultralytics: contract, size and batch of the input, class names."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnx.external_data_helper import ExternalDataInfo
 
 from app.coco.annotations import NAMES
@@ -20,13 +19,13 @@ from app.core.config import UserError
 
 INPUT = "images"
 N_CLASSES = len(NAMES)
-# nms: Ultralytics' export of the one2many head, laid out as raw, whose detections still need suppression.
+# nms: Ultralytics' export of the one2many head, in the layout of raw; its detections need non-maximum suppression.
 CONTRACTS = ("raw", "end2end", "nms")
 
 
 @dataclass(frozen=True)
 class Promise:
-    """Contract and input of a file: side of the square input in px; batch None where it is free."""
+    """Contract and input of a file: `imgsz` is the side of the square input in px; `batch` is None if it is free."""
 
     input_name: str
     contract: str
@@ -35,47 +34,55 @@ class Promise:
 
 
 def refuse_foreign_data(path: Path) -> None:
-    """A model may keep its weights in files beside it, but not elsewhere: a file from a stranger could name any path.
+    """Refuses a model with weights outside its folder, because a file from a stranger could name any path.
 
     Raises:
-        UserError: not an ONNX file, or one with weights outside its folder.
+        UserError: the file is not ONNX, or has weights outside its folder; weights in files beside it are allowed.
     """
     try:
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
         raise UserError(f"{path} cannot be loaded, it is no ONNX file: export it again with --force") from error
     folder = path.parent.resolve()
-    in_functions = (tensor for function in model.functions for node in function.node for tensor in _of_node(node))
-    for tensor in itertools.chain(_of_graph(model.graph), in_functions):
+    for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             location = ExternalDataInfo(tensor).location
             if not (folder / location).resolve().is_relative_to(folder):
                 raise UserError(f"{path}: weights of {tensor.name} lie outside its folder, in {location}: refused")
 
 
-def _of_graph(graph: GraphProto) -> Iterator[TensorProto]:
-    """Every tensor that a graph carries, in those inside it too."""
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor stored in a model: in its graph, in subgraphs, and in its functions."""
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     for node in graph.node:
-        yield from _of_node(node)
+        yield from _node_tensors(node)
 
 
-def _of_node(node: NodeProto) -> Iterator[TensorProto]:
+def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
     for attribute in node.attribute:
         yield from (attribute.t, *attribute.tensors)
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
             yield from (sparse.values, sparse.indices)
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            yield from _of_graph(graph)
+        if attribute.HasField("g"):
+            yield from _graph_tensors(attribute.g)
+        for graph in attribute.graphs:
+            yield from _graph_tensors(graph)
 
 
 def read_contract(path: Path, metadata: Mapping[str, str]) -> str:
-    """'raw', 'end2end' or 'nms' from our metadata or that of Ultralytics (engine/exporter.py, 8.4.190).
+    """'raw', 'end2end' or 'nms', from our metadata or that of Ultralytics (engine/exporter.py, 8.4.190).
 
     Raises:
-        UserError: neither is there, or the classes are not COCO's.
+        UserError: the file has no metadata of either kind, or its classes are not COCO's.
     """
     by_ultralytics = "contract" not in metadata and {"task", "stride", "names"} <= metadata.keys()
     if by_ultralytics:
@@ -96,15 +103,16 @@ def read_contract(path: Path, metadata: Mapping[str, str]) -> str:
 
 
 def has_nms(metadata: Mapping[str, str]) -> bool:
-    """Whether Ultralytics' exporter put its own suppression into the graph (nms=True): that gives [N,300,6] too."""
-    return bool(ast.literal_eval(metadata.get("args", "{}")).get("nms"))
+    """Whether Ultralytics' exporter put its own suppression into the graph (nms=True); its output is [N,300,6] too."""
+    arguments = ast.literal_eval(metadata.get("args", "{}"))
+    return bool(arguments.get("nms"))
 
 
 def read_promise(path: Path, session: Any, metadata: Mapping[str, str]) -> Promise:
-    """Checks the interface of an open session against what the metadata says.
+    """Checks that the inputs and outputs of an open session are those of its contract.
 
     Raises:
-        UserError: another input or output than the contract's.
+        UserError: an input or output differs from the contract.
     """
     contract = read_contract(path, metadata)
     batch, imgsz = read_input(path, session.get_inputs(), metadata)
@@ -117,10 +125,10 @@ def read_promise(path: Path, session: Any, metadata: Mapping[str, str]) -> Promi
 
 
 def read_input(path: Path, inputs: list[Any], metadata: Mapping[str, str]) -> tuple[int | None, int]:
-    """Batch, None where it is free, and side in px of a file's input.
+    """Batch (None if it is free) and side in px of a file's input.
 
     Raises:
-        UserError: not the one square input of the contract, or not as large as the metadata says.
+        UserError: there is not exactly one square float input, or its size differs from the metadata's.
     """
     if len(inputs) != 1 or inputs[0].name != INPUT or inputs[0].type != "tensor(float)":
         types = ", ".join(f"{value.name}: {value.type}" for value in inputs)
@@ -128,27 +136,30 @@ def read_input(path: Path, inputs: list[Any], metadata: Mapping[str, str]) -> tu
             f"{path}: inputs are {types}; the contract is one input '{INPUT}', tensor(float), also in FP16 files"
         )
     shape = inputs[0].shape
-    sides = {side for side in shape[2:] if isinstance(side, int)} | read_imgsz(metadata)
+    fixed_sides = {side for side in shape[2:] if isinstance(side, int)}
+    sides = fixed_sides | read_imgsz(metadata)
     if len(shape) != 4 or shape[1] != 3 or len(sides) != 1:
         raise UserError(
             f"{path}: input shape {shape}, metadata imgsz {metadata.get('imgsz')}; "
             "the contract is [N,3,imgsz,imgsz], square"
         )
-    return shape[0] if isinstance(shape[0], int) else None, sides.pop()
+    batch = shape[0] if isinstance(shape[0], int) else None
+    return batch, sides.pop()
 
 
 def read_imgsz(metadata: Mapping[str, str]) -> set[int]:
-    """'160' of ours, '[160, 160]' of Ultralytics: the sides in px; empty where nothing is said."""
-    text = metadata.get("imgsz", "")
-    return {int(part) for part in text.strip("[]").split(",") if part.strip().isdigit()}
+    """The sides in px that the metadata names: '160' in our files, '[160, 160]' in Ultralytics'; may be empty."""
+    parts = metadata.get("imgsz", "").strip("[]").split(",")
+    return {int(part) for part in parts if part.strip().isdigit()}
 
 
 def shape_fits(contract: str, shape: list[Any]) -> bool:
-    """Sides that are free (names or None in ONNX) fit anything."""
-    side, size = (2, 6) if contract == "end2end" else (1, 4 + N_CLASSES)
-    return len(shape) == 3 and (shape[side] == size or not isinstance(shape[side], int))
+    """Whether an output of this shape can be the contract's; a free dimension (a name or None in ONNX) always fits."""
+    axis, size = (2, 6) if contract == "end2end" else (1, 4 + N_CLASSES)
+    return len(shape) == 3 and (shape[axis] == size or not isinstance(shape[axis], int))
 
 
 def wanted_shape(contract: str) -> str:
+    """The second half of a message about an output that does not fit."""
     shape = "[N,300,6]" if contract == "end2end" else f"[N,{4 + N_CLASSES},A]"
     return f"the contract '{contract}' is one float32 output {shape}: a model of other classes or another task"

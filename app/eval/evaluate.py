@@ -1,4 +1,4 @@
-"""Eval: ONNX files -> COCO numbers and latency. Knows ONNX and COCO, nothing else; the same code for all models."""
+"""The eval stage: COCO score and latency of ONNX files. It knows ONNX and COCO only; one code path for all models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from app.core.run import RunRoot, record_stage
 from app.eval.pipeline import detect, measure_latency
 from app.eval.runtime import Model, describe_runtime, open_model
 
-FORMAT_VERSION = 1  # raise it when this code changes what a number means: older metrics.json become stale
+FORMAT_VERSION = 1  # raise it when the meaning of a number changes, so that older metrics.json are recomputed
 EVALUATOR = "onnxruntime + pycocotools"
 METRICS, DETECTIONS = "metrics.json", "detections.json"
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
     """Scores every exported ONNX file of the run, each into the folder that its label names.
 
     Raises:
-        UserError: nothing exported, a file that is not the one its .json describes, or images that cannot be read.
+        UserError: nothing is exported, a file is not the one that its .json describes, or an image cannot be read.
     """
     files = exported_files(run)
     dataset, wanted_hash = dataset_of_run(config, run)
@@ -62,17 +62,18 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
 
 
 def evaluate_standalone(config: Config, onnx_path: Path, coco_dir: Path, split: str, out_dir: Path) -> None:
-    """Scores any ONNX file that keeps the contract on a split of a COCO folder; it always scores anew."""
-    evaluate_file(onnx_path, standalone_dataset(coco_dir, split), out_dir, config.eval)
+    """Scores any ONNX file with a known contract on a split of a COCO folder; an older result is replaced."""
+    dataset = standalone_dataset(coco_dir, split)
+    evaluate_file(onnx_path, dataset, out_dir, config.eval)
 
 
 def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Eval) -> dict[str, Any]:
     """Scores one ONNX file: writes out_dir/detections.json, then out_dir/metrics.json, and returns the metrics.
 
-    The score is computed from what detections.json holds, so that anyone who scores the file gets the same numbers.
+    The score is computed from detections.json, so that anyone who scores that file gets the same numbers.
 
     Raises:
-        UserError: the model, the annotations or an image is not usable; nothing half-written stays.
+        UserError: the model, the annotations or an image cannot be used; no half-written file is left.
     """
     model = open_model(onnx_path, settings.provider)
     truth = load_truth(dataset.annotation_file)
@@ -81,7 +82,7 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
     images = image_files(truth, dataset, ids)
     facts = describe_dataset(truth, dataset, ids)
     latency_ms = measure_latency(model, images[0], settings)
-    title = f"eval {model.label}" + (" (subset)" if facts["subset"] else "")
+    title = f"eval {model.label} (subset)" if facts["subset"] else f"eval {model.label}"
     time_s = write_detections(model, images, out_dir, settings, title)
     start = time.perf_counter()
     coco = score(truth, out_dir / DETECTIONS, ids)
@@ -91,7 +92,9 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
         "dataset": facts,
         "coco": coco,
         "settings": {
-            "conf": settings.conf, "max_det": settings.max_det, "batch": model.batch or settings.batch,
+            "conf": settings.conf,
+            "max_det": settings.max_det,
+            "batch": model.batch or settings.batch,
             "evaluator": EVALUATOR,
         },
         "runtime": describe_runtime(model),
@@ -99,7 +102,7 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
         "time_s": time_s,
         "environment": environment(),
         "settings_hash": settings_hash(settings, hash_ids(all_ids), facts["annotation_sha256"]),
-    }  # fmt: skip
+    }
     metrics_path = out_dir / METRICS
     write_json(metrics_path, metrics)
     log.info("%s: %s, %s", title, result(metrics), metrics_path)
@@ -109,7 +112,7 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
 def write_detections(
     model: Model, images: list[ImageFile], out_dir: Path, settings: Eval, title: str
 ) -> dict[str, float]:
-    """Writes out_dir/detections.json; an older metrics.json goes, as it would no longer describe the file beside it.
+    """Writes out_dir/detections.json and deletes an older metrics.json, which describes other detections.
 
     Returns:
         the seconds of `detect`.
@@ -126,10 +129,10 @@ def write_detections(
 
 
 def exported_files(run: RunRoot) -> dict[str, Exported]:
-    """By label, fp16 first; every file is the one that its .json describes.
+    """The ONNX files of the run by their labels, fp16 first.
 
     Raises:
-        UserError: a file is not, two files have the same label, or there is none.
+        UserError: a file is not the one that its .json describes, two files have the same label, or there is no file.
     """
     files: dict[str, Exported] = {}
     for path in sorted(run.onnx_dir.glob("*.onnx")):
@@ -148,12 +151,13 @@ def exported_files(run: RunRoot) -> dict[str, Exported]:
 def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
     """The val split of the run, as its data stage chose it, and the settings_hash that its metrics.json must have.
 
-    Warns where data.coco_dir names other images, because this stage does not look at them.
+    Warns if data.coco_dir names another folder, because this stage scores the images of the run all the same.
 
     Raises:
-        UserError: the annotations are gone or have changed.
+        UserError: the annotations are missing or have changed.
     """
-    provenance, asked = read_json(run.provenance, "data"), config.data.coco_dir
+    provenance = read_json(run.provenance, "data")
+    asked = config.data.coco_dir
     scored = (provenance["settings"]["coco_dir"], provenance["coco_dir"])
     if asked not in scored and asked != load(config.variant).data.coco_dir:
         log.warning(
@@ -173,12 +177,13 @@ def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> st
 
 
 def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
-    """Whether the result is there and is of this model file and these settings; logs why a stale one is not."""
+    """Whether a result of this model file and these settings exists; logs how an outdated one differs."""
     metrics_path = out_dir / METRICS
     if not metrics_path.exists() or not (out_dir / DETECTIONS).exists():
         return False
     metrics = read_json(metrics_path, "eval")
-    same_model, same_settings = metrics["model"]["sha256"] == model_sha256, metrics["settings_hash"] == wanted_hash
+    same_model = metrics["model"]["sha256"] == model_sha256
+    same_settings = metrics["settings_hash"] == wanted_hash
     if not same_model or not same_settings:
         other = "model file" if not same_model else "settings or images"
         log.info("eval: %s is of another %s, scoring again", metrics_path, other)
@@ -200,12 +205,18 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 def result(metrics: dict[str, Any]) -> str:
     """AP, AP50, images, speed and latency in one line."""
-    coco, dataset, seconds = metrics["coco"], metrics["dataset"], metrics["time_s"]
-    ap, ap50 = ("-" if coco[name] is None else f"{coco[name]:.4f}" for name in ("AP", "AP50"))
+    dataset, latency = metrics["dataset"], metrics["latency_ms"]
     subset = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
-    rate = dataset["n_images"] / seconds["total"]
-    latency = metrics["latency_ms"]
-    return (
-        f"AP {ap}, AP50 {ap50}, {dataset['n_images']:,} images{subset}, {rate:.1f} images/s, "
-        f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}"
-    )
+    rate = dataset["n_images"] / metrics["time_s"]["total"]
+    parts = [
+        f"AP {shown(metrics['coco']['AP'])}",
+        f"AP50 {shown(metrics['coco']['AP50'])}",
+        f"{dataset['n_images']:,} images{subset}",
+        f"{rate:.1f} images/s",
+        f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}",
+    ]
+    return ", ".join(parts)
+
+
+def shown(ap: float | None) -> str:
+    return "-" if ap is None else f"{ap:.4f}"

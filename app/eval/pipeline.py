@@ -1,4 +1,4 @@
-"""Images through a model: threads decode ahead, the session runs batches, detections go straight to the file."""
+"""Runs a model over images: threads decode ahead, the session runs batches, and detections are written at once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from app.core.progress import track
 from app.eval.runtime import Model, clocks, n_decoders
 
 BATCHES_AHEAD = 2
-READ_S = 300.0  # for one image; longer means that the disk or network behind it hangs
+READ_S = 300.0  # timeout for one image: its disk or network hangs
 
 
 @dataclass(frozen=True)
 class Input:
-    """A decoded image: float32 [3,imgsz,imgsz], where the image lies in it, and the seconds that it took."""
+    """A decoded image: float32 [3,imgsz,imgsz], the placement of the image in it, and the seconds of the decoding."""
 
     image_id: int
     array: np.ndarray
@@ -38,43 +38,47 @@ class Input:
 def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, title: str) -> dict[str, float]:
     """Runs the model over the images and writes COCO results, one image a line, in the order of the images.
 
-    Threads decode a bounded number of images ahead, so memory does not grow with their number.
+    Threads decode a bounded number of images ahead, so memory does not grow with the number of images.
 
     Returns:
-        seconds: total (wall), session (inside ONNX Runtime), wait (for decoded images), postprocess; and preprocess,
-        the work of all decoding threads, which runs beside the session.
+        seconds: total (wall), session (inside ONNX Runtime), wait (for decoded images), postprocess, and preprocess.
+        The last is the sum over all decoding threads, which run in parallel with the session.
     """
     n_batch = model.batch or settings.batch
     inputs = np.zeros((n_batch, 3, model.imgsz, model.imgsz), np.float32)
-    seconds = dict.fromkeys(("total", "session", "wait", "preprocess", "postprocess"), 0.0)
-    cv2.setNumThreads(1)  # the threads below are enough; OpenCV's own would take cores from ONNX Runtime
+    seconds: dict[str, float] = dict.fromkeys(("total", "session", "wait", "preprocess", "postprocess"), 0.0)
+    cv2.setNumThreads(1)  # images are decoded in parallel below; OpenCV's threads would take cores from ONNX Runtime
     begin = asked = time.perf_counter()
     separator = "[\n"
     with ThreadPoolExecutor(n_decoders(model)) as pool:
-        decoded = decode_ahead(pool, images, model.imgsz, BATCHES_AHEAD * n_batch + n_decoders(model))
-        for batch in batches(track(decoded, title, len(images)), n_batch):
-            for slot, one in zip(inputs, batch, strict=False):
-                slot[:] = one.array
+        n_ahead = BATCHES_AHEAD * n_batch + n_decoders(model)
+        decoded_images = decode_ahead(pool, images, model.imgsz, n_ahead)
+        for batch in batches(track(decoded_images, title, len(images)), n_batch):
+            for slot, image in zip(inputs, batch, strict=False):
+                slot[:] = image.array
             start = time.perf_counter()
-            # A fixed batch is always run whole: the rows behind the last image hold an older one and are not read.
+            # A fixed batch is always run whole; the rows after the last image hold older images and are not read.
             outputs = model.run(inputs if model.batch else inputs[: len(batch)])
             end = time.perf_counter()
-            for one, output in zip(batch, outputs, strict=False):
-                rows = results(one.image_id, select(output, model.contract, settings), one.placement)
+            for image, output in zip(batch, outputs, strict=False):
+                detections = select(output, model.contract, settings)
+                rows = results(image.image_id, detections, image.placement)
                 if rows:
                     file.write(separator + json.dumps(rows)[1:-1])
                     separator = ",\n"
             seconds["wait"] += start - asked
             seconds["session"] += end - start
-            seconds["preprocess"] += sum(one.seconds for one in batch)
+            seconds["preprocess"] += sum(image.seconds for image in batch)
             asked = time.perf_counter()
             seconds["postprocess"] += asked - end
-    file.write("[]\n" if separator == "[\n" else "\n]\n")
-    return seconds | {"total": time.perf_counter() - begin}
+    is_empty = separator == "[\n"
+    file.write("[]\n" if is_empty else "\n]\n")
+    seconds["total"] = time.perf_counter() - begin
+    return seconds
 
 
 def decode_ahead(pool: ThreadPoolExecutor, images: list[ImageFile], imgsz: int, n_ahead: int) -> Iterator[Input]:
-    """Yields the decoded images in order, with at most n_ahead of them decoded or in work."""
+    """Yields the decoded images in order; at most `n_ahead` images are decoded or being decoded."""
     waiting: deque[Future[Input]] = deque()
     for image in images:
         waiting.append(pool.submit(load_input, image, imgsz))
@@ -101,7 +105,7 @@ def load_input(image: ImageFile, imgsz: int) -> Input:
     """Decodes and letterboxes one image.
 
     Raises:
-        UserError: it cannot be read, or is not as large as the annotations say.
+        UserError: the image cannot be read, or its size is not that of the annotations.
     """
     start = time.perf_counter()
     pixels = read_image(image.path)
@@ -116,30 +120,40 @@ def load_input(image: ImageFile, imgsz: int) -> Input:
 
 
 def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str, Any]:
-    """Times one image after another, apart from throughput: batch 1, or the file's own batch where that is fixed.
+    """Times the same image again and again: batch 1, or the file's batch if that is fixed.
 
     Returns:
-        batch, warmup and runs (counts); mean, p50, p90 and p99 of session.run alone (ms), and under `with_processing`
-        of decoding, letterbox, session.run and the choice of detections together; clocks: right after the last run.
+        batch, warmup and runs (counts); mean, p50, p90 and p99 in ms of session.run alone, and under `with_processing`
+        of decoding, letterbox, session.run and the choice of detections together; `clocks` right after the last run.
     """
     first = load_input(image, model.imgsz)
     inputs = np.repeat(first.array[None], model.batch or 1, axis=0)
     session_ms, whole_ms = [], []
-    for _ in range(settings.latency_warmup + settings.latency_runs):
+    n_warmup = settings.latency_warmup
+    for _ in range(n_warmup + settings.latency_runs):
         begin = time.perf_counter()
-        one = load_input(image, model.imgsz)
-        inputs[0] = one.array
+        loaded = load_input(image, model.imgsz)
+        inputs[0] = loaded.array
         start = time.perf_counter()
         output = model.run(inputs)[0]
         end = time.perf_counter()
-        results(image.id, select(output, model.contract, settings), one.placement)
+        detections = select(output, model.contract, settings)
+        results(image.id, detections, loaded.placement)
         whole_ms.append((time.perf_counter() - begin) * 1e3)
         session_ms.append((end - start) * 1e3)
-    now = clocks(model.provider)
-    counts = {"batch": len(inputs), "warmup": settings.latency_warmup, "runs": settings.latency_runs}
-    n = settings.latency_warmup
-    return {**counts, **percentiles(session_ms[n:]), "with_processing": percentiles(whole_ms[n:]), "clocks": now}
+    clocks_after = clocks(model.provider)
+    return {
+        "batch": len(inputs),
+        "warmup": n_warmup,
+        "runs": settings.latency_runs,
+        **percentiles(session_ms[n_warmup:]),
+        "with_processing": percentiles(whole_ms[n_warmup:]),
+        "clocks": clocks_after,
+    }
 
 
 def percentiles(times_ms: list[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(times_ms))} | {f"p{q}": float(np.percentile(times_ms, q)) for q in (50, 90, 99)}
+    figures = {"mean": float(np.mean(times_ms))}
+    for percent in (50, 90, 99):
+        figures[f"p{percent}"] = float(np.percentile(times_ms, percent))
+    return figures

@@ -1,4 +1,4 @@
-"""ONNX Runtime: opens a model with the provider asked for, runs it, says which nodes ran where. No torch."""
+"""ONNX Runtime without torch: opens a model with a provider, runs it, and reports which nodes ran on which provider."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from app.eval.contract import Promise, read_promise, refuse_foreign_data, shape_
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
-# TF32 rounds inputs to 10 bits: detections would differ from the CPU's, between machines and from the QDQ codes.
+# No TF32: it rounds inputs to 10 bits, so detections would differ between GPU and CPU and from GPU to GPU.
 OPTIONS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, CPU: {}}
-FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU]}  # nodes that a provider has no kernel for go to the next one
-KERNEL_EVENT = "_kernel_time"  # ends the name of a profile's event: the time inside the kernel of a node
+FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU]}  # a node without a kernel for the first provider runs on the next
+KERNEL_EVENT = "_kernel_time"  # ends the names of the profile's events that time the kernel of a node
 GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
 CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Model:
-    """An open ONNX file that keeps its contract."""
+    """An open ONNX file whose interface is that of its contract."""
 
     path: Path
     session: ort.InferenceSession
@@ -55,7 +55,7 @@ class Model:
 
     @property
     def batch(self) -> int | None:
-        """The fixed batch size, None where it is free."""
+        """The fixed batch size; None if it is free."""
         return self.promise.batch
 
     @property
@@ -64,13 +64,13 @@ class Model:
 
     @property
     def scheme(self) -> str | None:
-        """None for a model that is not quantized: its file may say 'null', as metadata that is no text is JSON."""
+        """None for a model that is not quantized; its metadata may hold 'null', as values that are no text are JSON."""
         scheme = self.metadata.get("scheme", "null")
         return None if scheme == "null" else scheme
 
     @property
     def precision(self) -> str | None:
-        """fp32, fp16, qcdq or int4; None where the file does not say."""
+        """fp32, fp16, qcdq or int4; None if the file's metadata lack it."""
         return self.metadata.get("precision")
 
     @property
@@ -81,7 +81,7 @@ class Model:
         """images float32 [N,3,imgsz,imgsz] RGB 0..1 -> raw [N,84,A] or end2end [N,K,6].
 
         Raises:
-            UserError: the output has another shape than the contract says.
+            UserError: the shape of the output is not that of the contract.
         """
         output = np.asarray(self.session.run(None, {self.promise.input_name: images})[0])
         if len(output) != len(images) or not shape_fits(self.contract, list(output.shape)):
@@ -92,14 +92,14 @@ class Model:
 
 
 def open_model(path: Path, provider: str) -> Model:
-    """Opens an ONNX file and checks that it keeps one of the contracts.
+    """Opens an ONNX file and checks that its interface is that of a known contract.
 
     Args:
-        path: the file; its metadata is ours, or that of Ultralytics' exporter.
+        path: the file; its metadata are ours, or those of Ultralytics' exporter.
         provider: 'auto', 'cpu' or 'cuda'.
 
     Raises:
-        UserError: no such file, not an ONNX model, another contract or class list, provider not usable.
+        UserError: the file is missing or not ONNX, has another contract or class list, or the provider is unusable.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: run 'make export' first")
@@ -110,8 +110,13 @@ def open_model(path: Path, provider: str) -> Model:
 
 
 def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Opens a session on `provider`, the name of an execution provider; sets threads and logging in `options`.
+
+    Raises:
+        UserError: ONNX Runtime cannot load the file, or uses another provider.
+    """
     options.intra_op_num_threads = n_cores()
-    # The CUDA build warns about device discovery where there is no GPU. Errors while a file is loaded are still shown.
+    # Errors only: without a GPU the CUDA build warns about device discovery.
     options.log_severity_level = 3
     ort.set_default_logger_severity(3)
     if provider != CPU:
@@ -124,8 +129,8 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.
             f"{path} cannot be loaded by ONNX Runtime ({first_line(error)}): "
             "export it again with 'make export ARGS=--force'"
         ) from error
-    # In its first run cuDNN logs an error for every FP16 convolution that its newer interface leaves to the older one.
-    # What stops a run is raised besides being logged.
+    # Not even errors: in the first run cuDNN logs one for every FP16 convolution that its newer interface leaves to the
+    # older one. An error that stops a run is raised as well.
     ort.set_default_logger_severity(4)
     if session.get_providers()[0] != provider:
         raise UserError(
@@ -136,7 +141,7 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.
 
 
 def nodes_by_provider(model: Model, images: np.ndarray) -> dict[str, list[str]]:
-    """Provider -> 'OpType name' of the nodes that it ran for images [N,3,S,S], from ONNX Runtime's own profile."""
+    """The nodes that each provider ran for images [N,3,S,S], as 'OpType name', from ONNX Runtime's profile."""
     options = ort.SessionOptions()
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
@@ -146,9 +151,11 @@ def nodes_by_provider(model: Model, images: np.ndarray) -> dict[str, list[str]]:
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     nodes: dict[str, list[str]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(KERNEL_EVENT):
-            node_name = event["name"].removesuffix(KERNEL_EVENT)
-            nodes.setdefault(event["args"]["provider"], []).append(f"{event['args']['op_name']} {node_name}")
+        if event.get("cat") != "Node" or not event["name"].endswith(KERNEL_EVENT):
+            continue
+        node_name = event["name"].removesuffix(KERNEL_EVENT)
+        facts = event["args"]
+        nodes.setdefault(facts["provider"], []).append(f"{facts['op_name']} {node_name}")
     return nodes
 
 
@@ -157,43 +164,47 @@ def first_line(error: Exception) -> str:
 
 
 def choose_provider(wanted: str) -> str:
-    """'auto', 'cpu' or 'cuda' -> name of the execution provider; auto is cuda where it can be used.
-
-    onnxruntime-gpu lists CUDA even where there is no GPU.
+    """'auto', 'cpu' or 'cuda' -> name of the execution provider; 'auto' is CUDA if it can be used.
 
     Raises:
-        UserError: cuda is asked for and cannot be used.
+        UserError: 'cuda' cannot be used.
     """
-    has_gpu = gpu_name() is not None
+    # onnxruntime-gpu lists CUDA as available also on a machine without a GPU.
+    has_cuda = gpu_name() is not None and CUDA in ort.get_available_providers()
     if wanted == "auto":
-        return CUDA if has_gpu and CUDA in ort.get_available_providers() else CPU
-    if wanted != "cpu" and not (has_gpu and PROVIDERS[wanted] in ort.get_available_providers()):
+        return CUDA if has_cuda else CPU
+    if wanted == "cuda" and not has_cuda:
         raise UserError(f"eval.provider={wanted}: no usable GPU here: use --set eval.provider=cpu, in Docker ACCEL=gpu")
     return PROVIDERS[wanted]
 
 
 def gpu_name() -> str | None:
-    """Name of the first GPU that this process may use, asked from the driver; None without driver or GPU."""
+    """Name of the first GPU that this process may use, from the driver; None without driver or GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    # Each call returns 0 or the number of an error.
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    return name.value.decode() if not driver.cuDeviceGetName(name, len(name), device) else None
+    if driver.cuDeviceGetName(name, len(name), device):
+        return None
+    return name.value.decode()
 
 
 def cpu_name() -> str:
     names = cpuinfo_values("model name")
-    return names[0] if names else platform.processor() or platform.machine()
+    if names:
+        return names[0]
+    return platform.processor() or platform.machine()
 
 
 def clocks(provider: str) -> dict[str, str]:
-    """Clocks and limits at this moment, with their units, in the words of the GPU's driver or of the kernel.
+    """Clocks and limits at this moment, with their units, under the names of nvidia-smi or of the Linux kernel.
 
-    Several GPUs give their values one after another. On a CPU these are the MHz of each core as /proc/cpuinfo has them,
-    and of core 0 the governor and its range in kHz; a virtual machine often has neither.
+    The values of several GPUs are joined by '; '. On a CPU these are the MHz of each core from /proc/cpuinfo, and the
+    governor of core 0 with its range in kHz; a virtual machine often has neither.
     """
     if provider != CPU:
         rows = [row.split(", ") for row in nvidia_smi(GPU_CLOCKS)]
@@ -204,7 +215,8 @@ def clocks(provider: str) -> dict[str, str]:
         path = CPUFREQ_DIR / name
         if path.exists():
             values[name] = path.read_text(encoding="utf-8").strip()
-    if mhz := cpuinfo_values("cpu MHz"):
+    mhz = cpuinfo_values("cpu MHz")
+    if mhz:
         values["MHz"] = ", ".join(mhz)
     return values
 
@@ -220,19 +232,24 @@ def cpuinfo() -> list[str]:
 
 
 def n_cores() -> int:
-    """Cores that this process may use; os.cpu_count() counts those of the whole machine."""
+    """Cores that this process may use; os.cpu_count() counts all cores of the machine."""
     return len(os.sched_getaffinity(0))
 
 
 def n_decoders(model: Model) -> int:
-    """Threads that read images: one a core when a GPU computes, else so few that ONNX Runtime keeps its cores."""
+    """Threads that decode images: one a core if a GPU runs the model; else few, as ONNX Runtime needs the cores."""
     return max(1, n_cores() // 8) if model.provider == CPU else min(16, n_cores())
 
 
 def describe_runtime(model: Model) -> dict[str, Any]:
-    """What ran the model. `nodes_on_cpu` names what a GPU provider left to the CPU; None where all is on the CPU."""
-    images = np.zeros((model.batch or 1, 3, model.imgsz, model.imgsz), np.float32)
-    on_cpu = None if model.provider == CPU else sorted(nodes_by_provider(model, images).get(CPU, []))
+    """Runtime and device of the model, for metrics.json.
+
+    `nodes_on_cpu` are the nodes for which a GPU provider has no kernel; None if the provider is the CPU.
+    """
+    on_cpu = None
+    if model.provider != CPU:
+        images = np.zeros((model.batch or 1, 3, model.imgsz, model.imgsz), np.float32)
+        on_cpu = sorted(nodes_by_provider(model, images).get(CPU, []))
     if on_cpu:
         log.warning("%s: %d nodes run on the CPU: %s", model.path.name, len(on_cpu), ", ".join(on_cpu))
     return {

@@ -1,4 +1,4 @@
-"""Export: checkpoint -> ONNX files, each checked against torch on real images before it gets its name."""
+"""The export stage: ONNX files of every checkpoint; each is checked against torch before it gets its name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from app.export.trace import parity_images, torch_truth, traced_graph
 from app.quant.model import load_scored
 
 log = logging.getLogger(__name__)
-# The facts of the .json that are in the file's metadata too.
+# Facts that are in the .json and in the file's metadata.
 METADATA = (
     "contract", "label", "variant", "scheme", "precision", "model", "imgsz", "config_hash", "code_version",
     "checkpoint_sha256",
@@ -33,9 +33,9 @@ METADATA = (
 
 @dataclass(frozen=True)
 class Trained:
-    """One checkpoint of a run: the model in eval mode, what it is, and what its files must compute.
+    """One checkpoint of a run: its model in eval mode, and what the files of that model must compute.
 
-    `source_sha256` is that of the FP16 checkpoint whose weights a PTQ checkpoint quantizes, None for a trained one.
+    `source_sha256` is the hash of the FP16 checkpoint that PTQ has quantized; None for a trained checkpoint.
     """
 
     label: Label
@@ -52,10 +52,11 @@ class Trained:
 
 
 def export(config: Config, run: RunRoot, force: bool) -> None:
-    """Exports every finished checkpoint of the run, those of ptq too; leaves alone the files that are up to date.
+    """Exports every finished checkpoint of the run, of trainings and of PTQ; files that are up to date are kept.
 
     Raises:
-        UserError: nothing trained yet, a checkpoint of another model, or files of another checkpoint without `force`.
+        UserError: nothing is trained, a checkpoint is of another model, or a file is of another checkpoint or other
+            settings and `force` is not set.
         RuntimeError: a gate failed; the file was not written.
     """
     labels = run.finished_labels()
@@ -68,10 +69,10 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
 
 
 def load_trained(run: RunRoot, label: Label) -> Trained:
-    """Loads best.pt of one variant and computes with torch what its files must give.
+    """Loads best.pt of one label and computes with torch what its files must compute.
 
     Raises:
-        UserError: the checkpoint is not readable, or is that of another variant.
+        UserError: the checkpoint cannot be read, or is of another label.
     """
     path = run.best(label)
     model, config, checkpoint = load_scored(path)
@@ -85,10 +86,10 @@ def load_trained(run: RunRoot, label: Label) -> Trained:
 
 
 def labels_of_files(trained: Trained, settings: Export) -> list[Label]:
-    """The files that a checkpoint gets, each after the one that it is made of.
+    """Labels of the files of a checkpoint; a repacked file comes after its source.
 
-    A scheme without a 4-bit layer has no INT4 file. A PTQ checkpoint has its QCDQ file of contract raw only: it is
-    there to be scored beside QAT, and other files would hold the same weights and score the same.
+    A scheme without a 4-bit layer has no INT4 file. A PTQ checkpoint has only the QCDQ file of the raw contract: it is
+    scored for the comparison with QAT, and its other files would have the same score.
     """
     if trained.label.method == "ptq":
         return [trained.label]
@@ -104,10 +105,10 @@ def labels_of_files(trained: Trained, settings: Export) -> list[Label]:
 
 
 def export_file(settings: Export, run: RunRoot, trained: Trained, label: Label, force: bool) -> None:
-    """Writes one ONNX file, unless it is there already.
+    """Writes one ONNX file, unless it exists and is up to date.
 
     Raises:
-        UserError: there is a file of another checkpoint or other settings, and no `force`.
+        UserError: the existing file is of another checkpoint or other settings, and `force` is not set.
     """
     path = file_path(run, trained, label)
     wanted = {
@@ -126,21 +127,24 @@ def file_path(run: RunRoot, trained: Trained, label: Label) -> Path:
 
 
 def file_settings(settings: Export) -> dict[str, Any]:
-    """What a single file depends on: not which other files are made."""
+    """The settings on which a single file depends: all but the list of files."""
     return settings.model_dump(exclude={"contracts"})
 
 
 def is_done(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the file is there and as wanted; one without a .json is left over from an interrupted export.
+    """Whether the file exists and its record has the `wanted` facts.
+
+    A file without a .json is a rest of an interrupted export.
 
     Raises:
-        UserError: the file is of another checkpoint or other settings: a finished result is not overwritten unasked.
+        UserError: the file is of another checkpoint or other settings, or has changed since its export.
     """
     record_path = path.with_suffix(".json")
     if not path.exists() or not record_path.exists():
         return False
     record = read_json(record_path, "export")
-    if differs := [key for key, value in wanted.items() if record.get(key) != value]:
+    differs = [key for key, value in wanted.items() if record.get(key) != value]
+    if differs:
         raise UserError(f"{path} was made with another {' and '.join(differs)}: overwrite it with --force")
     if record["sha256"] != sha256(path):
         raise UserError(f"{path} is not the file that its .json describes: overwrite it with --force")
@@ -148,7 +152,7 @@ def is_done(path: Path, wanted: dict[str, Any]) -> bool:
 
 
 def write_file(settings: Export, run: RunRoot, trained: Trained, label: Label) -> None:
-    """Writes one ONNX file and its .json; the file gets its name once all gates are passed.
+    """Writes one ONNX file and its .json; the file gets its name after it has passed all gates.
 
     Raises:
         RuntimeError: a gate failed; the file was not written.
@@ -157,14 +161,16 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, label: Label) -
     record: dict[str, Any] = describe(trained, label) | {"export": file_settings(settings)}
 
     def write(part: Path) -> None:
-        graph = make_graph(settings, run, trained, label)
-        set_facts(graph, {key: record[key] for key in METADATA} | {"names": NAMES})
-        onnx.save(graph, part)
+        model = make_graph(settings, run, trained, label)
+        metadata = {key: record[key] for key in METADATA}
+        set_facts(model, metadata | {"names": NAMES})
+        onnx.save(model, part)
         record["gates"] = check(part, run, trained, label)
-        record["nodes"] = dict(Counter(node.op_type for node in graph.graph.node).most_common())
-        record["opset"] = graph.opset_import[0].version
+        op_types = Counter(node.op_type for node in model.graph.node)
+        record["nodes"] = dict(op_types.most_common())
+        record["opset"] = model.opset_import[0].version
 
-    for old_path in (path.with_suffix(".json"), path):  # what fails a gate leaves no file, not even the one before
+    for old_path in (path.with_suffix(".json"), path):  # if a gate fails, no older file may stand for the new one
         old_path.unlink(missing_ok=True)
     write_atomic(path, write)
     record |= {"file": path.name, "sha256": sha256(path), "size_bytes": path.stat().st_size}
@@ -174,7 +180,7 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, label: Label) -
 
 
 def describe(trained: Trained, label: Label) -> dict[str, Any]:
-    """The facts about a file that are known before it is made."""
+    """The facts about a file that are known before it is written."""
     config = trained.config
     return {
         "label": str(label),
@@ -196,7 +202,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
 
 
 def make_graph(settings: Export, run: RunRoot, trained: Trained, label: Label) -> ModelProto:
-    """FP32 and QCDQ files are traced from torch; FP16 and INT4 files are made of those, read back from disk."""
+    """The ONNX model: FP32 and QCDQ are traced from torch, FP16 and INT4 are made from those files."""
     if label.packing:
         source = onnx.load(file_path(run, trained, replace(label, packing="")))
         return to_half(source) if label.packing == "half" else to_int4(source)
@@ -206,7 +212,7 @@ def make_graph(settings: Export, run: RunRoot, trained: Trained, label: Label) -
 
 
 def check(part: Path, run: RunRoot, trained: Trained, label: Label) -> dict[str, Any]:
-    """All gates of one file, with what they measured.
+    """Runs all gates on one file; returns what they measured.
 
     Raises:
         RuntimeError: a gate failed.
@@ -224,7 +230,7 @@ def check(part: Path, run: RunRoot, trained: Trained, label: Label) -> dict[str,
 
 
 def log_parity(label: Label, path: Path, record: dict[str, Any]) -> None:
-    """Says how large the file is and how far off torch, and warns of a network that magnifies rounding."""
+    """Logs the file's size and difference from torch, and warns of a network that magnifies rounding."""
     parity = record["gates"]["parity"]
     log.info(
         "export %s: %s, %.2f MB, off torch by at most %.1e px and %.1e in score on %d images",

@@ -1,4 +1,4 @@
-"""ONNX graphs: metadata, simplification that spares quantized weights, the FP16 and the native INT4 file. No torch."""
+"""ONNX graphs without torch: metadata, a simplification that keeps quantized weights, and the FP16 and INT4 files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import onnx
 import onnxslim
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
-INT4_OPSET, INT4_IR = 21, 10  # the first that know the INT4 type
-FLOAT_INPUTS_OF_RESIZE = (1, 2)  # roi and scales stay float32 whatever the data is
+INT4_OPSET, INT4_IR = 21, 10  # the first versions with the INT4 type
+FLOAT_INPUTS_OF_RESIZE = (1, 2)  # roi and scales are float32 for data of any type
 
 
 @dataclass(frozen=True)
 class QuantWeight:
-    """A quantized weight: integer codes [out, in, h, w], the range that the file allows, bits, and its nodes."""
+    """A quantized weight: its integer codes [out, in, h, w], their range low..high in the file, and its nodes."""
 
     name: str
     codes: np.ndarray
@@ -30,7 +30,7 @@ class QuantWeight:
 
     @property
     def bits(self) -> int:
-        """Narrow symmetric range: -7..7 is 4 bits."""
+        """Bits of a narrow symmetric range: 4 for -7..7."""
         return int(self.high + 1).bit_length()
 
     @property
@@ -40,7 +40,7 @@ class QuantWeight:
 
 
 def set_facts(model: ModelProto, facts: dict[str, Any]) -> None:
-    """Replaces the metadata; what is no text is written as JSON, None is left out."""
+    """Replaces the metadata by `facts`; a value that is not a text is written as JSON, None is left out."""
     texts = {}
     for key, value in facts.items():
         if value is not None:
@@ -50,9 +50,10 @@ def set_facts(model: ModelProto, facts: dict[str, Any]) -> None:
 
 
 def tidy(model: ModelProto) -> None:
-    """Weights are constants and not inputs that a caller may override; Constant nodes become initializers.
+    """Turns Constant nodes into initializers, and removes initializers from the inputs, which a caller may override.
 
-    So do the Identity nodes by which torch's exporter shares equal initializers, such as the biases of a new head.
+    Identity nodes over initializers become initializers too: with them torch's exporter shares equal initializers, such
+    as the biases of a new head.
     """
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -66,6 +67,7 @@ def tidy(model: ModelProto) -> None:
         tensor = graph.initializer.add()
         tensor.CopyFrom(value)
         tensor.name = node.output[0]
+        tensors[tensor.name] = tensor
         graph.node.remove(node)
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
@@ -74,26 +76,28 @@ def tidy(model: ModelProto) -> None:
 
 
 def optimize(model: ModelProto) -> ModelProto:
-    """Shape inference and onnxslim; quantized weights are cut out first and put back untouched.
+    """Shape inference and onnxslim; quantized weights are cut out before and put back unchanged.
 
-    onnxslim 0.1.98 folds the Clip of a QCDQ weight into its codes, and the file no longer says how many bits it has.
-    So each dequantized weight is a graph input while onnxslim works, which can neither fold nor fuse it.
+    onnxslim 0.1.98 folds the Clip of a QCDQ weight into its codes, and then the file no longer shows the number of
+    bits. So onnxslim gets each dequantized weight as a graph input, which it can neither fold nor fuse.
     """
-    weights = list(quant_weights(model))
     work = ModelProto()
     work.CopyFrom(model)
-    held: list[NodeProto] = []
-    for weight in weights:
-        held += [node for node in (weight.clip, weight.dequantize) if node is not None]
-        shape = weight.codes.shape
-        work.graph.input.append(helper.make_tensor_value_info(weight.output, TensorProto.FLOAT, shape))
-    constants = inputs_of(held, model)
-    for node in held:
+    cut_nodes: list[NodeProto] = []
+    for weight in quant_weights(model):
+        if weight.clip is not None:
+            cut_nodes.append(weight.clip)
+        cut_nodes.append(weight.dequantize)
+        value = helper.make_tensor_value_info(weight.output, TensorProto.FLOAT, weight.codes.shape)
+        work.graph.input.append(value)
+    constants = inputs_of(cut_nodes, model)
+    for node in cut_nodes:
         work.graph.node.remove(node)
     for tensor in constants:
         work.graph.initializer.remove(tensor)
-    slim: Any = onnxslim.slim(onnx.shape_inference.infer_shapes(work, strict_mode=True))
-    put_back(slim.graph, held, constants)
+    inferred = onnx.shape_inference.infer_shapes(work, strict_mode=True)
+    slim: Any = onnxslim.slim(inferred)
+    put_back(slim.graph, cut_nodes, constants)
     return slim
 
 
@@ -105,23 +109,23 @@ def inputs_of(nodes: list[NodeProto], model: ModelProto) -> list[TensorProto]:
     return [tensor for tensor in model.graph.initializer if tensor.name in read]
 
 
-def put_back(graph: GraphProto, held: list[NodeProto], constants: list[TensorProto]) -> None:
-    """Undoes the cut: the held nodes compute what was an input of the graph meanwhile."""
+def put_back(graph: GraphProto, cut_nodes: list[NodeProto], constants: list[TensorProto]) -> None:
+    """Undoes the cut: the nodes are in the graph again, and their outputs are no longer its inputs."""
     computed: set[str] = set()
-    for node in held:
+    for node in cut_nodes:
         computed.update(node.output)
     for value in list(graph.input):
         if value.name in computed:
             graph.input.remove(value)
-    nodes = [*held, *graph.node]
+    nodes = [*cut_nodes, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    kept = {tensor.name for tensor in graph.initializer}
-    graph.initializer.extend(tensor for tensor in constants if tensor.name not in kept)
+    present = {tensor.name for tensor in graph.initializer}
+    graph.initializer.extend(tensor for tensor in constants if tensor.name not in present)
 
 
 def quant_weights(model: ModelProto) -> Iterator[QuantWeight]:
-    """Every DequantizeLinear over constant codes, with or without a Clip between."""
+    """Every DequantizeLinear over constant codes; between the two there may be a Clip."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     clips = {node.output[0]: node for node in model.graph.node if node.op_type == "Clip"}
     for node in model.graph.node:
@@ -130,7 +134,8 @@ def quant_weights(model: ModelProto) -> Iterator[QuantWeight]:
         clip = clips.get(node.input[0])
         tensor = tensors[clip.input[0] if clip else node.input[0]]
         if clip:
-            low, high = (int(numpy_helper.to_array(tensors[name])) for name in clip.input[1:3])
+            low = int(numpy_helper.to_array(tensors[clip.input[1]]))
+            high = int(numpy_helper.to_array(tensors[clip.input[2]]))
         else:
             low, high = (-7, 7) if tensor.data_type == TensorProto.INT4 else (-127, 127)
         codes = numpy_helper.to_array(tensor).astype(np.int32)
@@ -138,10 +143,10 @@ def quant_weights(model: ModelProto) -> Iterator[QuantWeight]:
 
 
 def to_int4(model: ModelProto) -> ModelProto:
-    """QCDQ -> the same graph with 4-bit codes stored two a byte; layers of other widths stay as they are.
+    """QCDQ -> the same graph with 4-bit codes stored two a byte; layers with other bits are not changed.
 
-    The Clip goes: it has no INT4 kernel, and the gate on the codes has shown that it does nothing. The zero point goes
-    too, as absent means 0.
+    The Clip is removed: it has no INT4 kernel, and by the gate on the codes it changes no code. The zero point is
+    removed too: without one it is 0.
     """
     packed = version_converter.convert_version(model, INT4_OPSET)
     packed.ir_version = INT4_IR
@@ -163,36 +168,37 @@ def to_int4(model: ModelProto) -> ModelProto:
 
 
 def to_half(model: ModelProto) -> ModelProto:
-    """FP32 -> FP16 up to the last learned convolutions; what comes behind them, the box decode, stays FP32.
+    """FP32 -> FP16 up to the last learned convolutions; the box decode after them stays FP32.
 
-    So does the interface: the input is cast after it enters. Box coordinates up to 640 px have steps of 0.5 px in FP16.
+    Box coordinates up to 640 px have steps of 0.5 px in FP16. The interface stays FP32 too: the input is cast inside.
 
     Raises:
         RuntimeError: a weight is too large for FP16.
     """
     half = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     graph = half.graph
-    floats = {value.name for value in [*graph.value_info, *graph.input] if is_float(value)}
+    activations = {value.name for value in [*graph.value_info, *graph.input] if is_float(value)}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    inside = half_nodes(half)
-    made_half: set[str] = set()
+    half_names = half_nodes(half)
+    half_activations: set[str] = set()
     for node in graph.node:
-        if node.name in inside:
-            made_half |= floats.intersection(node.output)
+        if node.name in half_names:
+            half_activations |= activations.intersection(node.output)
     nodes: list[NodeProto] = []
     casts: dict[str, str] = {}
     for node in graph.node:
         for position, name in enumerate(node.input):
-            is_half = node.name in inside and not (node.op_type == "Resize" and position in FLOAT_INPUTS_OF_RESIZE)
-            if name not in (floats | weights.keys()) or is_half == (name in made_half):
+            is_float_input = node.op_type == "Resize" and position in FLOAT_INPUTS_OF_RESIZE
+            reads_half = node.name in half_names and not is_float_input
+            is_half = name in half_activations
+            if reads_half == is_half or not (name in activations or name in weights):
                 continue
             if name not in casts:
-                casts[name] = f"{name}_{'fp16' if is_half else 'fp32'}"
+                casts[name] = f"{name}_{'fp16' if reads_half else 'fp32'}"
                 if name in weights:
                     graph.initializer.append(half_tensor(weights[name], casts[name]))
                 else:
-                    to = TensorProto.FLOAT16 if is_half else TensorProto.FLOAT
-                    nodes.append(helper.make_node("Cast", [name], [casts[name]], f"cast_{casts[name]}", to=to))
+                    nodes.append(cast_node(name, casts[name], reads_half))
             node.input[position] = casts[name]
         nodes.append(node)
     del graph.node[:], graph.value_info[:]
@@ -201,11 +207,22 @@ def to_half(model: ModelProto) -> ModelProto:
     return half
 
 
+def cast_node(name: str, cast_name: str, is_half: bool) -> NodeProto:
+    """Casts `name` to FP16 or FP32, under the name `cast_name`."""
+    to = TensorProto.FLOAT16 if is_half else TensorProto.FLOAT
+    return helper.make_node("Cast", [name], [cast_name], f"cast_{cast_name}", to=to)
+
+
 def is_float(value: onnx.ValueInfoProto) -> bool:
     return value.type.tensor_type.elem_type == TensorProto.FLOAT
 
 
 def half_tensor(tensor: TensorProto, name: str) -> TensorProto:
+    """An FP16 copy of a tensor under another name.
+
+    Raises:
+        RuntimeError: a value is too large for FP16.
+    """
     values = numpy_helper.to_array(tensor)
     if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise RuntimeError(f"{tensor.name} holds {np.abs(values).max():.3g}, beyond the range of FP16")
@@ -214,34 +231,35 @@ def half_tensor(tensor: TensorProto, name: str) -> TensorProto:
 
 def half_nodes(model: ModelProto) -> set[str]:
     """Names of all nodes that a learned convolution depends on, the convolutions included."""
-    makers: dict[str, NodeProto] = {}
+    producers: dict[str, NodeProto] = {}
     for node in model.graph.node:
-        makers |= dict.fromkeys(node.output, node)
-    waiting = learned_convolutions(model)
+        producers |= dict.fromkeys(node.output, node)
+    stack = learned_convolutions(model)
     names: set[str] = set()
-    while waiting:
-        node = waiting.pop()
+    while stack:
+        node = stack.pop()
         if node.name not in names:
             names.add(node.name)
-            waiting += [makers[name] for name in node.input if name in makers]
+            stack += [producers[name] for name in node.input if name in producers]
     return names
 
 
 def learned_convolutions(model: ModelProto) -> list[NodeProto]:
-    """All Conv nodes but DFL's, which is known by its fixed weights 0, 1, 2, ... for one output channel."""
+    """All Conv nodes but DFL's, whose weights are 0, 1, 2, ... for one output channel."""
     fixed = {tensor.name for tensor in model.graph.initializer if is_integral(tensor)}
     return [node for node in model.graph.node if node.op_type == "Conv" and node.input[1] not in fixed]
 
 
 def is_integral(tensor: TensorProto) -> bool:
-    """Whether a tensor is DFL's weight [1, n, 1, 1]."""
+    """Whether a tensor is DFL's weight [1, n, 1, 1] = 0, 1, 2, ..."""
     if len(tensor.dims) != 4 or tensor.dims[0] != 1:
         return False
-    return np.array_equal(numpy_helper.to_array(tensor).ravel(), np.arange(tensor.dims[1]))
+    values = numpy_helper.to_array(tensor).ravel()
+    return np.array_equal(values, np.arange(tensor.dims[1]))
 
 
 def drop_unused(model: ModelProto) -> None:
-    """Initializers that no node reads any more."""
+    """Removes initializers that no node reads."""
     read: set[str] = set()
     for node in model.graph.node:
         read.update(node.input)

@@ -1,4 +1,4 @@
-"""torch -> ONNX graph: the head with one branch, the tracing, and what torch itself computes on some val images."""
+"""Traces a torch model to an ONNX graph, with one branch of the head, and computes torch's outputs for the gates."""
 
 from __future__ import annotations
 
@@ -31,27 +31,34 @@ N_PARITY_IMAGES = 8
 
 def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
     """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1."""
-    chosen = read_split(read_json(run.provenance, "data"), "val")[:N_PARITY_IMAGES]
-    return np.stack([letterbox(read_image(Path(image.path)), imgsz)[0] for image in chosen])
+    provenance = read_json(run.provenance, "data")
+    inputs = []
+    for image in read_split(provenance, "val")[:N_PARITY_IMAGES]:
+        array, _ = letterbox(read_image(Path(image.path)), imgsz)
+        inputs.append(array)
+    return np.stack(inputs)
 
 
 def torch_truth(model: DetectionModel, images: np.ndarray) -> Truth:
-    """What the files of `model` must compute for `images` [N,3,S,S], and how far rounding moves it.
+    """What the files of `model` must compute for `images` [N,3,S,S], and how much rounding changes it.
 
-    Rounding is varied in two ways: without oneDNN, whose kernels add in another order on most processors, and with
-    pixels that are one unit in the last place brighter.
+    The rounding is changed in two ways: without oneDNN, whose kernels add in another order on most processors, and with
+    pixels that are brighter by one unit in the last place.
     """
     raw_model = one_head(model, "raw")
-    bits = Counter(int(layer.weight_quant.bit_width()) for layer in quantized_layers(raw_model))
+    layers_by_bits: Counter[int] = Counter()
+    for layer in quantized_layers(raw_model):
+        layers_by_bits[int(layer.weight_quant.bit_width())] += 1
     raw = outputs(raw_model, images)
     without_onednn = outputs(raw_model, images, onednn=False)
     from_brighter = outputs(raw_model, np.nextafter(images, np.float32(2)))
     off = np.maximum(np.abs(raw - without_onednn), np.abs(raw - from_brighter))
-    return Truth(images, raw, dict(bits), Tolerance(float(off[:, :4].max()), float(off[:, 4:].max())))
+    rounding = Tolerance(float(off[:, :4].max()), float(off[:, 4:].max()))
+    return Truth(images, raw, dict(layers_by_bits), rounding)
 
 
 def outputs(model: DetectionModel, images: np.ndarray, onednn: bool = True) -> np.ndarray:
-    """Outputs for images [N,3,S,S], which are computed one by one."""
+    """The model's outputs for images [N,3,S,S], run one by one."""
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
         return np.concatenate([model(torch.from_numpy(image[None])).numpy() for image in images])
 
@@ -61,11 +68,13 @@ def quantized_layers(model: nn.Module) -> list[Any]:
 
 
 def one_head(model: DetectionModel, contract: str) -> DetectionModel:
-    """A copy whose only branch is one2one; raw: [N,84,A] cx,cy,w,h in px, then 80 probabilities; end2end: [N,K,6].
+    """A copy of the model whose head has only the one2one branch.
 
-    Published YOLOv10 numbers, training's validation and the evaluator all use this branch. v10Detect decodes cv2/cv3
-    to xywh without top-k where there is no one2one branch, and the one2one branch to x1,y1,x2,y2 with top-k where
-    cv2 is None (ultralytics/nn/modules/head.py Detect.forward and Detect.end2end, 8.4.190).
+    Its output is for 'raw' [N,84,A], cx,cy,w,h in px and 80 probabilities; for 'end2end' [N,K,6], x1,y1,x2,y2 in px,
+    score and class. Published YOLOv10 numbers, the validation in training and the evaluator all use this branch.
+
+    v10Detect decodes cv2 and cv3 to xywh without top-k if it has no one2one branch, and it decodes the one2one branch
+    to corners with top-k if cv2 is None (ultralytics/nn/modules/head.py Detect.forward and Detect.end2end, 8.4.190).
     """
     model = copy.deepcopy(model)
     layers: Any = model.model
@@ -80,7 +89,7 @@ def one_head(model: DetectionModel, contract: str) -> DetectionModel:
 
 
 def traced_graph(settings: Export, model: DetectionModel, label: Label, images: np.ndarray, path: Path) -> ModelProto:
-    """The graph of an FP32 or QCDQ file; `path` is the exporter's, which knows files only, and is gone afterwards."""
+    """The graph of an FP32 or QCDQ file. The exporters can only write files: `path` is a temporary one for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         trace(settings, one_head(model, label.contract), label, images[:1], path)
@@ -90,18 +99,21 @@ def traced_graph(settings: Export, model: DetectionModel, label: Label, images: 
 
 
 def trace(settings: Export, model: nn.Module, label: Label, example: np.ndarray, path: Path) -> None:
-    """Writes the ONNX file of a model with one head. Brevitas adds its QCDQ nodes where there are quantized layers.
+    """Writes the ONNX file of a model from `one_head`; Brevitas adds QCDQ nodes for its quantized layers.
 
-    dynamo=True would leave FP32 weights behind QuantizeLinear (Brevitas 0.13.4). No layer is fused before.
+    dynamo=True would store FP32 weights before a QuantizeLinear (Brevitas 0.13.4). No layers are fused.
     """
     arguments: dict[str, Any] = {
-        "input_names": ["images"], "output_names": [label.contract], "opset_version": settings.opset, "dynamo": False,
-    }  # fmt: skip
+        "input_names": ["images"],
+        "output_names": [label.contract],
+        "opset_version": settings.opset,
+        "dynamo": False,
+    }
     if settings.dynamic:
         arguments["dynamic_axes"] = {"images": {0: "batch"}, label.contract: {0: "batch"}}
     inputs = torch.from_numpy(example)
     with torch.no_grad(), warnings.catch_warnings():
-        # Known and harmless here: the TorchScript exporter is deprecated, and tracing fixes the input size on purpose.
+        # Both are harmless: the TorchScript exporter is deprecated, and the trace fixes the input size on purpose.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", TracerWarning)
         if label.is_quantized:

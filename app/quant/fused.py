@@ -95,7 +95,7 @@ class FastPath:
         self.specs = [_spec(name, layer) for name, layer in layers.items()]
         if len({spec.kind for spec in self.specs}) > 1:
             raise UserError("the layers' scales are made in different ways; set quant.fast_path=false")
-        self.kind = self.specs[0].kind
+        self.kind: Kind = self.specs[0].kind
         self.layout: Layout | None = None
         self.handles = (
             model.register_forward_pre_hook(self.compute),
@@ -284,7 +284,7 @@ def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _gradient(grad: torch.Tensor, parts: _Parts, spec: Spec) -> torch.Tensor:
-    """Gradient of one weight from `grad`, that of its fake-quantized weight; the formulas are at the top of the file."""
+    """Gradient of one weight from `grad`, that of its fake-quantized weight, by the formulas at the top of the file."""
     scale, where, ratio, codes = parts
     codes_grad = grad * scale
     # Two sums over the shapes that autograd sums over, because the order of additions decides the last bit.

@@ -7,7 +7,7 @@ channel, or a whole weight where the scale is per tensor. One program of the ker
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import triton
@@ -24,7 +24,8 @@ _MIN_ABSMAX: Any = tl.constexpr(MIN_ABSMAX)
 # largest code at most, so no clamp is needed.
 _ROUND: Any = tl.constexpr(12582912.0)
 _NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
-
+# Typed as Any, because pyright infers that a function never returns if it calls tl.load.
+jit: Any = triton.jit
 
 Kind = Literal["abs-max", "lsq", "decoupled"]
 
@@ -130,7 +131,7 @@ def quantize(flat: torch.Tensor, layout: Layout, dtype: torch.dtype) -> tuple[to
     absmax = torch.empty(n_rows, dtype=torch.float32, device=flat.device)
     pick = torch.empty(n_rows, dtype=torch.int32, device=flat.device)
     with torch.cuda.device_of(flat):  # Triton launches on the current device
-        _quantize[(n_rows,)](flat, layout.table, out, absmax, pick, **cast(Any, layout.launch))
+        _quantize[(n_rows,)](flat, layout.table, out, absmax, pick, **layout.launch)
     return out, absmax, pick
 
 
@@ -143,36 +144,38 @@ def gradient(
     """
     out = torch.empty_like(flat)
     with torch.cuda.device_of(flat):
-        _gradient[(len(layout.table),)](grads, flat, layout.table, absmax, pick, out, **cast(Any, layout.launch))
+        _gradient[(len(layout.table),)](grads, flat, layout.table, absmax, pick, out, **layout.launch)
     return out
 
 
-@triton.jit
+@jit
 def load_row(table, row):
-    """The three columns of Layout.table that every kernel needs: start, length and, as a float, largest code."""
-    entry = table + row * 6
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 4).to(tl.float32)
+    """One row of Layout.table: start, length, n_inner, stride, largest code (as a float), per_tensor."""
+    start = tl.load(table + row * 6)
+    length = tl.load(table + row * 6 + 1)
+    n_inner = tl.load(table + row * 6 + 2)
+    stride = tl.load(table + row * 6 + 3)
+    largest = tl.load(table + row * 6 + 4).to(tl.float32)
+    per_tensor = tl.load(table + row * 6 + 5)
+    return start, length, n_inner, stride, largest, per_tensor
 
 
-@triton.jit
+@jit
 def to_code(weight, scale):
     """The nearest integer to weight / scale, halves to even; see _ROUND for the range."""
     return tl.math.div_rn(weight, scale) + _ROUND - _ROUND
 
 
-@triton.jit
+@jit
 def _scale(absmax, largest):
     # Not tl.maximum, which drops NaN. div_rn: a plain / is approximate on a GPU.
     return tl.math.div_rn(tl.where(absmax < _MIN_ABSMAX, _MIN_ABSMAX, absmax), largest)
 
 
-@triton.jit
+@jit
 def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # noqa: PLR0913 - a kernel takes pointers
     row = tl.program_id(0)
-    start, length, largest = load_row(table, row)
-    n_inner = tl.load(table + row * 6 + 2)
-    stride = tl.load(table + row * 6 + 3)
-    per_tensor = tl.load(table + row * 6 + 5)
+    start, length, n_inner, stride, largest, per_tensor = load_row(table, row)
     lanes = tl.arange(0, BLOCK)
 
     largest_seen = tl.zeros([BLOCK], tl.float32)
@@ -202,13 +205,10 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
     tl.store(pick_out + row, tl.where(per_tensor == 1, tl.sum(count, axis=0), tl.min(first, axis=0)))
 
 
-@triton.jit
+@jit
 def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
-    start, length, largest = load_row(table, row)
-    n_inner = tl.load(table + row * 6 + 2)
-    stride = tl.load(table + row * 6 + 3)
-    per_tensor = tl.load(table + row * 6 + 5)
+    start, length, n_inner, stride, largest, per_tensor = load_row(table, row)
     absmax = tl.load(absmax_in + row)
     pick = tl.load(pick_in + row)
     scale = _scale(absmax, largest)

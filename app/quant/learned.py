@@ -15,18 +15,17 @@ gradient of q and the straight-through estimator for the rounding:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-import triton
 import triton.language as tl
 from brevitas.core.scaling import ParameterScaling
 from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from app.quant.kernels import MIN_ABSMAX, Kind, Layout, load_row, to_code
+from app.quant.kernels import MIN_ABSMAX, Kind, Layout, jit, load_row, to_code
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -99,8 +98,11 @@ class _Layer(NamedTuple):
     largest: torch.Tensor
 
 
-def _layers(layout: Layout, steps: torch.Tensor, scales: torch.Tensor, weights: Tensors) -> Iterator[_Layer]:
-    rows = [_split(numbers, layout) for numbers in (steps, scales, layout.largest)]
+def _layers(
+    layout: Layout, steps: torch.Tensor, scales: torch.Tensor, weights: Sequence[torch.Tensor]
+) -> Iterator[_Layer]:
+    """The layers' tensors, cut from `steps` and `scales` [n_rows]."""
+    rows = (_split(numbers, layout) for numbers in (steps, scales, layout.largest))
     return map(_Layer, weights, *rows)
 
 
@@ -180,7 +182,7 @@ class _Together(torch.autograd.Function):
         ctx.save_for_backward(flat, steps, scales)
         out = torch.empty_like(flat, dtype=dtype)
         with torch.cuda.device_of(flat):  # Triton launches on the current device
-            _quantize_kernel[(len(scales),)](flat, layout.table, steps, scales, out, **cast(Any, layout.launch))
+            _quantize_kernel[(len(scales),)](flat, layout.table, steps, scales, out, **layout.launch)
         return tuple(layout.split(out))
 
     @staticmethod
@@ -192,28 +194,28 @@ class _Together(torch.autograd.Function):
         step_grads, scale_grads = torch.empty_like(steps), torch.empty_like(scales)
         pointers = (upstream, flat, layout.table, steps, scales, flat_grads, step_grads, scale_grads)
         with torch.cuda.device_of(flat):
-            _gradient_kernel[(len(scales),)](*pointers, PASSES_CLAMP=ctx.passes_clamp, **cast(Any, layout.launch))
+            _gradient_kernel[(len(scales),)](*pointers, PASSES_CLAMP=ctx.passes_clamp, **layout.launch)
         weight_grads = zip(grads, layout.split(flat_grads), strict=True)
         of_weights = (None if grad is None else weight_grad for grad, weight_grad in weight_grads)
         return None, None, None, step_grads, scale_grads, *of_weights
 
 
-@triton.jit
+@jit
 def _rounded(ratio, largest):
-    # The nearest integer, but at most one beyond the largest code, because to_code rounds only small numbers. NaN stays.
+    # The nearest integer, but at most one beyond the largest code: to_code rounds only small numbers. NaN stays NaN.
     ratio = tl.where(ratio > largest + 1, largest + 1, ratio)
     return to_code(tl.where(ratio < -largest - 1, -largest - 1, ratio), 1.0)
 
 
-@triton.jit
+@jit
 def _clamped(rounded, largest):
     return tl.where(rounded > largest, largest, tl.where(rounded < -largest, -largest, rounded))
 
 
-@triton.jit
+@jit
 def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
-    start, length, largest = load_row(table, row)
+    start, length, _n_inner, _stride, largest, _per_tensor = load_row(table, row)
     step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)
@@ -226,12 +228,12 @@ def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # n
         i += BLOCK
 
 
-@triton.jit
+@jit
 def _gradient_kernel(  # noqa: PLR0913
     grads, flat, table, steps, scales, out, step_grads, scale_grads, PASSES_CLAMP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
-    start, length, largest = load_row(table, row)
+    start, length, _n_inner, _stride, largest, _per_tensor = load_row(table, row)
     step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)

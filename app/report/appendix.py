@@ -9,7 +9,9 @@ import yaml
 from app.core.config import difference, flatten
 from app.core.labels import scored_name
 from app.report.evidence import Evidence
-from app.report.tables import MISSING, markdown_table, number
+from app.report.findings import Findings
+from app.report.groups import N_HASH
+from app.report.tables import MISSING, markdown_table, number, plain
 
 ENVIRONMENT_ROWS = (
     "code_version", "lock_sha256", "image", "python", "platform", "cpu_count", "gpus",
@@ -17,15 +19,21 @@ ENVIRONMENT_ROWS = (
 )  # fmt: skip
 ENVIRONMENT_NAMES = {"gpus": "gpus: name, driver, memory, power limit, highest SM clock"}
 VARIANT_KEYS = ("variant", "quant")  # the table of differences has them
-N_HASH = 12  # hex digits of a hash on the page; the whole one is in the JSON
+TRAINING_COLUMNS: tuple[str, ...] = (
+    "variant", "epochs", "best epoch", "AP raw", "AP EMA", "AP EMA+BN", "train loss", "val loss", "images/s", "hours",
+)  # fmt: skip
+SPLIT_COLUMNS: tuple[str, ...] = (
+    "split", "images used", "listed", "broken", "annotations", "crowd", "without objects", "annotation sha256",
+)  # fmt: skip
 SPLIT_COUNTS = ("n_images", "n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects")
 FILES_OF_TRAINING = (
     "results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "args.yaml", "env.json", "log.txt", "health.json",
     "quant_config.json",
 )  # fmt: skip
+FILES_OF_RUN = {"dataset": "dataset/provenance.json", "the run": "run.json", "numbers of this page": "report.json"}
 
 
-def appendix(evidence: Evidence, findings: dict[str, Any]) -> list[str]:
+def appendix(evidence: Evidence, findings: Findings) -> list[str]:
     """Sections of Markdown; what has no evidence has no section."""
     trained = {label: training.config for label, training in evidence.trainings.items()}
     sections = {
@@ -38,21 +46,32 @@ def appendix(evidence: Evidence, findings: dict[str, Any]) -> list[str]:
         "## Where things are": pointers(evidence),
         "## Reproduce": commands(evidence),
     }
-    return [f"{title}\n\n" + "\n".join(lines) for title, lines in sections.items() if lines]
+    blocks = []
+    for title, lines in sections.items():
+        if lines:
+            blocks.append("\n".join([title, "", *lines]))
+    return blocks
 
 
-def training_table(evidence: Evidence, findings: dict[str, Any]) -> list[str]:
+def training_table(evidence: Evidence, findings: Findings) -> list[str]:
     """The best epoch of each training, the three validated states apart."""
-    cells = [["variant", "epochs", "best epoch", "AP raw", "AP EMA", "AP EMA+BN", "train loss", "val loss"]]
-    cells[0] += ["images/s", "hours"]
+    cells = [list(TRAINING_COLUMNS)]
     for label, training in findings["trainings"].items():
-        unfinished = "" if label in evidence.finished else f" of {training['epochs_planned']}, unfinished"
-        aps = [number(ap) for ap in training["AP"].values()]
-        cells.append([
-            label, f"{training['epochs']}{unfinished}", _value(training["best_epoch"]), *aps,
-            number(training["train_loss"], 3), number(training["val_loss"], 3),
-            f"{training['images_per_s']:.1f}", f"{training['hours']:.2f}",
-        ])  # fmt: skip
+        epochs = str(training["epochs"])
+        if label not in evidence.finished:
+            epochs += f" of {training['epochs_planned']}, unfinished"
+        cells.append(
+            [
+                label,
+                epochs,
+                _value(training["best_epoch"]),
+                *map(number, training["AP"].values()),
+                number(training["train_loss"], 3),
+                number(training["val_loss"], 3),
+                number(training["images_per_s"], 1),
+                number(training["hours"], 2),
+            ]
+        )
     note = (
         "At the best epoch, by the trainer's own validator, which treats crowds and rounding otherwise than COCO does."
     )
@@ -71,7 +90,7 @@ def quantization_lines(evidence: Evidence) -> list[str]:
         cells += _layer_rows(label, quant_config, in_file.get(label))
         for layer in quant_config["layers"]:
             if layer["exempt"]:
-                exempt.append(f"- {label}: `{layer['name']}` is not quantized: {layer['why']}")
+                exempt.append(f"- {plain(label)}: `{layer['name']}` is not quantized: {plain(layer['why'])}")
     return [*markdown_table(cells), "", *exempt] if len(cells) > 1 else []
 
 
@@ -82,20 +101,19 @@ def _layer_rows(label: str, quant_config: dict[str, Any], in_file: dict[str, int
         if not layer["exempt"]:
             by_bits.setdefault(layer["bits"], []).append(layer)
     rows = []
-    for bits in sorted(by_bits):
-        quantizers = sorted({f"{layer['quantizer']}, {layer['granularity']}" for layer in by_bits[bits]})
-        share = f"{quant_config['share_of_learned_weights'][str(bits)]:.3f} of all"
+    for bits, layers in sorted(by_bits.items()):
+        quantizers = {f"{layer['quantizer']}, {layer['granularity']}" for layer in layers}
+        share = quant_config["share_of_learned_weights"][str(bits)]
         n_in_file = MISSING if in_file is None else str(in_file.get(str(bits), 0))
-        rows.append([label, str(bits), str(len(by_bits[bits])), n_in_file, share, "; ".join(quantizers)])
+        weights = f"{share:.3f} of all"
+        rows.append([label, str(bits), str(len(layers)), n_in_file, weights, "; ".join(sorted(quantizers))])
     return rows
 
 
 def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
     if provenance is None:
         return []
-    cells = [
-        ["split", "images used", "listed", "broken", "annotations", "crowd", "without objects", "annotation sha256"]
-    ]
+    cells = [list(SPLIT_COLUMNS)]
     splits = provenance["splits"].values()
     for split in splits:
         counts = [f"{split[name]:,}" for name in SPLIT_COUNTS]
@@ -103,7 +121,7 @@ def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
     choice = ""
     if any(split["subset"] for split in splits):
         choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json."
-    return [f"{provenance['title']} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
+    return [f"{plain(provenance['title'])} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
 
 
 def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
@@ -117,7 +135,8 @@ def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
     flats = [flatten(config) for config in trained.values()]
     cells = [["key", *labels]]
     for key in sorted(keys):
-        cells.append([f"`{key}`", *(_value(flat.get(key)) for flat in flats)])
+        values = [_value(flat.get(key)) for flat in flats]
+        cells.append([f"`{key}`", *values])
     return markdown_table(cells)
 
 
@@ -136,7 +155,9 @@ def settings_block(trained: dict[str, dict[str, Any]]) -> list[str]:
 
 def environment_table(evidence: Evidence) -> list[str]:
     """Machine and software: one value where all stages agree, else each with its stages."""
-    environments = {f"train {label}": training.environment for label, training in evidence.trainings.items()}
+    environments = {}
+    for label, training in evidence.trainings.items():
+        environments[f"train {label}"] = training.environment
     for metrics in evidence.scored:
         environments[f"eval {scored_name(metrics['dir'])}"] = metrics["environment"]
     if not environments:
@@ -161,7 +182,8 @@ def _by_stage(values: dict[str, Any]) -> str:
         stages.setdefault(_short(value), []).append(stage)
     if len(stages) == 1:
         return next(iter(stages))
-    return "; ".join(f"{value} ({', '.join(names)})" for value, names in stages.items()) or MISSING
+    told = [f"{value} ({', '.join(names)})" for value, names in stages.items()]
+    return "; ".join(told) or MISSING
 
 
 def _short(value: Any) -> str:
@@ -178,22 +200,26 @@ def pointers(evidence: Evidence) -> list[str]:
         folder = evidence.run.variant_dir(label)
         links = [f"[{name}]({label}/{name})" for name in FILES_OF_TRAINING if (folder / name).exists()]
         lines.append(
-            f"- {label}: {', '.join(links)}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`"
+            f"- {plain(label)}: {', '.join(links)}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`"
         )
     for metrics in evidence.scored:
         model, folder = metrics["model"], metrics["dir"]
-        links = [f"[{name}]({folder}/{name})" for name in ("metrics.json", "detections.json")]
+        links = f"[metrics.json]({folder}/metrics.json), [detections.json]({folder}/detections.json)"
         where = f"`onnx/{model['file']}`, sha256 `{model['sha256'][:N_HASH]}`"
-        lines.append(f"- {model['label']}: {where}, {', '.join(links)}")
-    rest = {"dataset": "dataset/provenance.json", "the run": "run.json", "numbers of this page": "report.json"}
-    there = [f"{what}: [{path}]({path})" for what, path in rest.items() if (evidence.run.root / path).exists()]
-    return [*lines, *([f"- {'; '.join(there)}"] if there else [])]
+        lines.append(f"- {plain(model['label'])}: {where}, {links}")
+    of_the_run = []
+    for what, path in FILES_OF_RUN.items():
+        if (evidence.run.root / path).exists():
+            of_the_run.append(f"{what}: [{path}]({path})")
+    if of_the_run:
+        lines.append(f"- {'; '.join(of_the_run)}")
+    return lines
 
 
 def commands(evidence: Evidence) -> list[str]:
     """The commands that made these numbers, as they were run."""
     trained = [training.environment["command"] for training in evidence.trainings.values()]
     scored = [metrics["environment"]["command"] for metrics in evidence.scored]
-    made = list(dict.fromkeys([*trained, *scored]))
+    each_once = list(dict.fromkeys([*trained, *scored]))
     note = "As they were run; between training and eval stands `export`, with the options of eval."
-    return [note, "", "```", *made, "```"] if made else []
+    return [note, "", "```", *each_once, "```"] if each_once else []

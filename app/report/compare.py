@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
 from app.core.labels import SCORES_ENDING
 from app.core.run import RunRoot
-from app.report.evidence import METRICS_KEYS, lacking
+from app.report.evidence import METRICS_KEYS, lacking, name_of
 from app.report.figures import by_class, by_size
-from app.report.findings import describe_meter, meter
 from app.report.gallery import gallery
+from app.report.groups import change, describe_meter, meter
 from app.report.summary import describe
-from app.report.tables import markdown_table, number, signed
+from app.report.tables import markdown_table, number, plain, signed
 
 KEYS = (*METRICS_KEYS, "dataset.coco_dir", "dataset.image_ids")
 Pair = tuple[Metrics, Metrics]
@@ -37,23 +38,30 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report) -> None:
         UserError: nothing to compare, rows measured differently, or detections or images that are no longer there.
     """
     pairs = pair_up(left, right)
-    rows = [metrics for pair in pairs for metrics in pair]
+    rows = both_sides(pairs)
     check_meter(rows)
     facts, truth = analyse(scored_dataset(rows[0]), rows)
     out = RunRoot(out_dir.parent, out_dir.name)
     overall = table(pairs)
-    blocks = [f"# {left} and {right}", describe(describe_meter(rows[0])), "\n".join(overall)]
+    blocks = [plain(f"# {left} and {right}"), describe(describe_meter(rows[0])), "\n".join(overall)]
     blocks.append(by_size(rows, out.figures_dir))
     for old, new in pairs:
-        blocks += [f"## {name(old)} and {name(new)}", by_class(new, old, facts, out.figures_dir)]
+        blocks.append(plain(f"## {name_of(old)} and {name_of(new)}"))
+        blocks.append(by_class(new, old, facts, out.figures_dir))
         blocks.append("\n".join(class_table(old, new, facts)))
         if settings.gallery_images:
-            blocks += [gallery(out, (old, new), facts, truth, settings), "\n".join(image_table(old, new, facts))]
+            blocks.append(gallery(out, (old, new), facts, truth, settings))
+            blocks.append("\n".join(image_table(old, new, facts)))
     write_json(out_dir / "compare.json", {"rows": rows, "analysis": facts})
     write_text(out_dir / "compare.md", "\n\n".join(blocks) + "\n")
     for line in overall:
         log.info("%s", line)
     log.info("compare: %s", out_dir / "compare.md")
+
+
+def both_sides(pairs: list[Pair]) -> list[Metrics]:
+    """The rows of all pairs, one after the other."""
+    return list(chain.from_iterable(pairs))
 
 
 def pair_up(left: Path, right: Path) -> list[Pair]:
@@ -64,7 +72,8 @@ def pair_up(left: Path, right: Path) -> list[Pair]:
     if is_scored(left) and is_scored(right):
         pairs = [(left_dirs[left.name], right_dirs[right.name])]
     else:
-        pairs = [(left_dirs[folder], right_dirs[folder]) for folder in left_dirs if folder in right_dirs]
+        in_both = [folder for folder in left_dirs if folder in right_dirs]
+        pairs = [(left_dirs[folder], right_dirs[folder]) for folder in in_both]
         for folder in sorted(left_dirs.keys() ^ right_dirs.keys()):
             log.info("compare: %s is in one of them only, left out", folder)
     if not pairs:
@@ -78,7 +87,9 @@ def is_scored(folder: Path) -> bool:
 
 def scored_folders(path: Path) -> dict[str, Path]:
     """Name -> folder: the folder itself, or all of a run."""
-    folders = [path] if is_scored(path) else sorted(filter(is_scored, path.glob(f"*{SCORES_ENDING}")))
+    if is_scored(path):
+        return {path.name: path}
+    folders = sorted(filter(is_scored, path.glob(f"*{SCORES_ENDING}")))
     if not folders:
         raise UserError(f"{path} holds neither metrics.json nor *-coco/metrics.json: run 'make eval' first")
     return {folder.name: folder for folder in folders}
@@ -93,22 +104,25 @@ def read_row(folder: Path) -> Metrics:
 
 def told_apart(old: Metrics, new: Metrics) -> Pair:
     """Adds the run's name, or where that is the same too the path, to what is equal in both."""
-    old_mark, new_mark = (Path(metrics["path"]).resolve().parent.name for metrics in (old, new))
+    old_mark, new_mark = run_name(old), run_name(new)
     if old_mark == new_mark:
         old_mark, new_mark = old["path"], new["path"]
-    if name(old) == name(new):
+    if name_of(old) == name_of(new):
         old, new = renamed(old, old_mark), renamed(new, new_mark)
     if old["dir"] == new["dir"]:
-        old, new = {**old, "dir": f"left-{old['dir']}"}, {**new, "dir": f"right-{new['dir']}"}
+        old = {**old, "dir": f"left-{old['dir']}"}
+        new = {**new, "dir": f"right-{new['dir']}"}
     return old, new
 
 
-def name(metrics: Metrics) -> str:
-    return metrics["model"]["label"]
+def run_name(metrics: Metrics) -> str:
+    return Path(metrics["path"]).resolve().parent.name
 
 
 def renamed(metrics: Metrics, mark: str) -> Metrics:
-    return {**metrics, "model": {**metrics["model"], "label": f"{name(metrics)} ({mark})"}}
+    """A copy whose label has the mark in brackets."""
+    model = {**metrics["model"], "label": f"{name_of(metrics)} ({mark})"}
+    return {**metrics, "model": model}
 
 
 def check_meter(rows: list[Metrics]) -> None:
@@ -117,10 +131,9 @@ def check_meter(rows: list[Metrics]) -> None:
         if meter(metrics) == meter(rows[0]):
             continue
         first, other = describe_meter(rows[0]), describe_meter(metrics)
-        keys = ", ".join(f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key])
-        raise UserError(
-            f"{rows[0]['path']} and {metrics['path']} were measured differently ({keys}): score both the same way"
-        )
+        differences = [f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other[key]]
+        paths = f"{rows[0]['path']} and {metrics['path']}"
+        raise UserError(f"{paths} were measured differently ({', '.join(differences)}): score both the same way")
 
 
 def scored_dataset(metrics: Metrics) -> Dataset:
@@ -131,38 +144,39 @@ def scored_dataset(metrics: Metrics) -> Dataset:
 
 def table(pairs: list[Pair]) -> list[str]:
     """The twelve numbers, file size and latency: both rows of a pair and the difference."""
-    rows = [metrics for pair in pairs for metrics in pair]
-    cells = [["", *map(name, rows), *["difference"] * len(pairs)]]
+    rows = both_sides(pairs)
+    cells = [["", *map(name_of, rows), *["difference"] * len(pairs)]]
     for stat in STATS:
         values = [number(metrics["coco"][stat]) for metrics in rows]
         differences = [signed(change(old["coco"][stat], new["coco"][stat])) for old, new in pairs]
         cells.append([stat, *values, *differences])
+    sizes = [number(metrics["model"]["size_bytes"] / 1e6, 2) for metrics in rows]
+    times = [number(metrics["latency_ms"]["p50"], 2) for metrics in rows]
     no_differences = [""] * len(pairs)
-    cells.append(["file MB", *(f"{metrics['model']['size_bytes'] / 1e6:.2f}" for metrics in rows), *no_differences])
-    cells.append(["p50 ms", *(f"{metrics['latency_ms']['p50']:.2f}" for metrics in rows), *no_differences])
+    cells.append(["file MB", *sizes, *no_differences])
+    cells.append(["p50 ms", *times, *no_differences])
     return markdown_table(cells)
-
-
-def change(old: float | None, new: float | None) -> float | None:
-    return None if old is None or new is None else new - old
 
 
 def class_table(old: Metrics, new: Metrics, facts: dict[str, Any]) -> list[str]:
     """AP of every class that has objects, largest loss first."""
-    old_aps, new_aps = (facts["variants"][metrics["dir"]]["ap_by_class"] for metrics in (old, new))
-    cells = [["class", name(old), name(new), "difference"]]
-    for category in sorted(old_aps, key=lambda category: (new_aps[category] - old_aps[category], category)):
-        old_ap, new_ap = old_aps[category], new_aps[category]
-        cells.append([category, number(old_ap), number(new_ap), signed(new_ap - old_ap)])
+    variants = facts["variants"]
+    old_aps, new_aps = variants[old["dir"]]["ap_by_class"], variants[new["dir"]]["ap_by_class"]
+    differences = {category: new_aps[category] - old_aps[category] for category in old_aps}
+    cells = [["class", name_of(old), name_of(new), "difference"]]
+    for category in sorted(differences, key=lambda name: (differences[name], name)):
+        values = [number(old_aps[category]), number(new_aps[category])]
+        cells.append([category, *values, signed(differences[category])])
     return markdown_table(cells)
 
 
 def image_table(old: Metrics, new: Metrics, facts: dict[str, Any]) -> list[str]:
     """The images of the gallery with their F1."""
-    old_facts, new_facts = (facts["variants"][metrics["dir"]] for metrics in (old, new))
-    cells = [["image", "why", f"F1 {name(old)}", f"F1 {name(new)}", "difference"]]
-    for row in new_facts["gallery"]:
+    variants = facts["variants"]
+    old_f1, new_f1 = variants[old["dir"]]["f1_by_image"], variants[new["dir"]]["f1_by_image"]
+    cells = [["image", "why", f"F1 {name_of(old)}", f"F1 {name_of(new)}", "difference"]]
+    for row in variants[new["dir"]]["gallery"]:
         key = str(row["image_id"])
-        scores = [f"{side['f1_by_image'][key]:.2f}" for side in (old_facts, new_facts)]
-        cells.append([key, row["why"], *scores, f"{row['f1_difference']:+.2f}"])
+        values = [number(old_f1[key], 2), number(new_f1[key], 2)]
+        cells.append([key, row["why"], *values, f"{row['f1_difference']:+.2f}"])
     return markdown_table(cells, text_columns=2)

@@ -51,9 +51,9 @@ class Training:
 class Evidence:
     """Everything the report may speak of.
 
-    `trainings` and `quantized` go by label; `quantized` has quant_config.json, of PTQ too, with `snr_db` (layer -> dB)
-    of health.json. `records` are the .json of ONNX files, `scored` the metrics.json with `dir` and `path` of their
-    folders. `missing` are lines 'stage: what is not there and how to get it'.
+    `trainings` and `quantized` go by label; `quantized` holds the quant_config.json of QAT and PTQ, with `snr_db`
+    (layer -> dB) of health.json. `records` are the .json of ONNX files, `scored` the metrics.json with `dir` and
+    `path` of their folders. `missing` are lines 'stage: what is not there and how to get it'.
     """
 
     run: RunRoot
@@ -86,8 +86,13 @@ def gather(run: RunRoot) -> Evidence:
     return Evidence(run, provenance, trainings, quantized, records, scored, missing)
 
 
+def name_of(metrics: Metrics) -> str:
+    """The label as the page writes it."""
+    return metrics["model"]["label"]
+
+
 def label_of(metrics: Metrics) -> Label:
-    return Label.parse(metrics["model"]["label"])
+    return Label.parse(name_of(metrics))
 
 
 def _read(run: RunRoot, path: Path, stage: str, keys: Iterable[str], missing: list[str]) -> dict[str, Any] | None:
@@ -125,14 +130,16 @@ def _trainings(run: RunRoot, missing: list[str]) -> dict[str, Training]:
         missing.append("train: no QAT variant was trained: run 'make train-qat'")
     trainings = {}
     for label in labels:
-        if training := _training(run, label, missing):
+        training = _training(run, label, missing)
+        if training:
             trainings[label] = training
     return trainings
 
 
 def _labels_with(run: RunRoot, file_name: str) -> list[str]:
     """Names of the variants' folders that hold such a file, in the order of the page."""
-    return sorted((path.parent.name for path in run.root.glob(f"*/{file_name}")), key=by_label)
+    labels = [path.parent.name for path in run.root.glob(f"*/{file_name}")]
+    return sorted(labels, key=by_label)
 
 
 def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
@@ -159,8 +166,10 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
 
 
 def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
-    trained = [label for label in _labels_with(run, "config.yaml") if Label.parse(label).method == "qat"]
-    labels = {*trained, *_labels_with(run, "quant_config.json")}
+    labels = set(_labels_with(run, "quant_config.json"))
+    for label in _labels_with(run, "config.yaml"):
+        if Label.parse(label).method == "qat":
+            labels.add(label)
     quantized = {}
     for label in sorted(labels, key=by_label):
         folder = run.variant_dir(label)
@@ -182,7 +191,9 @@ def _records(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -
         if training and training.done and training.done["best_sha256"] != record["checkpoint_sha256"]:
             missing.append(f"export: {record['file']} is not of the best checkpoint of now: run 'make export'")
     exported = {record["label"] for record in records}
-    missing += [f"export: no ONNX file of {label}: run 'make export'" for label in trainings if label not in exported]
+    for label in trainings:
+        if label not in exported:
+            missing.append(f"export: no ONNX file of {label}: run 'make export'")
     return records
 
 
@@ -196,9 +207,11 @@ def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> 
         file, digest = metrics["model"]["file"], metrics["model"]["sha256"]
         if digests.get(file, digest) != digest:
             missing.append(f"eval: {metrics['dir']}/metrics.json is of an older {file}: run 'make eval'")
-    labels = {metrics["model"]["label"] for metrics in scored}
-    unscored = dict.fromkeys(record["label"] for record in records if record["label"] not in labels)
-    missing += [f"eval: {label} was exported but not scored: run 'make eval'" for label in unscored]
+    exported = dict.fromkeys(record["label"] for record in records)
+    names = set(map(name_of, scored))
+    for label in exported:
+        if label not in names:
+            missing.append(f"eval: {label} was exported but not scored: run 'make eval'")
     if not scored:
         missing.append("eval: nothing was scored: run 'make eval'")
     return sorted(scored, key=_page_order)

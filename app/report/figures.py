@@ -6,7 +6,7 @@ Those about the quantized layers are in app/report/layer_figures.py, the photos 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from app.coco.dataset import COCO_2017
 from app.coco.detail import Metrics
 from app.core.curves import COLOURS, HATCHES, LINES, NEUTRAL, overlay_figure, palette
 from app.core.files import write_atomic
-from app.report.evidence import Evidence
+from app.report.evidence import Evidence, name_of
+from app.report.tables import plain
 
 INK = {"": ("#ffffff", "#1f2328"), "-dark": ("#0d1117", "#e6edf3")}  # suffix -> paper, ink: those of Git hosts
+PAPER_KEYS = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+INK_KEYS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 AUTHORS_MODEL = "yolov10m.yaml"
 # The authors' log of it (500 epochs, batch 256, one2one head): epoch -> AP on COCO val2017.
 AUTHORS_YOLOV10M = {
@@ -43,8 +46,14 @@ def draw(figures_dir: Path, name: str, text: str, make: Callable[[], Figure]) ->
         with matplotlib.rc_context(style(paper, ink)):
             save(make(), figures_dir / themed(name, theme))
     dark = f'<source media="(prefers-color-scheme: dark)" srcset="figures/{themed(name, "-dark")}">'
-    alt = re.sub(r"[*`]", "", text.partition(".")[0])
-    return f'{text}\n\n<picture>{dark}<img src="figures/{name}" alt="{alt}"></picture>'
+    light = f'<img src="figures/{name}" alt="{alternative(text)}">'
+    return f"{text}\n\n<picture>{dark}{light}</picture>"
+
+
+def alternative(text: str) -> str:
+    """The first sentence of a caption as the value of an HTML attribute."""
+    sentence = text.partition(".")[0]
+    return re.sub(r"[*`]", "", sentence).replace('"', "&quot;")
 
 
 def themed(name: str, theme: str) -> str:
@@ -56,28 +65,34 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def style(paper: str, ink: str) -> dict[Any, Any]:
-    inks = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        "figure.facecolor": paper, "axes.facecolor": paper, "savefig.facecolor": paper, "grid.color": NEUTRAL,
-        "axes.spines.top": False, "axes.spines.right": False, "font.size": 10, **dict.fromkeys(inks, ink),
-    }  # fmt: skip
+        **dict.fromkeys(PAPER_KEYS, paper),
+        **dict.fromkeys(INK_KEYS, ink),
+        "grid.color": NEUTRAL,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 10,
+    }
 
 
 def curves(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Loss and AP over epochs of all variants, with the authors' curve where it is the same task."""
     if not evidence.trainings:
         return []
-    whole = evidence.provenance is not None and is_whole_coco(evidence.provenance)
-    models = {training.config["model"] for training in evidence.trainings.values()}
-    reference = AUTHORS_YOLOV10M if whole and models == {AUTHORS_MODEL} else None
-    variants = {label: training.history for label, training in evidence.trainings.items()}
+    variants, models = {}, set()
+    for label, training in evidence.trainings.items():
+        variants[label] = training.history
+        models.add(training.config["model"])
+    is_whole = evidence.provenance is not None and is_whole_coco(evidence.provenance)
+    reference = AUTHORS_YOLOV10M if is_whole and models == {AUTHORS_MODEL} else None
     text = "**Loss and AP over the epochs**, validated as raw weights, as EMA, and as EMA with re-estimated BN."
     return [draw(figures_dir, "curves.png", text, lambda: overlay_figure(variants, reference))]
 
 
 def is_whole_coco(provenance: dict[str, Any]) -> bool:
-    has_subset = any(split["subset"] for split in provenance["splits"].values())
-    return provenance["title"] == COCO_2017 and not has_subset
+    """Whether every image that COCO 2017 lists was used: neither chosen from nor skipped as broken."""
+    splits = provenance["splits"].values()
+    return provenance["title"] == COCO_2017 and all(split["n_images"] == split["n_listed"] for split in splits)
 
 
 def by_size(group: list[Metrics], figures_dir: Path) -> str:
@@ -91,27 +106,38 @@ def size_figure(group: list[Metrics]) -> Figure:
     axes = figure.subplots()
     names = row_names(group)
     colours = palette(names)
-    hatches = {name: HATCHES[i // len(COLOURS)] for i, name in enumerate(colours)}
-    width, is_narrow = 0.8 / len(group), len(group) > MAX_BARS_UPRIGHT
+    hatches = hatches_of(colours)
+    width, middle = 0.8 / len(group), (len(group) - 1) / 2
+    is_narrow = len(group) > MAX_BARS_UPRIGHT
+    font_size, rotation = (8, 90) if is_narrow else (9, 0)
     for i, (name, metrics) in enumerate(zip(names, group, strict=True)):
-        places = np.arange(len(SIZES)) + (i - (len(group) - 1) / 2) * width
+        places = np.arange(len(SIZES)) + (i - middle) * width
         aps = [metrics["coco"][size] for size in SIZES]
         heights = [ap or 0 for ap in aps]
-        bars = axes.bar(places, heights, width * 0.92, color=colours[name], hatch=hatches[name], label=name)
         texts = ["none" if ap is None else f"{ap:.3f}" for ap in aps]
-        axes.bar_label(bars, texts, padding=2, fontsize=8 if is_narrow else 9, rotation=90 if is_narrow else 0)
+        bars = axes.bar(places, heights, width * 0.92, color=colours[name], hatch=hatches[name], label=name)
+        axes.bar_label(bars, texts, padding=2, fontsize=font_size, rotation=rotation)
     axes.set_xticks(range(len(SIZES)), list(SIZES.values()))
     axes.set(ylabel="AP")
     axes.margins(y=0.25 if is_narrow else 0.12)
     return legend_below(figure)
 
 
+def hatches_of(colours: Iterable[str]) -> dict[str, str]:
+    """Name -> hatch: another one each time that the colours begin again."""
+    hatches = {}
+    for i, name in enumerate(colours):
+        hatches[name] = HATCHES[i // len(COLOURS)]
+    return hatches
+
+
 def row_names(group: list[Metrics]) -> list[str]:
     """The labels; with the folder where rows share one."""
-    labels = [metrics["model"]["label"] for metrics in group]
+    labels = list(map(name_of, group))
     names = []
     for label, metrics in zip(labels, group, strict=True):
-        names.append(f"{label} ({metrics['dir']})" if labels.count(label) > 1 else label)
+        is_shared = labels.count(label) > 1
+        names.append(f"{label} ({metrics['dir']})" if is_shared else label)
     return names
 
 
@@ -135,8 +161,8 @@ def pr_figure(group: list[Metrics], facts: dict[str, Any]) -> Figure:
     ious = list(variants[0]["precision"])
     for axes, iou in zip(figure.subplots(1, len(ious), sharey=True), ious, strict=True):
         for i, (name, variant) in enumerate(zip(names, variants, strict=True)):
-            line = LINES[i % len(LINES)]
-            axes.plot(facts["recalls"], variant["precision"][iou], ls=line, lw=2, color=colours[name], label=name)
+            line, precision = LINES[i % len(LINES)], variant["precision"][iou]
+            axes.plot(facts["recalls"], precision, ls=line, lw=2, color=colours[name], label=name)
         axes.set(xlabel="recall", title=f"IoU {iou}", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("precision")
@@ -145,30 +171,37 @@ def pr_figure(group: list[Metrics], facts: dict[str, Any]) -> Figure:
 
 def by_class(metrics: Metrics, base: Metrics, facts: dict[str, Any], figures_dir: Path) -> str:
     """Sorted bars of the AP difference of every class between one row and the baseline."""
-    name, base_name = metrics["model"]["label"], base["model"]["label"]
-    old, new = (facts["variants"][row["dir"]]["ap_by_class"] for row in (base, metrics))
-    detected = [category for category in old if old[category] or new[category]]
+    name, base_name = name_of(metrics), name_of(base)
+    old = facts["variants"][base["dir"]]["ap_by_class"]
+    new = facts["variants"][metrics["dir"]]["ap_by_class"]
+    changes = {}
+    for category in old:
+        if old[category] or new[category]:
+            changes[category] = new[category] - old[category]
     text = (
-        f"**AP by class, {name} minus {base_name}**, sorted: where the loss sits. "
+        f"**AP by class, {plain(name)} minus {plain(base_name)}**, sorted: where the loss sits. "
         "Classes with few objects jump by chance."
     )
-    if len(detected) < len(old):
-        text += f" Left out: {len(old) - len(detected)} of {len(old)} classes, AP 0 in both."
-    change = {category: new[category] - old[category] for category in detected}
-    ordered = {category: change[category] for category in sorted(change, key=lambda name: (-change[name], name))}
+    n_left_out = len(old) - len(changes)
+    if n_left_out:
+        text += f" Left out: {n_left_out} of {len(old)} classes, AP 0 in both."
+    order = sorted(changes, key=lambda category: (-changes[category], category))
+    ordered = {category: changes[category] for category in order}
     return draw(figures_dir, f"classes-{metrics['dir']}.png", text, lambda: class_figure(ordered, old, base_name))
 
 
-def class_figure(change: dict[str, float], old: dict[str, float], base_name: str) -> Figure:
-    """Bars of `change` (class -> difference of AP) from top to bottom; `old` has the APs that it is a change of."""
-    n = len(change)
+def class_figure(changes: dict[str, float], old: dict[str, float], base_name: str) -> Figure:
+    """Bars of `changes` (class -> difference of AP) from top to bottom; `old` has the APs that they are changes of."""
+    n = len(changes)
     figure = Figure(figsize=(10, 1.4 + 0.24 * n), layout="constrained")
     axes = figure.subplots()
-    values = list(change.values())
+    values = list(changes.values())
     colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in values]
+    texts = [f"{value:+.3f}" for value in values]
+    names = [f"{category} ({old[category]:.3f})" for category in changes]
     bars = axes.barh(range(n), values, color=colours)
-    axes.bar_label(bars, [f"{value:+.3f}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(range(n), [f"{category} ({old[category]:.3f})" for category in change], fontsize=9)
+    axes.bar_label(bars, texts, padding=3, fontsize=8)
+    axes.set_yticks(range(n), names, fontsize=9)
     axes.set(xlabel=f"difference of AP (in brackets: AP of {base_name})", ylim=(n - 0.4, -0.6))
     axes.axvline(0, color=NEUTRAL, lw=1)
     axes.margins(x=0.15)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 from app.coco.detail import Metrics
@@ -16,7 +16,7 @@ from app.report.groups import describe_meter, is_baseline, measured_alike, meter
 
 Findings = dict[str, Any]  # the content of report.json
 
-TELLING_AP = 0.01  # below it an AP is a handful of lucky boxes
+TELLING_AP = 0.01  # below it an AP rests on a handful of boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the variants may differ
 SEEDS = ("train.seed", "data.seed")
 MERGED = ("AP", "AP_difference", "AP_over_ptq")  # values of a row that get a mean over runs with other seeds
@@ -91,10 +91,8 @@ def shares_of_best(history: Rows, after: int) -> list[tuple[int, float]]:
 
 def all_finite(history: Rows) -> bool:
     """Whether results.csv holds neither NaN nor infinity."""
-    for row in history:
-        if not all(map(math.isfinite, row.values())):
-            return False
-    return True
+    cells = chain.from_iterable(row.values() for row in history)
+    return all(map(math.isfinite, cells))
 
 
 def loss_over(training: Training, base: Training) -> dict[str, Any] | None:
@@ -103,15 +101,19 @@ def loss_over(training: Training, base: Training) -> dict[str, Any] | None:
     Where the second is much larger than the first, what is scored is not what was trained: the earlier recipe of
     runs/LOG.md had +0.13 and +3.67.
     """
-    base_rows = {row["epoch"]: row for row in candidates(base.history)}
-    common = [row for row in candidates(training.history) if row["epoch"] in base_rows]
+    rows, base_rows = by_epoch(training), by_epoch(base)
+    common = [epoch for epoch in rows if epoch in base_rows]
     if not common:
         return None
-    row = common[-1]
-    base_row = base_rows[row["epoch"]]
+    row, base_row = rows[common[-1]], base_rows[common[-1]]
     train = train_loss(row) - train_loss(base_row)
     val = row[SCORED_VAL_LOSS] - base_row[SCORED_VAL_LOSS]
     return {"epoch": int(row["epoch"]), "train": finite(train), "val": finite(val)}
+
+
+def by_epoch(training: Training) -> dict[float, Row]:
+    """The validated epochs that are not of a quant warm-up."""
+    return {row["epoch"]: row for row in candidates(training.history)}
 
 
 def finite(value: float) -> float | None:

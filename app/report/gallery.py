@@ -20,7 +20,9 @@ from app.core.config import Report
 from app.core.curves import COLOURS
 from app.core.files import read_json
 from app.core.run import RunRoot
+from app.report.evidence import name_of
 from app.report.figures import draw
+from app.report.tables import plain
 
 PANEL_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1])  # ground truth, baseline, quantized
 PANEL_INCH = 3.1  # width of a panel
@@ -29,34 +31,48 @@ MAX_SIDE_PX = 480  # larger photos are shrunk: each is a few centimetres wide on
 
 
 def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], truth: COCO, settings: Report) -> str:
-    """figures/gallery-<dir>.jpg and -dark.jpg for (baseline, quantized); enters its choice into `facts`."""
-    base, other = (facts["variants"][metrics["dir"]] for metrics in pair)
-    chosen = choose(base["f1_by_image"], other["f1_by_image"], settings.gallery_images, settings.gallery_seed)
+    """Draws figures/gallery-<dir>.jpg and -dark.jpg for (baseline, quantized); returns the Markdown block.
+
+    `facts` are those of `analyse`; the chosen images are added to them.
+    """
+    base, other = pair
+    old, new = facts["variants"][base["dir"]], facts["variants"][other["dir"]]
+    chosen = choose(old["f1_by_image"], new["f1_by_image"], settings.gallery_images, settings.gallery_seed)
     rows = [{"image_id": int(image_id), "why": why, "f1_difference": change} for image_id, why, change in chosen]
-    base_name, name = (metrics["model"]["label"] for metrics in pair)
-    other["gallery"] = rows
-    columns: dict[str, Any] = {"ground truth": truth.imgToAnns}
-    for metrics in pair:
-        min_score = facts["variants"][metrics["dir"]]["best_score"]
-        columns[metrics["model"]["label"]] = detections(Path(metrics["path"]), min_score)
-    dataset = pair[0]["dataset"]
-    images_dir = Path(dataset["coco_dir"]) / dataset["split"]
-    images = {row["image_id"]: images_dir / truth.imgs[row["image_id"]]["file_name"] for row in rows}
+    new["gallery"] = rows
+    columns: dict[str, Any] = {
+        "ground truth": truth.imgToAnns,
+        name_of(base): detections(Path(base["path"]), old["best_score"]),
+        name_of(other): detections(Path(other["path"]), new["best_score"]),
+    }
     text = (
-        f"**Val images, {base_name} and {name}.** Each shows its boxes from the score at which its own F1 over the "
-        f"whole split is best ({base['best_score']:.3f} and {other['best_score']:.3f}). Chosen by the change of F1 "
-        f"in the image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed "
+        f"**Val images, {plain(name_of(base))} and {plain(name_of(other))}.** Each shows its boxes from the score at "
+        f"which its own F1 over the whole split is best ({old['best_score']:.3f} and {new['best_score']:.3f}). Chosen "
+        f"by the change of F1 in the image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed "
         f"{settings.gallery_seed})."
     )
+    images = image_paths(base, rows, truth)
     names = {number: category["name"] for number, category in truth.cats.items()}
-    file = f"gallery-{pair[1]['dir']}.jpg"
+    file = f"gallery-{other['dir']}.jpg"
     return draw(run.figures_dir, file, text, lambda: gallery_figure(rows, images, columns, names))
+
+
+def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> dict[int, Path]:
+    """Image id -> the file of every image that the gallery shows."""
+    dataset = metrics["dataset"]
+    folder = Path(dataset["coco_dir"]) / dataset["split"]
+    paths = {}
+    for row in rows:
+        image_id = row["image_id"]
+        paths[image_id] = folder / truth.imgs[image_id]["file_name"]
+    return paths
 
 
 def detections(folder: Path, min_score: float) -> dict[int, list[dict[str, Any]]]:
     """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top)."""
     boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for row in sorted(read_json(folder / "detections.json", "eval"), key=lambda row: row["score"]):
+    rows = read_json(folder / "detections.json", "eval")
+    for row in sorted(rows, key=lambda row: row["score"]):
         if row["score"] >= min_score:
             boxes[row["image_id"]].append(row)
     return boxes
@@ -88,7 +104,8 @@ def picture(path: Path) -> Image.Image:
 
 def shrunk(photo: Image.Image) -> Image.Image:
     scale = min(1.0, MAX_SIDE_PX / max(photo.size))
-    return photo.resize([max(1, round(side * scale)) for side in photo.size])
+    width, height = round(photo.width * scale), round(photo.height * scale)
+    return photo.resize((max(1, width), max(1, height)))
 
 
 def draw_boxes(axes: Axes, boxes: list[dict[str, Any]], names: dict[int, str], colour: str) -> None:

@@ -8,7 +8,7 @@ from app.coco.detail import Metrics
 from app.core.labels import BASELINE, Label
 from app.report.evidence import label_of
 
-N_HASH = 12  # hex digits of a hash on the page; the whole one is in metrics.json
+N_HASH = 12  # hex digits of a hash on the page; the whole one is in the JSON
 DATASET_KEYS = ("title", "split", "n_images", "n_images_listed", "subset", "complete_coco_val")
 
 

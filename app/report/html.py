@@ -9,6 +9,7 @@ from pathlib import Path
 
 import markdown
 
+SOURCE = re.compile(r'(src|srcset)="([^":]+)"')  # a picture that is a file: a data URI has a colon
 TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 # The dark figures have the dark paper of app/report/figures.py.
 STYLE = """
@@ -42,7 +43,7 @@ def page(text: str, root: Path, name: str) -> str:
         name: of the run, for the title.
     """
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"], output_format="html")
-    body = re.sub(r'(src|srcset)="([^":]+)"', lambda match: f'{match[1]}="{data_uri(root / match[2])}"', body)
+    body = SOURCE.sub(lambda match: f'{match[1]}="{data_uri(root / match[2])}"', body)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(name)}</title>'
@@ -53,4 +54,6 @@ def page(text: str, root: Path, name: str) -> str:
 
 
 def data_uri(path: Path) -> str:
-    return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """The content of a picture, for its `src`."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f"data:{TYPES[path.suffix]};base64,{content}"

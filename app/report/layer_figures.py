@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from app.core.labels import BASELINE, Label
 from app.core.results import Rows
 from app.report.evidence import Evidence
 from app.report.figures import draw, legend_below
+from app.report.tables import plain
 
 MARKERS = ("o", "D", "^", "s", "v", "P")
 HEALTH_LINES = {
@@ -34,7 +36,9 @@ def layers(evidence: Evidence, figures_dir: Path) -> list[str]:
             variants[label] = quantized
     if not variants:
         return []
-    noisiest = [f"{label} {worst(quantized['snr_db'])}" for label, quantized in variants.items()]
+    noisiest = []
+    for label, quantized in variants.items():
+        noisiest.append(f"{plain(label)} {worst(quantized['snr_db'])}")
     text = (
         "**Noise and bits by layer**, from the input to the heads: signal-to-noise ratio of the quantized weights at "
         "the best epoch (power of w over power of w - w_q, in dB), and the bits of each layer. Noisiest: "
@@ -58,36 +62,46 @@ def layer_figure(variants: dict[str, dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(10, 5.2), layout="constrained")
     noise, bits = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.1))
     colours = palette_of(variants)
+    middle = (len(variants) - 1) / 2
     for i, (label, quantized) in enumerate(variants.items()):
-        marker, snr_db = MARKERS[i % len(MARKERS)], quantized["snr_db"]
-        shift = (i - (len(variants) - 1) / 2) * 0.35  # variants of the same bits stay apart
-        measured, levels = {}, []
-        for place, layer in enumerate(quantized["layers"]):
-            levels.append((FLOAT if layer["exempt"] else layer["bits"]) + shift)
-            if layer["name"] in snr_db:
-                measured[place] = snr_db[layer["name"]]
-        places, snr = list(measured), list(measured.values())
-        noise.plot(places, snr, marker, ms=4, alpha=0.85, color=colours[label], label=label)
-        bits.plot(range(len(levels)), levels, marker, ms=3, color=colours[label])
+        marker, colour = MARKERS[i % len(MARKERS)], colours[label]
+        draw_noise(noise, quantized, marker, label, colour)
+        levels = [FLOAT if layer["exempt"] else layer["bits"] for layer in quantized["layers"]]
+        shift = (i - middle) * 0.35  # variants of the same bits stay apart
+        shifted = [level + shift for level in levels]
+        bits.plot(range(len(shifted)), shifted, marker, ms=3, color=colour)
     noise.set_ylabel("SNR of quantization in dB")
     bits.set(ylabel="bits", xlabel="layer, by the number of its block", ylim=(2.5, FLOAT + 1.5))
     bits.set_yticks([4, 8, FLOAT], ["4", "8", "float"])
     for axes in (noise, bits):
         axes.grid(axis="y", alpha=0.3)
-    mark_blocks([layer["name"] for layer in next(iter(variants.values()))["layers"]], (noise, bits))
+    first = next(iter(variants.values()))
+    mark_blocks([layer["name"] for layer in first["layers"]], (noise, bits))
     return legend_below(figure)
+
+
+def draw_noise(axes: Axes, quantized: dict[str, Any], marker: str, label: str, colour: str) -> None:
+    """The SNR of the layers that have one, each at its place among all layers."""
+    snr_db = quantized["snr_db"]
+    measured = {}
+    for place, layer in enumerate(quantized["layers"]):
+        if layer["name"] in snr_db:
+            measured[place] = snr_db[layer["name"]]
+    axes.plot(list(measured), list(measured.values()), marker, ms=4, alpha=0.85, color=colour, label=label)
 
 
 def mark_blocks(names: list[str], panels: tuple[Axes, Axes]) -> None:
     """A line where a block of the network begins, and its number (model.<number>.) under its middle."""
-    blocks = [name.split(".")[1] for name in names]
-    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
-    ends = [*starts[1:], len(names)]
-    for axes in panels:
-        for start in starts[1:]:
-            axes.axvline(start - 0.5, color=NEUTRAL, lw=0.5, alpha=0.5)
-    centres = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    panels[1].set_xticks(centres, [blocks[start] for start in starts], fontsize=8)
+    start, numbers, centres = 0, [], []
+    for block, members in groupby(name.split(".")[1] for name in names):
+        n_layers = len(list(members))
+        numbers.append(block)
+        centres.append(start + (n_layers - 1) / 2)
+        if start > 0:
+            for axes in panels:
+                axes.axvline(start - 0.5, color=NEUTRAL, lw=0.5, alpha=0.5)
+        start += n_layers
+    panels[1].set_xticks(centres, numbers, fontsize=8)
     panels[1].set_xlim(-1, len(names))
 
 
@@ -95,8 +109,9 @@ def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Shares of weights that flip and oscillate, and the quantization noise, over the epochs; where recorded."""
     variants = {}
     for label, training in evidence.trainings.items():
-        if rows := [row for row in training.history if "health/oscillating" in row]:
-            variants[label] = rows
+        recorded = [row for row in training.history if "health/oscillating" in row]
+        if recorded:
+            variants[label] = recorded
     if not variants:
         return []
     text = (
@@ -123,12 +138,14 @@ def draw_health(axes: Axes, lines: dict[str, str], variants: dict[str, Rows]) ->
     colours = palette_of(variants)
     for label, rows in variants.items():
         for name, line in lines.items():
-            known = [row for row in rows if f"health/{name}" in row]
-            epochs = [row["epoch"] for row in known]
-            values = [row[f"health/{name}"] for row in known]
-            axes.plot(epochs, values, line, marker=".", color=colours[label], label=label if line == "-" else None)
+            key = f"health/{name}"
+            values = {row["epoch"]: row[key] for row in rows if key in row}
+            legend_entry = label if line == "-" else None
+            axes.plot(list(values), list(values.values()), line, marker=".", color=colours[label], label=legend_entry)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    styles = [Line2D([], [], color=NEUTRAL, ls=line, label=HEALTH_LINES[name]) for name, line in lines.items()]
+    styles = []
+    for name, line in lines.items():
+        styles.append(Line2D([], [], color=NEUTRAL, ls=line, label=HEALTH_LINES[name]))
     axes.legend(handles=styles, frameon=False)

@@ -16,8 +16,10 @@ from app.core.files import new_folder, read_json, write_text
 from app.core.labels import SCORES_ENDING
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
+from app.report.findings import Findings
 from app.report.html import page
 from app.report.summary import ap_text, difference_text, health_lines, sample, verdict
+from app.report.tables import plain
 
 log = logging.getLogger(__name__)
 KEPT = (
@@ -53,7 +55,8 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
     evidence = gather(run)
     text = run.summary.read_text(encoding="utf-8")
     is_builtin = evidence.provenance is not None and evidence.provenance["title"] == BUILTIN_TITLE
-    copy(run, target, [name for name in PICTURE.findall(text) if is_builtin or is_figure(name)])
+    pictures = PICTURE.findall(text)
+    copy(run, target, pictures if is_builtin else list(filter(is_figure, pictures)))
     text = without_dead_ends(text, target)
     write_text(target / "summary.md", text)
     write_text(target / "summary.html", page(text, target, run.name))
@@ -67,7 +70,7 @@ def is_figure(name: str) -> bool:
 
 
 def copy(run: RunRoot, target: Path, pictures: list[str]) -> None:
-    """Fills `target` anew with the files of KEPT and the pictures in both themes; it appears when it is complete."""
+    """Replaces `target` by the files of KEPT and the pictures in both themes; it appears when it is complete."""
     files: set[Path] = set()
     for pattern in KEPT:
         files.update(run.root.glob(pattern))
@@ -90,22 +93,26 @@ def without_dead_ends(text: str, target: Path) -> str:
     return f"{title}\n{rest.rstrip()}\n\n{note}\n"
 
 
-def entry(evidence: Evidence, findings: dict[str, Any], aim: str | None) -> str:
+def entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
     """Markdown of one entry: aim, command, commit, machine, result, verdict."""
     environments = [training.environment for training in evidence.trainings.values()]
     environments += [metrics["environment"] for metrics in evidence.scored]
+    commands = [f"`{environment['command']}`" for environment in environments]
+    commits = [str(environment.get("code_version")) for environment in environments]
     facts = {
         "aim": aim or compared(evidence),
-        "command": listed(f"`{environment['command']}`" for environment in environments),
-        "commit": listed(str(environment.get("code_version")) for environment in environments),
-        "machine": listed(machine(environment) for environment in environments),
+        "command": listed(commands),
+        "commit": listed(commits),
+        "machine": listed(map(machine, environments)),
         "result": "; ".join(results(findings)) or "nothing was scored",
         "verdict": " ".join([*verdict(findings), *health_lines(findings)]),
-        "missing": "; ".join(findings["missing"]) or "nothing",
+        "missing": plain("; ".join(findings["missing"])) or "nothing",
         "report": f"[reports/{evidence.run.name}/summary.md](reports/{evidence.run.name}/summary.md)",
     }
-    lines = [f"- **{name}:** {value}" for name, value in facts.items()]
-    return "\n".join([f"## {utc_now()[:10]} {findings['run']}", "", *lines])
+    lines = [f"## {utc_now()[:10]} {plain(findings['run'])}", ""]
+    for name, value in facts.items():
+        lines.append(f"- **{name}:** {value}")
+    return "\n".join(lines)
 
 
 def listed(values: Iterable[str]) -> str:
@@ -127,15 +134,17 @@ def machine(environment: dict[str, Any]) -> str:
     return listed(gpus) if gpus else f"{environment.get('cpu_count')} CPU cores, no GPU"
 
 
-def results(findings: dict[str, Any]) -> list[str]:
+def results(findings: Findings) -> list[str]:
     """One part for every table: how it was measured, AP of each row and its difference to the baseline."""
     parts = []
     for group in findings["groups"]:
         n = len(findings["seeds"]["runs"]) if findings["seeds"] else 1
         rows = []
         for row in group["rows"]:
-            difference = "" if row["AP_difference"] is None else f" ({difference_text(row)})"
-            rows.append(f"{row['label']} {ap_text(row)}{difference}")
+            text = f"{plain(row['label'])} {ap_text(row)}"
+            if row["AP_difference"] is not None:
+                text += f" ({difference_text(row)})"
+            rows.append(text)
         parts.append(f"AP on {sample(group['measured'])}, n={n}: {', '.join(rows)}")
     return parts
 

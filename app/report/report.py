@@ -14,12 +14,13 @@ from app.core.files import write_json, write_text
 from app.core.run import RunRoot, record_stage
 from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
-from app.report.findings import distinct, enter_seeds, findings, is_baseline, measured_alike, shown_apart
+from app.report.findings import derive, enter_seeds
 from app.report.gallery import gallery
+from app.report.groups import distinct, is_baseline, measured_alike, shown_apart
 from app.report.html import page
 from app.report.layer_figures import layers, quantizer_health
 from app.report.summary import summary, tables
-from app.report.tables import number
+from app.report.tables import number, plain
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def report(config: Config, run: RunRoot, force: bool, others: Sequence[RunRoot] 
         SystemExit: (1) report.min_ap50 is set and a variant stays below it, or none was scored.
     """
     evidence = gather(run)
-    findings = findings(evidence, config.report)
+    findings = derive(evidence, config.report)
     if others:
         enter_seeds(findings, [evidence, *map(gather, others)])
     write_json(run.root / "report.json", findings)
@@ -44,8 +45,10 @@ def report(config: Config, run: RunRoot, force: bool, others: Sequence[RunRoot] 
     write_text(run.summary, text)
     write_text(run.summary.with_suffix(".html"), page(text, run.root, findings["run"]))
     record_stage(run, "report", {"file": run.summary.name})
-    for line in [*tables(evidence.scored, findings), "", *(f"missing: {line}" for line in findings["missing"])]:
+    for line in [*tables(evidence.scored, findings), ""]:
         log.info("%s", line)
+    for line in findings["missing"]:
+        log.info("missing: %s", line)
     log.info("report: %s", run.summary)
     check_min_ap50(evidence, config.report.min_ap50)
 
@@ -62,8 +65,9 @@ def make_figures(evidence: Evidence, settings: Report) -> list[str]:
     try:
         facts, truth = analyse(scored_dataset(evidence, group[0]), group)
     except UserError as error:
-        left_out = "Left out: precision over recall, AP by class and the gallery of images"
-        return [*blocks, f"{left_out}, because {str(error).replace(f'{run.root}/', '')}.", *about_layers]
+        reason = plain(str(error).replace(f"{run.root}/", ""))
+        left_out = f"Left out: precision over recall, AP by class and the gallery of images, because {reason}."
+        return [*blocks, left_out, *about_layers]
     blocks.append(precision_recall(group, facts, run.figures_dir))
     blocks += about_layers
     if is_baseline(group[0]):
@@ -93,7 +97,10 @@ def scored_dataset(evidence: Evidence, metrics: Metrics) -> Dataset:
 
 
 def check_min_ap50(evidence: Evidence, minimum: float | None) -> None:
-    """Only trainings are asked for it: what quantization without training loses is a finding, not a failure."""
+    """Ends the command with exit status 1 if a trained model stays below report.min_ap50, or none was scored.
+
+    PTQ is exempt: what quantization without training loses is a finding, not a failure.
+    """
     if minimum is None:
         return
     trained = [metrics for metrics in evidence.scored if label_of(metrics).method != "ptq"]

@@ -128,11 +128,12 @@ def health_lines(findings: Findings) -> list[str]:
 def losses_lines(findings: Findings) -> list[str]:
     """Whether what is scored is what was trained, in losses: they differ less from seed to seed than AP does."""
     parts = []
-    for label, over in findings["losses"].items():
-        if over:
+    for label, differences in findings["losses"].items():
+        if differences:
+            train, val = signed(differences["train"]), signed(differences["val"])
             parts.append(
-                f"at epoch {over['epoch']} {plain(label)}'s differ from fp16's by {signed(over['train'])} on train "
-                f"images and {signed(over['val'])} on validation images"
+                f"at epoch {differences['epoch']} {plain(label)}'s differ from fp16's by {train} on train images and "
+                f"{val} on validation images"
             )
     note = (
         "Where the second is larger by whole units, what is scored is not what was trained; tenths are what one short "
@@ -213,8 +214,8 @@ class Column:
     def of_run(self, run: dict[str, Any]) -> str:
         return self.write(run[self.value].get(self.folder))
 
-    def over_runs(self, over_runs: dict[str, Any], statistic: str) -> str:
-        """n, the mean or the standard deviation."""
+    def of_all_runs(self, over_runs: dict[str, Any], statistic: str) -> str:
+        """The number of runs (n), the mean or the standard deviation (sd)."""
         result = over_runs[self.folder][self.value][statistic]
         return str(result) if statistic == "n" else self.write(result)
 
@@ -236,7 +237,7 @@ def seeds_lines(findings: Findings) -> list[str]:
         cells.append([run["name"], *seeds, *values, ", ".join(healthy)])
     no_seeds = [""] * len(runs[0]["seeds"])
     for statistic in ("n", "mean", "sd"):
-        values = [column.over_runs(over_runs, statistic) for column in columns]
+        values = [column.of_all_runs(over_runs, statistic) for column in columns]
         cells.append([statistic, *no_seeds, *values, ""])
     note = (
         "sd is the sample standard deviation; the difference is taken within each run, against its own baseline. "

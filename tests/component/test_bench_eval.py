@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from app.bench.eval import OURS, STOCK, Amount, Given, add_stock_metadata, judge, repeat, run_measured
+from app.bench.eval import OURS, STOCK, Amount, Given, add_stock_metadata, high_water_kib, judge, repeat, run_measured
 from app.bench.explain import explain, stock_ap
 from app.coco.score import ImageFile, load_truth
 from app.core.config import load
@@ -90,11 +90,25 @@ def test_stock_metadata_leaves_graph_and_contract(tmp_path: Path) -> None:
     assert facts["end2end"] == "False"
 
 
-def test_memory_and_failure_of_a_process() -> None:
+def test_memory_and_failure_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process holds its memory until it was measured, however busy the machine is."""
+    held, measured = tmp_path / "held", tmp_path / "measured"
+
+    def measure(pid: int) -> int:
+        is_held = held.exists()
+        kib = high_water_kib(pid)
+        if is_held:
+            measured.touch()
+        return kib
+
     def peak(n_bytes: int) -> float:
-        code = f"import time; held = b'x' * {n_bytes}; time.sleep(0.1)"
+        for path in (held, measured):
+            path.unlink(missing_ok=True)
+        code = f"import pathlib, time; held = b'x' * {n_bytes}; pathlib.Path('{held}').touch()\n"
+        code += f"while not pathlib.Path('{measured}').exists(): time.sleep(0.01)"
         return run_measured(["/usr/bin/env", "python3", "-c", code])["peak_mib"]
 
+    monkeypatch.setattr("app.bench.eval.high_water_kib", measure)
     assert peak(200 << 20) - peak(1) == pytest.approx(200, abs=20)
     with pytest.raises(RuntimeError, match="no such thing"):
         run_measured(["/usr/bin/env", "python3", "-c", "raise SystemExit('no such thing')"])

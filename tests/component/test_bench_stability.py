@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -17,13 +16,13 @@ from typing import Any
 import pytest
 
 from app.bench import stability
-from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, settings, train_all
+from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, train_all, training_of
+from app.bench.stability_figure import draw
 from app.bench.stability_rows import merge, read_file, recipe, up_to, write_file
 from app.bench.stability_table import (
     BASE,
     at,
     corrected,
-    draw,
     loss_over_fp16,
     lowest_share,
     mean_curve,
@@ -38,6 +37,7 @@ from app.core.results import STATES, write_rows
 from app.core.run import RunRoot
 from app.quant.model import build
 from app.train.interrupt import Interrupted
+from tests.support.export_run import TINY, network
 
 
 def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
@@ -53,14 +53,15 @@ def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> No
     roots = {root_of(RunRoot(tmp_path, "stability"), arm, 0).root for arm in ARMS}
     assert len(roots) == len(ARMS)
     for arm in ARMS:
-        variant, sets = settings(RunRoot(tmp_path, "stability"), arm, 0, [], ["model=yolov10n.yaml"])
-        _, quant_config = build(load(variant, [], sets))
-        assert (quant_config is None) == (variant == "fp16")
+        config = training_of(RunRoot(tmp_path, "stability"), arm, 0, [], ["model=yolov10n.yaml"]).config
+        with network(TINY):
+            _, quant_config = build(config)
+        assert (quant_config is None) == (config.variant == "fp16")
 
 
 def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:
     run, conf = RunRoot(tmp_path, "stability"), ["train.epochs=120"]
-    fp16, branch = (load(*of[:1], [], of[1]) for of in (settings(run, arm, 3, [], conf) for arm in (BASE, BRANCH)))
+    fp16, branch = (training_of(run, arm, 3, [], conf).config for arm in (BASE, BRANCH))
     assert branch.quant is not None and branch.quant.warmup_from is not None
     assert Path(branch.quant.warmup_from) == tmp_path / "stability-fp16-3" / "fp16" / "weights" / "epoch80.pt"
     assert (fp16.train.save_period, branch.n_warmup_epochs) == (80, 80)
@@ -76,12 +77,12 @@ def test_a_signal_ends_the_trainings_too(tmp_path: Any, monkeypatch: pytest.Monk
 
     def start(*args: Any) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen(["sleep", "60"]))
+        os.kill(os.getpid(), signal.SIGTERM)
         return started[0]
 
     monkeypatch.setattr(stability, "start", start)
-    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(Interrupted):
-        train_all(run, [], {("fp16", 0): (load("fp16"), [])}, Plan(["fp16"], [0], 60, 1))
+        train_all([training_of(run, "fp16", 0, [], [])], [], Plan(["fp16"], [0], 60, 1))
     assert started[0].returncode == -signal.SIGTERM
 
 
@@ -188,11 +189,10 @@ def test_a_file_of_something_else(tmp_path: Any, text: str) -> None:
 
 def finished(run: RunRoot, arm: str, seed: int, sets: list[str]) -> None:
     """A folder as a training of two validations leaves it."""
-    variant, own = settings(run, arm, seed, [], sets)
-    config = load(variant, [], own)
-    folder = root_of(run, arm, seed).variant_dir(config.label)
+    training = training_of(run, arm, seed, [], sets)
+    folder = training.out_dir
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(config))
+    (folder / "config.yaml").write_text(dump(training.config))
     states = {f"AP/{state}": 0.1 for state in STATES}
     rows = [{"epoch": n, "train/a": 2.0, "train/b": 3.0, **states, "val_loss/ema_bn": 6.0} for n in (6, 12)]
     write_rows(folder / "results.csv", [{"epoch": 1, "train/a": 9.0, "train/b": 9.0}, *rows])
@@ -230,20 +230,42 @@ def test_nothing_to_show(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.messages == ["nothing to show yet: no such training has been validated"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "columns"),
-    [("--seeds 6 7 8 9", {6: 2}), ("--until 96 --seeds 10 11 12 13 14 15", {6: 3}), ("--until 96", {9: 6, 10: 5})],
-)
-def test_the_readme_shows_what_the_file_says(tmp_path: Any, arguments: str, columns: dict[int, int]) -> None:
-    """Column of the printed table -> column of the README's; without data, with the recipe of conf/stability.yaml."""
-    command = [sys.executable, "-m", "app", "bench", "stability", "--run", "s", "--runs-dir", str(tmp_path)]
-    command += ["--with", "docs/stability.json", "--for-s", "0", "--set", "data.coco_dir=not-there", *arguments.split()]
+# Arguments of the bench -> column of the table that it prints -> that of docs/results.md.
+COLUMNS = {
+    "--seeds 6 7 8 9": {6: 2},
+    "--until 96 --seeds 10 11 12 13 14 15": {6: 3},
+    "--until 96": {9: 6, 10: 5},
+}
+# Each of its arguments is a command line; a process for each would spend its time on imports.
+PROGRAM = """
+import sys
+from app.__main__ import main
+for line in sys.argv[1:]:
+    print("command", line, file=sys.stderr)
+    sys.argv = ["app", *line.split()]
+    if code := main():
+        sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the bench prints for each of COLUMNS; without data, with the recipe of conf/stability.yaml."""
+    common = f"bench stability --run s --runs-dir {tmp_path_factory.mktemp('runs')}"
+    common += " --with docs/stability.json --for-s 0 --set data.coco_dir=not-there "
+    command = [sys.executable, "-c", PROGRAM, *(common + arguments for arguments in COLUMNS)]
     done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=True)
-    printed = {cells[0]: cells for cells in map(cells_of, done.stderr.splitlines())}
-    told = {cells[0]: cells for cells in map(cells_of, (REPO_DIR / "README.md").read_text().splitlines())}
+    pages = done.stderr.split("command " + common)[1:]
+    return dict(zip(COLUMNS, map(str.splitlines, pages), strict=True))
+
+
+@pytest.mark.parametrize("arguments", COLUMNS)
+def test_the_results_page_shows_what_the_file_says(printed: dict[str, list[str]], arguments: str) -> None:
+    ours = {cells[0]: cells for cells in map(cells_of, printed[arguments])}
+    told = {cells[0]: cells for cells in map(cells_of, (REPO_DIR / "docs" / "results.md").read_text().splitlines())}
     for arm, name in (("w4a16", "w4a16 (the default)"), ("w4a16-mixed", "w4a16-mixed")):
-        for ours, theirs in columns.items():
-            assert printed[arm][ours].partition(" at ")[0] == told[name][theirs].partition(" at ")[0]
+        for column, column_of_page in COLUMNS[arguments].items():
+            assert ours[arm][column].partition(" at ")[0] == told[name][column_of_page].partition(" at ")[0]
 
 
 def cells_of(line: str) -> list[str]:

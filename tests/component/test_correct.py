@@ -60,12 +60,12 @@ def test_loss_falls_and_only_affine_parts_change() -> None:
 def drift(model: nn.Module) -> list[Any]:
     """Corrections away from their start, active through hooks."""
     torch.manual_seed(2)
-    found = list(_corrections(model))
-    for correction in found:
+    corrections = list(_corrections(model))
+    for correction in corrections:
         if correction.scale.requires_grad:
             correction.scale.data.uniform_(0.5, 1.5)
         correction.shift.data.uniform_(-0.5, 0.5)
-    return [(correction, correction.conv.register_forward_hook(correction)) for correction in found]
+    return [(correction, correction.conv.register_forward_hook(correction)) for correction in corrections]
 
 
 def fold_all(active: list[Any]) -> None:

@@ -25,6 +25,7 @@ from app.quant.codes import read_codes
 from app.quant.fused import FastQuantConv2d, attach, detach
 from app.quant.learned import reset_scales, scale_parameter
 from app.quant.schemes import LEARNED
+from tests.support.hand_layers import exactly, small_weights
 
 PX = 64
 
@@ -71,10 +72,6 @@ class Weights(nn.Module):
         return [layer._fast_weight for layer in self.layers]
 
 
-def exactly(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def compare(model: Weights, dtype: torch.dtype = torch.float32) -> None:
     """Weights, codes and gradients of the fast path and of Brevitas must be equal."""
     torch.manual_seed(0)
@@ -112,18 +109,6 @@ def shapes() -> dict[str, list[torch.Size]]:
 def test_every_layer_shape_equals_brevitas(shapes: dict[str, list[torch.Size]], size: str, quantizer: str) -> None:
     torch.manual_seed(0)
     compare(Weights([torch.randn(shape) * 0.1 for shape in shapes[size]], QUANTIZERS[quantizer]))
-
-
-def small_weights() -> list[torch.Tensor]:
-    """3x3, 1x1 and depthwise; among them a dead channel, a weight below the smallest scale, and tied maxima."""
-    torch.manual_seed(1)
-    weights = [torch.randn(8, 4, 3, 3), torch.randn(6, 5, 1, 1), torch.randn(7, 1, 3, 3)]
-    weights[0][1] = 0.0
-    weights[0][2] = 1e-12
-    weights[0][3, :, 1, 2], weights[0][3, 3, 0, 0] = 5.0, -5.0
-    weights[1][0] = -weights[1][1].abs().max()
-    weights[2][5] = 0.25
-    return weights
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

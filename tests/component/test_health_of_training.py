@@ -16,21 +16,19 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from app.core.config import load
 from app.core.files import read_json
-from app.core.run import RunRoot
-from app.data.prepare import prepare
 from app.quant.model import load_checkpoint
 from app.train.train import train
+from tests.support.settle import settle
+from tests.support.tiny import tiny_network
 
 # 8 batches an epoch, each with a step: the window in which oscillations are counted is the last quarter, 2 steps.
 # The first of three epochs has 8-bit weights. Steps are large, so that codes change and oscillate.
-SETTINGS = [
-    "data.coco_dir=coco-subset", "data.n_train=16", "data.n_val=2", "model=yolov10n.yaml", "train.imgsz=64",
-    "train.batch=2", "train.epochs=3", "train.workers=0", "train.device=cpu", "train.bn_batches=2", "hyp.nbs=2",
-    "hyp.warmup_epochs=0", "hyp.lr0=0.05", "hyp.lrf=1.0", "train.ema_tau=20", "quant.warmup_share=0.34",
-    "quant.warmup_bits=8", "guard.collapse='off'",
-]  # fmt: skip
+SETTINGS = {
+    "data.n_train": 16, "data.n_val": 2, "train.batch": 2, "train.epochs": 3, "train.bn_batches": 2, "hyp.nbs": 2,
+    "hyp.warmup_epochs": 0, "hyp.lr0": 0.05, "hyp.lrf": 1.0, "train.ema_tau": 20, "quant.warmup_share": 0.34,
+    "quant.warmup_bits": 8, "guard.collapse": "'off'",
+}  # fmt: skip
 N_STEPS, N_WINDOW = 8, 2
 LARGEST = 7
 # results.csv has six decimals; shares and ratios of float32 weights are summed in another order than here.
@@ -91,13 +89,13 @@ def tf32_flags() -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    config, run = load("qat", sets=SETTINGS), RunRoot(tmp_path_factory.mktemp("runs"), "health")
-    prepare(config, run, force=False)
+def trained(runs_dir: Path) -> Iterator[Trained]:
+    config, run = settle(runs_dir, "health", "qat", SETTINGS)
     codes: dict[int, np.ndarray] = {}
     handle = record_codes(codes)
     try:
-        train(config, run, force=False)
+        with tiny_network():
+            train(config, run, force=False)
     finally:
         handle.remove()
     folder = run.variant_dir(config.label)

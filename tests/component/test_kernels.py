@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_fused import exactly, small_weights
 
 from app.quant import learned
 from app.quant.fused import _EachInTurn, _Together
 from app.quant.kernels import Kind, Layout, Spec
+from tests.support.hand_layers import exactly, small_weights
 
 # The kernel adds up the scale's gradient in another order than torch. The sum of up to 1,100 terms of size 1 / scale
 # cancels partly; it reaches only the elements that are the absmax.

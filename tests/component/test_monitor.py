@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,8 @@ def validator() -> Any:
         "img": torch.zeros(1, 3, 64, 64), "im_file": ["a.png"], "batch_idx": torch.zeros(1),
         "cls": torch.zeros(1, 1), "bboxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]]),
     }  # fmt: skip
-    found = {"conf": torch.ones(1), "cls": torch.zeros(1), "bboxes": torch.tensor([[20.0, 20.0, 40.0, 40.0]])}
-    return SimpleNamespace(first_batch=([found], batch), names={0: "person"})
+    detection = {"conf": torch.ones(1), "cls": torch.zeros(1), "bboxes": torch.tensor([[20.0, 20.0, 40.0, 40.0]])}
+    return SimpleNamespace(first_batch=([detection], batch), names={0: "person"})
 
 
 def events(out_dir: Path) -> EventAccumulator:
@@ -42,7 +41,7 @@ def test_hparams_scalars_and_pictures_are_events_of_one_run(tmp_path: Path, vari
         monitor.step(10, lambda: {"train/box_loss": 1.0})
         monitor.end_train_pass()
         rows = [{"epoch": float(i + 1), **ROW, **APS} for i in range(epoch + 1)]
-        monitor.end_epoch(rows, validator(), (0.25, 1))
+        monitor.end_epoch(rows, validator(), 0.25, 1)
     monitor.close()
     assert [path for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
     read = events(tmp_path)
@@ -54,16 +53,41 @@ def test_hparams_scalars_and_pictures_are_events_of_one_run(tmp_path: Path, vari
     assert start.hparams["quant"].string_value.startswith("none" if variant == "fp16" else "scheme=w4a16, ")
 
 
-def test_time_left_for_the_run(tmp_path: Path) -> None:
+class Clock:
+    """Stands for the module `time` where a training is timed."""
+
+    now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def hand_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("app.train.monitor", "app.core.progress"):
+        monkeypatch.setattr(f"{module}.time", clock)
+    return clock
+
+
+def test_time_left_for_the_run(tmp_path: Path, hand_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """It continues in the middle of the first of four epochs of 100 images. An image takes 4 s, a validation 40 s."""
     monitor = Monitor(tmp_path, load("fp16"))
-    now = time.monotonic()
-    monitor.start_epoch(0, 4, 100, 50)  # continues in the middle of the first of four epochs
-    monitor.meter.done, monitor.meter.start = 25, now - 5.0  # 0.2 s an image
-    assert monitor._run_left_s() == pytest.approx(25 * 0.2 + 3 * 100 * 0.2, rel=0.05)
-    monitor.start_epoch(1, 4, 100, 0)
-    monitor.epochs_here, monitor.run_start = 0.5, monitor.epoch_start - 15.0  # half an epoch took 15 s
-    monitor.meter.done, monitor.meter.start = 50, time.monotonic() - 10.0
-    assert monitor._run_left_s() == pytest.approx(50 * 0.2 + 2 * 30, rel=0.05)
+    with caplog.at_level("INFO"):
+        monitor.start_epoch(0, 4, 100, 50)
+        hand_clock.now_s += 25 * 4
+        monitor.step(25, dict)
+        assert "1:40 left, 21:40 left for the run" in caplog.messages[-1]  # 25 * 4 s + 3 epochs of 100 * 4 s
+        hand_clock.now_s += 25 * 4
+        monitor.step(25, dict)
+        monitor.end_train_pass()
+        hand_clock.now_s += 40
+        monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), 0.25, 1)
+        assert caplog.messages[-1].endswith("24:00 left")  # half an epoch took 240 s: 3 epochs of 480 s
+        monitor.start_epoch(1, 4, 100, 0)
+        hand_clock.now_s += 50 * 4
+        monitor.step(50, dict)
+        assert "3:20 left, 19:20 left for the run" in caplog.messages[-1]  # 50 * 4 s + 2 epochs of 480 s
     monitor.close()
 
 
@@ -72,6 +96,6 @@ def test_an_epoch_that_was_trained_before_is_no_division_by_zero(tmp_path: Path,
     monitor.start_epoch(0, 4, 100, 112)  # seven batches of 16: stopped between the last step and the validation
     monitor.end_train_pass()
     with caplog.at_level("INFO"):
-        monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), (0.25, 1))
+        monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), 0.25, 1)
     monitor.close()
     assert "? left" in caplog.text

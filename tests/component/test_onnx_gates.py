@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from app.core.labels import BASELINE, Label
 from app.export.gates import Tolerance, Truth, check_codes, check_half, check_parity, check_same_output
 from tests.support.hand_graphs import half_graph, qcdq_graph
 from tests.support.stand_in_session import OFF, ON, numbered_images, use_stand_in
@@ -18,6 +20,12 @@ from tests.support.stand_in_session import OFF, ON, numbered_images, use_stand_i
 N_IMAGES, N_ANCHORS, N_BEST = 3, 84, 10  # as many anchors as rows: a transposed output has the right shape
 BOX_PX, SCORE = 1e-2, 1e-4  # tolerance of an FP32 file, from the design of the gates
 HALF_BOX_PX, HALF_SCORE = 2.0, 1e-2
+LABELS = {
+    "fp32": BASELINE,
+    "fp16": replace(BASELINE, packing="half"),
+    "qcdq": Label("qat", "w4a16"),
+    "int4": Label("qat", "w4a16", packing="int4"),
+}
 NO_ROUNDING = Tolerance(0.0, 0.0)
 LEVELS = pytest.mark.parametrize(("level", "word"), [(OFF, "off"), (ON, "on")], ids=["off", "on"])
 Change = Callable[[np.ndarray], np.ndarray]
@@ -95,7 +103,7 @@ def test_wrong_raw_output_is_refused_at_either_level(
     change, place = WRONG_RAW[fault]
     use_stand_in(monkeypatch, lambda stem, at, n: change(RAW) if at == level else RAW)
     with pytest.raises(RuntimeError, match=rf"^m\.onnx differs from torch .*graph optimisation {word}, {place}"):
-        check_parity(Path("m.onnx"), truth(), "raw", "qcdq")
+        check_parity(Path("m.onnx"), truth(), LABELS["qcdq"])
 
 
 WRONG_END2END = {
@@ -117,14 +125,14 @@ def test_wrong_end2end_output_is_refused_at_either_level(
     right = end2end_outputs()
     use_stand_in(monkeypatch, lambda stem, at, n: WRONG_END2END[fault](right) if at == level else right)
     with pytest.raises(RuntimeError, match=rf"graph optimisation {word}, image [012], detection \d"):
-        check_parity(Path("m.onnx"), truth(), "end2end", "fp32")
+        check_parity(Path("m.onnx"), truth(), replace(LABELS["fp32"], contract="end2end"))
 
 
 @pytest.mark.parametrize("contract", ["raw", "end2end"])
 def test_right_output_passes_at_both_levels(monkeypatch: pytest.MonkeyPatch, contract: str) -> None:
     right = RAW if contract == "raw" else end2end_outputs()
     opened = use_stand_in(monkeypatch, lambda stem, level, n: right)
-    figures = check_parity(Path("m.onnx"), truth(), contract, "fp32")
+    figures = check_parity(Path("m.onnx"), truth(), replace(LABELS["fp32"], contract=contract))
     assert set(opened) == {("m", OFF), ("m", ON)}
     assert figures["n_images"] == N_IMAGES
     assert figures["max_box_px"] < BOX_PX / 100  # the corners are rounded once
@@ -135,7 +143,7 @@ def test_right_output_passes_at_both_levels(monkeypatch: pytest.MonkeyPatch, con
 def test_figures_are_the_largest_of_all_images_and_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = {OFF: added((1, 0, 0), 0.004)(RAW), ON: added((2, 40, 9), -0.00005)(RAW)}
     use_stand_in(monkeypatch, lambda stem, level, n: changed[level])
-    figures = check_parity(Path("m.onnx"), truth(), "raw", "int4")
+    figures = check_parity(Path("m.onnx"), truth(), LABELS["int4"])
     assert figures["max_box_px"] == pytest.approx(0.004, rel=1e-2)  # 60 px in float32 have steps of 4e-6
     assert figures["max_score"] == pytest.approx(0.00005, rel=1e-2)
     assert (figures["allowed_box_px"], figures["allowed_score"]) == (BOX_PX, SCORE)
@@ -145,7 +153,7 @@ def test_batch_of_several_images_is_looked_at_where_it_is_free(monkeypatch: pyte
     wrong = swapped(0, 0, 1)(RAW)
     use_stand_in(monkeypatch, lambda stem, level, n: wrong if n > 1 else RAW, batch="batch")
     with pytest.raises(RuntimeError, match="graph optimisation off, image 0, "):
-        check_parity(Path("m.onnx"), truth(), "raw", "fp32")
+        check_parity(Path("m.onnx"), truth(), LABELS["fp32"])
 
 
 @pytest.mark.parametrize(
@@ -170,10 +178,10 @@ def test_half_precision_is_allowed_to_the_fp16_file_alone(
 ) -> None:
     changed = added(place, amount)(RAW)
     use_stand_in(monkeypatch, lambda stem, level, n: changed)
-    assert check_parity(Path("m.onnx"), truth(), "raw", "fp16")["magnifies_rounding"] is False
+    assert check_parity(Path("m.onnx"), truth(), LABELS["fp16"])["magnifies_rounding"] is False
     for precision in ("fp32", "qcdq", "int4"):
         with pytest.raises(RuntimeError, match="differs from torch"):
-            check_parity(Path("m.onnx"), truth(), "raw", precision)
+            check_parity(Path("m.onnx"), truth(), LABELS[precision])
 
 
 # --- bit-equality ----------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from app.export.graphs import quant_weights, to_half, to_int4
+from app.export.graphs import quant_weights, tidy, to_half, to_int4
 from tests.support.hand_graphs import OFFSET, detector_graph, qcdq_graph
 from tests.support.stand_in_session import OFF, ON
 
@@ -33,6 +33,25 @@ def run(model: ModelProto, level: Any, feeds: dict[str, np.ndarray] | None = Non
 
 def tensors_of(model: ModelProto) -> dict[str, TensorProto]:
     return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+# --- tidy ------------------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_the_exporter_shares_are_initializers_of_their_own() -> None:
+    """torch writes equal weights once, and an Identity node for every other layer that has them."""
+    model = detector_graph(learned_weight())
+    learned = model.graph.node[0]
+    learned.input[1] = "again"
+    model.graph.node.insert(0, helper.make_node("Identity", ["shared"], ["again"], "second"))
+    model.graph.node.insert(0, helper.make_node("Identity", ["weight"], ["shared"], "first"))
+    images = {"images": np.array([1.0, 5.0, 5.0], np.float32).reshape(1, 3, 1, 1)}
+    expected = run(model, OFF, images)
+    tidy(model)
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Conv", "Mul", "Add"]
+    tensors = tensors_of(model)
+    assert tensors["again"].raw_data == tensors["shared"].raw_data == tensors["weight"].raw_data
+    assert run(model, OFF, images) == expected
 
 
 # --- INT4 ------------------------------------------------------------------------------------------------------------

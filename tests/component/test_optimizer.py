@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from app.train.checkpoint import optimizer_state
 from app.train.step import fuse
 
-SETTINGS = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
 WEIGHT_DECAYS_PART = 0.01  # of a step
 
 

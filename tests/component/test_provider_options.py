@@ -11,12 +11,11 @@ import pytest
 
 from app.eval.runtime import open_session
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # Provider asked for -> providers in the order ONNX Runtime tries them, with the options of each.
 WANTED = {
     CPU: [(CPU, {})],
     CUDA: [(CUDA, {"use_tf32": "0"}), (CPU, {})],
-    TENSORRT: [(TENSORRT, {"trt_fp16_enable": "0"}), (CUDA, {"use_tf32": "0"}), (CPU, {})],
 }
 
 

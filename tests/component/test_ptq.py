@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,25 @@ from app.eval.evaluate import exported_files
 from app.export.export import export
 from app.quant.model import load_checkpoint, load_scored
 from app.train.ptq import ptq
-from tests.support.export_run import config_of, make_run
+from tests.support.export_run import TINY, TINY_SETS, config_of, copy_of, network
 
-SETS = ("quant.scheme=w4a16-mixed", "train.batch=2", "train.bn_batches=2")
+SETS = (*TINY_SETS, "quant.scheme=w4a16-mixed")
 LABELS = ["ptq-w4a16-mixed", "ptq-w4a16-mixed-bn"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny() -> Iterator[None]:
+    with network(TINY):
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
-    run = make_run(tmp_path_factory.mktemp("ptq"), *SETS, variants=("fp16",))
+def run(tiny_run: RunRoot, tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
+    run = copy_of(tiny_run, tmp_path_factory.mktemp("ptq"), "qat-w4a16", "onnx")
     config = config_of(run, "qat", *SETS, "export.contracts=[raw,end2end]")
     ptq(config, run, force=False)
     assert not run.onnx_dir.exists()
+    shutil.copytree(tiny_run.onnx_dir, run.onnx_dir, ignore=shutil.ignore_patterns("*qat*"))  # the baseline's files
     export(config, run, force=False)
     return run
 

@@ -4,53 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.amp.grad_scaler import GradScaler
 
-from app.core.config import Config, load
+from app.core.config import Config
 from app.core.run import RunRoot
-from app.data.prepare import prepare
 from app.quant.model import load_checkpoint, load_scored
-from app.train.checkpoint import check_finite
 from app.train.guard import GuardStop
-from app.train.nonfinite import NonFinite, Watch
+from app.train.loop import Loop
+from app.train.nonfinite import NonFinite, Watch, check_finite
+from app.train.state import State
 from app.train.train import train
 from app.train.trainer import Trainer
+from tests.support.scripted import spoil_images
+from tests.support.settle import AT_EVERY_STEP, settle
+from tests.support.tiny import tiny_network
 
 # 24 images in batches of 8, one to an optimizer step.
-SETTINGS = [
-    "data.coco_dir=coco-subset", "data.n_train=24", "data.n_val=4", "model=yolov10n.yaml", "train.imgsz=64",
-    "train.batch=8", "train.epochs=2", "train.workers=0", "train.device=cpu", "train.bn_batches=1", "hyp.nbs=8",
-    "hyp.close_mosaic=0", "train.val_every=2", "train.save_every_s=1e-9",
-]  # fmt: skip
+SETTINGS = {
+    "data.n_train": 24, "data.n_val": 4, "train.batch": 8, "train.epochs": 2, "hyp.nbs": 8, "hyp.close_mosaic": 0,
+    "train.val_every": 2, **AT_EVERY_STEP,
+}  # fmt: skip
 BAD = 4  # the second batch of the second epoch, counted from 0
 
 
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-def settle(runs_dir: Path, name: str, *sets: str) -> tuple[Config, RunRoot]:
-    config, run = load("qat", sets=[*SETTINGS, *sets]), RunRoot(runs_dir, name)
-    prepare(config, run, force=False)
-    return config, run
-
-
-def spoil_images(patch: pytest.MonkeyPatch, bad: set[int]) -> None:
-    """Images of these batches are not finite, as from a decoder gone wrong; the loader gives bytes otherwise."""
-    next_batch = Watch.next
-
-    def spoil(self: Watch, number: int, batch: dict[str, Any]) -> None:
-        if number in bad:
-            batch["img"] = torch.full(batch["img"].shape, float("nan"))
-        next_batch(self, number, batch)
-
-    patch.setattr(Watch, "next", spoil)
+@pytest.fixture(scope="module", autouse=True)
+def tiny() -> Iterator[None]:
+    with tiny_network():
+        yield
 
 
 def state_of(run: RunRoot, config: Config) -> dict[str, Any]:
@@ -60,7 +46,7 @@ def state_of(run: RunRoot, config: Config) -> dict[str, Any]:
 def test_the_batch_is_named_kept_and_left_out(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config, run = settle(runs_dir, "once")
+    config, run = settle(runs_dir, "once", "qat", SETTINGS)
     spoil_images(monkeypatch, {BAD})
     with caplog.at_level(logging.WARNING, "app"):
         train(config, run, force=False)
@@ -81,24 +67,23 @@ def test_training_after_a_rollback_is_training_without_that_batch(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit; with a crash after the rollback, so that the resumed process has to know of it."""
-    config, run = settle(runs_dir, "crash", "train.save_every_s=600")  # a rollback of more than one step
-    other, without = settle(runs_dir, "without")
+    config, run = settle(runs_dir, "crash", "qat", {**SETTINGS, "train.save_every_s": 600})  # rollbacks of some steps
+    other, without = settle(runs_dir, "without", "qat", SETTINGS)
+    backward = Loop.backward
 
-    backward = Trainer._backward
-
-    def crash(self: Trainer, batch: dict[str, Any]) -> None:
-        if self.faults:
+    def crash(self: Loop, batch: dict[str, Any]) -> None:
+        if self.state.faults:
             raise KeyboardInterrupt
         backward(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_backward", crash)
+        patch.setattr(Loop, "backward", crash)
         spoil_images(patch, {BAD})
         with pytest.raises(KeyboardInterrupt):
             train(config, run, force=False)
     assert state_of(run, config)["faults"][0]["batches"] == [BAD]
     train(config, run, force=False)
-    monkeypatch.setattr(Trainer, "left_out", lambda self: {BAD})
+    monkeypatch.setattr(State, "left_out", property(lambda self: {BAD}))
     train(other, without, force=False)
     ours, theirs = state_of(run, config), state_of(without, other)
     for part in ("model", "ema"):
@@ -107,12 +92,12 @@ def test_training_after_a_rollback_is_training_without_that_batch(
 
 
 def test_gradient_is_caught_before_the_weights_are_spoilt(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run = settle(runs_dir, "gradient")
+    config, run = settle(runs_dir, "gradient", "qat", SETTINGS)
     get_model, next_batch, number = Trainer.get_model, Watch.next, 0
 
     def hooked(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         model: Any = get_model(self, *args, **kwargs)
-        model.model[3].conv.weight.register_hook(lambda grad: grad * float("inf") if number == BAD else grad)
+        model.model[1].conv.weight.register_hook(lambda grad: grad * float("inf") if number == BAD else grad)
         return model
 
     def note(self: Watch, its_number: int, batch: dict[str, Any]) -> None:
@@ -124,13 +109,13 @@ def test_gradient_is_caught_before_the_weights_are_spoilt(runs_dir: Path, monkey
     monkeypatch.setattr(Watch, "next", note)
     train(config, run, force=False)
     assert state_of(run, config)["faults"] == [
-        {"what": "gradient", "cause": "gradient of model.3.conv.weight", "batches": [BAD]}
+        {"what": "gradient", "cause": "gradient of model.1.conv.weight", "batches": [BAD]}
     ]
 
 
 def test_it_stops_when_the_rollbacks_are_used_up(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch from the second epoch on is bad; what is left is the state after the first epoch."""
-    config, run = settle(runs_dir, "stop", "guard.max_rollbacks=1")
+    config, run = settle(runs_dir, "stop", "qat", {**SETTINGS, "guard.max_rollbacks": 1})
     spoil_images(monkeypatch, set(range(3, 100)))
     with pytest.raises(GuardStop, match=r"epoch 2, batch 2 of 3 .*1 rollbacks \(guard\.max_rollbacks\) are used up"):
         train(config, run, force=False)
@@ -141,15 +126,15 @@ def test_it_stops_when_the_rollbacks_are_used_up(runs_dir: Path, monkeypatch: py
 
 
 def test_spoilt_weights_never_replace_a_good_state(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run = settle(runs_dir, "spoilt")
-    step = Trainer.optimizer_step
+    config, run = settle(runs_dir, "spoilt", "qat", SETTINGS)
+    step = Loop.optimizer_step
 
-    def spoil(self: Trainer) -> None:
+    def spoil(self: Loop) -> None:
         step(self)
         if self.watch.newest[0][0] == BAD:
-            self.net.model[0].conv.weight.data[0, 0, 0, 0] = float("inf")
+            self.state.net.model[0].conv.weight.data[0, 0, 0, 0] = float("inf")
 
-    monkeypatch.setattr(Trainer, "optimizer_step", spoil)
+    monkeypatch.setattr(Loop, "optimizer_step", spoil)
     train(config, run, force=False)
     assert state_of(run, config)["faults"] == [
         {"what": "weights", "cause": "weight model.0.conv.weight", "batches": [BAD]}
@@ -159,7 +144,6 @@ def test_spoilt_weights_never_replace_a_good_state(runs_dir: Path, monkeypatch: 
 @pytest.mark.parametrize(("scale", "good"), [(0.5, False), (1.0, True), (65536.0, True)])
 def test_a_grad_scale_that_nothing_is_small_enough_for_is_a_fault(scale: float, good: bool) -> None:
     """Infinite gradients are normal while the scale is large: then the scaler alone deals with them."""
-    scaler = SimpleNamespace(get_scale=lambda: scale)
-    trainer: Any = SimpleNamespace(net=torch.nn.Linear(2, 2), watch=Watch(torch.device("cpu")), scaler=scaler)
+    scaler = GradScaler("cpu", init_scale=scale)
     with contextlib.nullcontext() if good else pytest.raises(NonFinite, match="gradient is not finite"):
-        check_finite(trainer)
+        check_finite(torch.nn.Linear(2, 2), scaler, Watch(torch.device("cpu")))

@@ -15,6 +15,7 @@ from app.core.config import UserError, load
 from app.quant.learned import learned_layers
 from app.quant.model import build, load_scored, save_checkpoint, scored_state
 from app.quant.schemes import DFL, SCHEMES, Rule, assign, quantize
+from tests.support.export_run import EVERY_BLOCK, network
 
 SIZES = ["n", "m"]
 LOG_ROUNDING = 2e-6  # 2**log2(x) in float32, for x down to 1e-3
@@ -89,8 +90,9 @@ def test_decoupled_is_the_earlier_recipe_on_every_convolution() -> None:
 
 def test_learned_scales_start_as_abs_max_and_survive_a_checkpoint(tmp_path: Path) -> None:
     settings = config("qat", "n", "quant.learned_scale=true")
-    model, quant_config = build(settings)
-    plain, _ = build(config("qat", "n"))
+    with network(EVERY_BLOCK):
+        model, quant_config = build(settings)
+        plain, _ = build(config("qat", "n"))
     for name, layer in learned_layers(model).items():
         scale, absmax = layer.quant_weight().scale, plain.get_submodule(name).quant_weight().scale
         torch.testing.assert_close(scale, absmax, rtol=LOG_ROUNDING, atol=0.0)
@@ -100,7 +102,8 @@ def test_learned_scales_start_as_abs_max_and_survive_a_checkpoint(tmp_path: Path
     for layer in learned_layers(model).values():
         layer.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.3)
     save_checkpoint(tmp_path / "best.pt", settings, {"scored": scored_state(model), "epoch": 0})
-    loaded, _, _ = load_scored(tmp_path / "best.pt")
+    with network(EVERY_BLOCK):
+        loaded, _, _ = load_scored(tmp_path / "best.pt")
     images = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(loaded(images)[0], model.eval()(images)[0], rtol=0, atol=0)
 

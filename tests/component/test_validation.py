@@ -18,9 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from app.core.files import sha256
 from app.quant.model import load_checkpoint
 from app.train.train import train
+from tests.support.four_bits import all_codes, codes_and_scale, layers, quantized, snr_db
 from tests.support.scripted import (
     PLAIN,
     SIZE_WH,
+    Batch,
     Validation,
     read_table,
     reading,
@@ -42,7 +44,6 @@ SETTINGS: dict[str, Any] = PLAIN | {
     "train.epochs": 5, "train.batch": 4, "train.val_every": 2, "train.save_period": 1, "train.bn_batches": 2,
     "train.ema_decay": 0.9, "train.ema_tau": 1, "hyp.lr0": 0.05, "hyp.lrf": 0.2,
 }  # fmt: skip
-LARGEST_CODE = 7  # of 4 bits, narrow
 ROUNDED = 1e-6  # results.csv has six decimals of health
 FLOAT32_RTOL = 1e-4  # a mean over thousands of values in another order
 
@@ -169,17 +170,6 @@ def test_batchnorm_is_reestimated_on_the_train_images_with_quantized_ema_weights
     assert state["model.0.bn.running_mean"].tolist() == pytest.approx(wanted.tolist(), rel=FLOAT32_RTOL, abs=1e-6)
 
 
-def codes_and_scale(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """4-bit codes of a convolution's weights, and its scales [channels,1,1,1]: abs-max of a channel over 7."""
-    scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / np.float32(LARGEST_CODE)
-    return np.round(weight / scale), scale
-
-
-def quantized(weight: np.ndarray) -> np.ndarray:
-    codes, scale = codes_and_scale(weight)
-    return codes * scale
-
-
 # --- the best epoch --------------------------------------------------------------------------------------------------
 
 
@@ -221,22 +211,6 @@ def test_tensorboard_has_every_number_at_its_epoch(scored: Scored) -> None:
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
-
-
-def layers(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Weights of the quantized convolutions by layer: all but the DFL's fixed ones."""
-    convolutions = {name: value for name, value in state.items() if value.ndim == 4 and ".dfl." not in name}
-    return {name.removesuffix(".weight"): value.numpy() for name, value in convolutions.items()}
-
-
-def all_codes(state: dict[str, torch.Tensor]) -> np.ndarray:
-    return np.concatenate([codes_and_scale(weight)[0].ravel() for weight in layers(state).values()])
-
-
-def snr_db(state: dict[str, torch.Tensor]) -> dict[str, float]:
-    """10 log10 of the power of a layer's weights over that of their rounding errors."""
-    weights = {name: weight.astype(np.float64) for name, weight in layers(state).items()}
-    return {name: 10 * np.log10((w**2).sum() / ((w - quantized(w)) ** 2).sum()) for name, w in weights.items()}
 
 
 def health_of(row: dict[str, str]) -> dict[str, float]:
@@ -283,35 +257,57 @@ def test_health_of_scales_and_batchnorm(scored: Scored, epoch: int) -> None:
 # --- warm-up and correction ------------------------------------------------------------------------------------------
 
 
-def test_the_warm_up_is_never_best_and_a_correction_that_is_as_good_is(coco_dir: Path, runs_dir: Path) -> None:
+@dataclass(frozen=True)
+class Corrected(Scored):
+    """A training with a warm-up of one epoch, two epochs and a correction, and the batches that it read."""
+
+    batches: list[Batch]
+
+
+@pytest.fixture(scope="module")
+def corrected(coco_dir: Path, runs_dir: Path) -> Corrected:
     """The warm-up's epoch scores 0.9, the two after it 0.4 and 0.2, and a correction of the first of these 0.4."""
     options = {"train.epochs": 3, "train.val_every": 1, "quant.warmup_share": 0.34, "quant.correction_epochs": 1}
     config, run = settle(runs_dir, "warm", "qat", {**SETTINGS, **options, "data.coco_dir": coco_dir})
     aps = (0.7, 0.8, 0.9, 0.21, 0.3, 0.4, 0.5, 0.1, 0.2, 0.4)
     with scripted([scores(ap) for ap in aps]) as validations, reading() as read:
         train(config, run, force=False)
-    assert [one.best_epoch for one in validations] == [0] * 6 + [2] * 4
-    folder = run.variant_dir(config.label)
-    table = read_table(folder / "results.csv")
+    return Corrected(run.variant_dir(config.label), validations, read)
+
+
+def test_the_warm_up_is_never_best_and_a_correction_that_is_as_good_is(corrected: Corrected) -> None:
+    assert [one.best_epoch for one in corrected.validations] == [0] * 6 + [2] * 4
+    table = read_table(corrected.folder / "results.csv")
     assert [row["quant/warm_up"] for row in table] == ["1", "", ""]
     assert [row["AP/ema_bn"] for row in table] == ["0.9", "0.4", "0.2"]
     assert [row["AP/corrected"] for row in table] == ["", "", "0.4"]
-    assert json.loads((folder / "done.json").read_text())["best_ap"] == 0.4
-    assert json.loads((folder / "health.json").read_text())["epoch"] == 2
-    assert_corrected(folder, validations[-1].state)
-    orders = [[number for batch in read[n : n + 2] for number in batch.numbers] for n in range(0, 8, 2)]
+    assert json.loads((corrected.folder / "health.json").read_text())["epoch"] == 2
+    best = load_checkpoint(corrected.folder / "weights" / "best.pt")
+    assert (best["epoch"], best["fitness"]) == (1, 0.4)
+    assert same(best["scored"], corrected.validations[-1].state)
+
+
+def test_done_says_the_ap_of_the_best_epoch_and_not_of_the_last(corrected: Corrected) -> None:
+    done = json.loads((corrected.folder / "done.json").read_text())
+    run = json.loads((corrected.folder.parent / "run.json").read_text())
+    assert done["best_ap"] == run["stages"]["train qat-w4a16"]["best_ap"] == 0.4
+
+
+def test_the_correction_is_of_the_best_state_and_not_of_the_last(corrected: Corrected) -> None:
+    """It changes BatchNorm and biases; weights and running statistics are still those of epoch 2."""
+    state, best, last = corrected.validations[-1].state, corrected.kept(2)["scored"], corrected.kept(3)["scored"]
+    kept = [name for name, value in state.items() if value.ndim == 4 or "running" in name]
+    assert all(torch.equal(state[name], best[name]) for name in kept)
+    assert not any(torch.equal(state[name], last[name]) for name in kept if ".dfl." not in name)
+    assert not same(state, best)
+
+
+def test_a_correction_reads_an_epoch_of_its_own(corrected: Corrected) -> None:
+    batches = corrected.batches
+    orders = [[number for batch in batches[n : n + 2] for number in batch.numbers] for n in range(0, 8, 2)]
+    assert len(batches) == 8
     assert [sorted(order) for order in orders] == [list(TRAIN)] * 4  # three epochs and the correction
     assert orders[3] != orders[2]
-
-
-def assert_corrected(folder: Path, corrected: dict[str, torch.Tensor]) -> None:
-    """best.pt is what the correction has made of epoch 2: the convolutions' weights are the same."""
-    best, second = (load_checkpoint(folder / "weights" / name) for name in ("best.pt", "epoch2.pt"))
-    assert (best["epoch"], best["fitness"]) == (1, 0.4)
-    assert same(best["scored"], corrected)
-    assert not same(best["scored"], second["scored"])
-    weights = [name for name, value in corrected.items() if value.ndim == 4]
-    assert all(torch.equal(corrected[name], second["scored"][name]) for name in weights)
 
 
 def test_a_training_on_fp16s_epochs_has_its_own_best(coco_dir: Path, runs_dir: Path) -> None:

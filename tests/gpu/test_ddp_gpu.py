@@ -19,7 +19,8 @@ from app.core.run import RunRoot
 from app.quant.model import load_checkpoint
 from app.train.train import train
 from app.train.trainer import Trainer
-from tests.support.ddp_program import STOP_AT, fixed_norm, settle
+from tests.support.ddp_program import SETTINGS, STOP_AT, fixed_norm
+from tests.support.settle import settle
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,26 +39,27 @@ def losses(run: RunRoot, label: str) -> list[float]:
     return [value for row in rows for name, value in row.items() if name.startswith("train/")]
 
 
-def torchrun(runs_dir: Path, run: str, *words: str) -> subprocess.CompletedProcess[str]:
-    settle(runs_dir, run, "qat", "0,1")
+def torchrun(runs_dir: Path, run: str, *trainings: str, trick: str | None = None) -> subprocess.CompletedProcess[str]:
+    settle(runs_dir, run, "qat", SETTINGS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
-    command += [str(runs_dir), run, "0,1", *words]
+    command += ["--trick", trick] if trick else []
+    command += [str(runs_dir), run, "0,1", *trainings]
     env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def test_two_gpus_train_as_one_and_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_model_train", fixed_norm)
     two = torchrun(tmp_path, "two", "fp16", "qat")
     assert two.returncode == 0, two.stderr
-    stopped = torchrun(tmp_path, "stopped", "qat", "stop")
+    stopped = torchrun(tmp_path, "stopped", "qat", trick="stop")
     checkpoint = tmp_path / "stopped" / "qat-w4a16" / "weights" / "last.pt"
     assert load_checkpoint(checkpoint)["ema_updates"] == STOP_AT, stopped.stderr
-    config, run = settle(tmp_path, "stopped", "qat", "0")
+    config, run = settle(tmp_path, "stopped", "qat", {**SETTINGS, "train.device": 0})
     train(config, run, force=False)
     of_one: list[float] = []
     for variant, label in LABELS.items():
-        config, run = settle(tmp_path, "one", variant, "0")
+        config, run = settle(tmp_path, "one", variant, {**SETTINGS, "train.device": 0})
         train(config, run, force=False)
         of_one, of_two = losses(run, label), losses(RunRoot(tmp_path, "two"), label)
         log.warning("%s: one GPU %s, two GPUs %s", variant, of_one, of_two)

@@ -29,8 +29,8 @@ SETS = [
     "eval.latency_warmup=0",
     "eval.latency_runs=1",
 ]
-# Small enough for ptq, which re-estimates BatchNorm on train batches.
-TINY_SETS = ("train.batch=2", "train.bn_batches=2")
+# Two parity images, and for ptq as many train batches.
+TINY_SETS = ("data.n_val=2", "train.batch=2", "train.bn_batches=2")
 # Three levels, so that raw and end2end outputs have the shapes of YOLOv10's.
 TINY = {
     "nc": 80,
@@ -70,7 +70,8 @@ EVERY_BLOCK = {
 def network(layers: dict[str, Any]) -> Iterator[None]:
     """Inside, Ultralytics reads `layers` from every architecture file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ultralytics.nn.tasks.yaml_model_load", lambda path: deepcopy(layers))
+        for module in ("nn.tasks", "engine.model"):
+            patch.setattr(f"ultralytics.{module}.yaml_model_load", lambda path: deepcopy(layers))
         yield
 
 

@@ -41,3 +41,19 @@ def weight_of(model: nn.Sequential) -> nn.Parameter:
 def weights(model: nn.Sequential) -> list[list[float]]:
     """The latent weights, a list for each output channel."""
     return weight_of(model).detach().flatten(1).tolist()
+
+
+def small_weights() -> list[torch.Tensor]:
+    """3x3, 1x1 and depthwise; among them a dead channel, a weight below the smallest scale, and tied maxima."""
+    torch.manual_seed(1)
+    weights = [torch.randn(8, 4, 3, 3), torch.randn(6, 5, 1, 1), torch.randn(7, 1, 3, 3)]
+    weights[0][1] = 0.0
+    weights[0][2] = 1e-12
+    weights[0][3, :, 1, 2], weights[0][3, 3, 0, 0] = 5.0, -5.0
+    weights[1][0] = -weights[1][1].abs().max()
+    weights[2][5] = 0.25
+    return weights
+
+
+def exactly(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

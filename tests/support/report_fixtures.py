@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,36 @@ def environment(command: str, **more: Any) -> dict[str, Any]:
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit(path: Path, dotted: str, value: Any) -> None:
+    """Changes one key of a JSON file."""
+    tree = json.loads(path.read_text())
+    *parents, last = dotted.split(".")
+    inner = tree
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    write(path, tree)
+
+
+PRIVATE = ("fp16/weights/best.pt", "onnx/net-baseline-fp32.onnx", "fp16/log.txt", "fp16/tensorboard/events.out.1")
+
+
+def add_private(run: RunRoot) -> None:
+    """Files of a training and an export that nobody publishes."""
+    for name in PRIVATE:
+        path = run.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("private")
+
+
+def copy_run(original: Path, folder: Path) -> RunRoot:
+    """runs/small and coco/ of `original`, as if they had been made in `folder`."""
+    shutil.copytree(original, folder, dirs_exist_ok=True)
+    for path in folder.rglob("*.json"):
+        path.write_text(path.read_text().replace(str(original), str(folder)))
+    return RunRoot(folder / "runs", "small")
 
 
 def history(shift: float) -> list[dict[str, float]]:
@@ -129,6 +160,16 @@ def build_run(runs_dir: Path, name: str = "small", seed: int = 0) -> RunRoot:
     quantized = metrics("qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat"], 0.4198, 2663676)
     write(run.root / "qat-w4a16-coco/metrics.json", quantized)
     return run
+
+
+PTQ_APS = {"ptq-w4a16": 0.2198, "ptq-w4a16-bn": 0.3987}
+
+
+def add_ptq(run: RunRoot) -> None:
+    """Scores of the baseline quantized without training, beside those of the run."""
+    for label, ap in PTQ_APS.items():
+        made = metrics(label, f"net-{label}.onnx", SHA["qat"], ap, 2663676)
+        write(run.root / f"{label}-coco/metrics.json", made)
 
 
 TRUTH = {1: [(1, [10, 10, 20, 20])], 2: [(3, [5, 5, 30, 20])], 3: [], 4: [(1, [20, 8, 16, 30])]}  # category, box in px

@@ -18,6 +18,7 @@ from ultralytics.nn.tasks import DetectionModel
 
 from app.coco.annotations import CATEGORIES
 from app.quant.model import load_checkpoint
+from app.train.nonfinite import Watch
 from app.train.validation import Validator
 
 SIZE_WH = (64, 32)  # px of every image; letterboxed to 64 x 64 it has 16 rows of padding above and below
@@ -120,6 +121,18 @@ def batch_of(batch: dict[str, Any], weights: torch.Tensor) -> Batch:
         [number_of(file) for file in batch["im_file"]], batch["img"].clone(), batch["cls"].flatten().int().tolist(),
         batch["bboxes"].tolist(), weights.detach().clone(),
     )  # fmt: skip
+
+
+def spoil_images(patch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Images of these batches are not finite, as from a decoder gone wrong; the loader gives bytes otherwise."""
+    next_batch = Watch.next
+
+    def spoil(self: Watch, number: int, batch: dict[str, Any]) -> None:
+        if number in bad:
+            batch["img"] = torch.full(batch["img"].shape, float("nan"))
+        next_batch(self, number, batch)
+
+    patch.setattr(Watch, "next", spoil)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

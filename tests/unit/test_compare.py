@@ -11,6 +11,7 @@ import pytest
 from app.core.config import Report, UserError, load
 from app.core.run import RunRoot
 from app.report.compare import compare, pair_up
+from tests.support.drawn import kept_figures
 from tests.support.report_fixtures import add_dataset, build_run
 
 
@@ -60,7 +61,8 @@ def test_two_runs_are_paired_by_folder_and_told_apart(
     shutil.copy(run.root / "qat-w4a16-coco" / "metrics.json", other.root / "baseline-coco" / "metrics.json")
     shutil.rmtree(other.root / "qat-w4a16-coco")
     caplog.set_level("INFO")
-    compare(run.root, other.root, tmp_path / "out", settings())
+    with kept_figures():
+        compare(run.root, other.root, tmp_path / "out", settings())
     assert "compare: qat-w4a16-coco is in one of them only, left out" in caplog.messages
     text = (tmp_path / "out" / "compare.md").read_text()
     assert row(text, "class") == ["class", "fp16", "qat-w4a16", "difference"]

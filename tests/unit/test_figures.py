@@ -13,7 +13,7 @@ from PIL import Image
 
 from app.coco.detail import choose
 from app.core.config import load
-from app.core.curves import overlay_figure
+from app.core.curves import overlay_figure, save_png
 from app.core.results import write_rows
 from app.core.run import RunRoot
 from app.report.figures import AUTHORS_YOLOV10M, size_figure
@@ -21,18 +21,16 @@ from app.report.gallery import gallery_figure
 from app.report.html import page
 from app.report.layer_figures import FLOAT, layer_figure
 from app.report.report import report
-from tests.support.report_fixtures import add_dataset, build_run, history, layer, metrics, write
-from tests.unit.test_report import numbers_without_source
+from tests.support.drawn import kept_figures
+from tests.support.page_numbers import numbers_without_source
+from tests.support.report_fixtures import build_run, copy_run, history, layer, metrics, write
 
 N_LIGHT = 6  # curves, sizes, precision over recall, layers, classes, gallery
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunRoot:
-    run = build_run(tmp_path / "runs")
-    add_dataset(run, tmp_path / "coco")
-    report(load("qat", sets=["report.gallery_images=1"]), run, force=False)
-    return run
+def run(reported: Path, tmp_path: Path) -> RunRoot:
+    return copy_run(reported, tmp_path)
 
 
 def analysis(run: RunRoot, folder: str) -> dict:
@@ -90,7 +88,8 @@ def test_no_loss_is_shown_where_there_is_none() -> None:
 
 
 def reason_after(run: RunRoot) -> str:
-    report(load("qat"), run, force=False)
+    with kept_figures():
+        report(load("qat"), run, force=False)
     return run.summary.read_text().partition("Left out: ")[2].partition("\n")[0]
 
 
@@ -168,6 +167,13 @@ def test_curves_show_every_state_of_every_variant() -> None:
     assert len({(line.get_color(), line.get_linestyle()) for line in ap_axes.lines}) == 6
 
 
+def test_curves_with_a_nan_can_be_painted(tmp_path: Path) -> None:
+    rows = history(0.0)
+    rows[2] |= {"AP/ema_bn": float("nan"), "val_loss/ema_bn": float("inf")}
+    save_png(overlay_figure({"fp16": rows}), tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 0
+
+
 def test_reference_line_ends_with_the_training() -> None:
     rows = [row | {"epoch": 10 * row["epoch"]} for row in history(0.0)]
     line = overlay_figure({"fp16": rows}, AUTHORS_YOLOV10M).axes[1].lines[-1]
@@ -184,7 +190,8 @@ def test_epochs_without_validation_are_no_zero(tmp_path: Path) -> None:
         for name in [name for name in row if name.startswith(("AP/", "val_loss/"))]:
             del row[name]
     write_rows(path, rows)
-    report(load("qat"), run, force=False)
+    with kept_figures():
+        report(load("qat"), run, force=False)
     assert "fp16 is healthy" in run.summary.read_text()
     best = json.loads((run.root / "report.json").read_text())["trainings"]["fp16"]
     assert best["epochs"] == 4 and best["best_epoch"] == 4

@@ -81,7 +81,10 @@ def test_only_the_download_has_a_network_and_only_tensorboard_a_port() -> None:
     [
         ({"RUNNER": "docker"}, "RUNNER=docker: no engine answers: start Docker, or use RUNNER=local"),
         ({"RUNNER": "docker", "ENGINE": PLAIN_ENGINE}, "'docker compose' is missing: install the compose plugin"),
-        ({"ACCEL": "gpu", "ENGINE": PLAIN_ENGINE}, "install the NVIDIA Container Toolkit (docs/container.md), or use ACCEL=cpu"),
+        (
+            {"ACCEL": "gpu", "ENGINE": PLAIN_ENGINE},
+            "install the NVIDIA Container Toolkit (docs/container.md), or use ACCEL=cpu",
+        ),
         ({"RUNNER": "podman"}, "RUNNER=podman: choose docker or local"),
         ({"RUNNER": "local", "ACCEL": "tpu"}, "ACCEL=tpu: choose gpu or cpu"),
         ({"RUNNER": "local", "ACCEL": "cpu", "GPUS": "4"}, "GPUS=4: there is no GPU with ACCEL=cpu"),

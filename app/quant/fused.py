@@ -125,7 +125,7 @@ class FastPath:
 
     @_not_compiled
     def clear(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Drops the fake-quantized weights, so that no layer uses them after the optimizer has changed its weight."""
+        """Drops the fake-quantized weights, so that no layer uses one after the optimizer has changed its weight."""
         for layer in self.layers:
             vars(layer).pop("_fast_weight", None)
 
@@ -172,7 +172,7 @@ def _spec(name: str, layer: FastQuantConv2d) -> Spec:
     return Spec(largest, per_tensor, kind)
 
 
-# The shape of a quantizer's scale, where the quantizer computes what this module and learned.py compute; else None.
+# The shape of a quantizer's scale; None if the scale is not computed as the function that returns the shape says.
 Shape = tuple[int, ...] | None
 
 
@@ -318,5 +318,5 @@ class _Together(torch.autograd.Function):
         layout: Layout = ctx.layout
         flat, absmax, pick = ctx.saved_tensors
         flat_grads = kernels.gradient(layout.join_grads(grads), flat, layout, absmax, pick)
-        weight_grads = zip(grads, layout.split(flat_grads), strict=True)
-        return None, None, *(None if grad is None else weight_grad for grad, weight_grad in weight_grads)
+        pairs = zip(grads, layout.split(flat_grads), strict=True)
+        return None, None, *(None if grad is None else weight_grad for grad, weight_grad in pairs)

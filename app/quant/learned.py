@@ -103,7 +103,8 @@ def _layers(
 ) -> Iterator[_Layer]:
     """The layers' tensors, cut from `steps` and `scales` [n_rows]."""
     rows = (_split(numbers, layout) for numbers in (steps, scales, layout.largest))
-    return map(_Layer, weights, *rows)
+    for tensors in zip(weights, *rows, strict=True):
+        yield _Layer(*tensors)
 
 
 def _split(rows: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
@@ -195,9 +196,9 @@ class _Together(torch.autograd.Function):
         pointers = (upstream, flat, layout.table, steps, scales, flat_grads, step_grads, scale_grads)
         with torch.cuda.device_of(flat):
             _gradient_kernel[(len(scales),)](*pointers, PASSES_CLAMP=ctx.passes_clamp, **layout.launch)
-        weight_grads = zip(grads, layout.split(flat_grads), strict=True)
-        of_weights = (None if grad is None else weight_grad for grad, weight_grad in weight_grads)
-        return None, None, None, step_grads, scale_grads, *of_weights
+        pairs = zip(grads, layout.split(flat_grads), strict=True)
+        weight_grads = (None if grad is None else weight_grad for grad, weight_grad in pairs)
+        return None, None, None, step_grads, scale_grads, *weight_grads
 
 
 @jit

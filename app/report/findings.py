@@ -122,26 +122,30 @@ def finite(value: float) -> float | None:
 
 
 def speed(training: Training) -> dict[str, Any]:
-    """The best epoch of a training, and how long it took; None where no epoch was validated."""
+    """How many epochs a training had, the best of them, and how long they took."""
     history = training.history
-    best = best_row(training)
     rates = [row["time/images_per_s"] for row in history]
     seconds = [row["time/epoch_s"] for row in history]
     return {
         "epochs": len(history),
         "epochs_planned": training.config["train"]["epochs"],
-        "best_epoch": int(best["epoch"]) if best else None,
-        "AP": {state: finite(best[column(AP, state)]) if best else None for state in STATES},
-        "train_loss": finite(train_loss(best)) if best else None,
-        "val_loss": finite(best[SCORED_VAL_LOSS]) if best else None,
+        **best_epoch(training),
         "images_per_s": sum(rates) / len(rates),
         "hours": sum(seconds) / 3600,
     }
 
 
-def best_row(training: Training) -> Row | None:
-    """The first of the epochs with the highest scored AP, where NaN counts as 0."""
-    return max(candidates(training.history), key=lambda row: finite(row[SCORED_AP]) or 0.0, default=None)
+def best_epoch(training: Training) -> dict[str, Any]:
+    """The first of the epochs with the highest scored AP, where NaN counts as 0; None where no epoch was validated."""
+    best = max(candidates(training.history), key=lambda row: finite(row[SCORED_AP]) or 0.0, default=None)
+    if best is None:
+        return {"best_epoch": None, "AP": dict.fromkeys(STATES), "train_loss": None, "val_loss": None}
+    return {
+        "best_epoch": int(best["epoch"]),
+        "AP": {state: finite(best[column(AP, state)]) for state in STATES},
+        "train_loss": finite(train_loss(best)),
+        "val_loss": finite(best[SCORED_VAL_LOSS]),
+    }
 
 
 def doubts(evidence: Evidence) -> list[str]:

@@ -57,7 +57,7 @@ def verdict(findings: Findings) -> list[str]:
 
 
 def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
-    base, label = group["rows"][0], plain(row["label"])
+    base, label = group["rows"][0], row["label"]
     if row["AP_difference"] is None:
         return (
             f"**{label}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "

@@ -1,4 +1,4 @@
-"""Is the machine fit for training? Device, GPU architecture and shared memory, checked before the GPU is taken."""
+"""Whether the machine can train: device, GPU architecture and shared memory, checked before the GPU is used."""
 
 from __future__ import annotations
 
@@ -67,13 +67,14 @@ def _runs(arch: str, major: int, minor: int) -> bool:
 
 def check_shared_memory(config: Config, shm_dir: Path) -> None:
     """Loader processes hand batches over through shared memory; too little of it kills them with a bus error."""
-    t = config.train
-    need = t.workers * BATCHES_PER_WORKER * t.batch * 3 * t.imgsz**2
+    train = config.train
+    batch_bytes = train.batch * 3 * train.imgsz**2
+    need = train.workers * BATCHES_PER_WORKER * batch_bytes
     total = shutil.disk_usage(shm_dir).total if shm_dir.exists() else need
     if total < need:
         raise UserError(
-            f"shared memory {shm_dir}: {total / 2**30:.1f} GiB, {t.workers} loader processes need {need / 2**30:.1f}: "
-            f"start the container with SHM_SIZE={math.ceil(need / 2**30)}g, or lower train.workers"
+            f"shared memory {shm_dir}: {total / 2**30:.1f} GiB, {train.workers} loader processes need "
+            f"{need / 2**30:.1f}: start the container with SHM_SIZE={math.ceil(need / 2**30)}g, or lower train.workers"
         )
 
 

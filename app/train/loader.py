@@ -85,7 +85,7 @@ class EpochBatches(Sampler[list[Ticket]]):
     def __iter__(self) -> Iterator[list[Ticket]]:
         epoch, first = self.epoch, self.batch
         self.start(epoch + 1, 0)
-        return (self._tickets(epoch, i) for i in range(first, len(self)))
+        return (self._tickets(epoch, batch) for batch in range(first, len(self)))
 
     def _tickets(self, epoch: int, batch: int) -> list[Ticket]:
         start = batch * self.batch_size

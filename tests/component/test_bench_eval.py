@@ -27,7 +27,7 @@ def found(image_id: int, bbox: list[float], confidence: float) -> dict[str, Any]
 def test_steps_add_up_and_each_is_its_own(tmp_path: Path) -> None:
     """Two detections inside a crowd are ignored by COCO; without the region they are misses ranked before the hit. Then
     `yolo val` keeps only the hit."""
-    hit = [200, 200, 40, 40]
+    hit = [200.0, 200.0, 40.0, 40.0]
     truth = [truth_box(1, hit), truth_box(1, [0, 0, 100, 100], 1, iscrowd=1)]
     annotations = write_annotations(tmp_path / "instances.json", SIZES, truth)
     ours = [found(1, [5, 5, 20, 20], 0.9), found(1, [50, 50, 30, 30], 0.8), found(1, hit, 0.5)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app.bench import stability
@@ -289,6 +290,6 @@ def test_a_panel_an_arm_with_three_states_and_fp16_behind() -> None:
     rows = [row("fp16", 0, {6: 0.1, 12: 0.3}), row("fp16", 1, {6: 0.3, 12: 0.5}), row("w4a16", 0, {6: 0.1, 12: 0.2})]
     fp16, w4a16 = draw(rows).axes
     mean = pytest.approx([0.2, 0.4])
-    assert [line.get_ydata().tolist() for line in fp16.lines] == [[0.1, 0.3], [0.3, 0.5], mean, mean, mean]
-    assert [line.get_ydata().tolist() for line in w4a16.lines] == [[0.1, 0.3], *[[0.1, 0.2]] * 3]
+    assert [np.asarray(line.get_ydata()).tolist() for line in fp16.lines] == [[0.1, 0.3], [0.3, 0.5], mean, mean, mean]
+    assert [np.asarray(line.get_ydata()).tolist() for line in w4a16.lines] == [[0.1, 0.3], *[[0.1, 0.2]] * 3]
     assert (fp16.get_title(), w4a16.get_title()) == ("fp16 (n=2)", "w4a16 (n=1)")

@@ -27,8 +27,9 @@ def toy_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
 def toy() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 2, 1))
-    model[1].running_mean.uniform_(-1, 1)
-    model[1].running_var.uniform_(0.5, 2)
+    norm: Any = model[1]
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
     quant = load("qat", [], ["quant.scheme=w8a16"]).quant
     assert quant is not None
     schemes.quantize(model, quant)

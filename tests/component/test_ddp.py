@@ -143,7 +143,7 @@ def wait_for_checkpoint(path: Path, newer_than: int, launcher: subprocess.Popen[
 
 def test_killed_then_stopped_then_finished_by_one_process(runs_dir: Path) -> None:
     """kill -9 to one process, TERM to the launcher, and one process ends what they began; the folder is like any."""
-    settings = {**SETTINGS, **AT_EVERY_STEP, "data.n_val": 2, "train.epochs": 3, "train.val_every": 3}
+    settings = {**SETTINGS, **AT_EVERY_STEP, "data.n_val": 2, "train.val_every": 2}
     config, run = settle(runs_dir, "killed", "qat", settings)
     checkpoint = run.variant_dir(config.label) / "weights" / "last.pt"
     with started(runs_dir, "killed", settings) as launcher:
@@ -164,8 +164,8 @@ def test_killed_then_stopped_then_finished_by_one_process(runs_dir: Path) -> Non
     assert said.count("stopped by SIGTERM, everything is saved") == 1, said
     train(config, run, force=False)
     folder = run.variant_dir(config.label)
-    assert read_json(folder / "done.json", "train")["epochs"] == 3
-    assert [row["epoch"] for row in load_checkpoint(checkpoint)["rows"]] == [1, 2, 3]
+    assert read_json(folder / "done.json", "train")["epochs"] == 2
+    assert [row["epoch"] for row in load_checkpoint(checkpoint)["rows"]] == [1, 2]
     assert load_scored(folder / "weights" / "best.pt")[1].label == config.label
 
 

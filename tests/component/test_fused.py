@@ -54,18 +54,19 @@ class Weights(nn.Module):
 
     def __init__(self, weights: list[torch.Tensor], quantizer: Any) -> None:
         super().__init__()
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for weight in weights:
-            n_out, n_in, *kernel = weight.shape
-            layer = FastQuantConv2d(n_in, n_out, tuple(kernel), bias=False, weight_quant=quantizer)
+            n_out, n_in, height, width = weight.shape
+            layer = FastQuantConv2d(n_in, n_out, (height, width), bias=False, weight_quant=quantizer)
             layer.weight.data = weight.detach().clone()
             self.layers.append(layer)
             if (scale := scale_parameter(layer)) is not None:
                 reset_scales(layer)
                 scale.data[::2] -= 1.0  # every other channel is clipped at half its abs-max
             layer.quant_weight()  # a decoupled scale is made at its first use
+            proxy: Any = layer.weight_quant
             if quantizer is Int4WeightPerTensorFloatDecoupled:
-                layer.weight_quant.tensor_quant.scaling_impl.value.data *= 0.6 if len(self.layers) % 2 else -1.7
+                proxy.tensor_quant.scaling_impl.value.data *= 0.6 if len(self.layers) % 2 else -1.7
         attach(self)
 
     def forward(self) -> list[torch.Tensor]:
@@ -113,7 +114,7 @@ def test_every_layer_shape_equals_brevitas(shapes: dict[str, list[torch.Size]], 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_ties_dead_channels_and_channels_last_equal_brevitas(quantizer: str) -> None:
-    model = Weights(small_weights(), QUANTIZERS[quantizer])
+    model: Any = Weights(small_weights(), QUANTIZERS[quantizer])
     compare(model)
     assert not model()[0][1].any()
     compare(model.to(memory_format=torch.channels_last))
@@ -168,7 +169,7 @@ def test_scales_of_different_kinds_in_one_model_are_refused(other: Any) -> None:
 # --- in a model ------------------------------------------------------------------------------------------------------
 
 
-def network(layer: type[QuantConv2d] = FastQuantConv2d) -> nn.Sequential:
+def network(layer: Any = FastQuantConv2d) -> Any:
     torch.manual_seed(2)
     model = nn.Sequential(
         layer(3, 8, 3, padding=1, bias=False, weight_quant=Int4PerChannel),
@@ -209,7 +210,8 @@ def test_yolov10n_step_equals_brevitas(scheme: str, learned: str) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".dfl" not in name)  # as in Ultralytics' trainer
         out = model(torch.rand(2, 3, PX, PX, generator=torch.Generator().manual_seed(0)))
-        sum(branch["scores"].square().sum() + branch["boxes"].square().sum() for branch in out.values()).backward()
+        loss: Any = sum(branch["scores"].square().sum() + branch["boxes"].square().sum() for branch in out.values())
+        loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results.append((out["one2one"]["scores"], out["one2many"]["boxes"], gradients, list(model.state_dict())))
     exactly(results[0][:3], results[1][:3])

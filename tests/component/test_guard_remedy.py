@@ -62,10 +62,10 @@ def falling_losses() -> Iterator[list[Batch]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_remedy_goes_on_to_the_last_epoch(case: str, coco_dir: Path, tmp_path: Path) -> None:
+def test_the_remedy_goes_on_to_the_last_epoch(case: str, coco_dir: Path, runs_dir: Path) -> None:
     settings = {**SETTINGS, "data.coco_dir": coco_dir}
     stop, warn = ({**settings, f"guard.{case}": action} for action in ("stop", "warn"))
-    config, run = settle(tmp_path, "stopped", "fp16", stop)
+    config, run = settle(runs_dir, f"{case}-stopped", "fp16", stop)
     folder = run.variant_dir("fp16")
     with falling_losses() as read:
         with (
@@ -78,10 +78,10 @@ def test_the_remedy_goes_on_to_the_last_epoch(case: str, coco_dir: Path, tmp_pat
         assert load_checkpoint(folder / "weights" / "last.pt")["epoch"] == STOPPED - 1
         n_read = len(read)
         with scripted(results(case, range(STOPPED + 1, 4))):
-            train(*settle(tmp_path, "stopped", "fp16", warn), force=False)
+            train(*settle(runs_dir, f"{case}-stopped", "fp16", warn), force=False)
     assert (n_read, len(read)) == (4, 6)  # two batches an epoch
     with falling_losses(), scripted(results(case, range(1, 4))):
-        config, other = settle(tmp_path, "warned", "fp16", warn)
+        config, other = settle(runs_dir, f"{case}-warned", "fp16", warn)
         train(config, other, force=False)
     assert_same_training(folder, other.variant_dir("fp16"))
 
@@ -100,16 +100,16 @@ def assert_same_training(stopped: Path, warned: Path) -> None:
     assert [load_checkpoint(folder / "weights" / "best.pt")["epoch"] for folder in (stopped, warned)] == [0, 0]
 
 
-def test_a_stop_at_the_last_epoch_is_ended_by_the_remedy(coco_dir: Path, tmp_path: Path) -> None:
+def test_a_stop_at_the_last_epoch_is_ended_by_the_remedy(coco_dir: Path, runs_dir: Path) -> None:
     """All epochs are trained by then: nothing is read or scored again."""
     settings = {**SETTINGS, "train.epochs": STOPPED, "data.coco_dir": coco_dir}
     stop, warn = ({**settings, "guard.collapse": action} for action in ("stop", "warn"))
-    config, run = settle(tmp_path, "end", "fp16", stop)
+    config, run = settle(runs_dir, "end", "fp16", stop)
     with falling_losses() as read, scripted(results("collapse", range(1, STOPPED + 1))):
         with pytest.raises(GuardStop):
             train(config, run, force=False)
         n_read = len(read)
-        train(*settle(tmp_path, "end", "fp16", warn), force=False)
+        train(*settle(runs_dir, "end", "fp16", warn), force=False)
         assert len(read) == n_read
     done = json.loads((run.variant_dir("fp16") / "done.json").read_text())
     assert (done["epochs"], done["best_ap"]) == (STOPPED, 0.4)

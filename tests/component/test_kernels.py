@@ -40,8 +40,8 @@ def compare_kernels() -> None:
         weights = [w.clone().requires_grad_() for w in one_scale_kind * 2]
         for dtype in (torch.float32, torch.float16):
             torch.manual_seed(4)
-            theirs = _EachInTurn.apply(specs, dtype, *weights)
-            ours = _Together.apply(Layout(weights, specs), dtype, *weights)
+            theirs: Any = _EachInTurn.apply(specs, dtype, *weights)
+            ours: Any = _Together.apply(Layout(weights, specs), dtype, *weights)
             exactly(ours, theirs)
             assert [a.stride() for a in ours] == [b.stride() for b in weights]
             upstream = [
@@ -69,7 +69,7 @@ def compare_learned(kind: Kind) -> None:
         for dtype in (torch.float32, torch.float16):
             torch.manual_seed(4)
             nodes = (learned._Together, learned._EachInTurn)
-            both = [node.apply(layout, is_decoupled, dtype, steps, scales, *weights) for node in nodes]
+            both: list[Any] = [node.apply(layout, is_decoupled, dtype, steps, scales, *weights) for node in nodes]
             exactly(*both)
             upstream = [torch.randn(value.shape).to(dtype) for value in both[0]]
             inputs = (steps, scales, *weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -38,7 +39,7 @@ def test_same_pixels_and_same_boxes(tmp_path, size: tuple[int, int], imgsz: int)
     path = str(tmp_path / "image.png")
     cv2.imwrite(path, image)
     resized, original_hw, resized_hw = loaded_by_ultralytics(path, imgsz)
-    theirs = LetterBox(new_shape=(imgsz, imgsz), scaleup=False)
+    theirs: Any = LetterBox(new_shape=(imgsz, imgsz), scaleup=False)
     params = theirs.get_params({"img": resized})
     expected = theirs(image=resized)[..., ::-1].transpose(2, 0, 1).copy()
 
@@ -49,7 +50,8 @@ def test_same_pixels_and_same_boxes(tmp_path, size: tuple[int, int], imgsz: int)
     boxes = np.sort(boxes, axis=1).reshape(20, 4)
     gain = (resized_hw[0] / original_hw[0], resized_hw[1] / original_hw[1])
     ratio_pad = (gain, (params["left"], params["top"]))
-    corners = ops.scale_boxes((imgsz, imgsz), torch.from_numpy(boxes.copy()), original_hw, ratio_pad).numpy()
+    scaled: Any = ops.scale_boxes((imgsz, imgsz), torch.from_numpy(boxes.copy()), original_hw, ratio_pad)
+    corners = scaled.numpy()
     expected_xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     np.testing.assert_allclose(undo(boxes, placement), expected_xywh, atol=FLOAT32_PX * max(1.0, max(size) / imgsz))
 

@@ -49,9 +49,9 @@ def tiny() -> Iterator[None]:
     ids=["killed", "bus error", "hangs"],
 )
 def test_a_loader_process_that_fails_is_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool, end: Any, said: str
+    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool, end: Any, said: str
 ) -> None:
-    config, run = settle(tmp_path, "r", "fp16", SETTINGS)
+    config, run = settle(runs_dir, tmp_path.name, "fp16", SETTINGS)
     get_item, get_dataloader = CocoDataset.__getitem__, Trainer.get_dataloader
 
     def fail(self: CocoDataset, key: Any) -> Any:

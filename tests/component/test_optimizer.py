@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ WEIGHT_DECAYS_PART = 0.01  # of a step
 def unwritten_memory_is_nan() -> Iterator[None]:
     """So that a read of it shows."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    cast(Any, torch.utils.deterministic).fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -32,10 +32,10 @@ def step(optimizer: torch.optim.Optimizer, scaler: GradScaler, parameter: torch.
     scaler.update()
 
 
-def after(make: type[torch.optim.Optimizer], grads: list[float], fused: bool, ours: bool = True) -> torch.Tensor:
+def after(make: Any, grads: list[float], fused: bool, ours: bool = True) -> torch.Tensor:
     """Weights after steps with these gradients."""
     parameter = torch.nn.Parameter(torch.ones(5))
-    settings = SETTINGS if make is torch.optim.SGD else {"lr": 0.1}
+    settings: dict[str, Any] = SETTINGS if make is torch.optim.SGD else {"lr": 0.1}
     plain = make([parameter], **settings)
     optimizer = (fuse(plain) if ours else make([parameter], **settings, fused=True)) if fused else plain
     scaler = GradScaler("cpu", init_scale=4.0)
@@ -47,7 +47,7 @@ def after(make: type[torch.optim.Optimizer], grads: list[float], fused: bool, ou
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("grads", [[1.0, -0.5, 2.0], [float("inf"), 1.0, -0.5], [1.0, float("inf"), 2.0]])
-def test_fused_is_the_plain_optimizer(make: type[torch.optim.Optimizer], grads: list[float]) -> None:
+def test_fused_is_the_plain_optimizer(make: Any, grads: list[float]) -> None:
     torch.testing.assert_close(after(make, grads, fused=True), after(make, grads, fused=False))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 import pytest
@@ -84,7 +85,8 @@ def test_decoupled_is_the_earlier_recipe_on_every_convolution() -> None:
     assert {layer["granularity"] for layer in quant_config["layers"]} == {"per tensor"}
     scales = [key for key in model.state_dict() if key.endswith("scaling_impl.value")]
     assert len(scales) == len(convolutions)  # from the start, so that an EMA copy averages them
-    dfl = model.model[23].dfl.conv
+    layers: Any = model.model
+    dfl = layers[23].dfl.conv
     assert not torch.equal(dfl.quant_weight().value.flatten(), torch.arange(16.0))
 
 
@@ -94,13 +96,15 @@ def test_learned_scales_start_as_abs_max_and_survive_a_checkpoint(tmp_path: Path
         model, quant_config = build(settings)
         plain, _ = build(config("qat", "n"))
     for name, layer in learned_layers(model).items():
-        scale, absmax = layer.quant_weight().scale, plain.get_submodule(name).quant_weight().scale
+        same_layer: Any = plain.get_submodule(name)
+        scale, absmax = layer.quant_weight().scale, same_layer.quant_weight().scale
         torch.testing.assert_close(scale, absmax, rtol=LOG_ROUNDING, atol=0.0)
     assert quant_config is not None
     names = {layer["quantizer"] for layer in quant_config["layers"]}
     assert names == {"LearnedInt4WeightPerChannel", None}
     for layer in learned_layers(model).values():
-        layer.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.3)
+        scaled: Any = layer
+        scaled.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.3)
     save_checkpoint(tmp_path / "best.pt", settings, {"scored": scored_state(model), "epoch": 0})
     with network(EVERY_BLOCK):
         loaded, _, _ = load_scored(tmp_path / "best.pt")
@@ -117,7 +121,8 @@ def test_learned_scales_export_to_qcdq(tmp_path: Path) -> None:
         patch.setitem(SCHEMES, "w8a16", (Rule("*", 4, "all"),))
         quantize(model, quant)
     for layer in learned_layers(model).values():
-        layer.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.7)  # many weights are clipped
+        scaled: Any = layer
+        scaled.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.7)  # many weights are clipped
     images = torch.rand(1, 3, 8, 8)
     path = tmp_path / "learned.onnx"
     export_onnx_qcdq(model.eval(), args=images, export_path=str(path), opset_version=17, dynamo=False)

@@ -117,7 +117,7 @@ def stock_files(run: RunRoot, tmp_path_factory: pytest.TempPathFactory) -> dict[
     files = {}
     for contract, arguments in {"nms": {}, "end2end": {"nms": False}}.items():
         folder = tmp_path_factory.mktemp(contract)
-        yolo = YOLO("yolov10n.yaml", task="detect")
+        yolo: Any = YOLO("yolov10n.yaml", task="detect")
         yolo.model.load_state_dict(load_trained(run, BASELINE).model.state_dict())
         yolo.model.names = dict(enumerate(NAMES))
         with torch.no_grad():  # class scores of the one2many head above the threshold, as make_run does for the other

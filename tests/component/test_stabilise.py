@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from app.quant.batchnorm import reestimate_batchnorm
 
 
-def small_net() -> nn.Sequential:
+def small_net() -> Any:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.03), nn.Dropout(0.5))
+    net: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.03), nn.Dropout(0.5))
     net[1].running_mean.fill_(100.0)
     return net.eval()
 

@@ -86,6 +86,11 @@ class Toy:
             hook.load_state_dict(of)
 
 
+def scale_of(layer: Any) -> Any:
+    """The trained parameter that holds the scales of a layer."""
+    return scale_parameter(layer)
+
+
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -187,7 +192,7 @@ def test_learned_scales_start_anew_after_the_warm_up() -> None:
     for model in (toy_run.model, toy_run.ema):
         for layer in learned_layers(model).values():
             absmax = layer.weight.abs().amax((1, 2, 3), keepdim=True)
-            assert torch.equal(scale_parameter(layer), absmax.log2())
+            assert torch.equal(scale_of(layer), absmax.log2())
 
 
 @torch.no_grad()
@@ -209,7 +214,7 @@ def test_dampening_adds_the_gradient_of_its_loss(grad_scale: float) -> None:
     toy_run = Toy("dampening=0.3", "learned_scale=true")
     layer: Any = toy_run.model[0]
     with torch.no_grad():
-        scale_parameter(layer).sub_(0.5)  # so that some weights are clipped
+        scale_of(layer).sub_(0.5)  # so that some weights are clipped
     layer.weight.grad = torch.ones_like(layer.weight)
     toy_run.hooks[-1].before_step(grad_scale)
     of = read_codes(toy_run.model)[0]
@@ -224,7 +229,7 @@ def test_dampening_adds_the_gradient_of_its_loss(grad_scale: float) -> None:
 # --- freezing --------------------------------------------------------------------------------------------------------
 
 
-def one_layer() -> tuple[nn.Sequential, Quant]:
+def one_layer() -> tuple[Any, Quant]:
     """One channel of three weights: 7 (the abs-max, so the scale is 1), 2.4 and 4.0."""
     quant = config_of("freeze_threshold=0.25", "freeze_momentum=0.2").quant
     assert quant is not None
@@ -292,7 +297,7 @@ def test_scale_moves_as_much_as_lsq_moves_it() -> None:
     toy_run = Toy("learned_scale=true", lr=1e-6)
     toy_run.optimizer.param_groups[0]["momentum"] = 0.0
     layer: Any = toy_run.model[3]
-    value = scale_parameter(layer)
+    value = scale_of(layer)
     scale = (value.detach().exp2() / 7).double()
     torch.manual_seed(1)
     toy_run.optimizer.zero_grad()
@@ -309,7 +314,7 @@ def test_scale_moves_as_much_as_lsq_moves_it() -> None:
 @pytest.mark.parametrize("grad_scale", [1.0, 65536.0])
 def test_scale_gradient_is_cut_at_one_times_the_grad_scale(grad_scale: float) -> None:
     toy_run = Toy("learned_scale=true")
-    value = scale_parameter(toy_run.model[0])
+    value = scale_of(toy_run.model[0])
     value.grad = torch.full_like(value, 1e9)
     toy_run.hooks[0].before_step(grad_scale)
     assert (value.grad == grad_scale).all()
@@ -317,7 +322,7 @@ def test_scale_gradient_is_cut_at_one_times_the_grad_scale(grad_scale: float) ->
 
 def test_learned_scales_have_no_weight_decay() -> None:
     model = toy(config_of("learned_scale=true"))
-    scales = [scale_parameter(layer) for layer in learned_layers(model).values()]
+    scales = [scale_of(layer) for layer in learned_layers(model).values()]
     rest = [parameter for parameter in model.parameters() if all(parameter is not scale for scale in scales)]
     groups = [{"params": [*rest[:2], *scales], "param_group": "weight"}, {"params": rest[2:], "param_group": "bn"}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
@@ -339,7 +344,8 @@ def test_first_use_scales_are_what_ultralytics_ema_leaves_of_brevitas_scales() -
     """Against the real thing: a network that nothing has run before ModelEMA copies it."""
     config = config_of("scheme=w4a16-decoupled", "averaged_scales=false", "fast_path=false")
     models: list[nn.Module] = [toy(config), toy(config)]
-    for layer in (layer for layer in models[0].modules() if isinstance(layer, QuantConv2d)):
+    layers: list[Any] = [layer for layer in models[0].modules() if isinstance(layer, QuantConv2d)]
+    for layer in layers:
         layer.weight_quant.tensor_quant.scaling_impl.init_done = False
         layer.weight_quant.tensor_quant.scaling_impl.value.data.fill_(1.0)
     emas = [ModelEMA(model, decay=0.9, tau=1) for model in models]

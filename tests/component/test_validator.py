@@ -66,7 +66,7 @@ def losses_of(numbers: list[int]) -> tuple[float, float, float]:
     return float(np.mean(numbers)), float(len(numbers)), float(np.max(numbers)) * 10
 
 
-def test_scores_and_losses_of_known_detections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_and_losses_of_known_detections(tmp_path: Path, runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     coco_dir = write_coco(tmp_path / "coco", [solid(30)] * N_TRAIN, [solid(level_of(number)) for number in VAL])
     predict, read = DetectionModel.predict, []
 
@@ -78,7 +78,7 @@ def test_scores_and_losses_of_known_detections(tmp_path: Path, monkeypatch: pyte
         return losses_of(numbers)
 
     settings = {"train.epochs": 1, "train.batch": 2, "train.bn_batches": 0, "data.coco_dir": coco_dir}
-    config, run = settle(tmp_path, "r", "fp16", PLAIN | settings)
+    config, run = settle(runs_dir, "r", "fp16", PLAIN | settings)
     monkeypatch.setattr(DetectionModel, "predict", give)
     with reading(losses):
         train(config, run, force=False)

@@ -21,6 +21,7 @@ JOBS = (*GPU_JOBS, "data", "report", "test", "lint")
 # Any uid will do; one without a name and without a home shows that none is needed. Only root may delete its files.
 UID = 23456 if os.getuid() == 0 else os.getuid()
 CPU_FILES = ("-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml")
+FILES_OF_A_CLONE = (".gitattributes", "Makefile", "Dockerfile", "docker-compose.yml", ".ci/run", "scripts/job")
 GONE_WITHIN_S = 30.0  # the watcher looks once a second, TensorBoard stops at once; the rest is a busy machine
 
 HARDENING = """
@@ -85,16 +86,29 @@ class Compose(unittest.TestCase):
         (port,) = compose_config()["tensorboard"]["ports"]
         self.assertEqual((port["host_ip"], port["published"]), ("127.0.0.1", "6006"))
 
+    def test_compiled_kernels_are_shared_with_nobody(self) -> None:
+        result = docker("compose", "--profile", "job", "config", "--format", "json", env={"APP_UID": "77"})
+        self.assertEqual(json.loads(result.stdout)["volumes"]["cache"]["name"], "w4a16-detector-cache-77")
+
+    def test_the_download_sees_the_dataset_folder_alone(self) -> None:
+        mounts = {mount["target"] for mount in compose_config()["download-coco"]["volumes"]}
+        self.assertEqual(mounts, {"/data/coco", "/mnt/ca_bundle"})
+
+    def test_memory_of_a_job_can_be_limited(self) -> None:
+        self.assertEqual(compose_config(MEM_LIMIT="24g")["all"]["mem_limit"], str(24 * 2**30))
+        self.assertNotIn("mem_limit", compose_config()["all"])
+
     def test_container_and_venv_run_the_same_commands(self) -> None:
         coco_dir = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, coco_dir)
-        args = "--set train.epochs=3 --set data.note='two words'"
+        args = "--set train.epochs=3 --set data.note='two *.md $(id) words; x'"
         for given in ("", coco_dir):
             services = compose_config(RUN="r", ARGS=args, COCO_DIR=given)
             for name in (*GPU_JOBS, "data", "report"):
                 here = local_command(name, RUN="r", ARGS=args, COCO_DIR=given)
                 here = [word.replace(coco_dir, "/data/coco") for word in here]
-                self.assertEqual(sorted(here), sorted(services[name]["command"]), name)
+                there = [word.replace("$$", "$") for word in services[name]["command"]]  # as `config` writes a `$`
+                self.assertEqual(sorted(here), sorted(there), name)
                 self.assertEqual(here[-4:], shlex.split(args), "ARGS come last and override")
 
 
@@ -113,7 +127,25 @@ def local_command(target: str, **env: str) -> list[str]:
         output = subprocess.run(
             [root / "scripts" / "job", target], env=settings, capture_output=True, text=True, check=True
         ).stdout
-    return output.splitlines()[1:]
+    _, _, words = output.partition(f"run: {env['RUN']}\n")
+    return words.splitlines()
+
+
+@unittest.skipUnless(shutil.which("git"), "git makes the clone")
+class Checkout(unittest.TestCase):
+    def test_line_ends_are_lf_where_git_would_change_them(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in FILES_OF_A_CLONE:
+                (Path(folder) / name).parent.mkdir(exist_ok=True)
+                shutil.copy(REPO_DIR / name, Path(folder) / name)
+            git = ("git", "-C", folder, "-c", "core.autocrlf=true")
+            subprocess.run([*git, "init"], check=True, capture_output=True)
+            subprocess.run([*git, "add", "."], check=True, capture_output=True)
+            for name in FILES_OF_A_CLONE[1:]:
+                (Path(folder) / name).unlink()
+            subprocess.run([*git, "checkout-index", "--all", "--force"], check=True, capture_output=True)
+            for name in FILES_OF_A_CLONE:
+                self.assertNotIn(b"\r", (Path(folder) / name).read_bytes(), name)
 
 
 class Image(unittest.TestCase):
@@ -160,6 +192,7 @@ class Image(unittest.TestCase):
             env = {**self.env, "APP_UID": str(uid)}
             result = docker(*self.run, "--entrypoint", "sh", "data", "-c", line, env=env)
             self.assertEqual(result.returncode, 0, result.stderr)
+        self.addCleanup(docker, "volume", "rm", f"w4a16-detector-cache-{UID + 1}")
         again = docker(*self.run, "--entrypoint", "sh", "data", "-c", '"$TRITON_CACHE_DIR/run"', env=self.env)
         self.assertEqual(again.returncode, 0, again.stderr)
 

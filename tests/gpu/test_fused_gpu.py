@@ -60,8 +60,8 @@ class Weights(nn.Module):
     def __init__(self, shapes: list[torch.Size], quantizer: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        layers = [FastQuantConv2d(n[1], n[0], tuple(n[2:]), bias=False, weight_quant=quantizer) for n in shapes]
-        self.layers = nn.ModuleList(layers)
+        layers = [FastQuantConv2d(n[1], n[0], (n[2], n[3]), bias=False, weight_quant=quantizer) for n in shapes]
+        self.layers: Any = nn.ModuleList(layers)
         for layer, shape in zip(layers, shapes, strict=True):
             layer.weight.data = torch.randn(shape) * 0.1
         layers[1].weight.data[0] = 0.0  # a dead channel
@@ -82,7 +82,8 @@ class Weights(nn.Module):
 def test_equals_brevitas(size: str, kind: Any, order: torch.memory_format, dtype: torch.dtype) -> None:
     convs = DetectionModel(f"yolov10{size}.yaml", verbose=False).modules()
     shapes = sorted({layer.weight.shape for layer in convs if isinstance(layer, nn.Conv2d)})
-    model = Weights(shapes, kind).cuda().to(memory_format=order)
+    weights: Any = Weights(shapes, kind)
+    model = weights.cuda().to(memory_format=order)
     latent = [layer.weight for layer in model.layers]
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         plain = [layer.quant_weight() for layer in model.layers]
@@ -146,6 +147,7 @@ def test_step_costs_what_an_fp16_step_costs(batch_size: int) -> None:
 
 
 def arm(*sets: str, variant: str = "qat", size: str = "m") -> nn.Module:
+    model: Any
     model, _ = build(load(variant, [], [f"model=yolov10{size}.yaml", *sets]))
     model.args = DEFAULT_CFG
     return model.cuda().train()

@@ -108,7 +108,7 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
 
 @pytest.mark.usefixtures("tiny")
 def test_validation_scores_the_one2one_head(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run = settle(runs_dir, "head", "fp16", {**SETTINGS, "train.epochs": 1})
+    config, run = settle(runs_dir, "head", "qat", {**SETTINGS, "train.epochs": 1})
     seen = []
     validate = Loop.validate
 

@@ -1,5 +1,5 @@
 # CUDA's runtime libraries come with torch's wheels; the base brings the driver interface and, with apt, Python.
-# Debian bookworm works as well (Python 3.11 there, 3.12 on Ubuntu 24.04).
+# Debian bookworm works as well (Python 3.11 there, 3.12 on Ubuntu 24.04). BASE_IMAGE takes a digest too, behind the tag.
 ARG BASE_IMAGE=nvidia/cuda:12.8.1-base-ubuntu24.04
 FROM ${BASE_IMAGE}
 
@@ -44,6 +44,7 @@ ENV PATH=/src/.venv/bin:$PATH \
 
 COPY --chmod=755 . .
 
+ARG BASE_IMAGE
 ARG APP_VERSION=unknown
 ARG APP_REVISION=unknown
 ARG APP_SOURCE=unknown
@@ -55,6 +56,7 @@ LABEL org.opencontainers.image.title="w4a16-detector" \
       org.opencontainers.image.version="${APP_VERSION}" \
       org.opencontainers.image.revision="${APP_REVISION}" \
       org.opencontainers.image.licenses="AGPL-3.0-only" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
       app.context="${APP_CONTEXT}"
 
 USER 1000:1000

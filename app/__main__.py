@@ -26,7 +26,7 @@ ORDER = ("data", "train --variant fp16", "train --variant qat", "ptq", "export",
 def stages() -> dict[str, Stage]:
     """Every command: what it does, its arguments, its function."""
     return {
-        "all": Stage("the main job: data, train fp16, train qat, ptq, export, eval, report", job_arguments, whole_job),
+        "all": Stage("the main job, stage by stage: data, train, ptq, export, eval, report", job_arguments, whole_job),
         "data": Stage("check COCO, make the YOLO view beside the runs, choose a subset", job_arguments, data),
         "train": Stage("train one variant from random weights; continues a training", train_arguments, train),
         "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
@@ -54,7 +54,10 @@ FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room,
 
 
 def main() -> int:
-    """Runs one stage. Exit codes: 0 done, 1 a fault of ours, 2 a mistake of the user's."""
+    """Runs one stage. Exit codes: 0 done; 1 a fault of ours, the guard or a lost rank; 2 a mistake of the user's;
+
+    128 + the signal's number after a signal.
+    """
     args = parse(sys.argv[1:])
     set_up_terminal()
     from app.core.config import UserError
@@ -214,9 +217,10 @@ def data(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Training makes its dataset ready by itself, so that `make train-qat` is enough on a fresh clone.
+    """Prepares the dataset too, so that `make train-qat` is enough on a fresh clone.
 
-    On several devices it starts itself again, once for each, unless torchrun has done so.
+    On several devices this process checks what can be refused, releases the lock, and starts one process for each
+    device, unless torchrun has done so. There rank 0 takes the lock and prepares; the other ranks wait for it.
     """
     with set_up(args, args.variant, lock=False) as job:
         from app.core.run import hold
@@ -237,7 +241,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def launch_train(n: int, job: Job, force: bool) -> None:
-    """Refuses here, once, what can be refused, and starts n processes."""
+    """Checks once what can be refused, and starts n processes, which wait for each other."""
     from app.core.run import hold
     from app.data.prepare import prepare
     from app.train.processes import launch
@@ -285,7 +289,7 @@ def report(args: argparse.Namespace) -> None:
         from app.core.run import open_run
         from app.report.report import report
 
-        report(job.config, job.run, args.force, [open_run(name, args.runs_dir) for name in others])
+        report(job.config, job.run, [open_run(name, args.runs_dir) for name in others])
 
 
 def publish(args: argparse.Namespace) -> None:

@@ -155,7 +155,7 @@ def check_arms(arms: list[str]) -> None:
 def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> Training:
     """The training of an arm with a seed; that of BASE keeps the checkpoint that the arms after BRANCH begin with."""
     own = [*sets, *ARMS[arm], f"train.seed={seed}"]
-    n_warm = load("qat", overlays, [*own, WARM]).n_warmup_epochs
+    n_warm = load("qat", overlays, [*own, WARM]).n_quant_warmup_epochs
     variant = "fp16" if arm == BASE else "qat"
     if arm == BASE:
         own.append(f"train.save_period={n_warm}")

@@ -191,7 +191,7 @@ class Config(Section):
         return str(Label("qat", self.quant.scheme) if self.quant else BASELINE)
 
     @property
-    def n_warmup_epochs(self) -> int:
+    def n_quant_warmup_epochs(self) -> int:
         """Number of first epochs, at quant.warmup_bits; only the later ones, at the scheme's bits, can be the best."""
         return int(self.quant.warmup_share * self.train.epochs) if self.quant else 0
 

@@ -1,4 +1,8 @@
-"""The export stage: ONNX files of every checkpoint; each is checked against torch before it gets its name."""
+"""The export stage: ONNX files of every checkpoint; each is checked against torch before it gets its name.
+
+Label: what a model is, and how its file is packed. Contract: the layout of the output. Gate: a check of a file against
+the truth, which is what torch computes. Packing: raw as traced, half (FP16 weights), int4 (INT4 weights).
+"""
 
 from __future__ import annotations
 
@@ -134,7 +138,7 @@ def file_settings(settings: Export) -> dict[str, Any]:
 def is_done(path: Path, wanted: dict[str, Any]) -> bool:
     """Whether the file exists and its record has the `wanted` facts.
 
-    A file without a .json is a rest of an interrupted export.
+    A file without a .json is left over from an interrupted export.
 
     Raises:
         UserError: the file is of another checkpoint or other settings, or has changed since its export.

@@ -30,6 +30,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     The EMA weights quantize to other codes than the raw weights. The averaged statistics come from the activations of
     the raw weights, so they do not fit the EMA copy; one pass over train batches makes them fit. Nagel et al.,
     "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.1. Without batches nothing changes.
+    Every validation of a training calls it (app/train/validation.py, on the images of bn_images.py), and so does ptq;
+    export does not.
 
     Args:
         model: any module; only BatchNorm buffers change, and its training mode is restored.

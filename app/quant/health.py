@@ -11,8 +11,12 @@ from torch import nn
 from app.quant.codes import read_codes
 from app.quant.options import Stabiliser
 
-# Oscillations are counted in the last steps of a validated epoch: this many, or a quarter of the epoch if that is less.
-WINDOW_STEPS = 20
+WINDOW_BATCHES = 20
+
+
+def is_in_window(n_left: int, n_batches: int) -> bool:
+    """Whether oscillations are counted where n_left batches of an epoch are left: in its last 20 or last quarter."""
+    return n_left < min(WINDOW_BATCHES, n_batches / 4)
 
 
 class Oscillations(Stabiliser):

@@ -38,7 +38,7 @@ def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
     return model, quantize(model, config.quant) if config.quant else None
 
 
-def scored_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def cpu_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """An FP32 copy of the model's state_dict on the CPU, contiguous also after a training in channels_last."""
     state = {}
     for key, value in model.state_dict().items():

@@ -45,7 +45,7 @@ def stabilisers(config: Config, model: nn.Module, ema: nn.Module) -> list[Stabil
     if quant is None:
         return []
     chosen: list[Stabiliser] = []
-    n_warmup = config.n_warmup_epochs
+    n_warmup = config.n_quant_warmup_epochs
     if n_warmup:
         chosen.append(WarmUp(quant, n_warmup, (model, ema)))
     if quant.learned_scale:

@@ -25,11 +25,11 @@ from app.report.tables import number, plain
 log = logging.getLogger(__name__)
 
 
-def report(config: Config, run: RunRoot, force: bool, others: Sequence[RunRoot] = ()) -> None:
+def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None:
     """Writes report.json, summary.md, summary.html and figures/, and logs the table.
 
-    The report is made anew each time, so `force` changes nothing here. What a partial run lacks is named on the page
-    and logged. `others` are the same run with other seeds: AP and differences become means with their spread.
+    What a partial run lacks is named on the page and logged. `others` are the same run with other seeds: AP and
+    differences become means with their spread.
 
     Raises:
         UserError: there is no such run, or `others` differ from it in more than seeds.

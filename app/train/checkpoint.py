@@ -1,4 +1,4 @@
-"""last.pt: written, read back, and begun from the FP16 training whose epochs are a float warm-up."""
+"""Writes and reads last.pt. Also starts a QAT training from a checkpoint of the FP16 training (quant.warmup_from)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save_state(state: State, config: Config, last: Path) -> None:
 
 
 def read_in_turn(last: Path, ranks: Ranks) -> dict[str, Any] | None:
-    """Content of the last whole checkpoint, as `last_whole` gives it, on every rank.
+    """Content of the newest undamaged checkpoint, as `last_whole` gives it, on every rank.
 
     Rank 0 reads first, because it may rename a damaged file; the other ranks read after it. No rank goes on before all
     have read.
@@ -72,7 +72,7 @@ def last_whole(last: Path) -> dict[str, Any] | None:
     return state
 
 
-def branch(state: State, config: Config) -> dict[str, Any] | None:
+def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:
     """State dictionary for a QAT training that begins where the FP16 training stood which quant.warmup_from names.
 
     None where quant.warmup_from names no checkpoint. Weights, EMA, optimizer, GradScaler, schedule and the rows of
@@ -104,10 +104,10 @@ def check_warm_up(config: Config, path: Path, checkpoint: dict[str, Any]) -> Non
     source, n_done = validate(checkpoint["config"]), checkpoint["epoch"] + 1
     if source.variant != "fp16" or checkpoint["batch_in_epoch"]:
         raise UserError(f"quant.warmup_from={path} is not an epochN.pt of an FP16 training")
-    if n_done > config.n_warmup_epochs:
+    if n_done > config.n_quant_warmup_epochs:
         share = config.quant.warmup_share if config.quant else 0
         raise UserError(
-            f"quant.warmup_from={path} has {n_done} epochs, the warm-up {config.n_warmup_epochs} "
+            f"quant.warmup_from={path} has {n_done} epochs, the warm-up {config.n_quant_warmup_epochs} "
             f"(quant.warmup_share={share} of {config.train.epochs})"
         )
     if differences := difference(source, config, ignore=(*WITHOUT_EFFECT, "variant", "quant")):

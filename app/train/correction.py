@@ -16,7 +16,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from app.core.config import Config, UserError
-from app.quant.model import save_checkpoint, scored_state
+from app.quant.model import cpu_state_dict, save_checkpoint
 from app.train.processes import ALONE
 from app.train.state import State
 from app.train.step import criterion_after
@@ -135,5 +135,5 @@ def keep_better(path: Path, config: Config, best: dict[str, Any], model: nn.Modu
     """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower."""
     is_better = ap >= best["fitness"]
     if is_better:
-        save_checkpoint(path, config, {**best, "scored": scored_state(model), "fitness": ap})
+        save_checkpoint(path, config, {**best, "scored": cpu_state_dict(model), "fitness": ap})
     log.info("correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if is_better else "kept")

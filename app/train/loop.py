@@ -1,4 +1,4 @@
-"""The training loop: epochs, steps, validation, checkpoints, and the way back after a fault."""
+"""The training loop: epochs, steps, validation, checkpoints, and the rollback after a NaN or infinity."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ultralytics.utils.torch_utils import unset_deterministic
 from app.core.files import write_json
 from app.core.progress import track
 from app.core.results import AP, CORRECTED_AP, SCORED_AP, WARM_UP, write_rows
-from app.quant.health import WINDOW_STEPS, Oscillations
-from app.quant.model import load_checkpoint, save_checkpoint, scored_state
+from app.quant.health import Oscillations, is_in_window
+from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import branch, read_in_turn, save_state
+from app.train.checkpoint import read_in_turn, save_state, state_from_fp16
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.guard import GuardStop, judge
@@ -98,7 +98,7 @@ class Loop:
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
         saved = read_in_turn(trainer.last, self.ranks)
-        first = saved or branch(self.state, self.config)
+        first = saved or state_from_fp16(self.state, self.config)
         if first:
             self.state.load_state_dict(first)
         if not saved:
@@ -142,7 +142,7 @@ class Loop:
         if self.restarts_loader:
             trainer.read_from(epoch, state.batch_in_epoch)
             self.restarts_loader = False
-        if epoch == self.config.n_warmup_epochs:
+        if epoch == self.config.n_quant_warmup_epochs:
             state.codes_before = torch.zeros(0, dtype=torch.int8)  # codes of other bits do not compare
         for stabiliser in state.stabilisers:
             stabiliser.start_epoch(epoch)
@@ -153,29 +153,29 @@ class Loop:
         n_batches, n_images = len(trainer.train_loader), len(trainer.train_loader.dataset)
         self.monitor.start_epoch(state.epoch, trainer.epochs, n_images, state.batch_in_epoch * batch_size)
         for batch in islice(trainer.train_loader, n_batches - state.batch_in_epoch):
-            step = state.epoch * n_batches + state.batch_in_epoch
+            number = state.epoch * n_batches + state.batch_in_epoch
             state.batch_in_epoch += 1
-            self._warm_up(step, n_batches)
-            if step not in state.left_out:
-                self.watch.next(step, batch)
+            self._warm_up_lr(number, n_batches)
+            if number not in state.left_out:
+                self.watch.next(number, batch)
                 self.backward(batch)
             n_left = n_batches - state.batch_in_epoch
-            if self._is_validated() and n_left < min(WINDOW_STEPS, n_batches / 4):
+            if self._is_validation_due() and is_in_window(n_left, n_batches):
                 self.oscillations.open(state.epoch)
-            if step - state.last_step >= state.accumulate or n_left == 0:
-                if self.watch.of_step:
+            if number - state.last_step >= state.accumulate or n_left == 0:
+                if self.watch.of_step:  # empty where every batch of this step is left out
                     self.optimizer_step()
-                state.last_step = step
+                state.last_step = number
                 self._save_if_due()
             n_trained = min(batch_size, n_images - (state.batch_in_epoch - 1) * batch_size)
             self.monitor.step(n_trained, partial(state.mean_losses, n_batches))
 
-    def _warm_up(self, step: int, n_batches: int) -> None:
+    def _warm_up_lr(self, number: int, n_batches: int) -> None:
         """Learning rates, momentum and accumulation rise to their values over the first steps, as in Ultralytics."""
         trainer, state = self.trainer, self.state
         n_warmup = trainer._get_warmup_iterations(n_batches)
-        if n_warmup and step <= n_warmup:
-            rise = Rise(step, n_warmup)
+        if n_warmup and number <= n_warmup:
+            rise = Rise(number, n_warmup)
             state.accumulate = max(1, round(rise.between(1, self.full_accumulate)))
             warm_up(state.optimizer, self.config.hyp, rise, trainer.lf(state.epoch))
 
@@ -205,14 +205,14 @@ class Loop:
         """Validates where it is due, then writes what the epoch gave."""
         state = self.state
         self.monitor.end_train_pass()
-        check_finite(state.net, state.scaler, self.watch)  # before rank 0 goes on alone
+        check_finite(state.net, state.scaler, self.watch)  # rank 0 validates alone: no rank may roll back then
         losses = state.mean_losses(len(self.trainer.train_loader))
         row: dict[str, Any] = {"epoch": state.epoch + 1, **losses}
-        if self._is_validated():
+        if self._is_validation_due():
             row |= self._on_main(self.validate)
             row |= self._examine() if self.ranks.is_main else {}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
-        state.net.criterion.update()
+        state.net.criterion.update()  # the weights of the two heads, as Ultralytics has them in the next epoch
         state.rows.append(row | self.monitor.epoch_facts())
         state.batch_in_epoch, state.loss_sum = 0, 0.0
         if self.ranks.is_main:
@@ -222,22 +222,22 @@ class Loop:
 
     # --- validation --------------------------------------------------------------------------------------------------
 
-    def _is_validated(self) -> bool:
+    def _is_validation_due(self) -> bool:
         """Whether this epoch ends with a validation."""
         n_done = self.state.epoch + 1
         return n_done % self.config.train.val_every == 0 or n_done == self.config.train.epochs
 
     def validate(self) -> dict[str, float]:
-        """Scores the three states. The AP of the last state picks best.pt, after a quant warm-up.
+        """Scores raw weights, EMA, and EMA with BatchNorm re-estimated; after a quant warm-up the last picks best.pt.
 
         Returns:
             columns of results.csv.
         """
         state = self.state
         scores = score_states(state, self._score, self._reestimate)
-        self.scored_model, state.scored = scores.model, scored_state(scores.model)
+        self.scored_model, state.scored = scores.model, cpu_state_dict(scores.model)
         columns, fitness = scores.columns, scores.columns[SCORED_AP]
-        if state.epoch < self.config.n_warmup_epochs:
+        if state.epoch < self.config.n_quant_warmup_epochs:
             columns[WARM_UP] = 1
         elif state.best_fitness is None or fitness > state.best_fitness:
             entries = {"scored": state.scored, "epoch": state.epoch, "fitness": fitness}

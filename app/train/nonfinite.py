@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from app.quant.model import scored_state
+from app.quant.model import cpu_state_dict
 from app.train.processes import ALONE, Ranks
 from app.train.state import State
 from app.train.step import criterion_after
@@ -178,7 +178,7 @@ def to_keep(state: State, fault: NonFinite, cause: str) -> dict[str, Any]:
     for number, batch in fault.batches:
         tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
         kept.append({"number": number, "im_file": [str(path) for path in batch["im_file"]], **tensors})
-    return {"what": fault.what, "cause": cause, "batches": kept, "model": scored_state(state.net)}
+    return {"what": fault.what, "cause": cause, "batches": kept, "model": cpu_state_dict(state.net)}
 
 
 def file_name(fault: NonFinite, ranks: Ranks) -> str:

@@ -17,7 +17,7 @@ from app.core.labels import BASELINE, Label
 from app.core.run import RunRoot, record_stage
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.health import signal_to_noise
-from app.quant.model import load_scored, save_checkpoint, scored_state
+from app.quant.model import cpu_state_dict, load_scored, save_checkpoint
 from app.quant.schemes import quantize
 from app.train.bn_images import BnImages
 from app.train.device import check_devices
@@ -53,7 +53,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
         folder = run.variant_dir(label)
         write_json(folder / "quant_config.json", quant_config)
         write_json(folder / "health.json", {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)})
-        save_checkpoint(run.best(label), quantized, {"scored": scored_state(model), **facts})
+        save_checkpoint(run.best(label), quantized, {"scored": cpu_state_dict(model), **facts})
         done = {"source_sha256": facts["source_sha256"], "best_sha256": sha256(run.best(label))}
         write_json(folder / "done.json", {**done, "time_utc": utc_now()})
         record_stage(run, f"ptq {label}", done)

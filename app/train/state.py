@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from ultralytics.utils.torch_utils import ModelEMA
 
 from app.core.results import Rows
-from app.quant.model import scored_state
+from app.quant.model import cpu_state_dict
 from app.quant.options import Stabiliser
 from app.train.processes import Ranks
 from app.train.step import criterion_after
@@ -22,7 +22,7 @@ class Progress:
     """What a training has counted and written. last.pt holds every field under its own name.
 
     Attributes:
-        epoch: the epoch in work or, where batch_in_epoch is 0, the last one that has ended; -1 before the first.
+        epoch: counts from 0: the epoch in work or, where batch_in_epoch is 0, the last one that has ended; at first -1.
         batch_in_epoch: how many batches of that epoch have been trained.
         last_step: number of the batch that ended the last optimizer step; batches count from the training's start.
         accumulate: batches of an optimizer step.
@@ -89,8 +89,8 @@ class State(Progress):
         progress = {name: vars(self)[name] for name in _progress_names()}
         return {
             **progress,
-            "model": scored_state(self.net),
-            "ema": scored_state(self.ema.ema),
+            "model": cpu_state_dict(self.net),
+            "ema": cpu_state_dict(self.ema.ema),
             "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

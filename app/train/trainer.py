@@ -1,4 +1,4 @@
-"""Ultralytics' kit for a training: network, loaders, optimizer and validator of one variant. The loop is in loop.py."""
+"""The parts of a training, made by Ultralytics: network, loaders, optimizer, validator. loop.py trains with them."""
 
 from __future__ import annotations
 

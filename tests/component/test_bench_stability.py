@@ -65,7 +65,7 @@ def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:
     fp16, branch = (training_of(run, arm, 3, [], conf).config for arm in (BASE, BRANCH))
     assert branch.quant is not None and branch.quant.warmup_from is not None
     assert Path(branch.quant.warmup_from) == tmp_path / "stability-fp16-3" / "fp16" / "weights" / "epoch80.pt"
-    assert (fp16.train.save_period, branch.n_warmup_epochs) == (80, 80)
+    assert (fp16.train.save_period, branch.n_quant_warmup_epochs) == (80, 80)
 
 
 def test_it_cannot_begin_without_fp16(tmp_path: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from app.core.config import UserError, load
 from app.quant.learned import learned_layers
-from app.quant.model import build, load_scored, save_checkpoint, scored_state
+from app.quant.model import build, cpu_state_dict, load_scored, save_checkpoint
 from app.quant.schemes import DFL, SCHEMES, Rule, assign, quantize
 from tests.support.export_run import EVERY_BLOCK, network
 
@@ -105,7 +105,7 @@ def test_learned_scales_start_as_abs_max_and_survive_a_checkpoint(tmp_path: Path
     for layer in learned_layers(model).values():
         scaled: Any = layer
         scaled.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.3)
-    save_checkpoint(tmp_path / "best.pt", settings, {"scored": scored_state(model), "epoch": 0})
+    save_checkpoint(tmp_path / "best.pt", settings, {"scored": cpu_state_dict(model), "epoch": 0})
     with network(EVERY_BLOCK):
         loaded, _, _ = load_scored(tmp_path / "best.pt")
     images = torch.rand(1, 3, 64, 64)

@@ -19,7 +19,7 @@ from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.data.synthetic import draw_coco_subset
 from app.export.trace import parity_images
-from app.quant.model import build, save_checkpoint, scored_state
+from app.quant.model import build, cpu_state_dict, save_checkpoint
 
 IMGSZ = 96
 SETS = [
@@ -100,7 +100,7 @@ def copy_of(run: RunRoot, runs_dir: Path, *without: str) -> RunRoot:
 def write_checkpoint(run: RunRoot, config: Config, variant_dir: Path) -> None:
     model, _ = build(config)
     enliven(model, torch.from_numpy(parity_images(run, config.train.imgsz)))
-    entries: dict[str, Any] = {"scored": scored_state(model), "epoch": 0}
+    entries: dict[str, Any] = {"scored": cpu_state_dict(model), "epoch": 0}
     save_checkpoint(variant_dir / "weights" / "best.pt", config, entries)
     write_text(variant_dir / "config.yaml", dump(config))
     write_json(variant_dir / "done.json", {})

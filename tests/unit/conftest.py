@@ -18,5 +18,5 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = build_run(folder / "runs")
     add_dataset(run, folder / "coco")
     add_private(run)
-    report(load("qat", sets=["report.gallery_images=1"]), run, force=False)
+    report(load("qat", sets=["report.gallery_images=1"]), run)
     return folder

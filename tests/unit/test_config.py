@@ -223,5 +223,5 @@ def test_a_key_of_an_earlier_version_is_an_error() -> None:
 @pytest.mark.parametrize(("share", "n_epochs"), [(0.0, 0), (0.67, 2), (0.99, 2)])
 def test_a_warm_up_leaves_epochs_for_the_scheme(share: float, n_epochs: int) -> None:
     sets = ["train.epochs=3", f"quant.warmup_share={share}"]
-    assert load("qat", sets=sets).n_warmup_epochs == n_epochs
-    assert load("fp16", sets=sets).n_warmup_epochs == 0
+    assert load("qat", sets=sets).n_quant_warmup_epochs == n_epochs
+    assert load("fp16", sets=sets).n_quant_warmup_epochs == 0

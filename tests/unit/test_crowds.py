@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     run = build_crowds(folder / "runs", folder / "coco")
     config = load("qat", sets=["report.gallery_images=1"])
     with kept_figures() as figures:
-        report(config, run, force=False)
+        report(config, run)
     with kept_figures() as compared_figures:
         compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", folder / "out", config.report)
     variants = json.loads((run.figures_dir / "analysis.json").read_text())["variants"]

@@ -89,7 +89,7 @@ def test_no_loss_is_shown_where_there_is_none() -> None:
 
 def reason_after(run: RunRoot) -> str:
     with kept_figures():
-        report(load("qat"), run, force=False)
+        report(load("qat"), run)
     return run.summary.read_text().partition("Left out: ")[2].partition("\n")[0]
 
 
@@ -191,7 +191,7 @@ def test_epochs_without_validation_are_no_zero(tmp_path: Path) -> None:
             del row[name]
     write_rows(path, rows)
     with kept_figures():
-        report(load("qat"), run, force=False)
+        report(load("qat"), run)
     assert "fp16 is healthy" in run.summary.read_text()
     best = json.loads((run.root / "report.json").read_text())["trainings"]["fp16"]
     assert best["epochs"] == 4 and best["best_epoch"] == 4
@@ -220,6 +220,6 @@ def test_health_of_the_quantizer_is_drawn_where_it_was_recorded(tmp_path: Path) 
     names = ("oscillating", "flipped", "ema_differs", "snr_mean_db", "snr_min_db")
     rows = [row | {f"health/{name}": 0.1 * row["epoch"] for name in names} for row in history(0.0)]
     write_rows(run.variant_dir("qat-w4a16") / "results.csv", rows)
-    report(load("qat"), run, force=False)
+    report(load("qat"), run)
     assert "figures/quantizer-health.png" in run.summary.read_text()
     assert (run.figures_dir / "quantizer-health-dark.png").exists()

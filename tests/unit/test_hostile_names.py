@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
         change(run.root / name / "metrics.json", "dataset", {"title": TITLE})
     change(run.root / "qat-w4a16-coco/metrics.json", "model", {"file": FILE, "label": f"qat-{LABEL}"})
     with kept_figures():
-        report(load("qat", sets=["report.gallery_images=1"]), run, force=False)
+        report(load("qat", sets=["report.gallery_images=1"]), run)
     return run
 
 

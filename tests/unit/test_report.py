@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> RunRoot:
 def page(config: Config, run: RunRoot) -> str:
     """The page alone: its figures are made, but not painted."""
     with kept_figures():
-        report(config, run, force=False)
+        report(config, run)
     return run.summary.read_text(encoding="utf-8")
 
 
@@ -113,7 +113,7 @@ def test_nothing_but_the_folder(config: Config, tmp_path: Path) -> None:
 
 def test_no_such_run(config: Config, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nosuch does not exist"):
-        report(config, RunRoot(tmp_path, "nosuch"), force=False)
+        report(config, RunRoot(tmp_path, "nosuch"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -295,4 +295,4 @@ def test_gate_fails_without_a_score(tmp_path: Path) -> None:
     run = RunRoot(tmp_path, "empty")
     run.root.mkdir()
     with pytest.raises(SystemExit):
-        report(load("qat", sets=["report.min_ap50=0"]), run, force=False)
+        report(load("qat", sets=["report.min_ap50=0"]), run)

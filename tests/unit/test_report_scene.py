@@ -34,7 +34,7 @@ class Page:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     run = build_scene(tmp_path_factory.mktemp("scene"))
     with kept_figures() as figures:
-        report(load("qat"), run, force=False)
+        report(load("qat"), run)
     return Page(run, run.summary.read_text(), json.loads((run.root / "report.json").read_text()), figures)
 
 
@@ -223,7 +223,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> str:
     for run, aps in zip(runs, SEEDS.values(), strict=True):
         enter_ap(run, aps)
     with kept_figures():
-        report(load("qat"), runs[0], False, runs[1:])
+        report(load("qat"), runs[0], runs[1:])
     return runs[0].summary.read_text()
 
 

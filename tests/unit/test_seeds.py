@@ -37,7 +37,7 @@ def runs(tmp_path: Path) -> list[RunRoot]:
 
 def merged(config: Config, runs: list[RunRoot]) -> tuple[str, dict[str, Any]]:
     with kept_figures():
-        report(config, runs[0], False, runs[1:])
+        report(config, runs[0], runs[1:])
     return runs[0].summary.read_text(), json.loads((runs[0].root / "report.json").read_text())
 
 

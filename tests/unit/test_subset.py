@@ -81,7 +81,7 @@ def through_the_stages(folder: Path, case: Case, *more: str) -> RunRoot:
     write_json(path.with_suffix(".json"), {"label": "fp16", "sha256": sha256(path)})
     evaluate(config, run, False)
     with kept_figures():
-        report(config, run, force=False)
+        report(config, run)
     return run
 
 
@@ -155,7 +155,7 @@ def test_authors_curve_stands_beside_the_whole_of_coco_only(tmp_path: Path, chan
     path = run.variant_dir("fp16") / "results.csv"
     path.write_text(path.read_text().replace("\n4,", "\n10,"))  # the authors' curve begins at epoch 10
     with kept_figures() as figures:
-        report(load("qat"), run, force=False)
+        report(load("qat"), run)
     shown = [line for line in figures["curves.png"].axes[1].lines if str(line.get_label()).startswith("authors")]
     assert [y_of(line) for line in shown] == ([] if change else [[AUTHORS_YOLOV10M[10]]])
 

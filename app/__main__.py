@@ -65,7 +65,7 @@ def main() -> int:
     from app.train.interrupt import Interrupted, PeerLost
 
     try:
-        stages()[args.stage].function(args)
+        args.function(args)
     except UserError as error:
         log.error("error: %s", error)
         return 2
@@ -88,7 +88,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, stage in stages().items():
-        stage.arguments(commands.add_parser(name, help=stage.help, description=stage.help))
+        command = commands.add_parser(name, help=stage.help, description=stage.help)
+        command.set_defaults(function=stage.function)
+        stage.arguments(command)
     return parser.parse_args(argv)
 
 

@@ -85,9 +85,9 @@ class RunRoot:
         return self.variant_dir(label) / "weights" / "best.pt"
 
     def finished_labels(self) -> list[Label]:
-        """Labels of the finished checkpoints of trainings and of PTQ, fp16 first."""
+        """Labels of the finished checkpoints: fp16, the other trainings, then PTQ."""
         labels = [Label.parse(path.parent.name) for path in self.root.glob("*/done.json")]
-        return sorted(labels, key=lambda label: label.order)
+        return sorted(labels, key=lambda label: (label.method == "ptq", label.order))
 
     @property
     def onnx_dir(self) -> Path:

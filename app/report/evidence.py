@@ -81,7 +81,7 @@ def gather(run: RunRoot) -> Evidence:
     provenance = _read(run, run.provenance, "data", PROVENANCE_KEYS, missing)
     trainings = _trainings(run, missing)
     quantized = _quantized(run, missing)
-    records = _records(run, trainings, missing)
+    records = _records(run, _finished(run, missing), missing)
     scored = _scored(run, records, missing)
     return Evidence(run, provenance, trainings, quantized, records, scored, missing)
 
@@ -181,17 +181,27 @@ def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
     return quantized
 
 
-def _records(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -> list[dict[str, Any]]:
+def _finished(run: RunRoot, missing: list[str]) -> dict[str, str | None]:
+    """SHA-256 of best.pt by the label of every checkpoint, of trainings and of PTQ; None where it is not finished."""
+    finished: dict[str, str | None] = dict.fromkeys(_labels_with(run, "config.yaml"))
+    for label in _labels_with(run, "done.json"):
+        stage = "ptq" if Label.parse(label).method == "ptq" else "train"
+        done = _read(run, run.variant_dir(label) / "done.json", stage, ("best_sha256",), missing)
+        finished[label] = done["best_sha256"] if done else None
+    return finished
+
+
+def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) -> list[dict[str, Any]]:
     records = []
     for path in sorted(run.onnx_dir.glob("*.json")):
         if record := _read(run, path, "export", RECORD_KEYS, missing):
             records.append(record)
     for record in records:
-        training = trainings.get(record["label"])
-        if training and training.done and training.done["best_sha256"] != record["checkpoint_sha256"]:
+        best_sha256 = finished.get(record["label"])
+        if best_sha256 and best_sha256 != record["checkpoint_sha256"]:
             missing.append(f"export: {record['file']} is not of the best checkpoint of now: run 'make export'")
     exported = {record["label"] for record in records}
-    for label in trainings:
+    for label in finished:
         if label not in exported:
             missing.append(f"export: no ONNX file of {label}: run 'make export'")
     return records

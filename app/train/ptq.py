@@ -57,7 +57,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
         done = {"source_sha256": facts["source_sha256"], "best_sha256": sha256(run.best(label))}
         write_json(folder / "done.json", {**done, "time_utc": utc_now()})
         record_stage(run, f"ptq {label}", done)
-        log.info("ptq %s: %s", label, run.best(label))
+        log.info("ptq %s: %s, for 'make export'", label, run.best(label))
 
 
 def is_done(run: RunRoot, label: Label, source_sha256: str) -> bool:
@@ -67,7 +67,7 @@ def is_done(run: RunRoot, label: Label, source_sha256: str) -> bool:
         UserError: it was made of another baseline: a finished result is not overwritten unasked.
     """
     done_json = run.variant_dir(label) / "done.json"
-    if not done_json.exists():
+    if not done_json.exists() or not run.best(label).exists():
         return False
     if read_json(done_json, "ptq")["source_sha256"] != source_sha256:
         raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")

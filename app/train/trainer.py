@@ -165,6 +165,8 @@ class Trainer(DetectionTrainer):
     def extra_epoch(self) -> Iterator[dict[str, Any]]:
         """Batches of the epoch after the last one, augmented as that was; whole ones, whatever the number of ranks."""
         self.train_loader.close()
+        if self.args.close_mosaic:
+            self._close_dataloader_mosaic()  # a process that has resumed after the last epoch has not done it yet
         on_gpu = self.device.type == "cuda"
         loader = train_loader(self.train_loader.dataset, self.args.workers, on_gpu, Place(self.epochs, 0))
         yield from loader

@@ -81,6 +81,9 @@ def test_second_time_leaves_everything_and_another_baseline_is_refused(run: RunR
     ptq(config, run, force=False)
     export(config, run, force=False)
     assert before == {path: path.stat().st_mtime_ns for path in paths}
+    run.best(LABELS[0]).unlink()
+    ptq(config, run, force=False)
+    assert run.best(LABELS[0]).exists()
     best = run.variant_dir("fp16") / "weights" / "best.pt"
     checkpoint = load_checkpoint(best)
     torch.save({**checkpoint, "epoch": 7}, best)

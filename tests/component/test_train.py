@@ -89,6 +89,8 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**SETTINGS, "quant.correction_epochs": 1, "quant.correction_lr": 0.01}
+    config, whole = settle(runs_dir, "corrected-whole", "qat", settings)
+    train(config, whole, force=False)
     config, run = settle(runs_dir, "corrected", "qat", settings)
     with monkeypatch.context() as patch:  # a crash in it: the next start has nothing else to do
         patch.setattr("app.train.loop.correct", interrupt)
@@ -101,6 +103,8 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     assert changed == {"weight", "bias"}
     assert all(torch.equal(plain[name], corrected[name]) for name in plain if name.endswith("conv.weight"))
     assert rows(folder)[-1]["AP/corrected"] != ""
+    uninterrupted = load_checkpoint(whole.best(config.label))["scored"]
+    assert differences(corrected, uninterrupted) == []
     (folder / "done.json").unlink()  # the next start finds that all is done
     monkeypatch.setattr("app.train.loop.correct", None)
     train(config, run, force=False)

@@ -15,6 +15,7 @@ import pytest
 from app.core.config import Config, UserError, load
 from app.core.results import read_rows, write_rows
 from app.core.run import RunRoot
+from app.report.evidence import gather
 from app.report.report import report
 from tests.support.drawn import kept_figures
 from tests.support.page_numbers import NUMBER, numbers_without_source
@@ -92,6 +93,17 @@ def test_partial_run_says_what_is_missing(config: Config, run: RunRoot, lost: st
     assert f"- {line}" in text
     assert str(run.root) not in text
     assert numbers_without_source(text, run.root) == []
+
+
+def test_ptq_that_is_not_exported_or_of_an_older_baseline_is_named(run: RunRoot) -> None:
+    write(run.root / "ptq-w4a16/done.json", {"best_sha256": "new"})
+    write(run.root / "ptq-w4a16-bn/done.json", {"best_sha256": "new"})
+    export_file(run, "ptq-w4a16-bn", "net-ptq-bn.onnx", "old")
+    lines = [line for line in gather(run).missing if line.startswith("export:")]
+    assert lines == [
+        "export: net-ptq-bn.onnx is not of the best checkpoint of now: run 'make export'",
+        "export: no ONNX file of ptq-w4a16: run 'make export'",
+    ]
 
 
 @pytest.mark.parametrize("name", ["dataset/provenance.json", "fp16/env.json", "baseline-coco/metrics.json"])

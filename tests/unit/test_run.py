@@ -213,10 +213,10 @@ def test_stages_are_recorded_side_by_side(tmp_path: Path) -> None:
     assert stages["data"]["n"] == 1
 
 
-def test_finished_checkpoints_come_in_the_order_of_the_page_and_unfinished_ones_do_not_count(tmp_path: Path) -> None:
+def test_trainings_come_before_ptq_and_unfinished_ones_do_not_count(tmp_path: Path) -> None:
     run = open_run("r", tmp_path)
     for label in ("qat-w4a16", "ptq-w4a16-bn", "fp16", "aaa", "ptq-w4a16"):
         write_json(run.variant_dir(label) / "done.json", {})
     run.variant_dir("qat-w8a16").mkdir()
     labels = [str(label) for label in run.finished_labels()]
-    assert labels == ["fp16", "ptq-w4a16", "ptq-w4a16-bn", "qat-w4a16", "aaa"]
+    assert labels == ["fp16", "qat-w4a16", "aaa", "ptq-w4a16", "ptq-w4a16-bn"]

@@ -20,7 +20,7 @@ from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.model import load_checkpoint, save_checkpoint, scored_state
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import branch, read_in_turn, save_state
+from app.train.checkpoint import branch, read_in_turn, restore, save_state
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.guard import GuardStop, judge
@@ -100,7 +100,7 @@ class Loop:
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or branch(self.state, self.config)
         if first:
-            self.state.load_state_dict(first)
+            restore(self.state, first, trainer.last if saved else self.config.warmup_from or trainer.last)
         if not saved:
             self.save()
         if first:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,15 +57,19 @@ def main() -> int:
     128 + the signal's number after a signal.
     """
     args = parse(sys.argv[1:])
-    set_up_terminal()
     from app.core.config import UserError
+    from app.core.files import printable
+    from app.core.os_errors import explain_os_errors
+    from app.core.terminal import set_up_terminal
     from app.train.guard import GuardStop
     from app.train.interrupt import Interrupted, PeerLost
 
+    set_up_terminal()
     try:
-        args.function(args)
+        with explain_os_errors(output_folder(args), FULL_DISK_REMEDY):
+            args.function(args)
     except UserError as error:
-        log.error("error: %s", error)
+        log.error("error: %s", printable(error))
         return 2
     except Interrupted as stop:
         log.warning("stopped by %s, everything is saved: the same command goes on from here", stop)
@@ -84,6 +86,12 @@ def main() -> int:
     return 0
 
 
+def output_folder(args: argparse.Namespace) -> Path:
+    """Where the command writes: what --out or --to names, else the runs."""
+    folders = [vars(args).get(name) for name in ("out", "to", "runs_dir")]
+    return next(folder for folder in folders if folder)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -92,24 +100,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.set_defaults(function=stage.function)
         stage.arguments(command)
     return parser.parse_args(argv)
-
-
-def set_up_terminal() -> None:
-    """Shows our own lines, and of the libraries only warnings; a training's log.txt has everything.
-
-    Of the ranks of a training, rank 0 speaks for all; the other ranks log only their errors.
-    """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(format=f"process {rank + 1}: %(message)s" if rank else "%(message)s", handlers=[handler])
-    logging.raiseExceptions = False  # a full disk is reported once, by the file that matters, not by every log record
-    log.setLevel(logging.ERROR if rank else logging.INFO)
-    if rank:
-        handler.setLevel(logging.ERROR)
-        logging.captureWarnings(True)
-    # Brevitas imports it. Without a GPU it warns that there is none, which its owner knows.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -147,6 +137,12 @@ def eval_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
     stage.add_argument("--out", type=Path, help="with --onnx: folder for metrics.json and detections.json")
     stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
+    stage.add_argument(
+        "--contract", choices=("raw", "end2end", "nms"),
+        help="with --onnx: what the output is, where the file does not say it; raw needs no suppression, nms does",
+    )  # fmt: skip
+    stage.add_argument("--names", type=Path, metavar="FILE", help="with --onnx: its class names, as conf/coco.names")
+    stage.add_argument("--imgsz", type=int, metavar="PX", help="with --onnx: side of its input, where that is free")
 
 
 def report_arguments(stage: argparse.ArgumentParser) -> None:
@@ -193,13 +189,12 @@ def set_up(args: argparse.Namespace, variant: str = "qat", *sets: str, lock: boo
     """
     from app.core.config import load
     from app.core.environment import isolate_libraries
-    from app.core.files import explain_full_disk
     from app.core.run import hold, open_run
 
     run = open_run(args.run, args.runs_dir)
     config = load(variant, args.conf, [*args.set, *sets])
     isolate_libraries(run.cache_dir)
-    with explain_full_disk(run.runs_dir, FULL_DISK_REMEDY), hold(run, args.stage) if lock else contextlib.nullcontext():
+    with hold(run, args.stage) if lock else contextlib.nullcontext():
         yield Job(config, run)
 
 
@@ -224,14 +219,17 @@ def train(args: argparse.Namespace) -> None:
     On several devices this process checks what can be refused, releases the lock, and starts one process for each
     device, unless torchrun has done so. There rank 0 takes the lock and prepares; the other ranks wait for it.
     """
+    from app.core.environment import launched_as
+
+    is_launched = launched_as() is not None
     with set_up(args, args.variant, lock=False) as job:
         from app.core.run import hold
         from app.data.prepare import prepare
         from app.train.device import check_devices
-        from app.train.processes import is_launched, process_group
+        from app.train.processes import process_group
 
         devices = check_devices(job.config)
-        if len(devices) > 1 and not is_launched():
+        if len(devices) > 1 and not is_launched:
             return launch_train(len(devices), job, args.force)
         with process_group(devices) as ranks, hold(job.run, "train") if ranks.is_main else contextlib.nullcontext():
             if ranks.is_main:
@@ -272,20 +270,25 @@ def export(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    sets = [f"eval.max_images={args.max_images}"] if args.max_images else []
+    sets = [] if args.max_images is None else [f"eval.max_images={args.max_images}"]
     with set_up(args, "qat", *sets, lock=args.onnx is None) as job:
+        from app.coco.score import standalone_dataset
         from app.core.config import UserError
+        from app.eval.contract import Said
         from app.eval.evaluate import evaluate, evaluate_standalone
+        from app.eval.metadata import read_names
 
         if args.onnx is None:
             return evaluate(job.config, job.run, args.force)
         if args.coco_dir is None or args.out is None:
             raise UserError("eval --onnx FILE also needs --coco-dir PATH and --out DIR")
-        evaluate_standalone(job.config, args.onnx, args.coco_dir, args.split, args.out)
+        said = Said(args.contract, read_names(args.names) if args.names else None, args.imgsz)
+        dataset = standalone_dataset(args.coco_dir, args.split, job.config.data.skip_broken)
+        evaluate_standalone(job.config, args.onnx, dataset, args.out, said)
 
 
 def report(args: argparse.Namespace) -> None:
-    given: list[str] = [args.run, *args.runs] if args.run else args.runs
+    given: list[str] = [args.run, *args.runs] if args.run is not None else args.runs
     args.run, *others = dict.fromkeys(given or ["full"])  # without repetitions
     with set_up(args) as job:
         from app.core.run import open_run
@@ -330,25 +333,13 @@ def whole_job(args: argparse.Namespace) -> None:
     for setting in args.set:
         common += ["--set", setting]
     common += ["--force"] if args.force else []
+    from app.core.child import run_stage
+
     with set_up(args, lock=False):  # a wrong setting is refused before the first stage
         for stage in ORDER:
-            code = run_process([sys.executable, "-m", "app", *stage.split(), *common])
+            code = run_stage(stage, common)
             if code:
                 sys.exit(code)
-
-
-def run_process(command: list[str]) -> int:
-    """Runs a stage to its end; signals are passed on to it, once each, and it decides what to save.
-
-    Returns:
-        its exit code; 128 + signal where it was killed.
-    """
-    child = subprocess.Popen(command, start_new_session=True)  # else a terminal's Ctrl-C would reach it a second time
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        passed = signal.SIGTERM if number == signal.SIGHUP else number
-        signal.signal(number, lambda *_, passed=passed: child.send_signal(passed))
-    code = child.wait()
-    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from app.core.labels import BASELINE
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.eval.evaluate import METRICS, dataset_of_run, exported_files
+from app.eval.machine import cpu_name
 from app.eval.pipeline import load_input
-from app.eval.runtime import CPU, Model, cpu_name, gpu_name, open_model
+from app.eval.runtime import CPU, Model, gpu_name, open_model
 
 log = logging.getLogger(__name__)
 COPIES = (1, 2, 4)  # how often the images are repeated, to see whether memory and time an image grow with them
@@ -229,7 +230,7 @@ def high_water_kib(pid: int) -> int:
 def time_session(given: Given, model: Model) -> dict[str, float]:
     """Seconds that the session alone takes for as many images, already decoded and in batches as in the evaluator."""
     size = model.batch or given.settings.batch
-    loaded = [load_input(image, model.imgsz).array for image in given.images[:N_PRELOADED]]
+    loaded = [load_input(image, model.size).array for image in given.images[:N_PRELOADED]]
     arrays = np.stack(loaded)
     batches = []
     for first in range(0, len(arrays), size):

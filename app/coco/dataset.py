@@ -49,7 +49,10 @@ def open_dataset(
     dataset = Dataset(coco_dir, split, image_ids, title)
     file = dataset.annotation_file
     if annotation_sha256 is not None and (not file.is_file() or sha256(file) != annotation_sha256):
-        raise UserError(f"{file} is missing or has changed: run 'make data ARGS=--force'")
+        raise UserError(
+            f"{file} is missing or has changed: run 'make data ARGS=--force'; "
+            "if it is only not to be seen from here, as in a container, give the COCO_DIR=path that 'make data' had"
+        )
     return dataset
 
 

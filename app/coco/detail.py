@@ -57,7 +57,7 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
     over_recall = {}
     for iou in PR_IOUS:
         nearest = int(np.argmin(abs(scorer.params.iouThrs - iou)))
-        over_recall[str(iou)] = precision[nearest].mean(axis=1).tolist()
+        over_recall[str(iou)] = precision[nearest].mean(axis=1).tolist() if names else [None] * precision.shape[1]
     aps = precision.mean(axis=(0, 1)).tolist()
     ap_by_class = dict(zip(names, aps, strict=True))
     return {"ap_by_class": ap_by_class, "precision": over_recall, **f1(scorer, ids)}

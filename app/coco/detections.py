@@ -7,15 +7,17 @@ from typing import Any
 import cv2
 import numpy as np
 
-from app.coco.annotations import CATEGORY_IDS
+from app.coco.annotations import CATEGORY_IDS, NAMES
 from app.coco.images import Placement, undo
 from app.core.config import Eval, UserError
 
 # For contract nms, as `yolo val` does it (ultralytics/utils/nms.py and cfg/default.yaml, 8.4.190).
 NMS_IOU = 0.7
 N_NMS_CANDIDATES = 30_000
+SLACK = 0.01  # by which a quantized sigmoid may leave 0..1
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of huge boxes; what is then not finite is refused
 def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
     """One image's output -> detections [n,6] x1,y1,x2,y2 (input px), score, class; best first, scores above conf.
 
@@ -25,7 +27,7 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
         settings: scores up to `conf` are dropped, at most `max_det` rows are kept.
 
     Raises:
-        UserError: the output holds NaN or infinite values.
+        UserError: the output holds NaN or infinite values, scores that are no probabilities, or classes that are none.
     """
     if contract == "end2end":
         rows = output
@@ -33,11 +35,56 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
         rows = raw_rows(output, settings.max_det)
     else:
         rows = suppressed_rows(output, settings.conf)
-    order = np.argsort(-rows[:, 4], kind="stable")
-    rows = rows[order[: settings.max_det]]
-    if not np.isfinite(rows).all():
-        raise UserError("the model puts out values that are not finite: it is damaged or its precision overflows")
-    return rows[rows[:, 4] > settings.conf]
+    order = np.argsort(-rows[:, 4], kind="stable")[: settings.max_det]
+    if not (np.isfinite(rows[order]).all() and np.isfinite(rows[:, 4]).all()):
+        raise UserError(_not_finite(output))
+    order = order[rows[order, 4] > settings.conf]
+    rows = rows[order]
+    if contract == "end2end":
+        _check_rows(rows, order)
+    return rows
+
+
+def _not_finite(output: np.ndarray) -> str:
+    """The message about an output with NaN or infinite values, which names the first of them."""
+    places = np.argwhere(~np.isfinite(output)).tolist()
+    where = (
+        f"{output[tuple(places[0])]} at {places[0]} of {list(output.shape)}" if places else "its boxes are too large"
+    )
+    return f"the model puts out values that are not finite ({where}): it is damaged or its precision overflows"
+
+
+def _check_rows(rows: np.ndarray, numbers: np.ndarray) -> None:
+    """Refuses end2end rows that are no detections; `numbers` are their places in the output. Padding is not among them.
+
+    Raises:
+        UserError: a class is not a whole number from 0 to 79, or a score is above 1.
+    """
+    scores, classes = rows[:, 4], rows[:, 5]
+    is_class = (classes >= 0) & (classes < len(NAMES)) & (classes == np.floor(classes))
+    for number, index in zip(numbers[~is_class], classes[~is_class], strict=True):
+        raise UserError(
+            f"row {number} of the end2end output has the class {index:g}, not a whole number from 0 to "
+            f"{len(NAMES) - 1}: the columns must be x1, y1, x2, y2, score, class of COCO"
+        )
+    for number, value in zip(numbers[scores > 1 + SLACK], scores[scores > 1 + SLACK], strict=True):
+        raise UserError(
+            f"row {number} of the end2end output has the score {value:g}, which is above 1: "
+            "the columns must be x1, y1, x2, y2, score, class; export the scores through a sigmoid"
+        )
+
+
+def _check_scores(low: float, high: float) -> None:
+    """Refuses logits in the place of probabilities; what is not finite is left to `select`.
+
+    Raises:
+        UserError: a score lies outside 0..1.
+    """
+    if low < -SLACK or 1 + SLACK < high < np.inf:
+        raise UserError(
+            f"the model puts out scores from {low:.4g} to {high:.4g}, and probabilities lie in 0 to 1: "
+            "these are logits, export the file with the sigmoid behind them"
+        )
 
 
 def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
@@ -48,6 +95,7 @@ def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
     if not np.isfinite(output).all():
         return np.full((1, 6), np.nan, np.float32)  # `select` names the fault
     boxes, all_scores = output[:4], output[4:]
+    _check_scores(all_scores.min(initial=0.0), all_scores.max(initial=0.0))
     classes, anchors = np.nonzero(all_scores > conf)
     order = np.argsort(-all_scores[classes, anchors], kind="stable")
     best = order[:N_NMS_CANDIDATES]
@@ -70,7 +118,11 @@ def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
     """
     scores = output[4:]
     n = min(max_det, scores.shape[1])
-    anchors = top(scores.max(axis=0), n)
+    if not n:
+        return np.zeros((0, 6), np.float32)
+    best = scores.max(axis=0)
+    _check_scores(best.min(), best.max())
+    anchors = top(best, n)
     chosen = scores[:, anchors].ravel()
     pairs = top(chosen, n)
     classes, columns = np.divmod(pairs, n)

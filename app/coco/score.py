@@ -47,8 +47,11 @@ class ImageFile:
     height: int
 
 
-def standalone_dataset(coco_dir: Path, split: str) -> Dataset:
+def standalone_dataset(coco_dir: Path, split: str, skip_broken: bool = False) -> Dataset:
     """All images of a split of a COCO folder, for an evaluation without a run; reads and checks its annotations.
+
+    Args:
+        skip_broken: leaves out the images whose annotations cannot be used, instead of refusing the whole.
 
     Raises:
         UserError: the folder is missing, or `make data` would refuse the annotations.
@@ -57,9 +60,16 @@ def standalone_dataset(coco_dir: Path, split: str) -> Dataset:
     if not images_dir.is_dir():
         raise UserError(f"{images_dir} is no folder: --coco-dir must hold {split}/ and annotations/")
     listed = read_instances(annotation_path(coco_dir, split))
-    for image_id, problem in listed.problems.items():
-        raise UserError(f"{listed.file}: image id {image_id}: {problem}: mend the annotations")
-    return open_dataset(coco_dir, split, None, coco_title({split: len(listed.images)}))
+    image_ids = None
+    if listed.problems:
+        image_id, problem = next(iter(listed.problems.items()))
+        first = f"image id {image_id}: {problem}"
+        if not skip_broken:
+            remedy = "mend the annotations, or go on without it with --set data.skip_broken=true"
+            raise UserError(f"{listed.file}: {first}: {remedy}")
+        log.warning("%s: %d images left out, the first: %s", listed.file, len(listed.problems), first)
+        image_ids = [image["id"] for image in listed.images if image["id"] not in listed.problems]
+    return open_dataset(coco_dir, split, image_ids, coco_title({split: len(listed.images)}))
 
 
 def load_truth(annotation_file: Path) -> COCO:
@@ -127,6 +137,8 @@ def score(truth: COCO, detections_path: Path, image_ids: list[int]) -> dict[str,
     for each image, class and size: gigabytes on COCO val2017. Here it gets one class at a time, with the same result.
     """
     detections = read_results(detections_path)
+    if not truth.getCatIds():
+        return dict.fromkeys(STATS)
     precision, recall = [], []
     with quiet():
         for category_id in sorted(truth.getCatIds()):
@@ -166,6 +178,22 @@ def read_lines(detections_path: Path) -> list[np.ndarray]:
     return parts
 
 
+def detection_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a detections.json, which may come from somebody else.
+
+    Raises:
+        UserError: the file is missing, or is not in COCO's results format.
+    """
+    rows = read_json(path, "eval")
+    try:
+        is_sound = isinstance(rows, list) and bool(np.isfinite(as_array(rows)).all())
+    except (TypeError, KeyError, ValueError, OverflowError):
+        is_sound = False
+    if not is_sound:
+        raise UserError(f"{path} is not what 'make eval' writes: run 'make eval ARGS=--force'")
+    return rows
+
+
 def as_array(rows: list[dict[str, Any]]) -> np.ndarray:
     """Rows of COCO's results format -> [n,7] with the columns of `read_results`."""
     values = [(row["image_id"], row["category_id"], *row["bbox"], row["score"]) for row in rows]
@@ -189,7 +217,7 @@ def score_class(truth: COCO, detections: np.ndarray, category_id: int, image_ids
 
 def load_results(truth: COCO, detections_path: Path) -> COCO:
     """COCO.loadRes, but also for a file without detections, on which that of pycocotools 2.0.11 fails."""
-    rows = read_json(detections_path, "eval")
+    rows: Any = detection_rows(detections_path)  # the stubs know only paths
     return truth.loadRes(rows) if rows else with_annotations(truth, [])
 
 

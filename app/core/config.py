@@ -6,7 +6,6 @@ overrides an earlier one.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -16,15 +15,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from app.core import values
+from app.core.errors import UserError, describe
 from app.core.labels import BASELINE, Label
+from app.core.yaml_files import merge, parse_yaml, read_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
-DEVICES = r"^(auto|cpu(,cpu)*|\d+(,\d+)*)$"
+MAX_SEED = 2**32 - 1  # NumPy's largest
 # Keys and whole sections that do not change what a training computes, each with the reason. They are left out of
 # `config_hash`, and an unfinished training can be resumed with other values of them.
 WITHOUT_EFFECT = {
+    "data.coco_dir": "The hashes of its annotations and of the list of images say which dataset it is, not its place.",
+    "data.strict": "It says whether a doubtful annotation file is refused.",
     "train.workers": "Every image draws from a random stream of its own, whichever loader process reads it.",
     "train.device": "It says where a training runs; a training may continue on other hardware, to within rounding.",
     "train.cache": "Images kept in RAM have the pixels of their files.",
@@ -39,33 +43,30 @@ WITHOUT_EFFECT = {
 MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # all but the sections: how a training is computed
 
 
-class UserError(Exception):
-    """A mistake that the user can mend. Its message is one line that names the cause and the remedy; exit code 2."""
-
-
 class Section(BaseModel):
     """Base of all sections: frozen, and a key that is not a field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Data(Section):
-    coco_dir: str
+    coco_dir: Annotated[str, values.IsPath(), BeforeValidator(values.path)]
     n_train: int | None = Field(gt=0)
     n_val: int | None = Field(gt=0)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=MAX_SEED)
     skip_broken: bool
+    strict: bool
 
 
 class Train(Section):
     epochs: int = Field(gt=0)
     batch: int = Field(gt=0)
     imgsz: int = Field(ge=32, multiple_of=32)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=MAX_SEED)
     deterministic: bool
     amp: bool
     workers: int = Field(ge=0)
-    device: Annotated[str, BeforeValidator(str)] = Field(pattern=DEVICES)  # YAML reads 0 as a number
+    device: Annotated[str, BeforeValidator(values.device)]
     cache: bool
     bn_batches: int = Field(ge=0)
     val_every: int = Field(gt=0)
@@ -109,7 +110,7 @@ class Quant(Section):
     learned_scale: bool
     warmup_share: float = Field(ge=0, lt=1)
     warmup_bits: Literal["float", 8]
-    warmup_from: str | None
+    warmup_from: Annotated[str | None, values.IsPath(), BeforeValidator(values.path_or_none)]
     averaged_scales: bool
     dampening: float = Field(ge=0)
     freeze_threshold: float = Field(ge=0, lt=1)
@@ -168,14 +169,14 @@ class Report(Section):
     min_ap50: float | None = Field(ge=0, le=1)
     min_share_of_best: float = Field(ge=0, le=1)
     gallery_images: int = Field(ge=0)
-    gallery_seed: int = Field(ge=0)
+    gallery_seed: int = Field(ge=0, le=MAX_SEED)
 
 
 class Config(Section):
     """The resolved configuration of one variant. `quant` is None for fp16."""
 
     variant: Literal["fp16", "qat"]
-    model: str = Field(pattern=r"^yolov10[nsmblx]\.yaml$")
+    model: Annotated[str, BeforeValidator(values.model)]
     data: Data
     train: Train
     hyp: Hyp
@@ -184,6 +185,12 @@ class Config(Section):
     export: Export
     eval: Eval
     report: Report
+
+    @model_validator(mode="after")
+    def _qat_has_a_scheme(self) -> Config:
+        if self.variant == "qat" and self.quant is None:
+            raise ValueError("quant: the qat variant needs this section, see conf/base.yaml")
+        return self
 
     @property
     def label(self) -> str:
@@ -199,6 +206,9 @@ class Config(Section):
     def warmup_from(self) -> Path | None:
         """Checkpoint of an FP16 training that replaces the warm-up epochs; None: this training runs them, if any."""
         return Path(self.quant.warmup_from) if self.quant and self.quant.warmup_from else None
+
+
+SECTIONS = (Data, Train, Hyp, Quant, Guard, Export, Eval, Report)
 
 
 def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | None = None) -> Config:
@@ -220,48 +230,33 @@ def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | Non
         tree = merge(tree, read_yaml(file))
     for item in sets or []:
         tree = merge(tree, parse_set(item))
+    if tree["variant"] != variant:
+        raise UserError(f"variant={tree['variant']}: this is no setting, the stage or --variant {variant} says it")
     config = validate(tree)
     return config.model_copy(update={"quant": None}) if variant == "fp16" else config
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping with safe_load.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or does not hold a mapping.
-    """
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the configuration file {file}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} must be a mapping of sections, see conf/base.yaml")
-    return tree
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `below` with the values of `above`: mappings merge key by key, everything else is replaced."""
-    merged = dict(below)
-    for key, value in above.items():
-        are_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if are_mappings else value
-    return merged
-
-
 def parse_set(item: str) -> dict[str, Any]:
-    """'train.epochs=3' -> {'train': {'epochs': 3}}; the value is YAML."""
+    """'train.epochs=3' -> {'train': {'epochs': 3}}; the value is YAML, but a path is the text as it is."""
     key, separator, text = item.partition("=")
+    names = key.strip().split(".")
     if not separator or not key:
         raise UserError(f"--set {item}: write it as key=value, for example --set train.epochs=3")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = text if _is_path(names) else parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"--set {item}: the value is not valid YAML") from error
-    for part in reversed(key.strip().split(".")):
-        value = {part: value}
-    return value
+    tree: Any = value
+    for part in reversed(names):
+        tree = {part: tree}
+    return tree
+
+
+def _is_path(names: list[str]) -> bool:
+    """Whether the value of this key is a path."""
+    fields = {section.__name__.lower(): section.model_fields for section in SECTIONS}
+    field = fields.get(names[0], {}).get(names[-1]) if len(names) == 2 else None
+    return field is not None and any(isinstance(mark, values.IsPath) for mark in field.metadata)
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -273,26 +268,14 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        problems = [describe(problem, known_keys()) for problem in error.errors()]
         raise UserError(f"configuration: {'; '.join(problems)}") from error
-
-
-def _describe(problem: Any) -> str:
-    """One problem of a pydantic ValidationError, in the user's words."""
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "value_error":  # raised by a validator of this file
-        return f"{key}: {problem['ctx']['error']}"
-    if problem["type"] != "extra_forbidden":
-        return f"{key} = {problem['input']!r}: {problem['msg']}"
-    close = difflib.get_close_matches(key, sorted(known_keys()), n=1)
-    advice = f"did you mean {close[0]}?" if close else "see conf/base.yaml for all keys"
-    return f"unknown key {key}, {advice}"
 
 
 def known_keys() -> set[str]:
     """All dotted keys of Config, sections included."""
     keys = set(Config.model_fields)
-    for section in (Data, Train, Hyp, Quant, Guard, Export, Eval, Report):
+    for section in SECTIONS:
         keys |= {f"{section.__name__.lower()}.{field}" for field in section.model_fields}
     return keys
 

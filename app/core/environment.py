@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from app.core.files import sha256
+from app.core.config import UserError
+from app.core.files import sha256, write_atomic
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -20,6 +22,8 @@ PACKAGES = (
 )  # fmt: skip
 GIT_S = 20  # seconds that git may take to name the revision
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 GPU_FACTS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
 
 
@@ -74,18 +78,44 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def launched_as() -> tuple[int, int, int, int] | None:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of one of several processes; None for a process alone.
+
+    Raises:
+        UserError: the variables say that there are several processes, but are not those of torchrun.
+    """
+    n_text = os.environ.get("WORLD_SIZE", "1")
+    if n_text == "1" or "RANK" not in os.environ:
+        return None
+    missing = [name for name in (*RANK_VARIABLES, *RENDEZVOUS_VARIABLES) if name not in os.environ]
+    values = [os.environ.get(name, "") for name in (*RANK_VARIABLES, "MASTER_PORT")]
+    if not missing and all(value.isascii() and value.isdigit() for value in values):
+        rank, n, local, n_local, _ = map(int, values)
+        if rank < n and local < n_local <= n:
+            return (rank, n, local, n_local) if n > 1 else None
+    what = f"without {', '.join(missing)}" if missing else "with values that do not fit together"
+    raise UserError(
+        f"the environment says RANK={os.environ['RANK']} and WORLD_SIZE={n_text} {what}: start the processes with "
+        "torchrun (docs/running.md), or unset RANK and WORLD_SIZE to train in one process"
+    )
+
+
 def isolate_libraries(cache_dir: Path) -> None:
-    """Makes Ultralytics and Matplotlib use the cache folder, and Ultralytics work without the network.
+    """Makes Ultralytics and Matplotlib use the cache folder, work without network and screen, and see no other ranks.
 
     Must run before the first `import ultralytics`: utils/__init__.py (8.4.190) reads these variables when imported.
-    Arial.ttf becomes a link to a font of Matplotlib, so that Ultralytics' check_font() does not download it.
+    Arial.ttf becomes a copy of a font of Matplotlib, so that Ultralytics' check_font() does not download it.
     """
     config_dir = (cache_dir / "ultralytics").resolve()
     font = config_dir / "Ultralytics" / "Arial.ttf"
     font.parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(
-        YOLO_CONFIG_DIR=str(config_dir), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false"
-    )
+        YOLO_CONFIG_DIR=str(config_dir), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false",
+        MPLBACKEND="agg",
+    )  # fmt: skip
+    if not _is_one_of_several():  # a wrapper's variables, of which Ultralytics would make ranks
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
     # Brevitas removes the names of a tensor at every quantization, and torch warns of any use of named tensors.
     warnings.filterwarnings("ignore", message="Named tensors", category=UserWarning)
     # Brevitas looks for a package for rotations, which are not used here.
@@ -101,6 +131,12 @@ def isolate_libraries(cache_dir: Path) -> None:
     os.environ.setdefault("USER", "user")  # torchvision asks getpass.getuser(), which fails for a uid without a name
     spec = util.find_spec("matplotlib")
     if spec is not None and spec.origin is not None and not font.exists():
-        link = font.with_name(f".Arial.{os.getpid()}")
-        link.symlink_to(Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf")
-        link.replace(font)
+        source = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        write_atomic(font, lambda part: shutil.copyfile(source, part))
+
+
+def _is_one_of_several() -> bool:
+    try:
+        return launched_as() is not None
+    except UserError:  # a training refuses to start; other stages do not care
+        return False

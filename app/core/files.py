@@ -13,21 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from app.core.config import UserError
+from app.core.shapes import Shape, misfits
 
-FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
 NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # a rename to a folder that is not empty; POSIX allows both
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path, need: str) -> Iterator[None]:
-    """Turns 'no space left' inside the block into a UserError that names the folder, its free space and the need."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK_ERRNOS:
-            raise
-        free = shutil.disk_usage(folder).free / 2**20
-        raise UserError(f"no space left in {folder} ({free:,.0f} MiB free): {need}") from error
+NO_SYNC_ERRNOS = (
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EACCES,
+    errno.EISDIR,
+)  # of a folder: CIFS, FUSE, exFAT
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
@@ -46,7 +41,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | N
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    flush(path.parent)  # so that the new name survives a power failure
+    _flush_names(path.parent)
 
 
 @contextlib.contextmanager
@@ -88,6 +83,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_names(folder: Path) -> None:
+    """Makes new names in a folder survive a power failure, where the file system can."""
+    try:
+        flush(folder)
+    except OSError as error:
+        if error.errno not in NO_SYNC_ERRNOS:
+            raise
+
+
 def keep(path: Path, second: Path) -> None:
     """Gives a file a second name by a hard link, or by a copy if the file system has no hard links."""
     part = second.with_name(f".{second.name}.{os.getpid()}.part")
@@ -110,14 +114,43 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, made_by: str) -> Any:
-    """Reads a JSON file of the run root; `made_by` names the make target that writes it, for the message."""
+def read_json(path: Path, made_by: str, shape: Shape | None = None) -> Any:
+    """Reads a JSON file of the run root, which may come from somebody else.
+
+    Args:
+        made_by: the make target that writes the file, for the message.
+        shape: what the reader takes from it; None: nothing is taken for granted.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or has another shape.
+    """
+    again = f"delete it and run 'make {made_by}' again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text, parse_constant=_refuse_constant)
+        if "\\ud" in text.lower():
+            json.dumps(tree, ensure_ascii=False).encode()  # half a character cannot be written into any page
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: run 'make {made_by}' first") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: delete it and run 'make {made_by}' again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {again}") from error
+    if faults := shape and misfits(tree, shape):
+        raise UserError(f"{path} is not what 'make {made_by}' writes ({'; '.join(faults)}): {again}")
+    return tree
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def printable(text: object) -> str:
+    """Text without control characters, line breaks and marks that turn its direction: each as its escape, \\x1b."""
+    shown = [char if char.isprintable() else _escape(char) for char in str(text)]
+    return "".join(shown)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 def sha256(path: Path) -> str:

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from app.core.files import printable
+
 T = TypeVar("T")
 LOG_EVERY_S = 60.0
 REFRESH_S = 0.5
@@ -26,14 +28,14 @@ class Meter:
     """
 
     def __init__(self, desc: str, total: int, unit: str = "images") -> None:
-        self.desc = desc
+        self.desc = printable(desc)
         self.total = total
         self.unit = unit
         self.done = 0
         self.start = self.shown = time.monotonic()
         self.bar = None
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
-            self.bar = tqdm(desc=desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
+            self.bar = tqdm(desc=self.desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
 
     @property
     def seconds(self) -> float:

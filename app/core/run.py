@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -14,10 +13,25 @@ from typing import Any
 
 from app.core.config import UserError
 from app.core.environment import code_version, utc_now
-from app.core.files import read_json, write_json
+from app.core.files import printable, read_json, write_json
 from app.core.labels import Label
+from app.core.os_errors import lock
+from app.core.shapes import Count, FolderName, Id, PathText, Shape
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+RESERVED_NAMES = ("log.md", "reports", "compare")  # what publish and compare write beside the runs
+MAX_NAME = 100  # characters: file names are made of it
+SPLIT_SHAPE = {
+    "name": FolderName, "annotation_sha256": str, "image_ids_sha256": str, "image_ids": list[Id] | None,
+    "subset": bool, "n_images": Count, "n_listed": Count, "n_broken": Count, "n_annotations": Count, "n_crowd": Count,
+    "n_without_objects": Count,
+}  # fmt: skip
+PROVENANCE_SHAPE: Shape = {
+    "title": str, "coco_dir": PathText, "seed": Count,
+    **{f"splits.{split}.{key}": kind for split in ("train", "val") for key, kind in SPLIT_SHAPE.items()},
+}  # fmt: skip
+VIEW_SHAPE: Shape = {**PROVENANCE_SHAPE, "view_dir": PathText}
+RECORD_SHAPE: Shape = {"stages": dict[str, dict[str, Any]]}
 
 
 @contextlib.contextmanager
@@ -34,8 +48,8 @@ def hold(run: RunRoot, stage: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+            is_locked = lock(file)
+        except BlockingIOError as error:
             file.seek(0)
             raise UserError(
                 f"{run.root} is in use by {file.read().strip()}: let it end, or take another RUN=name"
@@ -43,9 +57,15 @@ def hold(run: RunRoot, stage: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"'{stage}' (process {os.getpid()} on {socket.gethostname()}, since {utc_now()})\n")
         file.flush()
-        for part in run.root.rglob(".*.part"):
-            part.unlink()
+        if is_locked:
+            _remove_half_written(run.root)
         yield
+
+
+def _remove_half_written(root: Path) -> None:
+    for part in root.rglob(".*.part"):
+        if part.is_file() or part.is_symlink():
+            part.unlink()
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,13 @@ class RunRoot:
 def open_run(name: str, runs_dir: Path) -> RunRoot:
     """Checks the name of a run. It creates no folder; a stage does when it writes its first file."""
     if not RUN_NAME.fullmatch(name):
-        raise UserError(f"--run '{name}': use letters, digits, '.', '_' and '-' (it becomes a folder under {runs_dir})")
+        raise UserError(
+            f"--run '{printable(name)}': use letters, digits, '.', '_' and '-' (it becomes a folder under {runs_dir})"
+        )
+    if len(name) > MAX_NAME:
+        raise UserError(f"--run {name[:10]}...: {len(name)} characters are too many, {MAX_NAME} at most")
+    if name.lower() in RESERVED_NAMES:
+        raise UserError(f"--run '{name}': {runs_dir / name} is no run, choose another name")
     return RunRoot(runs_dir, name)
 
 
@@ -113,6 +139,6 @@ def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
     """Writes to run.json what a stage did, when, and with which code."""
     record = {"name": run.name, "stages": {}}
     if run.run_json.exists():
-        record = read_json(run.run_json, "data")
+        record = read_json(run.run_json, "data", RECORD_SHAPE)
     record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
     write_json(run.run_json, record)

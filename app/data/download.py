@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from app.coco.dataset import ANNOTATIONS, SPLITS
+from app.coco.dataset import ANNOTATIONS, OFFICIAL_SIZES, SPLITS
 from app.core.config import UserError
-from app.core.files import FULL_DISK_ERRNOS, explain_full_disk, new_folder
+from app.core.files import new_folder
+from app.core.os_errors import FULL_DISK_ERRNOS, explain_os_errors, lock
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ DISK_REMEDY = "make room and start the same command again, it goes on from there
 
 @dataclass(frozen=True)
 class Archive:
-    """One official archive. All its members lie in `folder`; `n_unpacked_bytes` is their total size, rounded up."""
+    """One official archive. All its `n_files` lie in `folder`; `n_unpacked_bytes` is their total size, rounded up."""
 
     url: str
     n_bytes: int
     md5: str
     folder: str
+    n_files: int
     n_unpacked_bytes: int
 
     @property
@@ -52,35 +54,43 @@ class Archive:
 ARCHIVES = (
     Archive(
         "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
-        252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", ANNOTATIONS, 900_000_000,
+        252_907_541, "f4bbac642086de4f52a3fdda2de5fa2c", ANNOTATIONS, 6, 900_000_000,
     ),
     Archive(
         "http://images.cocodataset.org/zips/val2017.zip",
-        815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", SPLITS["val"], 850_000_000,
+        815_585_330, "442b8da7639aecaf257c1dceb8ba8c80", SPLITS["val"], OFFICIAL_SIZES[SPLITS["val"]], 850_000_000,
     ),
     Archive(
         "http://images.cocodataset.org/zips/train2017.zip",
-        19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", SPLITS["train"], 20_000_000_000,
+        19_336_861_798, "cced6f7f71b7629ddf16f17bbcfab6b2", SPLITS["train"], OFFICIAL_SIZES[SPLITS["train"]],
+        20_000_000_000,
     ),
 )  # fmt: skip
 
 
 def download_coco(target_dir: Path, keep_archives: bool = False, archives: tuple[Archive, ...] = ARCHIVES) -> None:
-    """Fills `target_dir` with the folders of `archives`; a folder that exists and is not empty is left alone.
+    """Fills `target_dir` with the folders of `archives`; a folder that has all its files is left alone.
 
-    A folder gets its final name when it is complete; its archive is removed after that.
+    A new folder gets its final name when it is complete. Where somebody else has unpacked a part, files that are
+    missing or cut off are added. The archive is removed after that.
 
     Raises:
         UserError: no space, no connection, a wrong or unsafe archive, or another download into the same folder.
     """
-    missing = [archive for archive in archives if not _is_there(target_dir / archive.folder)]
+    missing = []
     for archive in archives:
-        if archive not in missing:
-            log.info("%s is there already", target_dir / archive.folder)
+        folder = target_dir / archive.folder
+        n_there = _count_files(folder)
+        if n_there >= archive.n_files:
+            log.info("%s is there already", folder)
+            continue
+        missing.append(archive)
+        if n_there:
+            log.info("%s has %s of %s files: the others are added", folder, f"{n_there:,}", f"{archive.n_files:,}")
     if not missing:
         return
     check_space(missing, target_dir, keep_archives)
-    with _only_one(target_dir), explain_full_disk(target_dir, DISK_REMEDY):
+    with _only_one(target_dir), explain_os_errors(target_dir, DISK_REMEDY):
         for archive in missing:
             zip_path = fetch(archive, target_dir)
             unpack(zip_path, target_dir / archive.folder)
@@ -88,8 +98,11 @@ def download_coco(target_dir: Path, keep_archives: bool = False, archives: tuple
                 zip_path.unlink()
 
 
-def _is_there(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
+def _count_files(folder: Path) -> int:
+    if not folder.is_dir():
+        return 0
+    with os.scandir(folder) as entries:
+        return sum(entry.is_file() for entry in entries)
 
 
 def check_space(missing: list[Archive], target_dir: Path, keep_archives: bool) -> None:
@@ -125,14 +138,16 @@ def _only_one(target_dir: Path) -> Iterator[None]:
     """Holds a lock on the folder, because two downloads would write to the same files."""
     try:
         target_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(target_dir / ".download.lock", "w")  # noqa: SIM115  closed by the block below
+        # O_NOFOLLOW: a link that somebody has put there leads to a file that is not ours.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(target_dir / ".download.lock", flags, 0o644), "w")
     except OSError as error:
         raise UserError(
             f"cannot write to {target_dir} ({error.strerror}): give a folder of yours with --to DIR"
         ) from error
-    with lock:
+    with file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, fcntl.flock)
         except BlockingIOError as error:
             raise UserError(f"another download into {target_dir} is running: let it finish, or stop it") from error
         yield
@@ -218,20 +233,49 @@ def _check_md5(archive: Archive, path: Path) -> None:
 def unpack(zip_path: Path, folder: Path) -> None:
     """Unpacks an archive whose members all lie in a folder named like `folder`; an interrupted try is started over.
 
+    Of a folder that holds a part already, files are added, and replaced where they are the beginning of their member.
+
     Raises:
-        UserError: a member is a link or would land outside the folder, or the archive is damaged.
+        UserError: a member is a link or would land outside the folder, the archive is damaged, or the folder holds
+            another file under the name of a member.
     """
     try:
         with zipfile.ZipFile(zip_path) as archive, new_folder(folder, alone=True) as part_dir:
             members = archive.infolist()
             for member in members:
                 _put_into(folder.name, member, zip_path)
-            files = [member for member in members if not member.is_dir()]
+            files = [member for member in members if not member.is_dir() and not _has(folder, archive, member)]
             for member in track(files, f"unpacking {zip_path.name}", len(files), "files"):
                 archive.extract(member, part_dir)
+            for member in files if folder.is_dir() else []:
+                _move(part_dir / member.filename, folder / member.filename)
             os.sync()  # the caller deletes the archive, so its content must be on the disk
     except zipfile.BadZipFile as error:
         raise UserError(f"{zip_path} is damaged ({error}): delete it and start the same command again") from error
+
+
+def _has(folder: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
+    """Whether the folder has a member already: a file of its name and size.
+
+    Raises:
+        UserError: a file of its name is not the beginning of it, so it is somebody's own.
+    """
+    path = folder / member.filename
+    n_there = _size(path)
+    if path.is_file() and n_there == member.file_size:
+        return True
+    with archive.open(member) as content:
+        is_beginning = not path.exists() or (n_there < member.file_size and content.read(n_there) == path.read_bytes())
+    if not is_beginning:
+        raise UserError(
+            f"{path} is not the file of {archive.filename}, and is kept: move it away, or give another folder with --to"
+        )
+    return False
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(source, target)
 
 
 def _put_into(folder_name: str, member: zipfile.ZipInfo, zip_path: Path) -> None:

@@ -3,63 +3,95 @@
 from __future__ import annotations
 
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from app.coco.annotations import NAMES
 from app.coco.dataset import (
     ANNOTATIONS,
-    BUILTIN_TITLE,
     COCO_2017,
     LAYOUT,
     SPLITS,
     annotation_path,
-    coco_title,
-    hash_ids,
 )
-from app.core.config import BUILTIN_DATASET, Config, Data, UserError, difference, shown
-from app.core.files import explain_full_disk, read_json, sha256, write_json, write_text
-from app.core.run import RunRoot, record_stage
+from app.coco.images import dead_link
+from app.core.config import BUILTIN_DATASET, WITHOUT_EFFECT, Config, Data, UserError, difference, shown
+from app.core.files import read_json, sha256, write_json, write_text
+from app.core.os_errors import explain_os_errors
+from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
+from app.data.provenance import assemble, describe
 from app.data.synthetic import VERSION, draw_coco_subset
-from app.data.view import Entries, build_view, is_current, read_chosen, read_index, view_dir
+from app.data.view import Indices, build_view, chosen, make_current, read_index, view_dir
 
 log = logging.getLogger(__name__)
-N_SHOWN_FAULTS = 5
+SHAPE = {**PROVENANCE_SHAPE, "settings": dict[str, Any], "settings.coco_dir": str}
 OTHER_RUN = "take another RUN=name, or start the run over with ARGS=--force"
 
 
 def prepare(config: Config, run: RunRoot, force: bool) -> None:
     """Writes dataset/coco.yaml, train.txt, val.txt and provenance.json of a run, and the view that all runs share.
 
-    It never writes to the dataset. With `force` every image is checked again; the new view holds for all runs.
+    It never writes to the dataset. Images that have changed since they were checked are checked again, with `force`
+    all of them; the view holds for all runs.
 
     Raises:
         UserError: the dataset cannot be used, the run root was made with other data, or no space is left.
     """
-    recorded = read_json(run.provenance, "data") if run.provenance.exists() and not force else None
-    coco_dir = locate(config.data.coco_dir, run.cache_dir)
+    recorded = read_json(run.provenance, "data", SHAPE) if run.provenance.exists() and not force else None
     if recorded:
-        check_same_settings(run, recorded, config.data, coco_dir)
+        check_same_settings(run, recorded, config.data)
+    make_ready(config.data, run, recorded, force)
+
+
+def prepared(run: RunRoot) -> dict[str, Any]:
+    """The content of provenance.json, for a stage that reads the view: what has gone of the view is built again.
+
+    Raises:
+        UserError: the data stage has not run, or the dataset is not the one that it has seen.
+    """
+    recorded = read_json(run.provenance, "data", SHAPE)
+    try:
+        data = Data.model_validate({"strict": False, **recorded["settings"]})
+    except ValidationError as error:
+        raise UserError(f"{run.provenance} was written by another version of this program: {OTHER_RUN}") from error
+    if data.coco_dir != BUILTIN_DATASET:
+        data = data.model_copy(update={"coco_dir": recorded["coco_dir"]})
+    return make_ready(data, run, recorded)
+
+
+def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force: bool = False) -> dict[str, Any]:
+    """Makes the view current and writes what the run lacks; returns the content of provenance.json.
+
+    `recorded` is what it was so far; the dataset may lie at another place now, if it is the same.
+    """
+    coco_dir = locate(data.coco_dir, run.cache_dir)
     run.cache_dir.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(run.cache_dir, "the labels of all of COCO take about 1 GiB in 123,000 files; make room"):
-        if config.data.coco_dir == BUILTIN_DATASET:
+    with explain_os_errors(run.cache_dir, "the labels of all of COCO take about 1 GiB in 123,000 files; make room"):
+        if data.coco_dir == BUILTIN_DATASET:
             draw_coco_subset(coco_dir)
         digests = hash_annotations(coco_dir)
         view = view_dir(run.cache_dir.resolve(), coco_dir, digests)
-        if recorded and recorded["view_dir"] == str(view) and view.exists():
-            log.info("data: done already (%s)", describe(recorded))
-            return
-        if force or not is_current(view, coco_dir):
+        if force:
             build_view(view, coco_dir, digests)
-        provenance = assemble(config.data, coco_dir, view, digests)
+        else:
+            make_current(view, coco_dir, digests)
+        indices = {split: read_index(view, name) for split, name in SPLITS.items()}
+        tell_doubts(indices, data.strict, is_new=recorded is None)
+        provenance = assemble(data, coco_dir, indices, digests) | {"view_dir": str(view)}
         if recorded:
             check_same_images(run, recorded, provenance)
-        write_dataset_files(run, view, provenance)
+            provenance = carried_over(recorded, provenance)
+        write_dataset_files(run, view, indices, provenance)
+        if provenance == recorded:
+            log.info("data: done already (%s)", describe(provenance))
+            return provenance
+        write_json(run.provenance, provenance)
         record_stage(run, "data", {"coco_dir": str(coco_dir), "title": provenance["title"]})
     log.info("data: %s", describe(provenance))
+    return provenance
 
 
 def locate(coco_dir: str, cache_dir: Path) -> Path:
@@ -69,18 +101,13 @@ def locate(coco_dir: str, cache_dir: Path) -> Path:
     return Path(coco_dir).resolve()
 
 
-def check_same_settings(run: RunRoot, recorded: dict[str, Any], data: Data, coco_dir: Path) -> None:
-    """Refuses settings other than those that the run was made with.
-
-    The same folder may be written in several ways, so folders are compared by their absolute paths.
+def check_same_settings(run: RunRoot, recorded: dict[str, Any], data: Data) -> None:
+    """Refuses settings other than those that the run was made with; the place of the dataset may be another.
 
     Raises:
         UserError: lists old -> new for every setting that has changed.
     """
-    old, new = recorded["settings"], data.model_dump()
-    if recorded["coco_dir"] == str(coco_dir):
-        old = old | {"coco_dir": new["coco_dir"]}
-    differences = difference({"data": old}, {"data": new})
+    differences = difference({"data": recorded["settings"]}, {"data": data.model_dump()}, tuple(WITHOUT_EFFECT))
     if differences:
         raise UserError(f"{run.root} was made with other data settings ({shown(differences)}): {OTHER_RUN}")
 
@@ -101,6 +128,28 @@ def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[s
                 )
 
 
+def carried_over(recorded: dict[str, Any], provenance: dict[str, Any]) -> dict[str, Any]:
+    """The new provenance of a run with what it keeps of the old one: how the folder was named, where it lay before."""
+    earlier = recorded.get("earlier_coco_dirs", [])
+    if recorded["coco_dir"] != provenance["coco_dir"]:
+        return provenance | {"earlier_coco_dirs": [*earlier, recorded["coco_dir"]]}
+    settings = provenance["settings"] | {"coco_dir": recorded["settings"]["coco_dir"]}
+    return provenance | {"settings": settings, "earlier_coco_dirs": earlier}
+
+
+def tell_doubts(indices: Indices, strict: bool, is_new: bool) -> None:
+    """Warns of what is doubtful in the annotations, for a new run; with data.strict it is an error.
+
+    Raises:
+        UserError: with `strict`.
+    """
+    lines = [line for index in indices.values() for line in index["doubts"]]
+    if lines and strict:
+        raise UserError(f"{'; '.join(lines)}; to go on all the same, give --set data.strict=false")
+    for line in lines if is_new else []:
+        log.warning("warning: %s", line)
+
+
 def hash_annotations(coco_dir: Path) -> dict[str, str]:
     """SHA-256 of the annotation files, by the name of the split (train2017, val2017).
 
@@ -119,6 +168,8 @@ def check_layout(coco_dir: Path) -> None:
     if not coco_dir.is_dir():
         raise UserError(f"no COCO folder at {coco_dir}: give COCO_DIR=path, or run 'make download-coco'")
     for name in (*SPLITS.values(), ANNOTATIONS):
+        if reason := dead_link(coco_dir / name):
+            raise UserError(f"{coco_dir / name} {reason}: make the link anew, or give another COCO_DIR=path")
         if not (coco_dir / name).is_dir():
             raise UserError(
                 f"{coco_dir} has no {name}/: it must hold {LAYOUT} as {COCO_2017} does; "
@@ -126,130 +177,24 @@ def check_layout(coco_dir: Path) -> None:
             )
     for name in SPLITS.values():
         path = annotation_path(coco_dir, name)
+        if reason := dead_link(path):
+            raise UserError(f"{path} {reason}: make the link anew, or give another COCO_DIR=path")
         if not path.is_file():
             raise UserError(f"{path} is missing: unpack annotations_trainval2017.zip into {coco_dir}")
 
 
-def assemble(data: Data, coco_dir: Path, view: Path, digests: dict[str, str]) -> dict[str, Any]:
-    """The content of provenance.json: what the dataset is, and which of its images the run uses.
-
-    Raises:
-        UserError: broken images without data.skip_broken, or more images asked for than there are.
-    """
-    n_wanted = {"train": data.n_train, "val": data.n_val}
-    splits = {}
-    for split, name in SPLITS.items():
-        entries = read_index(view, split)
-        broken = [entry for entry in entries if entry["fault"]]
-        if broken and not data.skip_broken:
-            raise UserError(
-                f"{len(broken):,} of {len(entries):,} images in {coco_dir / name} cannot be used: "
-                f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
-            )
-        sound = [entry for entry in entries if not entry["fault"]]
-        used = choose(sound, n_wanted[split], split, data.seed)
-        splits[split] = {
-            "name": name,
-            "annotation_file": str(annotation_path(coco_dir, name)),
-            "annotation_sha256": digests[name],
-            **count(entries, broken, used),
-        }
-    return {
-        "title": title(data, splits),
-        "coco_dir": str(coco_dir),
-        "builtin": data.coco_dir == BUILTIN_DATASET,
-        "view_dir": str(view),
-        "seed": data.seed,
-        "skip_broken": data.skip_broken,
-        "settings": data.model_dump(),
-        "splits": splits,
-    }
-
-
-def choose(sound: Entries, n_wanted: int | None, split: str, seed: int) -> Entries:
-    """A seeded choice of `n_wanted` usable images, or all of them for None, in the order of their ids.
-
-    Raises:
-        UserError: fewer images are usable than wanted, or none.
-    """
-    if not sound:
-        raise UserError(f"no image of {SPLITS[split]} can be used: repair the dataset")
-    if n_wanted is None:
-        return sound
-    if n_wanted > len(sound):
-        raise UserError(
-            f"data.n_{split}={n_wanted}: {SPLITS[split]} has {len(sound):,} usable images; ask for at most as many"
-        )
-    all_ids = [entry["id"] for entry in sound]
-    chosen = set(random.Random(seed).sample(all_ids, n_wanted))  # noqa: S311 - a reproducible choice, no secret
-    return [entry for entry in sound if entry["id"] in chosen]
-
-
-def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
-    """Counts over a split for provenance.json, and the ids of its used images.
-
-    `entries` are all images that the annotation file lists; `broken` and `used` are parts of them.
-    """
-    ids = [entry["id"] for entry in used]
-    n_without_objects = len([entry for entry in used if entry["n_boxes"] == 0])
-    return {
-        "n_listed": len(entries),
-        "n_images": len(used),
-        "n_broken": len(broken),
-        "broken": [{"file": entry["file"], "reason": entry["fault"]} for entry in broken],
-        "n_annotations": total(used, "n_annotations"),
-        "n_crowd": total(used, "n_crowd"),
-        "n_degenerate_boxes": total(used, "n_degenerate"),
-        "n_without_objects": n_without_objects,
-        "subset": len(used) < len(entries) - len(broken),
-        "image_ids_sha256": hash_ids(ids),
-        "image_ids": ids if len(used) < len(entries) else None,
-    }
-
-
-def total(entries: Entries, key: str) -> int:
-    return sum(entry[key] for entry in entries)
-
-
-def name_faults(broken: Entries) -> str:
-    """The first faults, each after its file name, for a message."""
-    faults = [f"{entry['file']} {entry['fault']}" for entry in broken[:N_SHOWN_FAULTS]]
-    if len(broken) > N_SHOWN_FAULTS:
-        faults.append("...")
-    return "; ".join(faults)
-
-
-def title(data: Data, splits: dict[str, Any]) -> str:
-    """The name of the dataset in a report; `splits` are those of provenance.json."""
-    if data.coco_dir == BUILTIN_DATASET:
-        return BUILTIN_TITLE
-    n_listed = {facts["name"]: facts["n_listed"] for facts in splits.values()}
-    return coco_title(n_listed)
-
-
-def write_dataset_files(run: RunRoot, view: Path, provenance: dict[str, Any]) -> None:
-    """Writes train.txt, val.txt and coco.yaml, and provenance.json last: if that exists, the others are complete."""
+def write_dataset_files(run: RunRoot, view: Path, indices: Indices, provenance: dict[str, Any]) -> None:
+    """Writes train.txt, val.txt and coco.yaml where they have another content, whoever wrote them."""
     dataset: dict[str, Any] = {"path": str(view)}
+    texts = {}
     for split, facts in provenance["splits"].items():
         image_dir = view / "images" / facts["name"]
-        entries = read_chosen(view, split, facts["image_ids"])
-        lines = [f"{image_dir / entry['file']}\n" for entry in entries]
+        entries = chosen(indices[split]["images"], facts["image_ids"])
         path = (run.provenance.parent / f"{split}.txt").resolve()
-        write_text(path, "".join(lines))
+        texts[path] = "".join(f"{image_dir}/{entry['file']}\n" for entry in entries)
         dataset[split] = str(path)
     dataset["names"] = dict(enumerate(NAMES))
-    write_text(run.dataset_yaml, yaml.safe_dump(dataset, sort_keys=False))
-    write_json(run.provenance, provenance)
-
-
-def describe(provenance: dict[str, Any]) -> str:
-    """One line for the log: 'COCO 2017, train2017: 118,287 images, 860,001 annotations (10,777 crowd); val2017: ...'"""
-    parts = []
-    for split in provenance["splits"].values():
-        seeded = f" of {split['n_listed']:,}, seed {provenance['seed']}" if split["subset"] else ""
-        skipped = f", {split['n_broken']} broken ones skipped" if split["n_broken"] else ""
-        parts.append(
-            f"{split['name']}: {split['n_images']:,} images{seeded}, {split['n_annotations']:,} annotations "
-            f"({split['n_crowd']:,} crowd), {split['n_without_objects']:,} without objects{skipped}"
-        )
-    return f"{provenance['title']}, " + "; ".join(parts)
+    texts[run.dataset_yaml] = yaml.safe_dump(dataset, sort_keys=False)
+    for path, text in texts.items():
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)

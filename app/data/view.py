@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ import numpy as np
 
 from app.coco.annotations import CLASS_INDEX, Split, read_instances
 from app.coco.dataset import SPLITS, annotation_path
+from app.coco.doubts import doubts
 from app.coco.images import fault
-from app.core.files import new_folder
+from app.core.config import UserError
+from app.core.files import new_folder, write_text
 from app.core.progress import track
 
-VIEW_VERSION = 3
+log = logging.getLogger(__name__)
+VIEW_VERSION = 4
 N_THREADS = min(8, os.cpu_count() or 1)
+STAMPS_AT_ONCE = 1000
 Entries = list[dict[str, Any]]  # entries of a view's index, one an image
+Indices = dict[str, dict[str, Any]]  # by 'train' and 'val'; see read_index
+Stamp = list[int] | None
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,23 @@ def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str])
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def is_current(view: Path, coco_dir: Path) -> bool:
-    """Whether the view exists and no image has been repaired since: an image damaged then must still be damaged."""
-    if not view.exists():
+def make_current(view: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
+    """Builds the view if it is not whole, else checks again every image whose file has changed since its last check."""
+    if not _is_whole(view):
+        build_view(view, coco_dir, annotation_sha256)
+        return
+    for name in SPLITS.values():
+        _check_changed(view, coco_dir, name)
+
+
+def _is_whole(view: Path) -> bool:
+    """Whether nobody has deleted or spoiled the view, as far as can be seen without a look at every label file."""
+    try:
+        listed = [bool(read_index(view, name)["images"]) for name in SPLITS.values()]
+    except (OSError, ValueError):
         return False
-    for split, name in SPLITS.items():
-        damaged = [entry for entry in read_index(view, split) if entry["damaged"]]
-        for entry in damaged:
-            if not fault(coco_dir / name, entry["file"], entry["width"], entry["height"]):
-                return False
-    return True
+    folders = [view / kind / name for kind in ("images", "labels") for name in SPLITS.values()]
+    return all(listed) and all(map(Path.is_dir, folders))
 
 
 def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
@@ -70,35 +84,23 @@ def _build_split(root: Path, coco_dir: Path, name: str, annotation_sha256: str) 
     (root / "images" / name).symlink_to(coco_dir / name)
     label_dir = root / "labels" / name
     label_dir.mkdir(parents=True)
-    entries = []
-    pool = ThreadPoolExecutor(N_THREADS)
-    try:
-        file_faults = pool.map(partial(_file_fault, coco_dir / name, split), split.images)
-        checked = zip(split.images, file_faults, strict=True)
-        for image, file_fault in track(checked, f"checking {name}", len(split.images)):
-            entries.append(_enter(label_dir, split, image, file_fault))
-    finally:
-        pool.shutdown(cancel_futures=True)  # without it an interrupted check goes on with all queued images
-    index = {"annotation_sha256": annotation_sha256, "images": entries}
-    (root / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
+    entries = [_enter(label_dir, split, image) for image in split.images]
+    to_check = [entry for entry in entries if not entry["problem"]]
+    _check(to_check, coco_dir / name, f"checking {name}")
+    index = {"annotation_sha256": annotation_sha256, "doubts": doubts(split), "images": entries}
+    _index_path(root, name).write_text(json.dumps(index), encoding="utf-8")
 
 
-def _file_fault(image_dir: Path, split: Split, image: dict[str, Any]) -> str:
-    """Fault of the image file, or ''.
+def _enter(label_dir: Path, split: Split, image: dict[str, Any]) -> dict[str, Any]:
+    """Writes the label file of an image whose annotations can be used; returns its entry, without a look at its file.
 
-    Also '' if the image's annotations are at fault: the file is not opened, as its name may lead out of the folder.
+    `problem` is what is wrong with the annotations; the file is not opened then, as its name may lead out of the
+    folder. `fault` is why the image cannot be used, by its annotations or its file.
     """
-    if image["id"] in split.problems:
-        return ""
-    return fault(image_dir, image["file_name"], image["width"], image["height"])
-
-
-def _enter(label_dir: Path, split: Split, image: dict[str, Any], file_fault: str) -> dict[str, Any]:
-    """Writes the label file of an image if the image can be used; returns the image's entry in the index."""
     image_id, file_name = image["id"], image["file_name"]
     boxes = split.boxes[image_id]
-    reason = split.problems.get(image_id) or file_fault or None
-    if reason is None:
+    problem = split.problems.get(image_id)
+    if problem is None:
         path = _label_path(label_dir, file_name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yolo_rows(image, boxes), encoding="utf-8")
@@ -111,9 +113,62 @@ def _enter(label_dir: Path, split: Split, image: dict[str, Any], file_fault: str
         "n_crowd": split.n_crowd[image_id],
         "n_degenerate": split.n_degenerate[image_id],
         "n_boxes": len(boxes),
-        "fault": reason,
-        "damaged": bool(file_fault),
+        "problem": problem,
+        "fault": problem,
+        "stamp": None,
     }
+
+
+def _check(entries: Entries, image_dir: Path, title: str) -> None:
+    """Decodes the image of every entry, and enters what is wrong with it and the stamp of the file that was looked at.
+
+    The stamp is taken first: a file that changes in the meantime has another stamp, and is checked again.
+    """
+
+    def look(entry: dict[str, Any]) -> tuple[Stamp, str]:
+        stamp = stamp_of(image_dir / entry["file"])
+        return stamp, fault(image_dir, entry["file"], entry["width"], entry["height"])
+
+    pool = ThreadPoolExecutor(N_THREADS)
+    try:
+        looks = track(pool.map(look, entries), title, len(entries))
+        for entry, (stamp, file_fault) in zip(entries, looks, strict=True):
+            entry["stamp"], entry["fault"] = stamp, file_fault or None
+    finally:
+        pool.shutdown(cancel_futures=True)  # without it an interrupted check goes on with all queued images
+
+
+def _check_changed(view: Path, coco_dir: Path, name: str) -> None:
+    """Checks the images of a split again whose size or time of change is another than at their last check."""
+    index = read_index(view, name)
+    image_dir = coco_dir / name
+    entries = [entry for entry in index["images"] if not entry["problem"]]
+
+    def changed_among(start: int) -> Entries:
+        part = entries[start : start + STAMPS_AT_ONCE]
+        return [entry for entry in part if entry["stamp"] != stamp_of(f"{image_dir}/{entry['file']}")]
+
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        parts = pool.map(changed_among, range(0, len(entries), STAMPS_AT_ONCE))
+        changed = list(chain.from_iterable(parts))
+    if not changed:
+        return
+    log.info("data: %s images of %s have changed since they were checked", f"{len(changed):,}", name)
+    _check(changed, image_dir, f"checking {name}")
+    write_text(_index_path(view, name), json.dumps(index))
+
+
+def stamp_of(path: str | Path) -> Stamp:
+    """Size in bytes and time of the last change in ns of a file, or of the file that a link leads to; None: no file."""
+    try:
+        status = os.stat(path)  # noqa: PTH116  of a Path it takes three times as long
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _index_path(view: Path, name: str) -> Path:
+    return view / f"{name}.json"
 
 
 def _label_path(label_dir: Path, file_name: str) -> Path:
@@ -132,28 +187,26 @@ def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
     return "".join(lines)
 
 
-def read_index(view: Path, split: str) -> Entries:
-    """Entries of all listed images of 'train' or 'val', broken ones too, in the order of their ids."""
-    index_path = view / f"{SPLITS[split]}.json"
-    index = json.loads(index_path.read_text(encoding="utf-8"))
-    return index["images"]
+def read_index(view: Path, name: str) -> dict[str, Any]:
+    """The index of a split (train2017, val2017): `doubts`, lines about its annotations, and `images`, its Entries of
+    all listed images, broken ones too, in the order of their ids."""
+    return json.loads(_index_path(view, name).read_text(encoding="utf-8"))
 
 
-def read_chosen(view: Path, split: str, image_ids: list[int] | None) -> Entries:
-    """Entries of the images that a run has chosen, in the order of their ids; `image_ids` None means all images."""
-    entries = read_index(view, split)
+def chosen(entries: Entries, image_ids: list[int] | None) -> Entries:
+    """The entries of the images that a run has chosen, in their order; `image_ids` None means all that can be used."""
     if image_ids is None:
         return entries
-    chosen = set(image_ids)
-    return [entry for entry in entries if entry["id"] in chosen]
+    wanted = set(image_ids)
+    return [entry for entry in entries if entry["id"] in wanted]
 
 
 def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
-    """The images of a run's 'train' or 'val' with their labels, in the order of their ids."""
+    """The images of a run's 'train' or 'val' with their labels, in the order of their ids; see prepare.prepared."""
     view = Path(provenance["view_dir"])
     image_dir = view / "images" / SPLITS[split]
     label_dir = view / "labels" / SPLITS[split]
-    entries = read_chosen(view, split, provenance["splits"][split]["image_ids"])
+    entries = chosen(read_index(view, SPLITS[split])["images"], provenance["splits"][split]["image_ids"])
     label_paths = [_label_path(label_dir, entry["file"]) for entry in entries]
     images = []
     with ThreadPoolExecutor(N_THREADS) as pool:
@@ -165,5 +218,8 @@ def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
 
 def _read_labels(path: Path) -> np.ndarray:
     """Lines 'class cx cy w h' -> float32 [n,5]."""
-    values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float32)
-    return values.reshape(-1, 5)
+    try:
+        values = np.array(path.read_text(encoding="utf-8").split(), dtype=np.float32)
+        return values.reshape(-1, 5)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{path} is missing or spoiled: run 'make data ARGS=--force'") from error

@@ -1,54 +1,107 @@
-"""The interface of an ONNX file of ours or of Ultralytics: contract, size and batch of the input, class names."""
+"""The interface of an ONNX file of ours, of Ultralytics or of others: contract, input, class names."""
 
 from __future__ import annotations
 
-import ast
-import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo
 
 from app.coco.annotations import NAMES
 from app.core.config import UserError
+from app.eval.metadata import names_of, shortened, size_of
 
-INPUT = "images"
 N_CLASSES = len(NAMES)
 # nms: Ultralytics' export of the one2many head, in the layout of raw; its detections need non-maximum suppression.
 CONTRACTS = ("raw", "end2end", "nms")
+INPUT_TYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,  # 0..255 instead of 0..1
+}
+OUTPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
+LARGEST_INPUT = 2**29  # numbers in a batch: 2 GiB in float32
+SAY_CONTRACT = (
+    "say what its output is with --contract: raw (scores of a head that needs no suppression), "
+    "nms (that needs non-maximum suppression) or end2end ([N,K,6])"
+)
+SAY_NAMES = "if its classes are COCO's 80 in their order all the same, say so with --names conf/coco.names"
 
 
 @dataclass(frozen=True)
-class Promise:
-    """Contract and input of a file: `imgsz` is the side of the square input in px; `batch` is None if it is free."""
+class Said:
+    """What its user says of a foreign file; None where the file itself says it."""
 
-    input_name: str
-    contract: str
-    imgsz: int
+    contract: str | None = None
+    names: list[str] | None = None
+    imgsz: int | None = None
+
+
+@dataclass(frozen=True)
+class Input:
+    """The input of a file: `size` is height and width in px; `batch` is None if it is free.
+
+    `type` is a key of INPUT_TYPES.
+    """
+
+    name: str
+    type: str
+    size: tuple[int, int]
     batch: int | None
+
+    def feed(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """What the session takes for images float32 [N,3,*size] RGB 0..1, in the type of the input."""
+        kind = INPUT_TYPES[self.type]
+        if kind is np.uint8:
+            images = np.rint(images * 255)
+        return {self.name: images.astype(kind, copy=False)}
 
 
 def refuse_foreign_data(path: Path) -> None:
     """Refuses a model with weights outside its folder, because a file from a stranger could name any path.
 
     Raises:
-        UserError: the file is not ONNX, or has weights outside its folder; weights in files beside it are allowed.
+        UserError: the file is not ONNX, takes no images, or has weights outside its folder; weights in files beside it
+            are allowed.
     """
     try:
         model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise UserError(f"{path} cannot be loaded, it is no ONNX file: export it again with --force") from error
-    folder = path.parent.resolve()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (DecodeError, ValueError) as error:
+        raise UserError(f"{path} cannot be loaded, it is no ONNX file: download or export it again") from error
+    _check_ranks(path, model.graph)
+    folder = os.path.realpath(path.parent)
     for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
-            location = ExternalDataInfo(tensor).location
-            if not (folder / location).resolve().is_relative_to(folder):
-                raise UserError(f"{path}: weights of {tensor.name} lie outside its folder, in {location}: refused")
+            for entry in tensor.external_data:
+                if entry.key == "location" and not _is_inside(folder, entry.value):
+                    weights = f"weights of {shortened(tensor.name)}"
+                    raise UserError(f"{path}: {weights} lie outside its folder, in {shortened(entry.value)}: refused")
+
+
+def _check_ranks(path: Path, graph: GraphProto) -> None:
+    """Refuses an input that is no batch of images, before ONNX Runtime (1.26.0) ends the process over its shape."""
+    constants = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        n_axes = len(value.type.tensor_type.shape.dim)
+        if value.name not in constants and n_axes != 4:
+            name = shortened(value.name)
+            raise UserError(f"{path}: input {name} has {n_axes} axes, the contract is [N,3,H,W], RGB: another model")
+
+
+def _is_inside(folder: str, location: str) -> bool:
+    if "\0" in location:
+        return False
+    target = os.path.realpath(Path(folder) / location)
+    return Path(target).is_relative_to(folder)
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
@@ -78,88 +131,126 @@ def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
             yield from _graph_tensors(graph)
 
 
-def read_contract(path: Path, metadata: Mapping[str, str]) -> str:
-    """'raw', 'end2end' or 'nms', from our metadata or that of Ultralytics (engine/exporter.py, 8.4.190).
+def read_input(path: Path, inputs: Sequence[Any], metadata: Mapping[str, str], said: Said) -> Input:
+    """The input of an open session.
 
     Raises:
-        UserError: the file has no metadata of either kind, or its classes are not COCO's.
+        UserError: the input differs from the contract, or nobody says its size.
     """
-    by_ultralytics = "contract" not in metadata and {"task", "stride", "names"} <= metadata.keys()
-    if by_ultralytics:
-        if metadata["task"] != "detect":
-            raise UserError(f"{path} is an Ultralytics model for the task {metadata['task']}: it must be detect")
-        names: Any = list(ast.literal_eval(metadata["names"]).values())
-        contract = "end2end" if metadata.get("end2end") == "True" or has_nms(metadata) else "nms"
-    else:
-        names = json.loads(metadata.get("names", "null"))
-        contract = metadata.get("contract", "missing")
-        if contract not in CONTRACTS:
-            raise UserError(
-                f"{path}: metadata 'contract' is {contract}, it must be raw or end2end: export it with 'make export'"
-            )
-    if names is not None and names != NAMES:
-        raise UserError(f"{path}: metadata 'names' are not the {N_CLASSES} COCO classes in their order: another model")
+    if len(inputs) != 1 or inputs[0].type not in INPUT_TYPES:
+        types = ", ".join(f"{shortened(value.name)}: {value.type}" for value in inputs)
+        raise UserError(f"{path}: inputs are {types}; the contract is one input, {', '.join(INPUT_TYPES)}")
+    batch, size = read_shape(path, inputs[0].shape, metadata, said)
+    return Input(inputs[0].name, inputs[0].type, size, batch)
+
+
+def read_contract(
+    path: Path, outputs: Sequence[Any], true_shape: Callable[[], list[int]], metadata: Mapping[str, str], said: Said
+) -> str:
+    """'raw', 'end2end' or 'nms' of an open session, as its user, our metadata, its shape or Ultralytics' metadata say.
+
+    The authors of YOLOv10 and Ultralytics 8.2.38 to 8.3 write no `end2end` into the metadata; the shape [N,K,6] says it
+    for all files.
+
+    Args:
+        outputs: those of the session.
+        true_shape: the shape for one image, which costs a run; it is asked where the file declares a free one.
+
+    Raises:
+        UserError: the output differs from the contract, none of them says it, or the classes are not COCO's.
+    """
+    shapes = [output.shape for output in outputs]
+    types = ", ".join(output.type for output in outputs)
+    is_one = len(outputs) == 1 and outputs[0].type in OUTPUT_TYPES
+    is_free = is_one and not (shapes[0] and all(isinstance(size, int) for size in shapes[0][1:]))
+    if is_free:
+        shapes = [true_shape()]
+    contract = _contract(path, shapes, metadata, said)
+    check_names(path, metadata, said)
+    if not is_one or not shape_fits(contract, shapes[0]):
+        raise UserError(f"{path}: outputs are {shortened(shapes)} {types}, {wanted_shape(contract)}")
     return contract
 
 
-def has_nms(metadata: Mapping[str, str]) -> bool:
-    """Whether Ultralytics' exporter put its own suppression into the graph (nms=True); its output is [N,300,6] too."""
-    arguments = ast.literal_eval(metadata.get("args", "{}"))
-    return bool(arguments.get("nms"))
+def _contract(path: Path, shapes: list[Any], metadata: Mapping[str, str], said: Said) -> str:
+    task = metadata.get("task", "detect")
+    if task != "detect":
+        raise UserError(f"{path} is an Ultralytics model for the task {shortened(task)}: it must be detect")
+    stated = metadata.get("contract", "missing")
+    if said.contract or stated in CONTRACTS:
+        return said.contract or stated
+    if len(shapes) == 1 and len(shapes[0]) == 3 and shapes[0][2] == 6:
+        return "end2end"
+    if "contract" not in metadata and {"task", "stride"} <= metadata.keys():  # Ultralytics'
+        return "nms"
+    raise UserError(
+        f"{path}: metadata 'contract' is {shortened(stated)}, and output {shortened(shapes)} does not say it: "
+        f"{SAY_CONTRACT}"
+    )
 
 
-def read_promise(path: Path, session: Any, metadata: Mapping[str, str]) -> Promise:
-    """Checks that the inputs and outputs of an open session are those of its contract.
-
-    Raises:
-        UserError: an input or output differs from the contract.
-    """
-    contract = read_contract(path, metadata)
-    batch, imgsz = read_input(path, session.get_inputs(), metadata)
-    outputs = session.get_outputs()
-    shapes = [output.shape for output in outputs]
-    if len(outputs) != 1 or outputs[0].type != "tensor(float)" or not shape_fits(contract, shapes[0]):
-        types = ", ".join(output.type for output in outputs)
-        raise UserError(f"{path}: outputs are {shapes} {types}, {wanted_shape(contract)}")
-    return Promise(INPUT, contract, imgsz, batch)
-
-
-def read_input(path: Path, inputs: list[Any], metadata: Mapping[str, str]) -> tuple[int | None, int]:
-    """Batch (None if it is free) and side in px of a file's input.
+def check_names(path: Path, metadata: Mapping[str, str], said: Said) -> None:
+    """Refuses a file whose classes are not COCO's; what its user says outweighs its metadata.
 
     Raises:
-        UserError: there is not exactly one square float input, or its size differs from the metadata's.
+        UserError: other classes, or names that cannot be read; or a file that keeps to no contract of ours has none.
     """
-    if len(inputs) != 1 or inputs[0].name != INPUT or inputs[0].type != "tensor(float)":
-        types = ", ".join(f"{value.name}: {value.type}" for value in inputs)
+    try:
+        names = said.names or names_of(metadata)
+    except UserError as error:
+        raise UserError(f"{path}: metadata 'names' cannot be read ({error}): {SAY_NAMES}") from error
+    source = "--names" if said.names else "metadata 'names'"
+    if names is None and "contract" not in metadata:
+        raise UserError(f"{path}: its metadata name no classes: {SAY_NAMES}")
+    if names is not None and names != NAMES:
         raise UserError(
-            f"{path}: inputs are {types}; the contract is one input '{INPUT}', tensor(float), also in FP16 files"
+            f"{path}: {source} are not the {N_CLASSES} COCO classes in their order ({_difference(names)}): "
+            f"another model; {SAY_NAMES}"
         )
-    shape = inputs[0].shape
-    fixed_sides = {side for side in shape[2:] if isinstance(side, int)}
-    sides = fixed_sides | read_imgsz(metadata)
-    if len(shape) != 4 or shape[1] != 3 or len(sides) != 1:
-        raise UserError(
-            f"{path}: input shape {shape}, metadata imgsz {metadata.get('imgsz')}; "
-            "the contract is [N,3,imgsz,imgsz], square"
-        )
+
+
+def _difference(names: list[str]) -> str:
+    """The first class in which names differ from COCO's."""
+    for number, (name, official) in enumerate(zip(names, NAMES, strict=False)):
+        if name != official:
+            return f"class {number} is {shortened(name)}, in COCO {official}"
+    return f"there are {len(names):,}"
+
+
+def read_shape(
+    path: Path, shape: list[Any], metadata: Mapping[str, str], said: Said
+) -> tuple[int | None, tuple[int, int]]:
+    """Batch (None if it is free), and height and width in px, of a file's input of this shape.
+
+    Raises:
+        UserError: the shape is not [N,3,H,W], nobody says a free side, or the metadata or the user say another one.
+    """
+    stated = size_of(metadata) if said.imgsz is None else (said.imgsz, said.imgsz)
+    facts = f"{path}: input shape {shortened(shape)}, "
+    if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 3):
+        raise UserError(f"{facts}the contract is [N,3,H,W], RGB: export it for that layout")
+    fixed = [side if isinstance(side, int) else None for side in shape[2:]]
+    sides = [side or known for side, known in zip(fixed, stated or (0, 0), strict=True)]
+    if not all(sides):
+        raise UserError(f"{facts}and no metadata 'imgsz' that can be read: say the side in px with --imgsz")
+    if stated and tuple(sides) != stated:
+        by_user = said.imgsz is not None
+        source = f"--imgsz {said.imgsz}" if by_user else f"metadata imgsz {shortened(metadata['imgsz'])}"
+        raise UserError(f"{facts}{source}; both must be the size that the file takes")
     batch = shape[0] if isinstance(shape[0], int) else None
-    return batch, sides.pop()
-
-
-def read_imgsz(metadata: Mapping[str, str]) -> set[int]:
-    """The sides in px that the metadata names: '160' in our files, '[160, 160]' in Ultralytics'; may be empty."""
-    parts = metadata.get("imgsz", "").strip("[]").split(",")
-    return {int(part) for part in parts if part.strip().isdigit()}
+    n_numbers = (1 if batch is None else batch) * 3 * sides[0] * sides[1]
+    if min(sides) < 1 or not 0 < n_numbers <= LARGEST_INPUT:
+        raise UserError(f"{facts}{sides[1]} x {sides[0]} px: no batch of images that can be run")
+    return batch, (sides[0], sides[1])
 
 
 def shape_fits(contract: str, shape: list[Any]) -> bool:
-    """Whether an output of this shape can be the contract's; a free dimension (a name or None in ONNX) always fits."""
+    """Whether an output of this shape is the contract's."""
     axis, size = (2, 6) if contract == "end2end" else (1, 4 + N_CLASSES)
-    return len(shape) == 3 and (shape[axis] == size or not isinstance(shape[axis], int))
+    return len(shape) == 3 and shape[axis] == size
 
 
 def wanted_shape(contract: str) -> str:
     """The second half of a message about an output that does not fit."""
     shape = "[N,300,6]" if contract == "end2end" else f"[N,{4 + N_CLASSES},A]"
-    return f"the contract '{contract}' is one float32 output {shape}: a model of other classes or another task"
+    return f"the contract '{contract}' is one float output {shape}: a model of other classes or another task"

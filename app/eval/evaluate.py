@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,26 @@ from app.coco.score import (
     image_files,
     load_truth,
     score,
-    standalone_dataset,
     usable_ids,
 )
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
-from app.core.files import read_json, sha256, write_atomic, write_json
-from app.core.labels import Label, by_label
-from app.core.run import RunRoot, record_stage
-from app.eval.pipeline import detect, measure_latency
+from app.core.files import printable, read_json, sha256, write_atomic, write_json
+from app.core.labels import FOREIGN, Label, by_label
+from app.core.progress import track
+from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
+from app.core.shapes import Shape
+from app.eval.contract import Said
+from app.eval.pipeline import detect, load_input, measure_latency
 from app.eval.runtime import Model, describe_runtime, open_model
 
 FORMAT_VERSION = 1  # raise it when the meaning of a number changes, so that older metrics.json are recomputed
 EVALUATOR = "onnxruntime + pycocotools"
 METRICS, DETECTIONS = "metrics.json", "detections.json"
+SMALLEST = 32  # px: an image is only checked
+RECORD: Shape = {"label": str, "sha256": str}
+SCORED: Shape = {"model.sha256": str, "settings_hash": str}
+PROVENANCE: Shape = {**PROVENANCE_SHAPE, "settings.coco_dir": str}
 log = logging.getLogger(__name__)
 
 
@@ -61,13 +67,45 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
         record_stage(run, f"eval {label}", facts)
 
 
-def evaluate_standalone(config: Config, onnx_path: Path, coco_dir: Path, split: str, out_dir: Path) -> None:
-    """Scores any ONNX file with a known contract on a split of a COCO folder; an older result is replaced."""
-    dataset = standalone_dataset(coco_dir, split)
-    evaluate_file(onnx_path, dataset, out_dir, config.eval)
+def evaluate_standalone(
+    config: Config, onnx_path: Path, dataset: Dataset, out_dir: Path, said: Said | None = None
+) -> dict[str, Any]:
+    """Scores any ONNX file with a known contract on a `standalone_dataset`; an older result is replaced.
+
+    Raises:
+        UserError: as `evaluate_file`; with data.skip_broken images that cannot be used are left out instead.
+    """
+    if config.data.skip_broken:
+        dataset = without_broken(dataset)
+    return evaluate_file(onnx_path, dataset, out_dir, config.eval, said)
 
 
-def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Eval) -> dict[str, Any]:
+def without_broken(dataset: Dataset) -> Dataset:
+    """The dataset without the images that cannot be used; each is decoded, and those left out are counted and named.
+
+    Raises:
+        UserError: no image is left.
+    """
+    truth = load_truth(dataset.annotation_file)
+    images = image_files(truth, dataset, usable_ids(truth, dataset))
+    usable, faults = [], []
+    for image in track(images, "eval: checking images", len(images)):
+        try:
+            load_input(image, SMALLEST)
+            usable.append(image.id)
+        except UserError as error:
+            faults.append(str(error))
+    if not usable:
+        raise UserError(f"no image of {dataset.split} can be used: repair the dataset")
+    if not faults:
+        return dataset
+    log.warning("eval: %d of %d images left out, the first: %s", len(faults), len(images), faults[0])
+    return replace(dataset, image_ids=usable)
+
+
+def evaluate_file(
+    onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Eval, said: Said | None = None
+) -> dict[str, Any]:
     """Scores one ONNX file: writes out_dir/detections.json, then out_dir/metrics.json, and returns the metrics.
 
     The score is computed from detections.json, so that anyone who scores that file gets the same numbers.
@@ -75,7 +113,7 @@ def evaluate_file(onnx_path: Path, dataset: Dataset, out_dir: Path, settings: Ev
     Raises:
         UserError: the model, the annotations or an image cannot be used; no half-written file is left.
     """
-    model = open_model(onnx_path, settings.provider)
+    model = open_model(onnx_path, settings.provider, said)
     truth = load_truth(dataset.annotation_file)
     all_ids = usable_ids(truth, dataset)
     ids = first_of(all_ids, settings.max_images)
@@ -136,8 +174,10 @@ def exported_files(run: RunRoot) -> dict[str, Exported]:
     """
     files: dict[str, Exported] = {}
     for path in sorted(run.onnx_dir.glob("*.onnx")):
-        record = read_json(path.with_suffix(".json"), "export")
+        record = read_json(path.with_suffix(".json"), "export", RECORD)
         label = record["label"]
+        if Label.parse(label).method == FOREIGN:  # it names the folder of the scores
+            raise UserError(f"{path}: {printable(label)} is no label of ours: run 'make export ARGS=--force'")
         if record["sha256"] != sha256(path):
             raise UserError(f"{path} is not the file that its .json describes: run 'make export ARGS=--force'")
         if label in files:
@@ -156,7 +196,7 @@ def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
     Raises:
         UserError: the annotations are missing or have changed.
     """
-    provenance = read_json(run.provenance, "data")
+    provenance = read_json(run.provenance, "data", PROVENANCE)
     asked = config.data.coco_dir
     scored = (provenance["settings"]["coco_dir"], provenance["coco_dir"])
     if asked not in scored and asked != load(config.variant).data.coco_dir:
@@ -181,7 +221,7 @@ def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
     metrics_path = out_dir / METRICS
     if not metrics_path.exists() or not (out_dir / DETECTIONS).exists():
         return False
-    metrics = read_json(metrics_path, "eval")
+    metrics = read_json(metrics_path, "eval", SCORED)
     same_model = metrics["model"]["sha256"] == model_sha256
     same_settings = metrics["settings_hash"] == wanted_hash
     if not same_model or not same_settings:
@@ -192,7 +232,7 @@ def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
 
 def describe_model(model: Model) -> dict[str, Any]:
     return {
-        "file": model.path.name,
+        "file": printable(model.path.name),
         "sha256": sha256(model.path),
         "size_bytes": model.path.stat().st_size,
         "label": model.label,

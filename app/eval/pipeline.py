@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,19 +16,22 @@ import cv2
 import numpy as np
 
 from app.coco.detections import results, select
-from app.coco.images import Placement, letterbox, read_image
+from app.coco.images import InputSize, Placement, letterbox, read_image
 from app.coco.score import ImageFile
 from app.core.config import Eval, UserError
 from app.core.progress import track
-from app.eval.runtime import Model, clocks, n_decoders
+from app.eval.machine import clocks
+from app.eval.runtime import CPU, Model, n_decoders
 
 BATCHES_AHEAD = 2
+SMALL_PX = 2.0  # boxes of a network that puts out shares of 0 to 1 end before it
 READ_S = 300.0  # timeout for one image: its disk or network hangs
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Input:
-    """A decoded image: float32 [3,imgsz,imgsz], the placement of the image in it, and the seconds of the decoding."""
+    """A decoded image: float32 [3,H,W], the placement of the image in it, and the seconds of the decoding."""
 
     image_id: int
     array: np.ndarray
@@ -45,14 +49,14 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
         The last is the sum over all decoding threads, which run in parallel with the session.
     """
     n_batch = model.batch or settings.batch
-    inputs = np.zeros((n_batch, 3, model.imgsz, model.imgsz), np.float32)
+    inputs = np.zeros((n_batch, 3, *model.size), np.float32)
     seconds: dict[str, float] = dict.fromkeys(("total", "session", "wait", "preprocess", "postprocess"), 0.0)
     cv2.setNumThreads(1)  # images are decoded in parallel below; OpenCV's threads would take cores from ONNX Runtime
     begin = asked = time.perf_counter()
-    separator = "[\n"
+    separator, farthest = "[\n", 0.0
     with ThreadPoolExecutor(n_decoders(model)) as pool:
         n_ahead = BATCHES_AHEAD * n_batch + n_decoders(model)
-        decoded_images = decode_ahead(pool, images, model.imgsz, n_ahead)
+        decoded_images = decode_ahead(pool, images, model.size, n_ahead)
         for batch in batches(track(decoded_images, title, len(images)), n_batch):
             for slot, image in zip(inputs, batch, strict=False):
                 slot[:] = image.array
@@ -63,6 +67,7 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
             for image, output in zip(batch, outputs, strict=False):
                 detections = select(output, model.contract, settings)
                 rows = results(image.image_id, detections, image.placement)
+                farthest = max(farthest, detections[:, :4].max(initial=0.0))
                 if rows:
                     file.write(separator + json.dumps(rows)[1:-1])
                     separator = ",\n"
@@ -74,10 +79,14 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
     is_empty = separator == "[\n"
     file.write("[]\n" if is_empty else "\n]\n")
     seconds["total"] = time.perf_counter() - begin
+    if 0 < farthest < SMALL_PX:
+        log.warning(
+            "%s: no box reaches beyond %.2g px: are its boxes shares of the image instead of px?", title, farthest
+        )
     return seconds
 
 
-def decode_ahead(pool: ThreadPoolExecutor, images: list[ImageFile], imgsz: int, n_ahead: int) -> Iterator[Input]:
+def decode_ahead(pool: ThreadPoolExecutor, images: list[ImageFile], imgsz: InputSize, n_ahead: int) -> Iterator[Input]:
     """Yields the decoded images in order; at most `n_ahead` images are decoded or being decoded."""
     waiting: deque[Future[Input]] = deque()
     for image in images:
@@ -101,7 +110,7 @@ def batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
         yield batch
 
 
-def load_input(image: ImageFile, imgsz: int) -> Input:
+def load_input(image: ImageFile, imgsz: InputSize) -> Input:
     """Decodes and letterboxes one image.
 
     Raises:
@@ -126,13 +135,13 @@ def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str,
         batch, warmup and runs (counts); mean, p50, p90 and p99 in ms of session.run alone, and under `with_processing`
         of decoding, letterbox, session.run and the choice of detections together; `clocks` right after the last run.
     """
-    first = load_input(image, model.imgsz)
+    first = load_input(image, model.size)
     inputs = np.repeat(first.array[None], model.batch or 1, axis=0)
     session_ms, whole_ms = [], []
     n_warmup = settings.latency_warmup
     for _ in range(n_warmup + settings.latency_runs):
         begin = time.perf_counter()
-        loaded = load_input(image, model.imgsz)
+        loaded = load_input(image, model.size)
         inputs[0] = loaded.array
         start = time.perf_counter()
         output = model.run(inputs)[0]
@@ -141,7 +150,7 @@ def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str,
         results(image.id, detections, loaded.placement)
         whole_ms.append((time.perf_counter() - begin) * 1e3)
         session_ms.append((end - start) * 1e3)
-    clocks_after = clocks(model.provider)
+    clocks_after = clocks(model.provider != CPU)
     return {
         "batch": len(inputs),
         "warmup": n_warmup,

@@ -6,9 +6,8 @@ import ctypes
 import json
 import logging
 import os
-import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,18 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore - compiled, without stubs
 
 from app.core.config import UserError
-from app.core.environment import nvidia_smi
-from app.eval.contract import Promise, read_promise, refuse_foreign_data, shape_fits, wanted_shape
+from app.core.files import printable
+from app.eval.contract import (
+    Input,
+    Said,
+    read_contract,
+    read_input,
+    refuse_foreign_data,
+    shape_fits,
+    wanted_shape,
+)
+from app.eval.machine import cpu_name
+from app.eval.metadata import shortened
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
@@ -26,13 +35,15 @@ PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 OPTIONS: dict[str, dict[str, str]] = {CUDA: {"use_tf32": "0"}, CPU: {}}
 FALL_BACKS = {CPU: [CPU], CUDA: [CUDA, CPU]}  # a node without a kernel for the first provider runs on the next
 KERNEL_EVENT = "_kernel_time"  # ends the names of the profile's events that time the kernel of a node
-GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
-CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
-BROKEN_FILE = (
+# What ONNX Runtime raises for a file that it cannot load or run; the last four come from its Python binding.
+FAILURES = (
     ort_errors.Fail, ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.InvalidArgument,
-    ort_errors.NotImplemented,
+    ort_errors.NotImplemented, ort_errors.NoModel, ort_errors.NoSuchFile, ort_errors.EPFail, ort_errors.EngineError,
+    ort_errors.RuntimeException, RuntimeError, ValueError, TypeError, MemoryError,
 )  # fmt: skip
+N_REASON = 120  # characters of the begin and of the end of a reason in a message
+# Of the two ways to run two images of noise: both are float32, or FP16 in a foreign file.
+BATCH_TOLERANCE = 0.01
 log = logging.getLogger(__name__)
 
 
@@ -42,71 +53,142 @@ class Model:
 
     path: Path
     session: ort.InferenceSession
-    promise: Promise
+    input: Input
+    contract: str  # raw, end2end or nms
     metadata: dict[str, str]
 
     @property
-    def contract(self) -> str:
-        return self.promise.contract
+    def size(self) -> tuple[int, int]:
+        """Height and width of the input in px."""
+        return self.input.size
 
     @property
-    def imgsz(self) -> int:
-        return self.promise.imgsz
+    def imgsz(self) -> int | str:
+        """Side of a square input in px; of another one height and width, as text."""
+        height, width = self.size
+        return height if height == width else f"{height} x {width}"
 
     @property
     def batch(self) -> int | None:
         """The fixed batch size; None if it is free."""
-        return self.promise.batch
+        return self.input.batch
 
     @property
     def label(self) -> str:
-        return self.metadata.get("label", self.path.stem)
+        return shortened(self.metadata.get("label", self.path.stem))
 
     @property
     def scheme(self) -> str | None:
         """None for a model that is not quantized; its metadata may hold 'null', as values that are no text are JSON."""
         scheme = self.metadata.get("scheme", "null")
-        return None if scheme == "null" else scheme
+        return None if scheme == "null" else shortened(scheme)
 
     @property
     def precision(self) -> str | None:
         """fp32, fp16, qcdq or int4; None if the file's metadata lack it."""
-        return self.metadata.get("precision")
+        precision = self.metadata.get("precision")
+        return None if precision is None else shortened(precision)
 
     @property
     def provider(self) -> str:
         return self.session.get_providers()[0]
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """images float32 [N,3,imgsz,imgsz] RGB 0..1 -> raw [N,84,A] or end2end [N,K,6].
+        """images float32 [N,3,*size] RGB 0..1 -> float32 raw [N,84,A] or end2end [N,K,6].
 
         Raises:
-            UserError: the shape of the output is not that of the contract.
+            UserError: ONNX Runtime fails, or the shape of the output is not that of the contract.
         """
-        output = np.asarray(self.session.run(None, {self.promise.input_name: images})[0])
-        if len(output) != len(images) or not shape_fits(self.contract, list(output.shape)):
+        output = self._output(images)
+        if not self._fits(output, len(images)):
             raise UserError(
                 f"{self.path}: {self.contract} output has the shape {list(output.shape)}, {wanted_shape(self.contract)}"
             )
         return output
 
+    def takes_batches(self) -> bool:
+        """Whether two images in one run give what each gives alone; a Reshape to a batch of 1 may lie in the graph.
 
-def open_model(path: Path, provider: str) -> Model:
+        Raises:
+            UserError: a single image cannot be run.
+        """
+        images = np.random.default_rng(0).random((2, 3, *self.size), np.float32)
+        alone = [self._output(images[:1]), self._output(images[1:])]
+        try:
+            together = self._output(images)
+        except UserError:
+            return False
+        if not self._fits(together, 2):
+            return False
+        return all(map(self._are_alike, together, np.concatenate(alone)))
+
+    def _are_alike(self, output: np.ndarray, other: np.ndarray) -> bool:
+        """Of end2end only the scores, which are sorted: noise has no order of boxes that rounding could not change."""
+        if self.contract == "end2end":
+            output, other = np.sort(output[:, 4]), np.sort(other[:, 4])
+        tolerance = BATCH_TOLERANCE * (1 + np.abs(other))
+        return bool((np.abs(output - other) <= tolerance).all())
+
+    def _fits(self, output: np.ndarray, n_images: int) -> bool:
+        return len(output) == n_images and shape_fits(self.contract, list(output.shape))
+
+    def _output(self, images: np.ndarray) -> np.ndarray:
+        return run(self.path, self.session, self.input, images)
+
+
+def run(path: Path, session: Any, port: Input, images: np.ndarray) -> np.ndarray:
+    """The first output, float32, of an open session for images float32 [N,3,*size] RGB 0..1.
+
+    Raises:
+        UserError: ONNX Runtime fails.
+    """
+    try:
+        outputs = session.run(None, port.feed(images))
+    except FAILURES as error:
+        raise UserError(
+            f"{path} cannot be run by ONNX Runtime with {list(images.shape)} ({reason(error)}): export it again, "
+            "give another --imgsz if its size is free, or --set eval.batch=1 if memory is short"
+        ) from error
+    with np.errstate(over="ignore"):  # of float64; what is then infinite is refused with its place
+        return np.asarray(outputs[0]).astype(np.float32, copy=False)
+
+
+def open_model(path: Path, provider: str, said: Said | None = None) -> Model:
     """Opens an ONNX file and checks that its interface is that of a known contract.
 
     Args:
-        path: the file; its metadata are ours, or those of Ultralytics' exporter.
+        path: the file, of ours, of Ultralytics' exporter or of another.
         provider: 'auto', 'cpu' or 'cuda'.
+        said: what the user says of the file.
 
     Raises:
         UserError: the file is missing or not ONNX, has another contract or class list, or the provider is unusable.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing: run 'make export' first")
+        what = "is no regular file" if path.exists() else "is missing"
+        raise UserError(f"{path} {what}: give the path of an ONNX file; 'make export' makes those of a run")
+    try:
+        model = _open(path, choose_provider(provider), said or Said())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a name or text in it is no UTF-8 ({reason(error)}): download it again") from error
+    if model.batch is None and not model.takes_batches():
+        log.warning("%s: its batch is free, but only one image can be run at a time: run one by one", model.label)
+        model = replace(model, input=replace(model.input, batch=1))
+    if model.input.type == "tensor(uint8)":
+        log.info("%s: its input is uint8: it gets RGB from 0 to 255", model.label)
+    return model
+
+
+def _open(path: Path, provider: str, said: Said) -> Model:
     refuse_foreign_data(path)
-    session = open_session(path, choose_provider(provider), ort.SessionOptions())
+    session = open_session(path, provider, ort.SessionOptions())
     metadata = dict(session.get_modelmeta().custom_metadata_map)
-    return Model(path, session, read_promise(path, session, metadata), metadata)
+    port = read_input(path, session.get_inputs(), metadata, said)
+    one_batch = np.zeros((port.batch or 1, 3, *port.size), np.float32)
+    contract = read_contract(
+        path, session.get_outputs(), lambda: list(run(path, session, port, one_batch).shape), metadata, said
+    )
+    return Model(path, session, port, contract, metadata)
 
 
 def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -116,18 +198,21 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.
         UserError: ONNX Runtime cannot load the file, or uses another provider.
     """
     options.intra_op_num_threads = n_cores()
-    # Errors only: without a GPU the CUDA build warns about device discovery.
-    options.log_severity_level = 3
-    ort.set_default_logger_severity(3)
+    # On a GPU errors only: without one the CUDA build warns about device discovery. On a CPU nothing: an error that
+    # stops a run is raised as well, and its text, which may be a stranger's, becomes printable in our message.
+    options.log_severity_level = 4 if provider == CPU else 3
+    ort.set_default_logger_severity(options.log_severity_level)
     if provider != CPU:
         ort.preload_dlls()  # finds cuBLAS and cuDNN in torch's wheels without importing torch
     wanted: list[Any] = [(name, OPTIONS[name]) for name in FALL_BACKS[provider]]
     try:
-        session = ort.InferenceSession(str(path), options, providers=wanted)
-    except BROKEN_FILE as error:
+        # Its fallback to the CPU would print the error, which may quote the file.
+        fall_back: dict[str, Any] = {} if provider != CPU else {"enable_fallback": 0}
+        session = ort.InferenceSession(str(path), options, providers=wanted, **fall_back)
+    except FAILURES as error:
         raise UserError(
-            f"{path} cannot be loaded by ONNX Runtime ({first_line(error)}): "
-            "export it again with 'make export ARGS=--force'"
+            f"{path} cannot be loaded by ONNX Runtime {ort.__version__} ({reason(error)}): "
+            "download it, or export it again for this version"
         ) from error
     # Not even errors: in the first run cuDNN logs one for every FP16 convolution that its newer interface leaves to the
     # older one. An error that stops a run is raised as well.
@@ -147,10 +232,10 @@ def nodes_by_provider(model: Model, images: np.ndarray) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = open_session(model.path, model.provider, options)
-        session.run(None, {model.promise.input_name: images})
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        session.run(None, model.input.feed(images))
+        profile = Path(session.end_profiling()).read_text(encoding="utf-8", errors="replace")
     nodes: dict[str, list[str]] = {}
-    for event in events:
+    for event in _events(model, profile):
         if event.get("cat") != "Node" or not event["name"].endswith(KERNEL_EVENT):
             continue
         node_name = event["name"].removesuffix(KERNEL_EVENT)
@@ -159,8 +244,28 @@ def nodes_by_provider(model: Model, images: np.ndarray) -> dict[str, list[str]]:
     return nodes
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _events(model: Model, profile: str) -> list[dict[str, Any]]:
+    """The events of a profile, one a line, without those of nodes whose names ONNX Runtime writes as no JSON."""
+    events, n_unreadable = [], 0
+    for line in profile.splitlines():
+        try:
+            events += json.loads(f"[{line.strip(' ,[]')}]")
+        except ValueError:
+            n_unreadable += 1
+    if n_unreadable:
+        log.warning("%s: odd names of nodes, %d lines of the profile cannot be read", model.label, n_unreadable)
+    return events
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error of ONNX Runtime, which may quote the file: printable, and without its long middle.
+
+    The middle is the signature of a C++ function; what is wrong stands at the end.
+    """
+    line = printable(str(error).strip().partition("\n")[0])
+    if len(line) > 2 * N_REASON:
+        line = f"{line[:N_REASON]} ... {line[-N_REASON:]}"
+    return line or type(error).__name__
 
 
 def choose_provider(wanted: str) -> str:
@@ -193,44 +298,6 @@ def gpu_name() -> str | None:
     return name.value.decode()
 
 
-def cpu_name() -> str:
-    names = cpuinfo_values("model name")
-    if names:
-        return names[0]
-    return platform.processor() or platform.machine()
-
-
-def clocks(provider: str) -> dict[str, str]:
-    """Clocks and limits at this moment, with their units, under the names of nvidia-smi or of the Linux kernel.
-
-    The values of several GPUs are joined by '; '. On a CPU these are the MHz of each core from /proc/cpuinfo, and the
-    governor of core 0 with its range in kHz; a virtual machine often has neither.
-    """
-    if provider != CPU:
-        rows = [row.split(", ") for row in nvidia_smi(GPU_CLOCKS)]
-        columns = zip(*rows, strict=True)
-        return {name: "; ".join(values) for name, values in zip(GPU_CLOCKS, columns, strict=False)}
-    values = {}
-    for name in CPU_CLOCKS:
-        path = CPUFREQ_DIR / name
-        if path.exists():
-            values[name] = path.read_text(encoding="utf-8").strip()
-    mhz = cpuinfo_values("cpu MHz")
-    if mhz:
-        values["MHz"] = ", ".join(mhz)
-    return values
-
-
-def cpuinfo_values(key: str) -> list[str]:
-    """The values of a key of /proc/cpuinfo, one a core."""
-    return [line.partition(":")[2].strip() for line in cpuinfo() if line.startswith(key)]
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
 def n_cores() -> int:
     """Cores that this process may use; os.cpu_count() counts all cores of the machine."""
     return len(os.sched_getaffinity(0))
@@ -248,10 +315,11 @@ def describe_runtime(model: Model) -> dict[str, Any]:
     """
     on_cpu = None
     if model.provider != CPU:
-        images = np.zeros((model.batch or 1, 3, model.imgsz, model.imgsz), np.float32)
+        images = np.zeros((model.batch or 1, 3, *model.size), np.float32)
         on_cpu = sorted(nodes_by_provider(model, images).get(CPU, []))
     if on_cpu:
-        log.warning("%s: %d nodes run on the CPU: %s", model.path.name, len(on_cpu), ", ".join(on_cpu))
+        names = printable(", ".join(on_cpu))
+        log.warning("%s: %d nodes run on the CPU: %s", model.path.name, len(on_cpu), names)
     return {
         "onnxruntime": ort.__version__,
         "provider": model.provider,

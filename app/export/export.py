@@ -146,7 +146,7 @@ def is_done(path: Path, wanted: dict[str, Any]) -> bool:
     record_path = path.with_suffix(".json")
     if not path.exists() or not record_path.exists():
         return False
-    record = read_json(record_path, "export")
+    record = read_json(record_path, "export", {"sha256": str})
     differs = [key for key, value in wanted.items() if record.get(key) != value]
     if differs:
         raise UserError(f"{path} was made with another {' and '.join(differs)}: overwrite it with --force")

@@ -20,9 +20,9 @@ from ultralytics.nn.tasks import DetectionModel
 
 from app.coco.images import letterbox, read_image
 from app.core.config import Export
-from app.core.files import read_json
 from app.core.labels import Label
 from app.core.run import RunRoot
+from app.data.prepare import prepared
 from app.data.view import read_split
 from app.export.gates import Tolerance, Truth
 
@@ -31,7 +31,7 @@ N_PARITY_IMAGES = 8
 
 def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
     """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1."""
-    provenance = read_json(run.provenance, "data")
+    provenance = prepared(run)
     inputs = []
     for image in read_split(provenance, "val")[:N_PARITY_IMAGES]:
         array, _ = letterbox(read_image(Path(image.path)), imgsz)

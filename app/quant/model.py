@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from ultralytics.nn.tasks import DetectionModel
 from app.coco.annotations import NAMES
 from app.core.config import Config, UserError, validate
 from app.core.files import write_atomic
+from app.core.shapes import Count, Shape, misfits
 from app.quant.schemes import quantize
 
 CHECKPOINT_FORMAT = 2
 # A checkpoint is torch's ZIP, then the seal and 64 hex digits; torch.load reads the ZIP and ignores what follows it.
+SCORED_SHAPE: Shape = {"scored": dict[str, Any], "epoch": Count}
 SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how a ZIP without a seal ends
@@ -72,8 +73,10 @@ def is_whole(data: bytes) -> bool:
     return plain or data[-SEAL_BYTES:] == seal(memoryview(data)[:-SEAL_BYTES])
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, shape: Shape | None = None) -> dict[str, Any]:
     """Reads a checkpoint without executing any pickle code (weights_only).
+
+    `shape` names the entries that the caller takes.
 
     Raises:
         UserError: missing, truncated, changed on the disk, or not a checkpoint of this project and version.
@@ -86,16 +89,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a whole checkpoint: its checksum does not fit, it is cut off or damaged")
     try:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's reader and unpickler raise whatever a damaged file leads them to
         raise UserError(f"{path} is not a readable checkpoint of this project ({type(error).__name__})") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+    if misfits(checkpoint, {"format": int}):
         raise UserError(f"{path} is not a checkpoint of this project (it names no format)")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(
             f"{path} was written by another version of this program (format {checkpoint['format']}, this version has "
             f"{CHECKPOINT_FORMAT}): go on with that version, or train again"
         )
+    if faults := misfits(checkpoint, {"config": dict[str, Any], **(shape or {})}):
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({'; '.join(faults)}): train again")
     return checkpoint
+
+
+def config_of(checkpoint: dict[str, Any], path: Path) -> Config:
+    """The configuration that a checkpoint was trained with.
+
+    Raises:
+        UserError: it is not one of this version; the message names the checkpoint.
+    """
+    try:
+        return validate(checkpoint["config"])
+    except UserError as error:
+        raise UserError(f"{path} was written by another version of this program, or is damaged: {error}") from error
 
 
 def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
@@ -107,12 +124,12 @@ def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
     Returns:
         the model in eval mode on the CPU, its configuration, and the whole checkpoint.
     """
-    checkpoint = load_checkpoint(path)
-    config = validate(checkpoint["config"])
+    checkpoint = load_checkpoint(path, SCORED_SHAPE)
+    config = config_of(checkpoint, path)
     plain = config.quant.model_copy(update={"fast_path": False}) if config.quant else None
     model, _ = build(config.model_copy(update={"quant": plain}))
     try:
         model.load_state_dict(checkpoint["scored"])
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path} does not hold the weights of {config.model} ({config.label}) that it names") from error
     return model.eval(), config, checkpoint

@@ -103,9 +103,9 @@ def _layer_rows(label: str, quant_config: dict[str, Any], in_file: dict[str, int
     rows = []
     for bits, layers in sorted(by_bits.items()):
         quantizers = {f"{layer['quantizer']}, {layer['granularity']}" for layer in layers}
-        share = quant_config["share_of_learned_weights"][str(bits)]
+        share = quant_config["share_of_learned_weights"].get(str(bits))
         n_in_file = MISSING if in_file is None else str(in_file.get(str(bits), 0))
-        weights = f"{share:.3f} of all"
+        weights = MISSING if share is None else f"{share:.3f} of all"
         rows.append([label, str(bits), str(len(layers)), n_in_file, weights, "; ".join(sorted(quantizers))])
     return rows
 

@@ -14,14 +14,15 @@ from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
 from app.core.labels import SCORES_ENDING
 from app.core.run import RunRoot
-from app.report.evidence import METRICS_KEYS, lacking, name_of
+from app.core.shapes import Id, PathText, Shape, misfits
+from app.report.evidence import METRICS_SHAPE, name_of
 from app.report.figures import by_class, by_size
 from app.report.gallery import gallery
 from app.report.groups import change, describe_meter, meter
 from app.report.summary import describe
 from app.report.tables import markdown_table, number, plain, signed
 
-KEYS = (*METRICS_KEYS, "dataset.coco_dir", "dataset.image_ids")
+SHAPE: Shape = {**METRICS_SHAPE, "dataset.coco_dir": PathText, "dataset.image_ids": list[Id] | None}
 Pair = tuple[Metrics, Metrics]
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def scored_folders(path: Path) -> dict[str, Path]:
     if is_scored(path):
         return {path.name: path}
     folders = sorted(filter(is_scored, path.glob(f"*{SCORES_ENDING}")))
+    if path.is_file():
+        raise UserError(f"{path} is a file: name a run or a folder of it")
     if not folders:
         raise UserError(f"{path} holds neither metrics.json nor *-coco/metrics.json: run 'make eval' first")
     return {folder.name: folder for folder in folders}
@@ -97,8 +100,8 @@ def scored_folders(path: Path) -> dict[str, Path]:
 
 def read_row(folder: Path) -> Metrics:
     tree = read_json(folder / "metrics.json", "eval")
-    if keys := lacking(tree, KEYS):
-        raise UserError(f"{folder}/metrics.json lacks {', '.join(keys)}: score it again with 'make eval ARGS=--force'")
+    if faults := misfits(tree, SHAPE):
+        raise UserError(f"{folder}/metrics.json {'; '.join(faults)}: score it again with 'make eval ARGS=--force'")
     return {**tree, "dir": folder.name, "path": str(folder)}
 
 

@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from app.coco.detail import Metrics
 from app.coco.score import STATS
 from app.core.config import UserError, read_yaml
 from app.core.files import read_json
 from app.core.labels import BASELINE, SCORES_ENDING, Label, by_label
-from app.core.results import Rows, read_rows
-from app.core.run import RunRoot
+from app.core.results import AP, STATES, VAL_LOSS, Rows, column, is_validated, read_rows
+from app.core.run import PROVENANCE_SHAPE, RunRoot
+from app.core.shapes import Count, FolderName, Number, NumberOrNone, Positive, Shape, misfits
 
-# Dotted keys that the page reads from each kind of file; a file that lacks one is named and left out.
-METRICS_KEYS = (
-    "model.file", "model.sha256", "model.size_bytes", "model.label", "model.imgsz",
-    "dataset.title", "dataset.split", "dataset.annotation_sha256", "dataset.n_images", "dataset.n_images_listed",
-    "dataset.subset", "dataset.image_ids_sha256", "dataset.complete_coco_val",
-    *(f"coco.{name}" for name in STATS),
-    "settings.conf", "settings.max_det", "settings.evaluator",
-    "latency_ms.p50", "latency_ms.p90", "latency_ms.p99", "latency_ms.runs", "latency_ms.warmup", "latency_ms.batch",
-    "runtime.provider", "runtime.device", "environment.command", "environment.packages", "time_s.session",
-)  # fmt: skip
-PROVENANCE_KEYS = ("title", "coco_dir", "seed", "splits.train.annotation_sha256", "splits.val.annotation_sha256")
-CONFIG_KEYS = ("model", "data", "train.epochs", "hyp.warmup_epochs", "quant")
-ENVIRONMENT_KEYS = ("command", "packages", "code_version")
-QUANT_CONFIG_KEYS = ("scheme", "layers", "share_of_learned_weights")
-RECORD_KEYS = ("label", "file", "sha256", "size_bytes", "checkpoint_sha256", "gates")
+# What the page reads from each kind of file; a file of another shape is named and left out.
+METRICS_SHAPE: Shape = {
+    "model.file": str, "model.sha256": str, "model.size_bytes": Positive, "model.label": str,
+    "model.imgsz": Count | str, "dataset.title": str, "dataset.split": FolderName, "dataset.annotation_sha256": str,
+    "dataset.n_images": Count, "dataset.n_images_listed": Count, "dataset.subset": bool,
+    "dataset.image_ids_sha256": str, "dataset.complete_coco_val": bool,
+    **{f"coco.{name}": NumberOrNone for name in STATS},
+    "settings.conf": Number, "settings.max_det": Count, "settings.evaluator": str,
+    **{f"latency_ms.{name}": Number for name in ("p50", "p90", "p99")},
+    **{f"latency_ms.{name}": Count for name in ("runs", "warmup", "batch")},
+    "runtime.provider": str, "runtime.device": str, "time_s.session": Number,
+    "environment.command": str, "environment.packages": dict[str, str | None], "environment.gpus?": list[str],
+}  # fmt: skip
+CONFIG_SHAPE: Shape = {
+    "model": str, "data": dict[str, Any], "train.epochs": Count, "train.seed": Count, "hyp.warmup_epochs": Number,
+    "quant": dict[str, Any] | None,
+}  # fmt: skip
+ENVIRONMENT_SHAPE: Shape = {
+    "command": str, "packages": dict[str, str | None], "code_version": str, "gpus?": list[str]
+}  # fmt: skip
+LAYER = TypedDict(  # noqa: UP013  of pydantic, for Python 3.11
+    "LAYER",
+    {
+        "name": str,
+        "bits": Count | None,
+        "exempt": bool,
+        "why": str | None,
+        "quantizer": str | None,
+        "granularity": str | None,
+    },
+)
+QUANT_CONFIG_SHAPE: Shape = {"scheme": str, "layers": list[LAYER], "share_of_learned_weights": dict[str, Number]}
+HEALTH_SHAPE: Shape = {"epoch": Count, "snr_db": dict[str, Number]}
+DONE_SHAPE: Shape = {"best_sha256": str}
+RECORD_SHAPE: Shape = {
+    "label": str, "file": str, "sha256": str, "size_bytes": Count, "checkpoint_sha256": str, "gates": dict[str, Any],
+    "gates.codes?": dict[str, Any], "gates.codes.layers?": dict[str, Count], "gates.parity?": dict[str, Any],
+    "gates.parity.max_box_px?": Number, "gates.parity.max_score?": Number,
+}  # fmt: skip
+COLUMNS = ("epoch", "time/images_per_s", "time/epoch_s")  # of every row of results.csv
 
 
 @dataclass(frozen=True)
@@ -76,12 +104,13 @@ def gather(run: RunRoot) -> Evidence:
         UserError: there is no such run.
     """
     if not run.root.is_dir():
-        raise UserError(f"{run.root} does not exist: give --run the name of a run, or run 'make all' first")
+        what = "is a file and no run" if run.root.exists() else "does not exist"
+        raise UserError(f"{run.root} {what}: give --run the name of a run, or run 'make all' first")
     missing: list[str] = []
-    provenance = _read(run, run.provenance, "data", PROVENANCE_KEYS, missing)
+    provenance = _read(run, run.provenance, "data", PROVENANCE_SHAPE, missing)
     trainings = _trainings(run, missing)
     quantized = _quantized(run, missing)
-    records = _records(run, _finished(run, missing), missing)
+    records = _records(run, _finished(run, trainings, missing), missing)
     scored = _scored(run, records, missing)
     return Evidence(run, provenance, trainings, quantized, records, scored, missing)
 
@@ -95,30 +124,17 @@ def label_of(metrics: Metrics) -> Label:
     return Label.parse(name_of(metrics))
 
 
-def _read(run: RunRoot, path: Path, stage: str, keys: Iterable[str], missing: list[str]) -> dict[str, Any] | None:
-    """A JSON object with all the dotted keys, or None and a line in `missing`."""
+def _read(run: RunRoot, path: Path, stage: str, shape: Shape, missing: list[str]) -> dict[str, Any] | None:
+    """A JSON object of this shape, or None and a line in `missing`."""
     try:
         tree = read_json(path, stage)
     except UserError as error:
         missing.append(f"{stage}: {str(error).replace(f'{run.root}/', '')}")
         return None
-    if without := lacking(tree, keys):
-        missing.append(f"{stage}: {path.relative_to(run.root)} lacks {', '.join(without)}: make it anew with --force")
+    if faults := misfits(tree, shape):
+        missing.append(f"{stage}: {path.relative_to(run.root)} {'; '.join(faults)}: make it anew with --force")
         return None
     return tree
-
-
-def lacking(tree: Any, keys: Iterable[str]) -> list[str]:
-    """The dotted keys that a tree of JSON or YAML does not have."""
-    return [key for key in keys if not _has(tree, key)]
-
-
-def _has(tree: Any, dotted: str) -> bool:
-    for key in dotted.split("."):
-        if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
 
 
 def _trainings(run: RunRoot, missing: list[str]) -> dict[str, Training]:
@@ -147,22 +163,34 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
     try:
         config = read_yaml(folder / "config.yaml")
         history = read_rows(folder / "results.csv")
+        check_columns(history)
     except (UserError, OSError, ValueError, TypeError) as error:
         reason = str(error).replace(f"{run.root}/", "")
         missing.append(f"train: {label} cannot be read ({reason}): train it anew with --force")
         return None
-    environment = _read(run, folder / "env.json", "train", ENVIRONMENT_KEYS, missing)
-    without = lacking(config, CONFIG_KEYS)
-    if environment is None or not history or without:
-        what = f"config.yaml lacks {', '.join(without)}" if without else "no finished epoch or no env.json"
+    environment = _read(run, folder / "env.json", "train", ENVIRONMENT_SHAPE, missing)
+    faults = misfits(config, CONFIG_SHAPE)
+    if environment is None or not history or faults:
+        what = f"config.yaml {'; '.join(faults)}" if faults else "no finished epoch or no env.json"
         missing.append(f"train: {label} is left out: {what}")
         return None
     done_json = folder / "done.json"
-    done = _read(run, done_json, "train", ("best_sha256",), missing) if done_json.exists() else None
+    done = _read(run, done_json, "train", DONE_SHAPE, missing) if done_json.exists() else None
     if done is None:
         n_epochs = config["train"]["epochs"]
         missing.append(f"train: {label} has not finished, {len(history)} of {n_epochs} epochs: run it again to go on")
     return Training(label, config, history, environment, done)
+
+
+def check_columns(history: Rows) -> None:
+    """Raises a ValueError if a row of results.csv lacks a number that the page reads."""
+    of_validated = [column(number, state) for number in (AP, VAL_LOSS) for state in STATES]
+    for row in history:
+        names = [*COLUMNS, *of_validated] if is_validated(row) else COLUMNS
+        if missing := [name for name in names if name not in row]:
+            raise ValueError(f"results.csv lacks {', '.join(missing)}")
+        if not (math.isfinite(row["epoch"]) and row["epoch"] > 0):
+            raise ValueError(f"results.csv has an epoch {row['epoch']}")
 
 
 def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
@@ -174,27 +202,27 @@ def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
     for label in sorted(labels, key=by_label):
         folder = run.variant_dir(label)
         stage = "ptq" if Label.parse(label).method == "ptq" else "train"
-        quant_config = _read(run, folder / "quant_config.json", stage, QUANT_CONFIG_KEYS, missing)
-        health = _read(run, folder / "health.json", stage, ("epoch", "snr_db"), missing)
+        quant_config = _read(run, folder / "quant_config.json", stage, QUANT_CONFIG_SHAPE, missing)
+        health = _read(run, folder / "health.json", stage, HEALTH_SHAPE, missing)
         if quant_config:
             quantized[label] = {**quant_config, "snr_db": health["snr_db"] if health else {}}
     return quantized
 
 
-def _finished(run: RunRoot, missing: list[str]) -> dict[str, str | None]:
+def _finished(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -> dict[str, str | None]:
     """SHA-256 of best.pt by the label of every checkpoint, of trainings and of PTQ; None where it is not finished."""
-    finished: dict[str, str | None] = dict.fromkeys(_labels_with(run, "config.yaml"))
+    finished = {label: training.done["best_sha256"] if training.done else None for label, training in trainings.items()}
     for label in _labels_with(run, "done.json"):
-        stage = "ptq" if Label.parse(label).method == "ptq" else "train"
-        done = _read(run, run.variant_dir(label) / "done.json", stage, ("best_sha256",), missing)
-        finished[label] = done["best_sha256"] if done else None
+        if Label.parse(label).method == "ptq":
+            done = _read(run, run.variant_dir(label) / "done.json", "ptq", DONE_SHAPE, missing)
+            finished[label] = done["best_sha256"] if done else None
     return finished
 
 
 def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) -> list[dict[str, Any]]:
     records = []
     for path in sorted(run.onnx_dir.glob("*.json")):
-        if record := _read(run, path, "export", RECORD_KEYS, missing):
+        if record := _read(run, path, "export", RECORD_SHAPE, missing):
             records.append(record)
     for record in records:
         best_sha256 = finished.get(record["label"])
@@ -210,7 +238,7 @@ def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) 
 def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> list[Metrics]:
     scored: list[Metrics] = []
     for path in sorted(run.root.glob(f"*{SCORES_ENDING}/metrics.json")):
-        if tree := _read(run, path, "eval", METRICS_KEYS, missing):
+        if tree := _read(run, path, "eval", METRICS_SHAPE, missing):
             scored.append({**tree, "dir": path.parent.name, "path": str(path.parent)})
     digests = {record["file"]: record["sha256"] for record in records}
     for metrics in scored:

@@ -19,6 +19,7 @@ from app.coco.detail import Metrics
 from app.core.curves import COLOURS, HATCHES, LINES, NEUTRAL, overlay_figure, palette
 from app.core.files import write_atomic
 from app.report.evidence import Evidence, name_of
+from app.report.html import picture
 from app.report.tables import plain
 
 INK = {"": ("#ffffff", "#1f2328"), "-dark": ("#0d1117", "#e6edf3")}  # suffix -> paper, ink: those of Git hosts
@@ -42,18 +43,11 @@ def draw(figures_dir: Path, name: str, text: str, make: Callable[[], Figure]) ->
         text: caption: what the picture shows.
         make: draws it; called once for each version.
     """
+    name = re.sub(r"[^\w.-]", "_", name)  # it has the name of a folder, which may be anything
     for theme, (paper, ink) in INK.items():
         with matplotlib.rc_context(style(paper, ink)):
             save(make(), figures_dir / themed(name, theme))
-    dark = f'<source media="(prefers-color-scheme: dark)" srcset="figures/{themed(name, "-dark")}">'
-    light = f'<img src="figures/{name}" alt="{alternative(text)}">'
-    return f"{text}\n\n<picture>{dark}{light}</picture>"
-
-
-def alternative(text: str) -> str:
-    """The first sentence of a caption as the value of an HTML attribute."""
-    sentence = text.partition(".")[0]
-    return re.sub(r"[*`]", "", sentence).replace('"', "&quot;")
+    return f"{text}\n\n{picture(name, themed(name, '-dark'), text)}"
 
 
 def themed(name: str, theme: str) -> str:

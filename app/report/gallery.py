@@ -16,9 +16,9 @@ from pycocotools.coco import COCO
 
 from app.coco.detail import Metrics, choose
 from app.coco.images import read_image
+from app.coco.score import detection_rows
 from app.core.config import Report
 from app.core.curves import COLOURS
-from app.core.files import read_json
 from app.core.run import RunRoot
 from app.report.evidence import name_of
 from app.report.figures import draw
@@ -27,6 +27,8 @@ from app.report.tables import plain
 PANEL_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1])  # ground truth, baseline, quantized
 PANEL_INCH = 3.1  # width of a panel
 LABEL_SHARE = 0.06  # height of a label in that of its image
+MAX_RATIO = 3.0  # height of a row in widths of a panel; a taller photo is drawn narrower
+MAX_INCH = 540  # a JPEG has at most 65,535 px
 MAX_SIDE_PX = 480  # larger photos are shrunk: each is a few centimetres wide on the page
 
 
@@ -71,7 +73,7 @@ def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> di
 def detections(folder: Path, min_score: float) -> dict[int, list[dict[str, Any]]]:
     """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top)."""
     boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    rows = read_json(folder / "detections.json", "eval")
+    rows = detection_rows(folder / "detections.json")
     for row in sorted(rows, key=lambda row: row["score"]):
         if row["score"] >= min_score:
             boxes[row["image_id"]].append(row)
@@ -83,8 +85,9 @@ def gallery_figure(
 ) -> Figure:
     """One row an image, one column each for the ground truth and the variants."""
     pictures = [picture(images[row["image_id"]]) for row in rows]
-    heights = [photo.height / photo.width for photo in pictures]
-    figure = Figure(figsize=(10, 0.4 + PANEL_INCH * sum(heights) + 0.1 * len(rows)), layout="constrained")
+    heights = [min(photo.height / photo.width, MAX_RATIO) for photo in pictures]
+    height = min(0.4 + PANEL_INCH * sum(heights) + 0.1 * len(rows), MAX_INCH)
+    figure = Figure(figsize=(10, height), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, photo, line in zip(rows, pictures, grid, strict=True):
         pixels = np.asarray(shrunk(photo))

@@ -1,4 +1,7 @@
-"""The report as one HTML file: made from the same Markdown, with the figures inside, no network, no script."""
+"""The report as one HTML file: made from the same Markdown, with the figures inside, no network, no script.
+
+Text of other files stands on the page: of its HTML nothing is taken as HTML but the pictures as `picture` writes them.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,19 @@ import base64
 import html
 import re
 from pathlib import Path
+from typing import Any
 
-import markdown
+from markdown import Markdown
+from markdown.preprocessors import Preprocessor
+from markdown.treeprocessors import Treeprocessor
 
-SOURCE = re.compile(r'(src|srcset)="([^":]+)"')  # a picture that is a file: a data URI has a colon
+NAME = r"figures/[\w.-]+"
+PICTURE = re.compile(
+    rf'<picture><source media="\(prefers-color-scheme: dark\)" srcset="({NAME})"><img src="({NAME})" alt="([^"<>]*)">'
+    "</picture>"
+)
+LINK = re.compile(r"(?!.*\.\./)\w[\w./ -]*")  # a path below the page
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 # The dark figures have the dark paper of app/report/figures.py.
 STYLE = """
@@ -34,6 +46,18 @@ code { padding: .1rem .3rem; } pre { padding: .8rem; overflow-x: auto; } pre cod
 """
 
 
+def picture(name: str, dark_name: str, text: str) -> str:
+    """HTML of a picture that Git hosts keep; `text` is its caption, whose first sentence is the alternative text."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="figures/{dark_name}">'
+    return f'<picture>{dark}<img src="figures/{name}" alt="{alternative(text)}"></picture>'
+
+
+def alternative(text: str) -> str:
+    """The first sentence of a caption as the value of an HTML attribute."""
+    sentence = text.partition(".")[0]
+    return re.sub(r"[*`]", "", sentence).replace('"', "&quot;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def page(text: str, root: Path, name: str) -> str:
     """Markdown of the report -> a whole HTML document.
 
@@ -42,18 +66,63 @@ def page(text: str, root: Path, name: str) -> str:
         root: the run root.
         name: of the run, for the title.
     """
-    body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"], output_format="html")
-    body = SOURCE.sub(lambda match: f'{match[1]}="{data_uri(root / match[2])}"', body)
+    body = converter(root).convert(text)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(name)}</title>'
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(name)}</title>'
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
 
 
-def data_uri(path: Path) -> str:
-    """The content of a picture, for its `src`."""
+def converter(root: Path) -> Markdown:
+    """Markdown without HTML, pictures of other places, and links that lead away from the page."""
+    made = Markdown(extensions=["tables", "fenced_code", "sane_lists"], output_format="html")
+    made.preprocessors.deregister("html_block")
+    for pattern in ("html", "image_link", "image_reference", "short_image_ref"):
+        made.inlinePatterns.deregister(pattern)
+    made.preprocessors.register(Pictures(made, root), "pictures", 27)  # after the white space (30), before code (25)
+    made.treeprocessors.register(OwnLinks(made), "own_links", 0)  # the last one
+    return made
+
+
+class Pictures(Preprocessor):
+    """Puts the content of the pictures into the page."""
+
+    def __init__(self, made: Markdown, root: Path) -> None:
+        super().__init__(made)
+        self.root = root
+
+    def run(self, lines: list[str]) -> list[str]:
+        return PICTURE.sub(self._embedded, "\n".join(lines)).split("\n")
+
+    def _embedded(self, match: re.Match[str]) -> str:
+        dark, light = data_uri(self.root, match[1]), data_uri(self.root, match[2])
+        text = html.escape(html.unescape(match[3]))
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">' if dark else ""
+        return self.md.htmlStash.store(f'<picture>{source}<img src="{light}" alt="{text}"></picture>')
+
+
+class OwnLinks(Treeprocessor):
+    """Takes the target of every link that does not lead to a file beside the page."""
+
+    def run(self, root: Any) -> None:
+        for link in root.iter("a"):
+            if not LINK.fullmatch(link.get("href", "")):
+                link.attrib.pop("href", None)
+
+
+def data_uri(root: Path, name: str) -> str:
+    """The content of a picture below `root`, for its `src`; empty where there is none, or where it leads out."""
+    path = root / name
+    if path.suffix not in TYPES or not is_inside(path, root):
+        return ""
     content = base64.b64encode(path.read_bytes()).decode()
     return f"data:{TYPES[path.suffix]};base64,{content}"
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Whether it is a file that lies below `root` itself, not behind a link."""
+    return path.is_file() and path.resolve().is_relative_to(root.resolve())

@@ -11,13 +11,13 @@ from typing import Any
 
 from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import UserError
-from app.core.environment import utc_now
+from app.core.environment import REPO_DIR, utc_now
 from app.core.files import new_folder, read_json, write_text
 from app.core.labels import SCORES_ENDING
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
 from app.report.findings import Findings
-from app.report.html import page
+from app.report.html import PICTURE, is_inside, page
 from app.report.summary import ap_text, difference_text, health_lines, sample, verdict
 from app.report.tables import plain
 
@@ -28,8 +28,14 @@ KEPT = (
     "*/config.yaml", "*/args.yaml", "*/results.csv", "*/loss_curve.csv", "*/loss_curve.png",
     "*/env.json", "*/done.json", "*/quant_config.json", "*/health.json",
 )  # fmt: skip
-PICTURE = re.compile(r'<picture>.*?src="(figures/[^"]+)".*?</picture>')
+TEXT_FILES = (".json", ".yaml", ".csv")
 LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s]+)\)")
+# A whole value of JSON or YAML, then one inside a text: what stands before it, and its last name.
+ABSOLUTE_PATHS = (
+    re.compile(r'(")/(?:[^"\n]*/)?([^"/\n]*)(?=")'),
+    re.compile(r"((?:^|: |- )'?)/(?:[^\n]*/)?([^/\n]*)$", re.MULTILINE),
+    re.compile(r"((?<![\w.~)/:<]))/(?:[\w.+@%-]+/)+([\w.+@%-]*)"),
+)
 NO_PHOTOS = "*Left out here: photos of the dataset are not published.*"
 LOG_HEAD = '# Runs\n\nOne entry a run, the newest last; failures too. "Better" states seeds and spread, or says n=1.\n'
 
@@ -46,7 +52,7 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
     Raises:
         UserError: the run has no report, or was published before and `force` is not set.
     """
-    findings = read_json(run.root / "report.json", "report")
+    findings = read_json(run.root / "report.json", "report", {"run": str, "missing": list[str]})
     if not run.summary.exists():
         raise UserError(f"{run.summary} is missing: run 'make report' first")
     target = run.runs_dir / "reports" / run.name
@@ -55,12 +61,14 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
     evidence = gather(run)
     text = run.summary.read_text(encoding="utf-8")
     is_builtin = evidence.provenance is not None and evidence.provenance["title"] == BUILTIN_TITLE
-    pictures = PICTURE.findall(text)
-    copy(run, target, pictures if is_builtin else list(filter(is_figure, pictures)))
-    text = without_dead_ends(text, target)
+    pictures = [name for names in PICTURE.findall(text) for name in names[:2]]
+    log_entry = checked_entry(evidence, findings, aim)
+    without = private_paths(run, evidence)
+    copy(run, target, pictures if is_builtin else list(filter(is_figure, pictures)), without)
+    text = anonymous(without_dead_ends(text, target), without)
     write_text(target / "summary.md", text)
     write_text(target / "summary.html", page(text, target, run.name))
-    append_log(run.runs_dir / "LOG.md", entry(evidence, findings, aim))
+    append_log(run.runs_dir / "LOG.md", anonymous(log_entry, without))
     log.info("publish: %s, and an entry in %s", target, run.runs_dir / "LOG.md")
 
 
@@ -69,28 +77,67 @@ def is_figure(name: str) -> bool:
     return name.endswith(".png")
 
 
-def copy(run: RunRoot, target: Path, pictures: list[str]) -> None:
-    """Replaces `target` by the files of KEPT and the pictures in both themes; it appears when it is complete."""
+def copy(run: RunRoot, target: Path, pictures: list[str], without: dict[str, str]) -> None:
+    """Replaces `target` by the files of KEPT and the pictures; it appears when it is complete.
+
+    Only files of the run itself are published, none that a link in it leads to, and none of `without` in their text.
+    """
     files: set[Path] = set()
     for pattern in KEPT:
         files.update(run.root.glob(pattern))
-    for name in pictures:
-        light = run.root / name
-        files |= {light, light.with_stem(f"{light.stem}-dark")}
+    files |= {run.root / name for name in pictures}
     with new_folder(target, replace=True) as part:
         for path in sorted(files):
+            if not is_inside(path, run.root):
+                continue
             copied = part / path.relative_to(run.root)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copied)
+            if path.suffix in TEXT_FILES:
+                text = path.read_text(encoding="utf-8", errors="replace")
+                copied.write_text(anonymous(text, without), encoding="utf-8")
+            else:
+                shutil.copyfile(path, copied)
+
+
+def private_paths(run: RunRoot, evidence: Evidence) -> dict[str, str]:
+    """Folders of this machine -> what stands for each in a published text, the longest first."""
+    folders = {str(run.root.resolve()): run.name, str(run.runs_dir.resolve()): "runs", str(REPO_DIR): "."}
+    if evidence.provenance is not None:
+        coco_dir = evidence.provenance["coco_dir"]
+        folders |= {coco_dir: Path(coco_dir).name or "coco"} if coco_dir.startswith("/") else {}
+    folders |= {str(Path.home()): "~"}
+    return dict(sorted(folders.items(), key=lambda item: -len(item[0])))
+
+
+def anonymous(text: str, without: dict[str, str]) -> str:
+    """The text without absolute paths: of those that are not in `without` the last name remains."""
+    for folder, name in without.items():
+        text = re.sub(rf"{re.escape(folder)}(?=$|[^\w.-])", name, text, flags=re.MULTILINE)
+    for pattern in ABSOLUTE_PATHS:
+        text = pattern.sub(lambda match: f"{match[1]}.../{match[2]}", text)
+    return text
 
 
 def without_dead_ends(text: str, target: Path) -> str:
     """The page with a sentence in place of every picture, and code in place of every link, that has no file there."""
-    text = PICTURE.sub(lambda match: match[0] if (target / match[1]).exists() else NO_PHOTOS, text)
-    text = LINK.sub(lambda match: match[0] if (target / match[2]).exists() else f"`{match[2]}`", text)
+    text = PICTURE.sub(lambda match: match[0] if is_inside(target / match[2], target) else NO_PHOTOS, text)
+    text = LINK.sub(lambda match: match[0] if is_inside(target / match[2], target) else f"`{match[2]}`", text)
     title, _, rest = text.partition("\n")
     note = "Published without weights, ONNX files, logs and detections: names without a link are of the whole run root."
     return f"{title}\n{rest.rstrip()}\n\n{note}\n"
+
+
+def checked_entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
+    """The entry; report.json may come from somebody else.
+
+    Raises:
+        UserError: it is not what the report stage writes.
+    """
+    try:
+        return entry(evidence, findings, aim)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        path = evidence.run.root / "report.json"
+        raise UserError(f"{path} is not what 'make report' writes: run 'make report' again") from error
 
 
 def entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
@@ -100,10 +147,10 @@ def entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
     commands = [f"`{environment['command']}`" for environment in environments]
     commits = [str(environment.get("code_version")) for environment in environments]
     facts = {
-        "aim": aim or compared(evidence),
-        "command": listed(commands),
-        "commit": listed(commits),
-        "machine": listed(map(machine, environments)),
+        "aim": aim or plain(compared(evidence)),
+        "command": plain(listed(commands)),
+        "commit": plain(listed(commits)),
+        "machine": plain(listed(map(machine, environments))),
         "result": "; ".join(results(findings)) or "nothing was scored",
         "verdict": " ".join([*verdict(findings), *health_lines(findings)]),
         "missing": plain("; ".join(findings["missing"])) or "nothing",

@@ -6,6 +6,9 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
 
 from app.coco.dataset import Dataset, annotation_path, open_dataset
 from app.coco.detail import Metrics, analyse
@@ -74,9 +77,19 @@ def make_figures(evidence: Evidence, settings: Report) -> list[str]:
         quantized = shown_apart(group)
         blocks += [by_class(metrics, group[0], facts, run.figures_dir) for metrics in quantized]
         if settings.gallery_images:
-            blocks += [gallery(run, (group[0], metrics), facts, truth, settings) for metrics in quantized]
+            blocks += galleries(run, [(group[0], metrics) for metrics in quantized], facts, truth, settings)
     write_json(run.figures_dir / "analysis.json", facts)
     return blocks
+
+
+def galleries(
+    run: RunRoot, pairs: list[tuple[Metrics, Metrics]], facts: dict[str, Any], truth: COCO, settings: Report
+) -> list[str]:
+    """The gallery of each (baseline, quantized), or the reason why there is none."""
+    try:
+        return [gallery(run, pair, facts, truth, settings) for pair in pairs]
+    except (UserError, OSError) as error:
+        return [f"Left out: the gallery of images, because {plain(str(error))}."]
 
 
 def scored_dataset(evidence: Evidence, metrics: Metrics) -> Dataset:

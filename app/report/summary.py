@@ -57,12 +57,13 @@ def verdict(findings: Findings) -> list[str]:
 
 
 def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
-    base, label = group["rows"][0], row["label"]
+    base, label = group["rows"][0], plain(row["label"])
     if row["AP_difference"] is None:
-        return (
-            f"**{label}: no verdict**, AP {number(row['AP'])}: there is no FP16 baseline that was measured the "
-            f"same way ({describe(group['measured'])})."
-        )
+        has_baseline = row["size_share"] is not None
+        reason = "there is no FP16 baseline that was measured the same way"
+        if has_baseline:
+            reason = "the images have no object that counts"
+        return f"**{label}: no verdict**, AP {number(row['AP'])}: {reason} ({describe(group['measured'])})."
     runs = ""
     if row["over_runs"]:
         n_runs = row["over_runs"]["AP_difference"]["n"]

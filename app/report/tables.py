@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+from app.core.files import printable
+
+ENTITY = re.compile(r"&(?=#?\w+;)")
 MISSING = "-"
 MIN_WIDTH = 3  # characters of a column: a rule needs as many
 
@@ -44,8 +49,9 @@ def _joined(cells: list[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that cannot end a table cell or begin a tag."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    """Text of any origin that cannot end a line or a table cell, and begins neither tag, entity nor link."""
+    text = ENTITY.sub("&amp;", printable(text))
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -8,15 +8,23 @@ from typing import Any
 
 import torch
 
-from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, shown, validate
+from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, shown
 from app.core.files import keep
 from app.core.results import WARM_UP, Rows, is_validated
-from app.quant.model import load_checkpoint, save_checkpoint
+from app.core.shapes import Count, Shape, misfits
+from app.quant.model import config_of, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, WarmUp
 from app.train.processes import Ranks
 from app.train.state import State
 
 log = logging.getLogger(__name__)
+STATE_SHAPE: Shape = {
+    "epoch": int, "batch_in_epoch": Count, "last_step": int, "accumulate": Count, "loss_names": list[str],
+    "best_fitness": float | None, "best_epoch": Count, "rows": list[dict[str, float]], "faults": list[dict[str, Any]],
+    "loss_sum": Any, "scored": dict[str, Any], "codes_before": Any, "model": dict[str, Any], "ema": dict[str, Any],
+    "ema_updates": Count, "optimizer.state": dict[int, Any], "optimizer.param_groups": list[dict[str, Any]],
+    "scaler": dict[str, Any], "criterion_updates": Count, "stabilisers": list[dict[str, Any]],
+}  # fmt: skip
 
 
 def previous_of(last: Path) -> Path:
@@ -72,6 +80,21 @@ def last_whole(last: Path) -> dict[str, Any] | None:
     return state
 
 
+def restore(state: State, saved: dict[str, Any], path: Path) -> None:
+    """Gives a training the content of a checkpoint.
+
+    Raises:
+        UserError: they do not belong together; the checkpoint is damaged.
+    """
+    damaged = f"{path} does not fit this training, it is damaged: start over with ARGS=--force"
+    if faults := misfits(saved, STATE_SHAPE):
+        raise UserError(f"{damaged} ({'; '.join(faults)})")
+    try:
+        state.load_state_dict(saved)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(damaged) from error
+
+
 def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:
     """State dictionary for a QAT training that begins where the FP16 training stood which quant.warmup_from names.
 
@@ -84,7 +107,7 @@ def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:
     path = config.warmup_from
     if path is None:
         return None
-    source = load_checkpoint(path)
+    source = load_checkpoint(path, STATE_SHAPE)
     check_warm_up(config, path, source)
     log.info("train %s: the first %d epochs are those of %s", config.label, source["epoch"] + 1, path)
     return {
@@ -101,7 +124,7 @@ def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:
 
 def check_warm_up(config: Config, path: Path, checkpoint: dict[str, Any]) -> None:
     """Refuses a checkpoint that is not the end of an epoch of this training's own warm-up."""
-    source, n_done = validate(checkpoint["config"]), checkpoint["epoch"] + 1
+    source, n_done = config_of(checkpoint, path), checkpoint["epoch"] + 1
     if source.variant != "fp16" or checkpoint["batch_in_epoch"]:
         raise UserError(f"quant.warmup_from={path} is not an epochN.pt of an FP16 training")
     if n_done > config.n_quant_warmup_epochs:

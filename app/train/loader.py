@@ -11,17 +11,23 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import Sampler, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
+from app.coco.annotations import NAMES
+from app.coco.dataset import SPLITS
+from app.coco.images import place, read_image
 from app.core.config import UserError
 from app.data.view import read_split
 
+STRIDE = 32  # px of the input to a px of the network's smallest map
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
@@ -52,6 +58,16 @@ BEGINNING = Place(0, 0)
 WHOLE = Part(0, 1)
 
 
+def dataset_of(folder: Path) -> dict[str, Any]:
+    """What Ultralytics' trainer and dataset know of a dataset, as its check_det_dataset gives it of a coco.yaml.
+
+    `folder` is the run's dataset/; the lists of images there are only named: their images come from the view.
+    """
+    names = dict(enumerate(NAMES))
+    lists = {split: str(folder / f"{split}.txt") for split in SPLITS}
+    return {"path": folder, **lists, "names": names, "nc": len(names), "channels": 3}
+
+
 class EpochBatches(Sampler[list[Ticket]]):
     """Tickets of batch after batch, epoch after epoch; a pass of `iter` gives what is left of an epoch.
 
@@ -67,13 +83,27 @@ class EpochBatches(Sampler[list[Ticket]]):
 
     def __init__(self, n_images: int, batch_size: int, part: Part = WHOLE, start: Place = BEGINNING) -> None:
         self.n_images, self.batch_size, self.part = n_images, batch_size, part
-        last = n_images % batch_size or batch_size
-        if last < part.n:
+        self.n_last = n_images % batch_size or batch_size
+        if self.n_last < part.n:
             raise UserError(
-                f"train.batch={batch_size} leaves {last} of {n_images} images for the last batch of an epoch, fewer "
-                f"than {part.n} processes: choose another train.batch, or fewer devices"
+                f"train.batch={batch_size} leaves {self.n_last} of {n_images} images for the last batch of an epoch, "
+                f"fewer than {part.n} processes: choose another train.batch, or fewer devices"
             )
         self.start(*start)
+
+    def check_batchnorm(self, imgsz: int) -> None:
+        """BatchNorm needs two values a channel, and its smallest map has one value for every `STRIDE` px of an image.
+
+        Raises:
+            UserError: a rank would get one value a channel in an epoch's last batch.
+        """
+        n_smallest = self.n_last // self.part.n
+        if n_smallest * (imgsz // STRIDE) ** 2 < 2:
+            raise UserError(
+                f"train.imgsz={imgsz} with {n_smallest} image for a process in the last batch of an epoch "
+                f"({self.n_images} images, train.batch={self.batch_size}) leaves BatchNorm one value a channel: choose "
+                f"another train.batch or data.n_train, or train.imgsz={imgsz + STRIDE}"
+            )
 
     def start(self, epoch: int, batch: int) -> None:
         """The next pass begins at this batch of `epoch`, both counted from 0."""
@@ -100,6 +130,14 @@ def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n_images)
 
 
+class UnreadableImage(UserError):
+    """An image that a loader process cannot read. Torch makes the error anew with a traceback for its text."""
+
+    def __init__(self, text: str) -> None:
+        line = text.strip().rpartition("\n")[2]
+        super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
 class CocoDataset(YOLODataset):
     """YOLODataset whose labels come from the checked view and whose train samples are functions of their tickets.
 
@@ -114,23 +152,31 @@ class CocoDataset(YOLODataset):
         self.recent: dict[int, None] = {}
         self.partners: list[int] = []
         train = split == "train"
+        in_ram = kwargs.pop("cache", None) == "ram"
         super().__init__(
-            img_path=data[split], data=data, task="detect", stride=32, prefix=f"{split}: ",
+            img_path=data[split], data=data, task="detect", stride=STRIDE, prefix=f"{split}: ",
             augment=train, rect=not train, pad=0.0 if train else 0.5, **kwargs,
         )  # fmt: skip
         self.n_recent = min(self.ni, MOSAIC_WINDOW * self.batch_size, 1000)
         self.max_buffer_length = sys.maxsize  # load_image below lets go of images, not BaseDataset's own
+        if in_ram and self.check_cache_ram():  # BaseDataset's own would advise cache=disk, which writes beside images
+            self.cache = "ram"
+            self.cache_images()
+        del self.images  # `labels` has them
+
+    def get_img_files(self, img_path: str | list[str]) -> list[str]:
+        """Paths in the view; BaseDataset's own reads the list `img_path`."""
+        self.images = read_split(self.provenance, self.split)
+        return [image.path for image in self.images]
 
     def get_labels(self) -> list[dict[str, Any]]:
         """One dict an image in the layout of BaseDataset.get_labels; boxes are xywh, normalised."""
-        images = read_split(self.provenance, self.split)
-        self.im_files = [image.path for image in images]
         return [
             {
                 "im_file": image.path, "shape": image.shape_hw, "segments": [], "keypoints": None,
                 "cls": image.labels[:, :1], "bboxes": image.labels[:, 1:], "normalized": True, "bbox_format": "xywh",
             }
-            for image in images
+            for image in self.images
         ]  # fmt: skip
 
     def __getitem__(self, key: int | Ticket) -> dict[str, Any]:
@@ -163,17 +209,42 @@ class CocoDataset(YOLODataset):
             self.stream = order[batches % n_workers == worker]
 
     def load_image(self, i: int, rect_mode: bool = True, resize_short: bool = False) -> Any:
-        """As BaseDataset.load_image; the last `n_recent` decoded images of training are kept for mosaic."""
-        image = super().load_image(i, rect_mode, resize_short)
+        """An image with its long side scaled to imgsz, its own height and width, and those after the scaling.
+
+        As BaseDataset.load_image (8.4.190) for these arguments, but the file is read as everywhere else. Ultralytics
+        would prefer an .npy file beside the image, whatever is in it, and overwrite or delete it.
+
+        The last `n_recent` decoded images of training are kept for mosaic.
+        """
+        images, sizes, new_sizes = cast(tuple[list[Any], ...], (self.ims, self.im_hw0, self.im_hw))
+        is_kept = images[i] is not None
+        image = (images[i], sizes[i], new_sizes[i]) if is_kept else self._read(i)
         if self.augment and self.cache != "ram":
-            self.buffer = self.partners.copy()  # without the image that has just been read
+            images[i], sizes[i], new_sizes[i] = image
             self.recent.pop(i, None)
             self.recent[i] = None
             if len(self.recent) > self.n_recent:
                 oldest = next(iter(self.recent))
                 del self.recent[oldest]
-                cast(list[Any], self.ims)[oldest] = None  # with cache=ram it is another type
+                images[oldest] = None
         return image
+
+    def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+        """Decodes and scales an image.
+
+        Raises:
+            UnreadableImage: its file has gone, or was damaged, since the data stage looked at it.
+        """
+        try:
+            pixels = read_image(Path(self.im_files[i]))
+        except UserError as error:
+            raise UnreadableImage(str(error)) from error
+        height, width = pixels.shape[:2]
+        placement = place(width, height, self.imgsz)
+        new_hw = placement.new_height, placement.new_width
+        if new_hw != (height, width):
+            pixels = cv2.resize(pixels, new_hw[::-1], interpolation=cv2.INTER_LINEAR)
+        return pixels, (height, width), new_hw
 
 
 def train_loader(
@@ -188,9 +259,11 @@ def train_loader(
     Its `batch_sampler.sampler.start(epoch, batch)` together with `reset()` begins anywhere.
     """
     batch_size = min(dataset.batch_size, dataset.ni)
+    batches = EpochBatches(dataset.ni, batch_size, part, start)
+    batches.check_batchnorm(cast(int, dataset.imgsz))
     loader = InfiniteDataLoader(
         dataset,
-        batch_sampler=EpochBatches(dataset.ni, batch_size, part, start),
+        batch_sampler=batches,
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         timeout=WAIT_S if workers else 0,

@@ -20,7 +20,7 @@ from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import read_in_turn, save_state, state_from_fp16
+from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.guard import GuardStop, judge
@@ -100,7 +100,7 @@ class Loop:
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or state_from_fp16(self.state, self.config)
         if first:
-            self.state.load_state_dict(first)
+            restore(self.state, first, trainer.last if saved else self.config.warmup_from or trainer.last)
         if not saved:
             self.save()
         if first:

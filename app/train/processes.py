@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import uuid
@@ -17,10 +19,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from app.core.environment import launched_as
 from app.train.guard import GuardStop
 from app.train.interrupt import Interrupted, PeerLost
 
@@ -28,6 +32,7 @@ T = TypeVar("T")
 RAISED_BY_ALL = (GuardStop, Interrupted)  # all ranks raise these at the same step
 STEP_TIMEOUT_S = 660.0  # of a collective within a step: a little more than a batch may take to load (loader.py)
 LONG_TIMEOUT_S = 7200.0  # of a wait for rank 0, which prepares the data and validates alone
+LOOPBACK = "APP_STORE_PORT"  # `launch` sets it: all processes are on this machine, and none listens to another one
 log = logging.getLogger(__name__)
 
 
@@ -72,22 +77,28 @@ class Ranks:
                 dist.monitored_barrier(self.control, timeout=timedelta(seconds=LONG_TIMEOUT_S))
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0, plain and small. The other ranks wait for it as `barrier` does."""
+        """The value of rank 0, as JSON knows it and small. The other ranks wait for it as `barrier` does."""
         if self.n == 1:
             return value
-        values = [value]
+        text = _as_bytes(value) if self.is_main else b""
         self.barrier()
         with _lost_peers_explained():
-            dist.broadcast_object_list(values, group=self.control, device=torch.device("cpu"))
-        return values[0]
+            size = torch.tensor([len(text)])
+            dist.broadcast(size, 0, group=self.control)
+            content = _padded(text, int(size))
+            dist.broadcast(content, 0, group=self.control)
+        return value if self.is_main else json.loads(bytes(content.tolist()))
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, plain and small, in the order of the ranks."""
-        values = [value] * self.n
-        if self.n > 1:
-            with _lost_peers_explained():
-                dist.all_gather_object(values, value, group=self.control)
-        return values
+        """The values of all ranks, as JSON knows them and small, in the order of the ranks."""
+        if self.n == 1:
+            return [value]
+        text = _as_bytes(value)
+        size = max(self.maximum([len(text)]))
+        contents = [_padded(b"", size) for _ in range(self.n)]
+        with _lost_peers_explained():
+            dist.all_gather(contents, _padded(text, size), group=self.control)
+        return [json.loads(bytes(content.tolist())) for content in contents]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place, on the tensor's own device; does not wait for a GPU."""
@@ -112,9 +123,14 @@ class Ranks:
 ALONE = Ranks()
 
 
-def is_launched() -> bool:
-    """Whether torchrun, or `launch`, has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+def _as_bytes(value: Any) -> bytes:
+    """JSON and no pickle: what arrives from the network must not be able to run code."""
+    return json.dumps(value).encode()
+
+
+def _padded(text: bytes, size: int) -> torch.Tensor:
+    """The bytes as uint8 [size], with blanks behind them, which JSON ignores."""
+    return torch.tensor(list(text.ljust(size)), dtype=torch.uint8)
 
 
 @contextlib.contextmanager
@@ -127,17 +143,20 @@ def process_group(devices: list[str]) -> Iterator[Ranks]:
     Raises:
         PeerLost: another process does not come, ends early or hangs.
     """
-    if not is_launched():
+    launched = launched_as()
+    if launched is None:
         yield ALONE
         return
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, n, local, n_local = (int(os.environ[name]) for name in names)
+    rank, n, local, n_local = launched
     on_gpus = "cpu" not in devices
     if on_gpus and local < len(devices):  # NCCL begins on the current GPU; train() refuses one process too many
         torch.cuda.set_device(int(devices[local]))
     timeout = timedelta(seconds=STEP_TIMEOUT_S)
     with _lost_peers_explained():
-        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout)
+        numbers: dict[str, Any] = {}
+        if port := os.environ.get(LOOPBACK):
+            numbers = {"store": TCPStore("127.0.0.1", int(port), n, timeout=timeout), "rank": rank, "world_size": n}
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout, **numbers)
         control = dist.new_group(backend="gloo", timeout=timeout)
     ranks = Ranks(rank, n, local, n_local, control, os.getppid())
     try:
@@ -148,6 +167,13 @@ def process_group(devices: list[str]) -> Iterator[Ranks]:
     # A barrier and no collective of tensors: gloo's threads release tensors later, and crash a Python that has ended.
     ranks.barrier()
     dist.destroy_process_group()
+
+
+def _store_on_loopback() -> TCPStore:
+    """The store in which the processes of `launch` find each other. By itself torch's listens on all addresses."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def explain_lost_peer(error: RuntimeError) -> None:
@@ -181,10 +207,13 @@ def launch(n: int, arguments: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # `_exit_code` says in a line what these say in tables
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a container without a network cannot look itself up
         os.environ.setdefault(name, "lo")
+    store = _store_on_loopback()  # it lives as long as this process
+    os.environ[LOOPBACK] = str(store.port)
     with tempfile.TemporaryDirectory(prefix="launch-") as log_dir:
         config = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0", local_addr="localhost", signals_to_handle="SIGTERM,SIGINT",
+            rdzv_endpoint=f"{log_dir}/rendezvous", rdzv_configs={"store_type": "file"}, local_addr="localhost",
+            signals_to_handle="SIGTERM,SIGINT",
             logs_specs=DefaultLogsSpecs(log_dir, redirects=Std.OUT),  # gloo writes to stdout, we to stderr
         )  # fmt: skip
         try:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from ultralytics.cfg import get_cfg
-from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.tasks import DetectionModel
 
 from app.core.config import Config, UserError
@@ -15,13 +14,14 @@ from app.core.environment import utc_now
 from app.core.files import read_json, sha256, write_json
 from app.core.labels import BASELINE, Label
 from app.core.run import RunRoot, record_stage
+from app.data.prepare import prepared
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.health import signal_to_noise
 from app.quant.model import cpu_state_dict, load_scored, save_checkpoint
 from app.quant.schemes import quantize
 from app.train.bn_images import BnImages
 from app.train.device import check_devices
-from app.train.loader import CocoDataset
+from app.train.loader import CocoDataset, dataset_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def is_done(run: RunRoot, label: Label, source_sha256: str) -> bool:
     done_json = run.variant_dir(label) / "done.json"
     if not done_json.exists() or not run.best(label).exists():
         return False
-    if read_json(done_json, "ptq")["source_sha256"] != source_sha256:
+    if read_json(done_json, "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
         raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
     return True
 
@@ -91,9 +91,9 @@ def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) 
 
 def bn_images(config: Config, run: RunRoot, workers: int) -> BnImages:
     """The images that a training of `config` on the run's data re-estimates BatchNorm on."""
-    train, data = config.train, check_det_dataset(str(run.dataset_yaml))
+    provenance = prepared(run)
+    train, data = config.train, dataset_of(run.dataset_yaml.parent.resolve())
     hyp = cast(Any, get_cfg(overrides={**config.hyp.model_dump(), "workers": workers}))
-    provenance = read_json(run.provenance, "data")
     dataset = CocoDataset(
         "train", data, provenance, train.seed, imgsz=train.imgsz, batch_size=train.batch, hyp=hyp, cache=None
     )

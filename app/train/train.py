@@ -21,7 +21,8 @@ from app.core.config import (
 from app.core.curves import write_loss_curve
 from app.core.environment import environment, utc_now
 from app.core.files import read_json, sha256, write_json, write_text
-from app.core.run import RunRoot, record_stage
+from app.core.run import VIEW_SHAPE, RunRoot, record_stage
+from app.core.shapes import Count, Number, Shape
 from app.train.device import check_devices
 from app.train.loop import Loop
 from app.train.monitor import log_file
@@ -29,6 +30,7 @@ from app.train.processes import ALONE, Ranks
 from app.train.trainer import Trainer
 
 OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
+DONE_SHAPE: Shape = {"epochs": Count, "best_ap": Number}
 log = logging.getLogger(__name__)
 
 
@@ -69,10 +71,10 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
     check_snapshot(config, out_dir / "config.yaml")
     done_json = out_dir / "done.json"
     if done_json.exists():
-        done = read_json(done_json, "train")
+        done = read_json(done_json, "train", DONE_SHAPE)
         log.info("train %s: done already (%d epochs, best AP %.3f)", config.label, done["epochs"], done["best_ap"])
         return False
-    read_json(run.provenance, "data")
+    read_json(run.provenance, "data", VIEW_SHAPE)
     # Ultralytics deletes results.csv too, in every process at once (engine/trainer.py __init__, 8.4.190).
     (out_dir / "results.csv").unlink(missing_ok=True)
     write_text(out_dir / "config.yaml", dump(config))

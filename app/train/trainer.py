@@ -17,12 +17,12 @@ from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap
 
 from app.core.config import Config
 from app.core.files import read_json, write_json
-from app.core.run import RunRoot
+from app.core.run import VIEW_SHAPE, RunRoot
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.model import build
 from app.quant.options import exempt_scales_from_decay
 from app.train.bn_images import ema_decay
-from app.train.loader import CocoDataset, Part, Place, limit_wait, train_loader
+from app.train.loader import CocoDataset, Part, Place, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
 from app.train.step import criterion_of_part, fuse
 from app.train.validation import Validator
@@ -55,7 +55,8 @@ class Trainer(DetectionTrainer):
 
     def __init__(self, config: Config, run: RunRoot, device: str, ranks: Ranks = ALONE) -> None:
         self.config, self.ranks = config, ranks
-        self.provenance = read_json(run.provenance, "data")
+        self.provenance = read_json(run.provenance, "data", VIEW_SHAPE)
+        self.dataset_dir = run.dataset_yaml.parent.resolve()
         super().__init__(DEFAULT_CFG, ultralytics_args(config, run, device))
         if self.device.type == "cpu":  # Ultralytics leaves one core idle (select_device: NUM_THREADS), 8.4.190
             torch.set_num_threads(max((os.cpu_count() or 1) // ranks.n_local, 1))
@@ -109,6 +110,10 @@ class Trainer(DetectionTrainer):
         if quant_config and self.ranks.is_main:
             write_json(self.save_dir / "quant_config.json", quant_config)
         return model
+
+    def get_dataset(self) -> dict[str, Any]:
+        """Made from what is known. Ultralytics' own reads coco.yaml, and executes what its `download:` says."""
+        return dataset_of(self.dataset_dir)
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """For training this rank's parts of the batches; for validation all images, in batches of a part's size."""

@@ -18,13 +18,14 @@ from app.core.config import load
 from app.core.files import read_json, sha256
 from app.core.labels import Label
 from app.core.run import RunRoot
+from app.core.shapes import misfits
 from app.export import gates as onnx_gates
 from app.export.export import Trained, export, load_trained
 from app.export.gates import run_file
 from app.export.graphs import quant_weights
 from app.export.trace import one_head
 from app.quant.model import build
-from app.report.evidence import RECORD_KEYS, lacking
+from app.report.evidence import RECORD_SHAPE
 from tests.support.cuda_kernels import without_kernel
 from tests.support.export_run import IMGSZ, config_of, make_run
 
@@ -93,7 +94,7 @@ def test_metadata_in_the_file_is_that_of_the_json(run: RunRoot, stem: str, contr
     assert facts.pop("imgsz") == str(IMGSZ) == str(record["imgsz"])
     assert facts == {key: record[key] for key in facts}
     assert {"contract", "config_hash", "code_version", "checkpoint_sha256"} <= facts.keys()
-    assert lacking(record, RECORD_KEYS) == []  # what the report reads
+    assert misfits(record, RECORD_SHAPE) == []  # what the report reads
     assert record["quantized_layers"] == ({} if "baseline" in stem else {"4": N_QUANTIZED})
     label, precision = KINDS[stem]
     assert (record["label"], record["precision"]) == (label + ("" if contract == "raw" else "-end2end"), precision)

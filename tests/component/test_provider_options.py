@@ -23,7 +23,7 @@ WANTED = {
 def test_tf32_is_off_wherever_cuda_may_compute(monkeypatch: pytest.MonkeyPatch, provider: str) -> None:
     seen: list[Any] = []
 
-    def record(path: str, options: ort.SessionOptions, providers: list[Any]) -> Any:
+    def record(path: str, options: ort.SessionOptions, providers: list[Any], **_: Any) -> Any:
         seen.extend(providers)
         return SimpleNamespace(get_providers=lambda: [providers[0][0]])
 

@@ -90,8 +90,7 @@ def annotate_with_detections(run: RunRoot) -> None:
 
 
 def evaluated(run: RunRoot, path: Path, out_dir: Path) -> dict[str, Any]:
-    evaluate_standalone(config_of(run, "qat"), path, coco_dir(run), "val2017", out_dir)
-    return read_json(out_dir / "metrics.json", "eval")
+    return evaluate_standalone(config_of(run, "qat"), path, standalone_dataset(coco_dir(run), "val2017"), out_dir)
 
 
 def test_ap_of_the_file_is_that_of_torch(run: RunRoot, tmp_path: Path) -> None:

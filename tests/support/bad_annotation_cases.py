@@ -97,6 +97,22 @@ CATEGORIES = [
         "annotation whose category is a float", first("annotations", category_id=1.0),
         f"{TRAIN_JSON}: annotation 1 has unknown category id 1.0: {NOT_COCO}",
     ),
+    Case(
+        "annotation of a category that is not listed", lambda coco: edit(
+            coco, lambda found: found.update(categories=found["categories"][:3])
+        ),
+        f"{TRAIN_JSON}: annotation 2 has category 90 (toothbrush), which 'categories' does not list: list it there",
+    ),
+    Case(
+        "no category is listed", lambda coco: edit(coco, lambda found: found.update(categories=[])),
+        f"{TRAIN_JSON}: annotation 1 has category 1 (person), which 'categories' does not list: list it there",
+    ),
+    Case(
+        "neither categories nor annotations", lambda coco: edit(
+            coco, lambda found: found.update(categories=[], annotations=[])
+        ),
+        f"{TRAIN_JSON} lists no categories: {NOT_COCO}",
+    ),
 ]  # fmt: skip
 
 IDS = [

@@ -5,13 +5,14 @@ In the lines, COCO stands for the dataset folder.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from app.core.config import Quant
-from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, TRAIN_JSON, Case, first
-from tests.support.data_fixtures import annotation_file, edit, write_image
+from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, TRAIN_JSON, Case, first, twice
+from tests.support.data_fixtures import annotation_file, claiming_png, edit, write_image
 
 LAYOUT = (
     "it must hold train2017/, val2017/ and annotations/ as COCO 2017 does; give COCO_DIR=path, "
@@ -40,14 +41,45 @@ def cut_png(coco_dir: Path) -> None:
     first("images", file_name=path.name)(coco_dir)
 
 
-def link_out(coco_dir: Path) -> None:
-    image_1(coco_dir).rename(coco_dir.parent / "secret.jpg")
-    image_1(coco_dir).symlink_to(coco_dir.parent / "secret.jpg")
+def dead_link(path: Path) -> None:
+    """Puts a link to nowhere in the place of a file or folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to("/not/there")
+
+
+def pipe(coco_dir: Path) -> None:
+    image_1(coco_dir).unlink()
+    os.mkfifo(image_1(coco_dir))
+
+
+def claim(coco_dir: Path, width: int, height: int) -> None:
+    """Puts a PNG there whose header claims a size, in a few bytes, and lists the image with this size."""
+    path = image_1(coco_dir).with_suffix(".png")
+    path.write_bytes(claiming_png(width, height))
+    first("images", file_name=path.name, width=width, height=height)(coco_dir)
+
+
+def claim_another_size(coco_dir: Path) -> None:
+    claim(coco_dir, 9000, 9000)
+    first("images", width=40, height=30)(coco_dir)
+
+
+def in_shares(found: dict[str, Any]) -> None:
+    for box in found["annotations"]:
+        box["bbox"] = [0.25, 0.25, 0.5, 0.5]
+
+
+def all_crowds(found: dict[str, Any]) -> None:
+    for box in found["annotations"]:
+        box["iscrowd"] = 1
 
 
 def link_in_a_circle(coco_dir: Path) -> None:
     image_1(coco_dir).unlink()
     image_1(coco_dir).symlink_to(image_1(coco_dir).name)
+
+
+NOWHERE = "a link to /not/there, which is not there (a container sees nothing outside the dataset)"
 
 
 def unusable(reason: str, file_name: str = "000000000001.jpg") -> str:
@@ -62,6 +94,14 @@ FOLDER = [
     Case(
         "annotation file missing", lambda coco: annotation_file(coco).unlink(),
         f"{TRAIN_JSON} is missing: unpack annotations_trainval2017.zip into COCO",
+    ),
+    Case(
+        "folder that is a dead link", lambda coco: dead_link(coco / "val2017"),
+        f"COCO/val2017 is {NOWHERE}: make the link anew, or give another COCO_DIR=path",
+    ),
+    Case(
+        "annotation file that is a dead link", lambda coco: dead_link(annotation_file(coco)),
+        f"{TRAIN_JSON} is {NOWHERE}: make the link anew, or give another COCO_DIR=path",
     ),
 ]  # fmt: skip
 
@@ -88,7 +128,16 @@ FILES = [
         "folder in place of an image", lambda coco: [image_1(coco).unlink(), image_1(coco).mkdir()],
         unusable("cannot be read (Is a directory)"),
     ),
-    Case("link out of the dataset", link_out, unusable("is a link out of the dataset")),
+    Case("dead link", lambda coco: dead_link(image_1(coco)), unusable(f"is {NOWHERE}")),
+    Case("pipe in place of an image", pipe, unusable("is a pipe, socket or device, not a file")),
+    Case(
+        "image of more pixels than are decoded", lambda coco: claim(coco, 30_000, 30_000),
+        unusable("has more pixels than the 178,956,970 that are decoded: shrink it", "000000000001.png"),
+    ),
+    Case(
+        "large image of another size", claim_another_size,
+        unusable("has 9000 x 9000 px, the annotations say 40 x 30", "000000000001.png"),
+    ),
     Case("link that leads to itself", link_in_a_circle, unusable("cannot be read (Too many levels of symbolic links)")),
     Case(
         "file name climbs out", first("images", file_name="../../secret.jpg"),
@@ -145,7 +194,40 @@ BOXES = [
     ),
 ]  # fmt: skip
 
+GO_ON = "to go on all the same, give --set data.strict=false"
+STRICT = ("data.strict=true",)
+DOUBTS = [
+    Case(
+        "boxes in shares of the image", lambda coco: edit(coco, in_shares),
+        f"{TRAIN_JSON}: 3 of 3 boxes have no number above 1 (first: 000000000001.jpg): COCO's are x, y, w, h in px, "
+        f"not shares of the image; multiply them; {GO_ON}", STRICT,
+    ),
+    Case(
+        "annotation with a copy", twice("annotations", id=5),
+        f"{TRAIN_JSON}: 1 of 3 boxes repeat another of their image and class exactly (first: 000000000001.jpg), and "
+        f"only one of two can be found: delete the copies; {GO_ON}", STRICT,
+    ),
+    Case(
+        "only crowds", lambda coco: edit(coco, all_crowds),
+        f"{TRAIN_JSON}: 4 of 4 annotations have iscrowd=1 (first: 000000000001.jpg); crowds are neither learnt nor "
+        f"scored: set iscrowd to 0 where an annotation is one object; {GO_ON}", STRICT,
+    ),
+    Case(
+        "no annotations", lambda coco: edit(coco, lambda found: found.update(annotations=[])),
+        f"{TRAIN_JSON}: it lists no annotations, so there is nothing to learn: check the export; {GO_ON}", STRICT,
+    ),
+]  # fmt: skip
+
 SETTINGS = [
+    Case(
+        "nothing to score", lambda coco: edit(coco, all_crowds, "val2017"),
+        "1 images of COCO/val2017 have no object to score (1 annotations, 1 of them crowds, the others without area): "
+        "mend the annotations, or choose more images with data.n_val",
+    ),
+    Case(
+        "path of no letters", nothing, "configuration: data.coco_dir = '': give the path of a folder",
+        ("data.coco_dir=",),
+    ),
     Case(
         "more images asked for than there are", nothing,
         "data.n_train=3: train2017 has 2 usable images; ask for at most as many", ("data.n_train=3",),
@@ -187,4 +269,4 @@ SETTINGS = [
     ),
 ]  # fmt: skip
 
-CASES = [*FOLDER, *JSON, *CATEGORIES, *IDS, *FILES, *BOXES, *SETTINGS]
+CASES = [*FOLDER, *JSON, *CATEGORIES, *IDS, *FILES, *BOXES, *DOUBTS, *SETTINGS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from app.core.environment import REPO_DIR
 from app.core.files import write_text
 from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, Case
-from tests.support.bad_input_cases import BOXES, FILES, FOLDER, SETTINGS
+from tests.support.bad_input_cases import BOXES, DOUBTS, FILES, FOLDER, SETTINGS
 
 DOC = REPO_DIR / "docs" / "bad-input.md"
 HEAD = """# What a bad input says
@@ -17,7 +17,9 @@ cases that `tests/unit/test_bad_input.py` runs: `PYTHONPATH=. python tests/suppo
 PARTS = {
     "The folder": FOLDER, "The annotation file": JSON, "Categories": CATEGORIES, "Ids and entries": IDS,
     "Image files (`data.skip_broken=true` goes on without them)": FILES,
-    "Boxes (`data.skip_broken=true` goes on without their images)": BOXES, "Settings": SETTINGS,
+    "Boxes (`data.skip_broken=true` goes on without their images)": BOXES,
+    "Doubtful annotations (a warning; an error with `data.strict=true`)": DOUBTS,
+    "Settings": SETTINGS,
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,16 @@ def write_image(path: Path, size_wh: tuple[int, int]) -> None:
     width, height = size_wh
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     path.write_bytes(cv2.imencode(path.suffix, pixels)[1].tobytes())
+
+
+def claiming_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims any size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 def annotation_file(coco_dir: Path, split: str = "train2017") -> Path:

@@ -27,28 +27,33 @@ def write_model(path: Path, bias: np.ndarray, contract: str = "raw", **options: 
         path: the file to write.
         bias: raw [84,A] or end2end [K,6].
         contract: goes into the metadata.
-        options: weight [*bias.shape,3]; batch: fixed size (default free); imgsz; type: of the input;
-            metadata: replaces the usual entries.
+        options: weight [*bias.shape,3]; batch: fixed size (default free); imgsz: a side, or height and width; type and
+            name: of the input; out_type: of the output; out_shape: declared instead of the true one; baked: the
+            graph can run only one image; metadata: replaces the usual entries.
     """
     weight = options.get("weight", np.zeros((*bias.shape, 3)))
     imgsz, input_type = options.get("imgsz", IMGSZ), options.get("type", TensorProto.FLOAT)
+    sides = [imgsz, imgsz] if isinstance(imgsz, int | str) else [*imgsz]
+    name, out_type = options.get("name", "images"), options.get("out_type", TensorProto.FLOAT)
     nodes = [
-        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [name], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("GlobalAveragePool", ["pixels"], ["mean"]),
         helper.make_node("Conv", ["mean", "weight", "bias"], ["flat"]),
-        helper.make_node("Reshape", ["flat", "shape"], ["output"]),
+        helper.make_node("Reshape", ["flat", "shape"], ["shaped"]),
+        helper.make_node("Cast", ["shaped"], ["output"], to=out_type),
     ]
     constants = {
         "weight": weight.reshape(-1, 3, 1, 1).astype(np.float32),
         "bias": bias.reshape(-1).astype(np.float32),
-        "shape": np.array([0, *bias.shape]),
+        "shape": np.array([1 if options.get("baked") else 0, *bias.shape]),
     }
     batch = options.get("batch", "batch")
+    out_shape = options.get("out_shape", [batch, *bias.shape])
     graph = helper.make_graph(
         nodes,
         "test",
-        [helper.make_tensor_value_info("images", input_type, [batch, 3, imgsz, imgsz])],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [batch, *bias.shape])],
+        [helper.make_tensor_value_info(name, input_type, [batch, 3, *sides])],
+        [helper.make_tensor_value_info("output", out_type, out_shape)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)

@@ -108,9 +108,3 @@ def test_unknown_stage_names_the_stages(tmp_path: Path) -> None:
     assert code == 2
     assert "invalid choice: 'trian' (choose from 'all', 'data', 'train'" in stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_download_of_what_is_there_ends_well(coco_dir: Path, tmp_path: Path) -> None:
-    code, stderr = app(tmp_path, "download-coco", "--to", str(coco_dir), "--keep-archives")
-    names = ("annotations", "val2017", "train2017")
-    assert (code, stderr) == (0, "".join(f"{coco_dir / name} is there already\n" for name in names))

@@ -33,6 +33,7 @@ OTHER_HYP = ("optimizer", "perspective", "close_mosaic", "nbs")  # keys of hyp t
 CHANGED = {
     "variant": "fp16", "model": "yolov10n.yaml",
     "data.coco_dir": "elsewhere", "data.n_train": 7, "data.n_val": 7, "data.seed": 1, "data.skip_broken": True,
+    "data.strict": True,
     "train.epochs": 7, "train.batch": 7, "train.imgsz": 32, "train.seed": 1, "train.deterministic": False,
     "train.amp": False, "train.workers": 7, "train.device": "cpu", "train.cache": True, "train.bn_batches": 7,
     "train.val_every": 7, "train.save_every_s": 7.0, "train.save_period": 7, "train.ema_decay": 0.7,
@@ -100,6 +101,20 @@ def test_full_run_is_the_scratch_recipe() -> None:
         ("=3", "write it as key=value"),
         ("train.epochs=[1", "not valid YAML"),
         ("train=3", "train = 3"),
+        ("train.patience=3", "unknown key train.patience, see conf/base.yaml"),
+        ("train.lr0=0.1", "unknown key train.lr0, did you mean hyp.lr0?"),
+        ("train.optimizer=SGD", "did you mean hyp.optimizer?"),
+        ("train={batch.size: 3}", "write a key below its section: 'batch:'"),
+        ("model=yolov8m.yaml", "choose one of yolov10n.yaml, yolov10s.yaml, "),
+        ("train.device=gpu", "choose auto, cpu, or the numbers of GPUs such as 0 or 0,1"),
+        ("train.seed=4294967296", "train.seed = 4294967296"),
+        ("hyp.lr0=.inf", "finite"),
+        ("variant=int8", "variant=int8: this is no setting"),
+        ("train.epochs=!!timestamp x", "not valid YAML"),
+        ("train.epochs=2020-13-45", "not valid YAML"),
+        ("train.epochs=" + "[" * 3000, "not valid YAML"),
+        (f"train.epochs={'9' * 5000}", "not valid YAML"),
+        ("=", "write it as key=value"),
     ],
 )
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
@@ -124,6 +139,27 @@ def test_bad_conf_file(tmp_path: Path, text: str | None, message: str) -> None:
         file.write_text(text)
     with pytest.raises(UserError, match=message):
         read_yaml(file)
+
+
+def test_a_dotted_key_in_a_file_says_how_to_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train.epochs: 3\n")
+    with pytest.raises(UserError, match=r"key train\.epochs, write a key below its section: 'train:', .*'epochs: ...'"):
+        load("qat", [file])
+
+
+def test_qat_without_its_section_is_refused() -> None:
+    with pytest.raises(UserError, match="quant: the qat variant needs this section"):
+        load("qat", [], ["quant=null"])
+
+
+def test_a_value_of_any_size_is_shown_short(tmp_path: Path) -> None:
+    file = tmp_path / "laughs.yaml"
+    levels = ["a0: &a0 [1, 2]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    file.write_text("\n".join(levels) + "\ntrain: {epochs: *a11}\n")
+    with pytest.raises(UserError) as error:
+        load("qat", [file])
+    assert len(str(error.value)) < 3000
 
 
 def test_unknown_variant() -> None:

@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ from app.coco.annotations import CATEGORIES, NAMES
 from app.core.config import UserError
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
+from app.data.prepare import prepared
 from app.data.view import read_split
 from tests.support.data_fixtures import annotation_file, edit, listing, run_data, write_dataset, write_image
 
 HALF_DIGIT = 5e-7  # label files have six decimals
-Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the view was built again")
 
     monkeypatch.setattr(app.data.prepare, "build_view", fail)
+    monkeypatch.setattr(app.data.view, "build_view", fail)
 
 
 def test_labels_are_right_by_hand(coco_dir: Path, run: RunRoot) -> None:
@@ -178,7 +179,7 @@ def test_other_settings_are_refused_with_the_difference(coco_dir: Path, run: Run
         f"{run.root} was made with other data settings (data.n_train: None -> 1, data.skip_broken: False -> True): "
         "take another RUN=name, or start the run over with ARGS=--force"
     )
-    with pytest.raises(UserError, match=r"data\.coco_dir: .*coco -> .*other"):
+    with pytest.raises(UserError, match=r"no COCO folder at .*other"):
         run_data(run, tmp_path / "other")
     assert listing(run.root) == before
 
@@ -201,6 +202,30 @@ def test_changed_annotations_are_refused(coco_dir: Path, run: RunRoot) -> None:
     assert provenance_of(run)["splits"]["train"]["n_annotations"] == 3
 
 
+def test_same_dataset_at_another_path_goes_on(coco_dir: Path, run: RunRoot, tmp_path: Path) -> None:
+    run_data(run, coco_dir)
+    old = provenance_of(run)
+    shutil.copytree(coco_dir, tmp_path / "scratch")
+    shutil.rmtree(coco_dir)
+    run_data(run, tmp_path / "scratch")
+    new = provenance_of(run)
+    assert (new["coco_dir"], new["earlier_coco_dirs"]) == (str(tmp_path / "scratch"), [str(coco_dir)])
+    assert new["splits"]["train"]["image_ids_sha256"] == old["splits"]["train"]["image_ids_sha256"]
+    assert Path(read_split(new, "train")[0].path).resolve().parent == tmp_path / "scratch" / "train2017"
+    run_data(run, tmp_path / "scratch")
+    assert provenance_of(run) == new
+
+
+def test_another_dataset_at_another_path_is_refused(coco_dir: Path, run: RunRoot, tmp_path: Path) -> None:
+    run_data(run, coco_dir)
+    other = write_dataset(tmp_path / "other")
+    edit(other, lambda tree: tree["annotations"].pop())
+    before = listing(run.root)
+    with pytest.raises(UserError, match=r"made with another train2017 of .*other \(annotation_sha256"):
+        run_data(run, other)
+    assert listing(run.root) == before
+
+
 def test_moved_dataset_goes_on(coco_dir: Path, run: RunRoot) -> None:
     run_data(run, coco_dir)
     old = provenance_of(run)
@@ -209,6 +234,111 @@ def test_moved_dataset_goes_on(coco_dir: Path, run: RunRoot) -> None:
     run_data(run, coco_dir)
     assert provenance_of(run)["coco_dir"] == str(coco_dir.with_name("moved"))
     assert provenance_of(run)["splits"]["train"]["image_ids_sha256"] == old["splits"]["train"]["image_ids_sha256"]
+
+
+@pytest.mark.parametrize("other_run", [False, True])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (Path.unlink, r"cannot be read \(No such file or directory\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is cut off or damaged"),
+        (lambda path: write_image(path, (30, 40)), "has 30 x 40 px, the annotations say 40 x 30"),
+    ],
+    ids=["deleted", "cut off", "of another size"],
+)
+def test_image_that_changes_after_it_was_checked(
+    coco_dir: Path, run: RunRoot, change: Any, reason: str, other_run: bool
+) -> None:
+    run_data(run, coco_dir)
+    change(coco_dir / "train2017" / "000000000001.jpg")
+    if other_run:
+        run = open_run("other", run.runs_dir)
+    with pytest.raises(UserError, match=rf"1 of 2 images in .*train2017 cannot be used: 000000000001\.jpg {reason}"):
+        run_data(run, coco_dir)
+    with pytest.raises(UserError, match=r"cannot be used|is missing"):
+        prepared(run)
+
+
+def test_only_what_has_changed_is_checked_again(
+    coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "app")
+    run_data(run, coco_dir)
+    looked: list[str] = []
+    monkeypatch.setattr(app.data.view, "fault", lambda folder, name, *_: looked.append(name) or "")
+    run_data(run, coco_dir)
+    assert looked == []
+    os.utime(coco_dir / "train2017" / "000000000002.jpg", ns=(0, 1))
+    run_data(run, coco_dir)
+    run_data(run, coco_dir)
+    assert looked == ["000000000002.jpg"]
+    assert "data: 1 images of train2017 have changed since they were checked" in caplog.messages
+
+
+def test_view_that_somebody_deleted_is_built_again(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    provenance, files = provenance_of(run), listing(run.root)
+    view = Path(provenance["view_dir"])
+    for spoil in (
+        lambda: shutil.rmtree(run.cache_dir),
+        lambda: shutil.rmtree(view / "labels" / "val2017"),
+        lambda: (view / "train2017.json").unlink(),
+        lambda: (view / "train2017.json").write_text('{"images": ['),
+    ):
+        spoil()
+        assert prepared(run) == provenance
+        assert [len(found.labels) for found in read_split(provenance, "train")] == [2, 0]
+    assert listing(run.root) == files
+    next((view / "labels").rglob("*.txt")).unlink()
+    with pytest.raises(UserError, match=r"\.txt is missing or spoiled: run 'make data ARGS=--force'"):
+        [read_split(provenance, split) for split in ("train", "val")]
+
+
+def test_files_for_the_trainer_are_ours_whoever_wrote_them(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    ours = run.dataset_yaml.read_text()
+    for use in (prepared, lambda run: run_data(run, coco_dir)):
+        run.dataset_yaml.write_text(ours + "download: raise SystemExit(7)\n")
+        use(run)
+        assert run.dataset_yaml.read_text() == ours
+
+
+def test_doubtful_annotations_are_told_once(coco_dir: Path, run: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
+    edit(coco_dir, lambda tree: tree["annotations"].append(tree["annotations"][0] | {"id": 9}))
+    run_data(run, coco_dir)
+    run_data(run, coco_dir)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.startswith(f"warning: {annotation_file(coco_dir)}: 1 of 3 boxes repeat another")
+    with pytest.raises(UserError, match=r"1 of 3 boxes repeat another.*data\.strict=false"):
+        run_data(run, coco_dir, "data.strict=true")
+
+
+def test_links_to_single_images_are_taken(coco_dir: Path, run: RunRoot) -> None:
+    """As git-annex, DVC and the cache of Hugging Face have them; a changed target is noticed through the link."""
+    path, blob = coco_dir / "train2017" / "000000000001.jpg", coco_dir.parent / "blobs" / "0a1b"
+    blob.parent.mkdir()
+    path.rename(blob)
+    path.symlink_to(blob)
+    before = listing(blob.parent)
+    run_data(run, coco_dir)
+    assert provenance_of(run)["splits"]["train"]["n_broken"] == 0
+    assert listing(blob.parent) == before
+    blob.write_bytes(b"")
+    with pytest.raises(UserError, match=r"000000000001\.jpg is empty"):
+        run_data(run, coco_dir)
+
+
+def test_file_names_that_no_file_system_takes(coco_dir: Path, run: RunRoot) -> None:
+    for name in ("a" * 256, "b" * 254 + ".x", "/".join(["c" * 200] * 12)):  # the label of the second is a.txt
+        edit(coco_dir, lambda tree, name=name: tree["images"][0].update(file_name=name))
+        with pytest.raises(UserError, match="its file name is too long; repair them"):
+            run_data(run, coco_dir)
+
+
+def test_folder_that_is_named_like_a_label_file(coco_dir: Path, run: RunRoot) -> None:
+    edit(coco_dir, lambda tree: tree["images"][1].update(file_name="000000000001.txt/b.jpg"))
+    with pytest.raises(UserError, match=r"the folder 000000000001\.txt/ has the name of an image's label file"):
+        run_data(run, coco_dir)
 
 
 def test_names_in_other_scripts_and_in_folders_work(coco_dir: Path, run: RunRoot) -> None:
@@ -233,7 +363,8 @@ def test_links_inside_the_dataset_and_a_linked_split_work(coco_dir: Path, run: R
 
 
 def test_only_the_categories_in_use_may_be_listed(coco_dir: Path, run: RunRoot) -> None:
-    edit(coco_dir, lambda tree: tree.update(categories=CATEGORIES[:3]))
+    in_use = [category for category in CATEGORIES if category["id"] in (1, 3, 90)]
+    edit(coco_dir, lambda tree: tree.update(categories=in_use))
     run_data(run, coco_dir)
     assert provenance_of(run)["splits"]["train"]["n_annotations"] == 4
 
@@ -244,7 +375,8 @@ def full_disk(*args: object) -> None:
 
 def test_full_disk_while_the_view_is_built(coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app.data.view, "yolo_rows", full_disk)  # stands for the write of a label file
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 3 * 2**20))
+    disk = SimpleNamespace(f_bavail=3, f_frsize=2**20, f_files=0, f_favail=0)
+    monkeypatch.setattr(os, "statvfs", lambda folder: disk)
     with pytest.raises(UserError, match=r"no space left in .*\.cache \(3 MiB free\): .*make room"):
         run_data(run, coco_dir)
     assert not run.root.exists()

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import logging
 import shutil
 import socket
 import stat
@@ -49,7 +50,10 @@ def zip_of(members: dict[str, bytes]) -> bytes:
 def serve(server: Server, folder: str, members: dict[str, bytes] | bytes) -> Archive:
     body = members if isinstance(members, bytes) else zip_of(members)
     server.files[f"{folder}.zip"] = body
-    return Archive(server.url(f"{folder}.zip"), len(body), hashlib.md5(body).hexdigest(), folder, 10_000)  # noqa: S324
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        n_files = sum(not member.is_dir() for member in archive.infolist())
+    md5 = hashlib.md5(body).hexdigest()  # noqa: S324
+    return Archive(server.url(f"{folder}.zip"), len(body), md5, folder, n_files, 10_000)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -75,6 +79,15 @@ def test_second_run_asks_the_server_for_nothing(server: Server, tmp_path: Path) 
     assert server.ranges == [None]
 
 
+def test_folder_with_all_its_files_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "val2017").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "val2017" / name).write_text("")
+    download_coco(tmp_path, archives=(Archive("http://127.0.0.1/val2017.zip", 10, "0" * 32, "val2017", 2, 10),))
+    assert caplog.messages == [f"{tmp_path / 'val2017'} is there already"]
+
+
 def test_kept_archive_is_unpacked_again_without_a_request(server: Server, tmp_path: Path) -> None:
     table = (serve(server, "val2017", VAL),)
     download_coco(tmp_path, keep_archives=True, archives=table)
@@ -89,6 +102,39 @@ def test_empty_folder_counts_as_missing(server: Server, tmp_path: Path) -> None:
     (tmp_path / "val2017").mkdir()
     download_coco(tmp_path, archives=(serve(server, "val2017", VAL),))
     assert tree(tmp_path) == VAL_FILES
+
+
+@pytest.mark.parametrize("cut", [0, 2, len(VAL["val2017/2.jpg"]) - 1])
+def test_half_unpacked_folder_is_completed(server: Server, tmp_path: Path, cut: int) -> None:
+    """An interrupted `unzip` has left a file out, and another cut off; a file of the user's is kept."""
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "val2017" / "2.jpg").write_bytes(VAL["val2017/2.jpg"][:cut])
+    download_coco(tmp_path, archives=(serve(server, "val2017", VAL),))
+    assert tree(tmp_path) == VAL_FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".download.lock", "val2017"]
+
+
+def test_files_of_somebody_else_are_kept(server: Server, tmp_path: Path) -> None:
+    folder = tmp_path / "val2017"
+    folder.mkdir()
+    (folder / "2.jpg").write_bytes(b"mine")
+    archive = serve(server, "val2017", VAL)
+    with pytest.raises(UserError, match=r"val2017/2\.jpg is not the file of .*val2017\.zip, and is kept: move it away"):
+        download_coco(tmp_path, archives=(archive,))
+    assert tree(folder) == {"2.jpg": b"mine"}
+    (folder / "2.jpg").rename(folder / "mine.png")
+    download_coco(tmp_path, archives=(archive,))
+    assert tree(tmp_path) == VAL_FILES | {"val2017/mine.png": b"mine"}
+    assert server.ranges == [None]
+
+
+def test_lock_file_that_is_a_link_is_not_followed(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / ".download.lock").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"cannot write to .*coco \(Too many levels of symbolic links\)"):
+        download_coco(tmp_path / "coco", archives=(serve(server, "val2017", VAL),))
+    assert (tmp_path / "other").read_text() == "kept"
 
 
 def test_cut_connections_are_resumed_where_they_broke(server: Server, tmp_path: Path) -> None:
@@ -142,10 +188,10 @@ def test_silent_server_ends_in_bounded_time(tmp_path: Path, monkeypatch: pytest.
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/val2017.zip"
         start = time.monotonic()
         with pytest.raises(UserError, match=r"timed out.*gave up after 2 tries"):
-            download_coco(tmp_path, archives=(Archive(url, 10, "0" * 32, "val2017", 10),))
+            download_coco(tmp_path, archives=(Archive(url, 10, "0" * 32, "val2017", 1, 10),))
     assert time.monotonic() - start < 5  # two tries of 0.1 s; the rest is slack for a busy machine
     with pytest.raises(UserError, match=r"refused.*check the network"):  # the port is closed now
-        download_coco(tmp_path, archives=(Archive(url, 10, "0" * 32, "val2017", 10),))
+        download_coco(tmp_path, archives=(Archive(url, 10, "0" * 32, "val2017", 1, 10),))
 
 
 def test_wrong_archive_is_named_and_deleted(server: Server, tmp_path: Path) -> None:
@@ -254,12 +300,12 @@ def test_second_download_into_a_folder_is_refused(server: Server, tmp_path: Path
 def test_target_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/coco .*--to DIR"):
-        download_coco(tmp_path / "file" / "coco", archives=(Archive("http://127.0.0.1/a.zip", 1, "", "a", 1),))
+        download_coco(tmp_path / "file" / "coco", archives=(Archive("http://127.0.0.1/a.zip", 1, "", "a", 1, 1),))
 
 
 def test_table_is_the_official_one() -> None:
-    assert [(a.name, a.n_bytes, a.md5) for a in ARCHIVES] == [
-        ("annotations_trainval2017.zip", 252907541, "f4bbac642086de4f52a3fdda2de5fa2c"),
-        ("val2017.zip", 815585330, "442b8da7639aecaf257c1dceb8ba8c80"),
-        ("train2017.zip", 19336861798, "cced6f7f71b7629ddf16f17bbcfab6b2"),
+    assert [(a.name, a.n_bytes, a.md5, a.n_files) for a in ARCHIVES] == [
+        ("annotations_trainval2017.zip", 252907541, "f4bbac642086de4f52a3fdda2de5fa2c", 6),
+        ("val2017.zip", 815585330, "442b8da7639aecaf257c1dceb8ba8c80", 5000),
+        ("train2017.zip", 19336861798, "cced6f7f71b7629ddf16f17bbcfab6b2", 118287),
     ]

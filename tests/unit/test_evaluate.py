@@ -15,12 +15,13 @@ import pytest
 from onnx import TensorProto
 
 from app.coco.dataset import Dataset, hash_ids
-from app.coco.score import first_of, load_truth, score
+from app.coco.score import first_of, load_truth, score, standalone_dataset
 from app.core.config import Eval, UserError, load
 from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot
-from app.eval import pipeline, runtime
+from app.eval import pipeline
 from app.eval.evaluate import evaluate, evaluate_file, evaluate_standalone
+from app.eval.machine import clocks
 from tests.support.eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 
 # Images are 64 x 48, inputs 32 x 32: halved, 4 px of padding above and below.
@@ -74,7 +75,7 @@ def test_metrics_name_everything_they_depend_on(tmp_path: Path, coco_dir: Path) 
     latency = metrics["latency_ms"]
     assert (latency["batch"], latency["warmup"], latency["runs"]) == (1, 1, 5)
     assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
-    assert latency["clocks"].keys() == runtime.clocks(runtime.CPU).keys()
+    assert latency["clocks"].keys() == clocks(on_gpu=False).keys()
     assert latency["with_processing"]["p50"] >= latency["p50"]
     seconds = metrics["time_s"]
     assert seconds["total"] >= seconds["session"] + seconds["postprocess"] > 0
@@ -170,7 +171,7 @@ NOT_THE_CONTRACT = [
     ({"metadata": {"contract": "raw", "names": '["cat"]'}}, "not the 80 COCO classes"),
     ({"metadata": {"contract": "raw", "imgsz": "64"}}, "metadata imgsz 64"),
     ({"metadata": {"contract": "end2end"}}, r"\[N,300,6\]"),
-    ({"type": TensorProto.FLOAT16}, r"tensor\(float16\)"),
+    ({"type": TensorProto.INT8}, r"tensor\(int8\); the contract is one input"),
 ]
 
 
@@ -224,10 +225,12 @@ def run(tmp_path: Path, coco_dir: Path) -> RunRoot:
     annotation_file = dataset(coco_dir).annotation_file
     split = {
         "name": "val2017", "annotation_file": str(annotation_file), "annotation_sha256": sha256(annotation_file),
-        "image_ids": None, "image_ids_sha256": hash_ids(COLORS_BGR),
+        "image_ids": None, "image_ids_sha256": hash_ids(COLORS_BGR), "subset": False, "n_images": 3, "n_listed": 3,
+        "n_broken": 0, "n_annotations": 3, "n_crowd": 0, "n_without_objects": 0,
     }  # fmt: skip
     folder = {"coco_dir": str(coco_dir)}
-    write_json(run.provenance, {**folder, "settings": folder, "title": "a test", "splits": {"val": split}})
+    splits = {"train": split, "val": split}
+    write_json(run.provenance, {**folder, "settings": folder, "title": "a test", "seed": 0, "splits": splits})
     for label, rows in {"qat-w4a16": (FAULT, HIT), "fp16": (HIT,)}.items():
         metadata = {"contract": "raw", "label": label}
         path = write_model(run.onnx_dir / f"{label}.onnx", raw_output(*rows), metadata=metadata)
@@ -287,6 +290,12 @@ def test_stage_refuses_what_export_did_not_make(run: RunRoot) -> None:
     write_json(record_path, record | {"label": "qat-w4a16"})
     with pytest.raises(UserError, match="are both qat-w4a16"):
         evaluate(config, run, False)
+    write_json(record_path, record | {"label": "../../up"})  # it would name the folder of the scores
+    with pytest.raises(UserError, match=r"\.\./\.\./up is no label of ours"):
+        evaluate(config, run, False)
+    write_json(record_path, {"sha256": record["sha256"]})
+    with pytest.raises(UserError, match="lacks label"):
+        evaluate(config, run, False)
     record_path.unlink()
     with pytest.raises(UserError, match=r"fp16\.json is missing: run 'make export'"):
         evaluate(config, run, False)
@@ -306,17 +315,17 @@ def test_stage_refuses_changed_annotations(run: RunRoot, coco_dir: Path) -> None
 def test_standalone(tmp_path: Path, coco_dir: Path) -> None:
     onnx_path = write_model(tmp_path / "m.onnx", raw_output(HIT), metadata={"contract": "raw"})
     config = load("qat", [], SETS)
-    evaluate_standalone(config, onnx_path, coco_dir, "val2017", tmp_path / "out")
-    metrics = read_json(tmp_path / "out" / "metrics.json", "eval")
+    metrics = evaluate_standalone(config, onnx_path, standalone_dataset(coco_dir, "val2017"), tmp_path / "out")
+    assert metrics == read_json(tmp_path / "out" / "metrics.json", "eval")
     assert metrics["model"]["label"] == "m"
     assert metrics["dataset"]["title"] == "a COCO-format dataset, not COCO 2017"
     assert metrics["coco"]["AP"] == pytest.approx(1.0)
     with pytest.raises(UserError, match="--coco-dir must hold test2017"):
-        evaluate_standalone(config, onnx_path, coco_dir, "test2017", tmp_path / "out")
+        standalone_dataset(coco_dir, "test2017")
     annotation_file = dataset(coco_dir).annotation_file
     annotation_file.write_text(annotation_file.read_text().replace("000000000005.png", "../000000000005.png"))
     with pytest.raises(UserError, match="image id 5: its file name leaves the image folder"):
-        evaluate_standalone(config, onnx_path, coco_dir, "val2017", tmp_path / "out")
+        standalone_dataset(coco_dir, "val2017")
 
 
 def test_evaluator_imports_no_training_library() -> None:

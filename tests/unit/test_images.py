@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from app.coco.images import fault, read_image
 from app.core.config import UserError
+from tests.support.data_fixtures import claiming_png
 
 WIDTH, HEIGHT = 64, 48
 CUT = "is cut off or damaged"
@@ -81,3 +83,40 @@ def test_the_content_decides_not_the_suffix(tmp_path: Path, suffix: str) -> None
     assert verdict(tmp_path, content, "image.jpg") == ""
     assert verdict(tmp_path, content[: len(content) // 2], "image.jpg") == "cannot be decoded"
     assert verdict(tmp_path, encode(".jpg")[:-9], f"image{suffix}") == CUT
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "x.jpg")
+    assert fault(tmp_path, "x.jpg", WIDTH, HEIGHT) == "is a pipe, socket or device, not a file"
+
+
+def claiming_jpeg(width: int, height: int) -> bytes:
+    """A JPEG whose header claims another size."""
+    jpeg = encode(".jpg")
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", height, width) + jpeg[at + 4 :]
+
+
+@pytest.mark.parametrize("claiming", [claiming_png, claiming_jpeg])
+def test_the_header_is_read_before_the_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claiming: Callable[[int, int], bytes]
+) -> None:
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("the image was decoded"))
+    for size, reason in (((30_000, 30_000), "has more pixels than"), ((9000, 9001), "has 9000 x 9001 px, the annot")):
+        (tmp_path / "x.jpg").write_bytes(claiming(*size))
+        assert fault(tmp_path, "x.jpg", WIDTH, HEIGHT).startswith(reason)
+    (tmp_path / "x.jpg").write_bytes(claiming(30_000, 30_000))
+    with pytest.raises(UserError, match="has more pixels than the 178,956,970 that are decoded"):
+        read_image(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tiff", ".bmp", ".jp2"])
+def test_flipped_bits_are_a_verdict(tmp_path: Path, suffix: str) -> None:
+    rng, content = np.random.default_rng(0), encode(suffix)
+    for number in range(30):
+        spoiled = bytearray(content)
+        for place in rng.integers(0, 200 if number % 2 else len(spoiled), 3):
+            spoiled[place] ^= 1 << number % 8
+        (tmp_path / "x.jpg").write_bytes(spoiled)
+        assert "\n" not in fault(tmp_path, "x.jpg", WIDTH, HEIGHT)

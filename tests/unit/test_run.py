@@ -14,7 +14,8 @@ import pytest
 
 from app.core.config import UserError
 from app.core.environment import REPO_DIR
-from app.core.files import explain_full_disk, read_json, write_atomic, write_json, write_text
+from app.core.files import read_json, write_atomic, write_json, write_text
+from app.core.os_errors import explain_os_errors
 from app.core.run import RunRoot, hold, open_run, record_stage
 
 WAIT_S = 60  # for another process to start
@@ -135,7 +136,7 @@ def test_a_full_disk_is_a_line_and_the_old_file_stays(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.txt"]
     with (
         pytest.raises(UserError, match=r"no space left in .* MiB free\): make room"),
-        explain_full_disk(tmp_path, "make room"),
+        explain_os_errors(tmp_path, "make room"),
     ):
         raise OSError(27, "File too large")
 

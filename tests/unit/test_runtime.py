@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 
 from app.core.config import UserError
-from app.eval import runtime
+from app.eval import machine, runtime
 from tests.support.eval_fixtures import raw_output, write_model
 
 
@@ -26,16 +26,16 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
 def test_clocks_are_those_of_the_driver_or_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that answers for two GPUs, one that does not answer, and a kernel with a governor."""
     answer = {"clocks.sm": "2400 MHz", "power.limit": "575.00 W"}
-    monkeypatch.setattr(runtime, "GPU_CLOCKS", tuple(answer))
+    monkeypatch.setattr(machine, "GPU_CLOCKS", tuple(answer))
     stand_in_dir = Path(__file__).with_name("stand_ins_gpu")  # not tmp_path: in the container nothing runs from /tmp
     monkeypatch.setenv("PATH", f"{stand_in_dir}:/bin:/usr/bin")
-    assert runtime.clocks(runtime.CUDA) == {"clocks.sm": "2400 MHz; 210 MHz", "power.limit": "575.00 W; 575.00 W"}
+    assert machine.clocks(on_gpu=True) == {"clocks.sm": "2400 MHz; 210 MHz", "power.limit": "575.00 W; 575.00 W"}
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
-    assert runtime.clocks(runtime.CUDA) == {}
-    monkeypatch.setattr(runtime, "CPUFREQ_DIR", tmp_path)
+    assert machine.clocks(on_gpu=True) == {}
+    monkeypatch.setattr(machine, "CPUFREQ_DIR", tmp_path)
     (tmp_path / "scaling_governor").write_text("performance\n")
-    monkeypatch.setattr(runtime, "cpuinfo", lambda: ["model name: a CPU", "cpu MHz\t\t: 2445.404", "cpu MHz: 2000"])
-    assert runtime.clocks(runtime.CPU) == {"scaling_governor": "performance", "MHz": "2445.404, 2000"}
+    monkeypatch.setattr(machine, "cpuinfo", lambda: ["model name: a CPU", "cpu MHz\t\t: 2445.404", "cpu MHz: 2000"])
+    assert machine.clocks(on_gpu=False) == {"scaling_governor": "performance", "MHz": "2445.404, 2000"}
 
 
 def test_provider_that_falls_back_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,39 @@
+"""A stage as a process of its own, which gets the signals of this one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+
+log = logging.getLogger(__name__)
+SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGBUS)  # what the kernel sends where memory or shared memory is short
+
+
+def run_stage(stage: str, arguments: list[str]) -> int:
+    """Runs a stage to its end; signals are passed on to it, once each, and it decides what to save.
+
+    Args:
+        stage: its name and own arguments, 'train --variant qat'.
+        arguments: of all stages.
+
+    Returns:
+        its exit code; 128 + signal where it was killed, which is logged.
+    """
+    command = [sys.executable, "-m", "app", *stage.split(), *arguments]
+    child = subprocess.Popen(command, start_new_session=True)  # else a terminal's Ctrl-C would reach it a second time
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        passed = signal.SIGTERM if number == signal.SIGHUP else number
+        signal.signal(number, lambda *_, passed=passed: child.send_signal(passed))
+    code = child.wait()
+    if code >= 0:
+        return code
+    log.error("'%s' was killed by %s: the same command goes on from there", stage, signal_name(-code))
+    return 128 - code
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL (short of memory?)."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name} (short of memory?)" if number in SHORT_OF_MEMORY else name

@@ -1,0 +1,72 @@
+"""Shapes of foreign JSON and YAML: which keys a reader takes, and of which type their values have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le
+from pydantic import AllowInfNan, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+
+# Dotted key -> type of its value, as pydantic checks it without conversion. "" is the tree itself; a key that ends in
+# "?" may be missing.
+Shape = Mapping[str, Any]
+Count = Annotated[int, Ge(0), Le(2**53)]
+Id = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]  # of an image
+Number = FiniteFloat
+NumberOrNone = Annotated[float | None, AllowInfNan(False)]
+Positive = Annotated[int, Gt(0), Le(2**53)]
+FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
+PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
+N_SHOWN = 3  # misfits in a message
+
+
+def misfits(tree: Any, shape: Shape) -> list[str]:
+    """What keeps a tree from having the shape, for a message; empty where nothing does."""
+    if missing := lacking(tree, shape):
+        return [f"lacks {', '.join(missing)}"]
+    faults: list[str] = []
+    for dotted, kind in shape.items():
+        key = dotted.removesuffix("?")
+        if _has(tree, key):
+            faults += _faults(_value(tree, key), key, kind)
+    return [*faults[:N_SHOWN], "..."] if len(faults) > N_SHOWN else faults
+
+
+def lacking(tree: Any, shape: Shape) -> list[str]:
+    """The dotted keys that a tree has to have and does not."""
+    return [dotted for dotted in shape if not dotted.endswith("?") and not _has(tree, dotted)]
+
+
+def _keys(dotted: str) -> list[str]:
+    return dotted.split(".") if dotted else []
+
+
+def _has(tree: Any, dotted: str) -> bool:
+    for key in _keys(dotted):
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def _value(tree: Any, dotted: str) -> Any:
+    for key in _keys(dotted):
+        tree = tree[key]
+    return tree
+
+
+def _faults(value: Any, dotted: str, kind: Any) -> list[str]:
+    try:
+        _checker(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join([*_keys(dotted), *map(str, first["loc"])]) or "the whole"
+        return [f"{where}: {first['msg']}"]
+    return []
+
+
+@cache
+def _checker(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)

@@ -1,0 +1,137 @@
+"""The content of provenance.json: what the dataset is, and which of its images a run uses."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from app.coco.dataset import BUILTIN_TITLE, SPLITS, annotation_path, coco_title, hash_ids
+from app.core.config import BUILTIN_DATASET, Data, UserError
+from app.data.view import Entries, Indices
+
+N_SHOWN_FAULTS = 5
+N_SHOWN_CHARACTERS = 255  # of a file name
+
+
+def assemble(data: Data, coco_dir: Path, indices: Indices, digests: dict[str, str]) -> dict[str, Any]:
+    """The content of provenance.json: what the dataset is, and which of its images the run uses.
+
+    Raises:
+        UserError: broken images without data.skip_broken, more images asked for than there are, or no object to score.
+    """
+    n_wanted = {"train": data.n_train, "val": data.n_val}
+    splits = {}
+    for split, name in SPLITS.items():
+        entries = indices[split]["images"]
+        broken = [entry for entry in entries if entry["fault"]]
+        if broken and not data.skip_broken:
+            raise UserError(
+                f"{len(broken):,} of {len(entries):,} images in {coco_dir / name} cannot be used: "
+                f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
+            )
+        sound = [entry for entry in entries if not entry["fault"]]
+        used = choose(sound, n_wanted[split], split, data.seed)
+        if split == "val":
+            check_scorable(used, coco_dir / name)
+        splits[split] = {
+            "name": name,
+            "annotation_file": str(annotation_path(coco_dir, name)),
+            "annotation_sha256": digests[name],
+            **count(entries, broken, used),
+        }
+    return {
+        "title": title(data, splits),
+        "coco_dir": str(coco_dir),
+        "earlier_coco_dirs": [],
+        "builtin": data.coco_dir == BUILTIN_DATASET,
+        "seed": data.seed,
+        "skip_broken": data.skip_broken,
+        "settings": data.model_dump(),
+        "splits": splits,
+    }
+
+
+def choose(sound: Entries, n_wanted: int | None, split: str, seed: int) -> Entries:
+    """A seeded choice of `n_wanted` usable images, or all of them for None, in the order of their ids.
+
+    Raises:
+        UserError: fewer images are usable than wanted, or none.
+    """
+    if not sound:
+        raise UserError(f"no image of {SPLITS[split]} can be used: repair the dataset")
+    if n_wanted is None:
+        return sound
+    if n_wanted > len(sound):
+        raise UserError(
+            f"data.n_{split}={n_wanted}: {SPLITS[split]} has {len(sound):,} usable images; ask for at most as many"
+        )
+    all_ids = [entry["id"] for entry in sound]
+    chosen = set(random.Random(seed).sample(all_ids, n_wanted))  # noqa: S311 - a reproducible choice, no secret
+    return [entry for entry in sound if entry["id"] in chosen]
+
+
+def check_scorable(used: Entries, image_dir: Path) -> None:
+    """Raises a UserError if the images have no object that a score can count: after training there would be no AP."""
+    if total(used, "n_boxes"):
+        return
+    n_annotations, n_crowd = total(used, "n_annotations"), total(used, "n_crowd")
+    raise UserError(
+        f"{len(used):,} images of {image_dir} have no object to score ({n_annotations:,} annotations, {n_crowd:,} of "
+        "them crowds, the others without area): mend the annotations, or choose more images with data.n_val"
+    )
+
+
+def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
+    """Counts over a split for provenance.json, and the ids of its used images.
+
+    `entries` are all images that the annotation file lists; `broken` and `used` are parts of them.
+    """
+    ids = [entry["id"] for entry in used]
+    n_without_objects = len([entry for entry in used if entry["n_boxes"] == 0])
+    return {
+        "n_listed": len(entries),
+        "n_images": len(used),
+        "n_broken": len(broken),
+        "broken": [{"file": entry["file"], "reason": entry["fault"]} for entry in broken],
+        "n_annotations": total(used, "n_annotations"),
+        "n_crowd": total(used, "n_crowd"),
+        "n_degenerate_boxes": total(used, "n_degenerate"),
+        "n_without_objects": n_without_objects,
+        "subset": len(used) < len(entries) - len(broken),
+        "image_ids_sha256": hash_ids(ids),
+        "image_ids": ids if len(used) < len(entries) else None,
+    }
+
+
+def total(entries: Entries, key: str) -> int:
+    return sum(entry[key] for entry in entries)
+
+
+def name_faults(broken: Entries) -> str:
+    """The first faults, each after its file name, for a message."""
+    faults = [f"{entry['file'][:N_SHOWN_CHARACTERS]} {entry['fault']}" for entry in broken[:N_SHOWN_FAULTS]]
+    if len(broken) > N_SHOWN_FAULTS:
+        faults.append("...")
+    return "; ".join(faults)
+
+
+def title(data: Data, splits: dict[str, Any]) -> str:
+    """The name of the dataset in a report; `splits` are those of provenance.json."""
+    if data.coco_dir == BUILTIN_DATASET:
+        return BUILTIN_TITLE
+    n_listed = {facts["name"]: facts["n_listed"] for facts in splits.values()}
+    return coco_title(n_listed)
+
+
+def describe(provenance: dict[str, Any]) -> str:
+    """One line for the log: 'COCO 2017, train2017: 118,287 images, 860,001 annotations (10,777 crowd); val2017: ...'"""
+    parts = []
+    for split in provenance["splits"].values():
+        seeded = f" of {split['n_listed']:,}, seed {provenance['seed']}" if split["subset"] else ""
+        skipped = f", {split['n_broken']} broken ones skipped" if split["n_broken"] else ""
+        parts.append(
+            f"{split['name']}: {split['n_images']:,} images{seeded}, {split['n_annotations']:,} annotations "
+            f"({split['n_crowd']:,} crowd), {split['n_without_objects']:,} without objects{skipped}"
+        )
+    return f"{provenance['title']}, " + "; ".join(parts)

@@ -1,0 +1,142 @@
+"""The variables of the environment: those of notebooks and of launchers other than torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core import child
+from app.core.config import UserError
+from app.core.environment import RANK_VARIABLES, isolate_libraries, launched_as
+from app.core.files import printable
+from app.core.progress import Meter
+
+TORCHRUN = {
+    "RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environ() -> Iterator[pytest.MonkeyPatch]:
+    """Changes os.environ for a test; what the test itself sets goes too."""
+    before = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TORCHRUN:
+            patch.delenv(name, raising=False)
+        yield patch
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize("without", ["", *TORCHRUN])
+def test_torchrun_is_known_by_all_its_variables(environ: pytest.MonkeyPatch, without: str) -> None:
+    for name, value in TORCHRUN.items():
+        if name != without:
+            environ.setenv(name, value)
+    if without in ("RANK", "WORLD_SIZE"):
+        assert launched_as() is None
+    elif without:
+        with pytest.raises(UserError, match=f"WORLD_SIZE=4 without {without}: start the processes with torchrun"):
+            launched_as()
+    else:
+        assert launched_as() == (1, 4, 1, 2)
+
+
+BAD = [("RANK", "x"), ("RANK", "4"), ("RANK", "-1"), ("RANK", ""), ("RANK", "1.0"), ("WORLD_SIZE", "many")]
+BAD += [("LOCAL_RANK", "2"), ("LOCAL_WORLD_SIZE", "8"), ("MASTER_PORT", "http"), ("LOCAL_RANK", "²")]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_values_that_do_not_fit(environ: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for key, sound in (TORCHRUN | {name: value}).items():
+        environ.setenv(key, sound)
+    with pytest.raises(UserError, match="torchrun"):
+        launched_as()
+
+
+@pytest.mark.parametrize("values", [{"WORLD_SIZE": "1", "RANK": "0"}, {"RANK": "5"}, {"LOCAL_RANK": "x"}, {}])
+def test_one_process_is_alone(environ: pytest.MonkeyPatch, tmp_path: Path, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        environ.setenv(name, value)
+    assert launched_as() is None
+    isolate_libraries(tmp_path)
+    assert not set(RANK_VARIABLES) & set(os.environ)
+
+
+def test_other_stages_do_not_care_about_ranks(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environ.setenv("RANK", "1")
+    environ.setenv("WORLD_SIZE", "garbage")
+    isolate_libraries(tmp_path)
+    assert not set(RANK_VARIABLES) & set(os.environ)
+
+
+def test_torchruns_ranks_stay(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in TORCHRUN.items():
+        environ.setenv(name, value)
+    isolate_libraries(tmp_path)
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
+def test_a_notebooks_backend_is_not_used(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environ.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    isolate_libraries(tmp_path)
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
+def test_the_font_is_a_file_and_no_link(
+    environ: pytest.MonkeyPatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    isolate_libraries(tmp_path)
+    font = tmp_path / "ultralytics" / "Ultralytics" / "Arial.ttf"
+    assert font.is_file()
+    assert not font.is_symlink()
+
+
+SAID = {
+    signal.SIGKILL: "SIGKILL (short of memory?)",
+    signal.SIGSEGV: "SIGSEGV",
+    signal.SIGBUS: "SIGBUS (short of memory?)",
+}
+
+
+@pytest.mark.parametrize("number", SAID)
+def test_a_killed_stage_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    def killed(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+        assert command[3:] == ["train", "--variant", "qat", "--run", "r"]
+        code = f"import os, resource as r; r.setrlimit(r.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), {int(number)})"
+        return popen([sys.executable, "-c", code], **kwargs)
+
+    popen, handlers = (
+        subprocess.Popen,
+        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
+    )
+    monkeypatch.setattr(child.subprocess, "Popen", killed)
+    assert child.run_stage("train --variant qat", ["--run", "r"]) == 128 + number
+    expected = f"'train --variant qat' was killed by {SAID[number]}: the same command goes on from there"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+    for name, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handlers, strict=True):
+        signal.signal(name, handler)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\x1b[2Jb", r"a\x1b[2Jb"), ("a\nb\r", r"a\nb\r"), ("a\u202eb", r"a\u202eb"), ("\ud800", r"\ud800"),
+     ("Ärger 😀, 図", "Ärger 😀, 図")],
+)  # fmt: skip
+def test_no_control_character_is_printed(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert Meter(text, 1).desc == shown

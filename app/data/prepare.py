@@ -10,13 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from app.coco.annotations import NAMES
-from app.coco.dataset import (
-    ANNOTATIONS,
-    COCO_2017,
-    LAYOUT,
-    SPLITS,
-    annotation_path,
-)
+from app.coco.dataset import ANNOTATIONS, COCO_2017, LAYOUT, SPLITS, annotation_path
 from app.coco.images import dead_link
 from app.core.config import BUILTIN_DATASET, WITHOUT_EFFECT, Config, Data, UserError, difference, shown
 from app.core.files import read_json, sha256, write_json, write_text
@@ -43,7 +37,8 @@ def prepare(config: Config, run: RunRoot, force: bool) -> None:
     recorded = read_json(run.provenance, "data", SHAPE) if run.provenance.exists() and not force else None
     if recorded:
         check_same_settings(run, recorded, config.data)
-    make_ready(config.data, run, recorded, force)
+    provenance = make_ready(config.data, run, recorded, force)
+    log.info("data: done already (%s)" if provenance == recorded else "data: %s", describe(provenance))
 
 
 def prepared(run: RunRoot) -> dict[str, Any]:
@@ -85,12 +80,9 @@ def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force:
             check_same_images(run, recorded, provenance)
             provenance = carried_over(recorded, provenance)
         write_dataset_files(run, view, indices, provenance)
-        if provenance == recorded:
-            log.info("data: done already (%s)", describe(provenance))
-            return provenance
-        write_json(run.provenance, provenance)
-        record_stage(run, "data", {"coco_dir": str(coco_dir), "title": provenance["title"]})
-    log.info("data: %s", describe(provenance))
+        if provenance != recorded:
+            write_json(run.provenance, provenance)
+            record_stage(run, "data", {"coco_dir": str(coco_dir), "title": provenance["title"]})
     return provenance
 
 

@@ -122,7 +122,7 @@ def test_no_stage_writes_to_the_dataset_or_reads_what_it_has_not_checked(coco_di
         config = config_of(coco_dir, "qat")
         export(config, run, force=False)
         evaluate(config, run, force=False)
-        report(config, run, force=False)
+        report(config, run)
         ptq(config, run, force=False)  # last, for its checkpoints would be exported too, which takes seconds
     assert state(coco_dir) == before
     assert seen == listed

@@ -21,11 +21,11 @@ RTOL = 1e-6
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast path", "Brevitas"])
 def test_first_maximum_in_logical_order_gets_the_gradient(order: torch.memory_format, fast: bool) -> None:
-    """One channel [2,1,2]: 1.2, 7 | -7, 0.4. In channels_last memory the -7 comes before the 7."""
+    """One channel [2,1,3]: 1.2, 0.4, 7 | -7, 0, 0. In channels_last memory the -7 comes before the 7."""
     model = hand_conv([[0.0, 0.0]], fast=fast)
     weight = weight_of(model)
-    weight.data = torch.tensor(TIED).view(1, 2, 1, 2).contiguous(memory_format=order)
-    model(torch.ones(1, 2, 1, 2)).sum().backward()  # the kernel fits once, so that dL/dq is 1 everywhere
+    weight.data = torch.tensor(TIED).view(1, 2, 1, 3).contiguous(memory_format=order)
+    model(torch.ones(1, 2, 1, 3)).sum().backward()  # the kernel fits once, so that dL/dq is 1 everywhere
     gradient = weight.grad
     assert gradient is not None
     assert gradient.flatten().tolist() == pytest.approx(GRADIENT, rel=RTOL)

@@ -48,8 +48,10 @@ def run(tiny_run: RunRoot, tmp_path_factory: pytest.TempPathFactory) -> RunRoot:
     runs_dir = tmp_path_factory.mktemp("runs")
     draw_odd_images(runs_dir / "coco")
     run = copy_of(tiny_run, runs_dir, "dataset", "qat-w4a16", "*qat*")
-    prepare(config_of(run, "qat", *TINY_SETS, "data.n_val=8"), run, force=False)
+    config = config_of(run, "qat", *TINY_SETS, "data.n_val=8")
+    prepare(config, run, force=False)
     annotate_with_detections(run)
+    prepare(config, run, force=True)
     return run
 
 

@@ -10,10 +10,12 @@ import torch
 
 from app.quant.kernels import Layout, Spec, gradient, quantize
 
-# One channel of four weights, scale 1, codes 1, 7, -7, 0. With an upstream gradient of ones, that of the scale is
-# sum(code - weight) = -0.2 - 0.4 = -0.6; a seventh of it goes to the first maximum.
-TIED = [1.2, 7.0, -7.0, 0.4]
-GRADIENT = [1.0, 1.0 - 0.6 / 7, 1.0, 1.0]
+# One channel [2,1,3], scale 1, codes 1, 0, 7, -7, 0, 0. With an upstream gradient of ones, that of the scale is
+# sum(code - weight) = -0.2 - 0.4 = -0.6; a seventh of it goes to the first maximum, the 7. In channels_last memory the
+# order is 1.2, -7, 0.4, 0, 7, 0: there the -7 comes first, and at another place than that of the 7 in logical order.
+TIED = [1.2, 0.4, 7.0, -7.0, 0.0, 0.0]
+FIRST = 2
+GRADIENT = [1.0, 1.0, 1.0 - 0.6 / 7, 1.0, 1.0, 1.0]
 SHAPES = [(3, 5, 3, 3), (4, 7, 1, 2), (5, 1, 3, 3), (2, 600, 1, 3)]  # the last one is longer than a block of 1024
 # The scale's gradient is a sum of up to 1,800 float32 terms in another order than NumPy's.
 SUM_RTOL = 1e-4
@@ -22,12 +24,12 @@ ORDERS = (torch.contiguous_format, torch.channels_last)
 
 def by_hand() -> None:
     for order in ORDERS:
-        weight = torch.tensor(TIED).view(1, 2, 1, 2).contiguous(memory_format=order)
+        weight = torch.tensor(TIED).view(1, 2, 1, 3).contiguous(memory_format=order)
         layout = Layout([weight], [Spec(7, per_tensor=False)])
         flat = layout.join([weight])
         _, absmax, pick = quantize(flat, layout, torch.float32)
-        assert (absmax.tolist(), pick.tolist()) == ([7.0], [1]), (order, absmax, pick)
-        [out] = layout.split(gradient(torch.ones(4), flat, layout, absmax, pick))
+        assert (absmax.tolist(), pick.tolist()) == ([7.0], [FIRST]), (order, absmax, pick)
+        [out] = layout.split(gradient(torch.ones(6), flat, layout, absmax, pick))
         np.testing.assert_allclose(out.flatten().numpy(), GRADIENT, rtol=1e-6)
 
 

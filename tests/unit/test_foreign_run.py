@@ -91,7 +91,7 @@ def test_foreign_text_of_every_kind_is_text_on_the_page(run: RunRoot) -> None:
         edit(path, "settings.evaluator", SCRIPT)
     edit(run.root / "qat-w4a16-coco" / "metrics.json", "model.label", f"qat-{SCRIPT}")
     with kept_figures():
-        report(load("qat"), run, force=False)
+        report(load("qat"), run)
     text = run.summary.with_suffix(".html").read_text()
     assert "<script" not in text
     assert "&lt;script" in text
@@ -119,7 +119,7 @@ def test_no_absolute_path_is_published(run: RunRoot, path: str) -> None:
     )
     edit(run.root / "baseline-coco" / "metrics.json", "dataset.coco_dir", path)
     with kept_figures():
-        report(load("qat"), run, force=False)
+        report(load("qat"), run)
     texts = published(run)
     for name, text in texts.items():
         assert "jane" not in text, name

@@ -28,7 +28,7 @@ def test_a_split_without_objects_has_a_report(tmp_path: Path) -> None:
         tree["coco"] = dict.fromkeys(tree["coco"])
         tree["dataset"]["annotation_sha256"] = sha256(file)
         write(path, tree)
-    report(load("qat", sets=["report.gallery_images=2"]), run, force=False)
+    report(load("qat", sets=["report.gallery_images=2"]), run)
     assert "no verdict**, AP -: the images have no object that counts (small set" in run.summary.read_text()
     assert json.loads((run.root / "figures/analysis.json").read_text())
 

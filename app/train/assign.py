@@ -89,9 +89,7 @@ def decode(boxes: torch.Tensor, grid: Grid) -> torch.Tensor:
     out = torch.empty(n_images, N_PREDICTED, n_anchors, dtype=torch.float32, device=boxes.device)
     block = 256
     with torch.cuda.device_of(boxes):
-        _decode[(n_images, triton.cdiv(n_anchors, block))](
-            boxes, grid.points, out, n_anchors, BLOCK=block, num_warps=4
-        )
+        _decode[(n_images, triton.cdiv(n_anchors, block))](boxes, grid.points, out, n_anchors, BLOCK=block, num_warps=4)
     return out
 
 

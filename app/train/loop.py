@@ -23,6 +23,7 @@ from app.train.bn_images import BnImages
 from app.train.checkpoint import branch, read_in_turn, save_state
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
+from app.train.graph import StepGraph
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
 from app.train.monitor import Monitor
@@ -49,6 +50,7 @@ class Loop:
     options: list[Stabiliser]
     oscillations: Oscillations
     bn_images: BnImages
+    graph: StepGraph
     full_accumulate: int
     scored_model: nn.Module
 
@@ -97,6 +99,8 @@ class Loop:
             net=trainer.net, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
+        n_images = trainer.train_loader.batch_sampler.sampler.n_own
+        self.graph = StepGraph(self.state, n_images, trainer.amp, self.config.train.graph)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or branch(self.state, self.config)
         if first:
@@ -181,17 +185,25 @@ class Loop:
 
     def backward(self, batch: dict[str, Any]) -> None:
         """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
-        state = self.state
+        terms = self.graph.run(batch)
+        if terms is not None:
+            self._add_losses(list(self.state.net.criterion.loss_names), terms)
+            return
         loss, items = self.trainer.forward(self.trainer.model, batch)
         loss = loss * self.ranks.n  # DistributedDataParallel takes the mean, and the parts add up
-        state.loss_names = list(items)
-        terms = self.ranks.all_reduce(torch.stack(list(items.values())).detach())
-        state.loss_sum = state.loss_sum + terms
+        self._add_losses(list(items), torch.stack(list(items.values())).detach())
+        self.state.scaler.scale(loss).backward()
+
+    def _add_losses(self, names: list[str], terms: torch.Tensor) -> None:
+        """Adds the loss terms [n_terms] of this rank's part of a batch."""
+        terms = self.ranks.all_reduce(terms)
+        self.state.loss_names = names
+        self.state.loss_sum = self.state.loss_sum + terms
         self.watch.add_loss(terms.sum())
-        state.scaler.scale(loss).backward()
 
     def optimizer_step(self) -> None:
         state = self.state
+        self.graph.reduce()
         if self.options:
             scale = state.scaler.get_scale()  # waits for the GPU
             for option in self.options:

@@ -49,7 +49,9 @@ def grid_of(feats: list[torch.Tensor], strides: torch.Tensor) -> Grid:
     """The anchors of feature maps [N,C,H,W]."""
     device = feats[0].device
     sizes_px = strides.tolist()
-    points, stride_of = make_anchors([feat.new_zeros(1, 1, *feat.shape[2:], dtype=torch.float32) for feat in feats], strides, 0.5)
+    points, stride_of = make_anchors(
+        [feat.new_zeros(1, 1, *feat.shape[2:], dtype=torch.float32) for feat in feats], strides, 0.5
+    )
     first, levels = 0, []
     for feat, stride in zip(feats, sizes_px, strict=True):
         height, width = feat.shape[2:]
@@ -78,7 +80,9 @@ class HeadLoss:
     def __init__(self, criterion: E2ELoss, ranks: Ranks) -> None:
         self.ranks = ranks
         self.strides = cast(torch.Tensor, criterion.one2one.stride).cpu()
-        self.heads = {name: _head(loss) for name, loss in (("one2many", criterion.one2many), ("one2one", criterion.one2one))}
+        self.heads = {
+            name: _head(loss) for name, loss in (("one2many", criterion.one2many), ("one2one", criterion.one2one))
+        }
         self.grids: dict[tuple[tuple[int, ...], ...], Grid] = {}
 
     def __call__(
@@ -176,7 +180,10 @@ class GpuLoss(E2ELoss):
         n_images = boxes.shape[0]
         padded = torch.zeros(capacity(n_images), COLUMNS, device=boxes.device)
         pad_rows(label_rows(batch), padded, n_images)
-        loss, items = self.kernels(parsed, padded, torch.tensor([self.o2m, self.o2o], device=boxes.device))
+        weights = padded.new_empty(2)
+        weights[0].fill_(self.o2m)
+        weights[1].fill_(self.o2o)
+        loss, items = self.kernels(parsed, padded, weights)
         return loss, dict(zip(self.loss_names, items, strict=True))
 
     def fits(self, batch: dict[str, torch.Tensor], n_images: int) -> bool:

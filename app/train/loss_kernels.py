@@ -35,13 +35,13 @@ def class_sum(scores: torch.Tensor, found: Objects, assigned: Assigned) -> torch
     grid = _class_grid(scores)
     partial = torch.empty(grid, dtype=torch.float32, device=scores.device)
     with torch.cuda.device_of(scores):
-        _class_sum[grid](scores, found.table, assigned.owner, assigned.score, partial, *_sizes(scores), **_class_blocks())
+        _class_sum[grid](
+            scores, found.table, assigned.owner, assigned.score, partial, *_sizes(scores), **_class_blocks()
+        )
     return partial.sum()
 
 
-def class_gradient(
-    scores: torch.Tensor, found: Objects, assigned: Assigned, factor: torch.Tensor
-) -> torch.Tensor:
+def class_gradient(scores: torch.Tensor, found: Objects, assigned: Assigned, factor: torch.Tensor) -> torch.Tensor:
     """Gradient of `factor` (a scalar tensor) times class_sum, like `scores`."""
     out = torch.empty_like(scores)
     with torch.cuda.device_of(scores):
@@ -51,9 +51,7 @@ def class_gradient(
     return out
 
 
-def box_sums(
-    boxes: torch.Tensor, found: Objects, assigned: Assigned, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
+def box_sums(boxes: torch.Tensor, found: Objects, assigned: Assigned, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of the box and the DFL term, scalars, before the division by D; `boxes` are logits [N,64,A]."""
     shape = _box_grid(boxes)
     partial = torch.empty(2, *shape, dtype=torch.float32, device=boxes.device)

@@ -9,6 +9,7 @@ A training-mode forward keeps the convolution's output alone for the backward; P
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,8 +20,8 @@ from ultralytics.nn.modules.conv import Conv, DWConv
 
 from app.quant import norm_kernels
 from app.quant.norm_kernels import Matrix, Norm, Output, as_matrix
+from app.quant.upsample import double
 
-MIN_HALF = 16  # channels: a half of fewer channels is not written as a tensor of its own
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -28,7 +29,7 @@ def install(model: nn.Module) -> None:
     """Gives the layers of a YOLOv10 the forwards of this module. Subclasses of their classes keep their own."""
     forwards: dict[type, type] = {
         Conv: FusedConv, DWConv: FusedConv, C2f: FusedC2f, C2fCIB: FusedC2f, Bottleneck: FusedBottleneck,
-        CIB: FusedCIB, nn.Upsample: SameTypeUpsample,
+        CIB: FusedCIB, nn.Upsample: Doubling,
     }  # fmt: skip
     for layer in model.modules():
         fused = forwards.get(type(layer))
@@ -36,123 +37,184 @@ def install(model: nn.Module) -> None:
             layer.__class__ = fused
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a layer writes its output: into parts of a wider tensor, one part or two for the halves of its channels.
+
+    With `copies` it also gives the last part as a tensor of its own. A convolution would copy a slice of a wider
+    channels_last tensor before it reads it.
+    """
+
+    parts: list[torch.Tensor]
+    copies: bool
+
+
 class FusedConv(Conv):
     """Convolution, BatchNorm and activation."""
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None, halves: bool = False) -> Any:
-        """act(bn(conv(x))) + shortcut, or with `halves` its two halves of the channels as a tuple of two tensors."""
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None, place: Place | None = None) -> Any:
+        """act(bn(conv(x))) + shortcut.
+
+        Returns:
+            a tensor; with `place`, which takes a BatchNorm that trains on a GPU, the parts and, if asked for, the copy.
+        """
         y = self.conv(x)
-        if self.training and trains_on_gpu(self.bn, y):
-            return norm_act(self.bn, y, isinstance(self.act, nn.SiLU), shortcut, halves)
+        if trains_on_gpu(self, y):
+            return norm_act(self.bn, y, isinstance(self.act, nn.SiLU), shortcut, place)
         y = self.act(self.bn(y))
-        if shortcut is not None:
-            y = shortcut + y
-        return y.chunk(2, 1) if halves else y
+        return y if shortcut is None else shortcut + y
 
 
 class FusedC2f(C2f):
-    """C2f whose first convolution writes both halves as tensors of their own.
-
-    A convolution copies a slice of a wider channels_last tensor before it reads it, and autograd joins the gradients of
-    two slices by another copy.
-    """
+    """C2f whose convolutions write where the concatenation needs their outputs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = list(cast(FusedConv, self.cv1)(x, halves=True))
-        for block in self.m:
-            parts.append(block(parts[-1]))
-        return self.cv2(torch.cat(parts, 1))
+        first = cast(FusedConv, self.cv1)
+        y = first.conv(x)
+        if not trains_on_gpu(first, y):
+            parts = list(first.act(first.bn(y)).chunk(2, 1))
+            for block in self.m:
+                parts.append(block(parts[-1]))
+            return self.cv2(torch.cat(parts, 1))
+        n_blocks = len(self.m)
+        whole = _empty(y, (2 + n_blocks) * self.c)
+        rooms = [whole.narrow(1, i * self.c, self.c) for i in range(2 + n_blocks)]
+        first_place = Place(rooms[:2], copies=n_blocks > 0)
+        *parts, dense = norm_act(first.bn, y, isinstance(first.act, nn.SiLU), None, first_place)
+        for i, block in enumerate(self.m):
+            if i + 1 < n_blocks:
+                part, dense = block(dense, Place([rooms[2 + i]], copies=True))
+            else:
+                (part,) = block(dense, Place([rooms[2 + i]], copies=False))
+            parts.append(part)
+        return self.cv2(cast(torch.Tensor, _Join.apply(_Whole(whole), *parts)))
 
 
 class FusedBottleneck(Bottleneck):
     """Two convolutions, the second of which adds the shortcut."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.cv2(self.cv1(x), shortcut=x if self.add else None)
+    def forward(self, x: torch.Tensor, place: Place | None = None) -> Any:
+        return self.cv2(self.cv1(x), shortcut=x if self.add else None, place=place)
 
 
 class FusedCIB(CIB):
     """A chain of convolutions, the last of which adds the shortcut."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, place: Place | None = None) -> Any:
         *inner, last = self.cv1
         y = x
         for layer in inner:
             y = layer(y)
-        return last(y, shortcut=x if self.add else None)
+        return last(y, shortcut=x if self.add else None, place=place)
 
 
-class SameTypeUpsample(nn.Upsample):
-    """Nearest neighbours in the input's type. Autocast computes them in float32, with the same values."""
+class Doubling(nn.Upsample):
+    """Nearest neighbours, in the input's type where it trains on a GPU: autocast computes the same in float32."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input)
+        doubles = self.mode == "nearest" and self.scale_factor == 2 and self.size is None
+        if doubles and self.training and input.is_cuda:
+            return double(input)
+        return super().forward(input)
 
 
-def trains_on_gpu(norm: nn.BatchNorm2d, x: torch.Tensor) -> bool:
-    """Whether the kernels compute this BatchNorm of x."""
-    return norm.training and x.is_cuda and norm.momentum is not None and norm.weight.dtype == torch.float32
+def trains_on_gpu(layer: Conv, y: torch.Tensor) -> bool:
+    """Whether the kernels compute the layer's BatchNorm of its convolution's output."""
+    norm = layer.bn
+    trains = layer.training and norm.training and norm.momentum is not None
+    return trains and y.is_cuda and norm.weight.dtype == torch.float32
 
 
 def norm_act(
-    norm: nn.BatchNorm2d, x: torch.Tensor, act: bool, shortcut: torch.Tensor | None = None, halves: bool = False
+    norm: nn.BatchNorm2d, x: torch.Tensor, act: bool, shortcut: torch.Tensor | None = None, place: Place | None = None
 ) -> Any:
     """BatchNorm of x in training mode, then SiLU if `act`, then + shortcut; running statistics move as in PyTorch.
 
     Args:
+        norm: its layer.
         x: [N,C,H,W], float16, bfloat16 or float32; channels_last, or a channel slice of it, is not copied.
+        act: SiLU follows.
         shortcut: like x, or None.
-        halves: two tensors with half of the channels each, instead of one.
+        place: where the output goes; a new tensor by default.
 
     Returns:
-        a tensor like x in channels_last, or a tuple of two.
+        a tensor like x in channels_last, or a tuple: the parts of `place` and, if asked for, the copy.
     """
-    own_halves = halves and x.shape[1] % (2 * MIN_HALF) == 0
-    params = (norm.weight, norm.bias, x, shortcut)
-    parts = cast(Tensors, _NormAct.apply(norm, act, own_halves, *params))
-    if not halves:
-        return parts[0]
-    return parts if own_halves else parts[0].chunk(2, 1)
+    outputs = cast(Tensors, _NormAct.apply(norm, act, place, norm.weight, norm.bias, x, shortcut))
+    return outputs if place else outputs[0]
 
 
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913 - one argument a tensor
-        ctx: Any, norm: Any, act: bool, halves: bool, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
+        ctx: Any, norm: Any, act: bool, place: Place | None, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
         shortcut: torch.Tensor | None,
     ) -> Tensors:  # fmt: skip
         rows = as_matrix(x)
-        cut = norm_kernels.plan(x, 2 if halves else 1)
+        parts = [_alias(part) for part in place.parts] if place else [_empty(x, x.shape[1])]
+        cut = norm_kernels.plan(x, len(parts))
+        copy = _empty(x, cut.n_part) if place and place.copies else None
         values = Norm(
             weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps, norm.momentum
         )
         added = None if shortcut is None else as_matrix(shortcut)
+        out = Output(act, [as_matrix(part) for part in parts], None if copy is None else as_matrix(copy), added)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             stats = norm_kernels.statistics(rows, cut, values)
-            parts = [as_matrix(_empty_part(x, cut.n_halves)) for _ in range(cut.n_halves)]
-            norm_kernels.apply(rows, cut, stats, values, Output(act, added, parts))
+            norm_kernels.apply(rows, cut, stats, values, out)
         ctx.save_for_backward(rows.tensor, stats, weight, bias)
-        ctx.stride, ctx.act, ctx.cut = rows.stride, act, cut
-        return tuple(part.tensor for part in parts)
+        ctx.stride, ctx.act, ctx.cut, ctx.has_copy = rows.stride, act, cut, copy is not None
+        return tuple(parts) if copy is None else (*parts, copy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, stats, weight, bias = ctx.saved_tensors
-        upstream = Output(ctx.act, None, [as_matrix(grad) for grad in grads])
+        parts = [as_matrix(grad) for grad in grads]
+        copy = parts.pop() if ctx.has_copy else None
+        shortcut_grad, shared = None, None
+        if ctx.needs_input_grad[-1]:
+            shortcut_grad = grads[0]
+            if copy:
+                shortcut_grad = _empty(x, x.shape[1])
+                shared = as_matrix(shortcut_grad)
         with torch.cuda.device_of(x):
             x_grad, weight_grad, bias_grad = norm_kernels.gradients(
-                Matrix(x, ctx.stride), ctx.cut, stats, (weight, bias), upstream
+                Matrix(x, ctx.stride), ctx.cut, stats, (weight, bias), Output(ctx.act, parts, copy, shared)
             )
-        shortcut_grad = None
-        if ctx.needs_input_grad[-1]:  # a shortcut is never cut into halves
-            shortcut_grad = grads[0]
         return None, None, None, weight_grad, bias_grad, x_grad, shortcut_grad
 
 
-def _empty_part(x: torch.Tensor, n_halves: int) -> torch.Tensor:
-    n, channels, height, width = x.shape
+@dataclass(frozen=True)
+class _Whole:
+    """Hides a tensor from autograd."""
+
+    tensor: torch.Tensor
+
+
+class _Join(torch.autograd.Function):
+    """The tensor whose parts, one after the other in the channels, the other arguments are."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: _Whole, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.channels = [part.shape[1] for part in parts]
+        return _alias(whole.tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return None, *grads[0].split(ctx.channels, 1)
+
+
+def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """An unwritten tensor like x with so many channels, in channels_last."""
+    n, _, height, width = x.shape
     return torch.empty(
-        n, channels // n_halves, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        n, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same memory, which autograd does not know as a view: a function of ours returns it."""
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

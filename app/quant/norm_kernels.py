@@ -1,8 +1,8 @@
 """Triton kernels of BatchNorm in training mode, with SiLU and an added shortcut: two passes forward, two backward.
 
 A tensor [N,C,H,W] in channels_last memory is a matrix of n_rows = N*H*W rows and C channels; `stride` is the distance
-of two rows in elements, C or more. A program reduces a run of rows for BLOCK_C channels and writes its partial sums; a
-second kernel adds the partial sums up in a fixed order. There are no atomics, so equal inputs give equal bits.
+of two rows in elements, C or more. A program reduces a run of rows for a block of columns and writes its partial sums;
+a second kernel adds the partial sums up in a fixed order. There are no atomics, so equal inputs give equal bits.
 
 With y_hat = (x - mean) * inv, inv = 1 / sqrt(var + eps), and z = y_hat * weight + bias:
     forward     y  = act(z) + shortcut               act: SiLU, z * sigmoid(z), or none
@@ -11,6 +11,9 @@ With y_hat = (x - mean) * inv, inv = 1 / sqrt(var + eps), and z = y_hat * weight
 Everything is computed in float32 and rounded once. Variances are safe where |mean| >> std: each program sums x - x0, x0
 being its first row, and the runs are combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise
 algorithm for computing sample variances" (1979).
+
+`fold` rows lie side by side as one row of columns, so that a block of 128 columns reads whole lines of memory also
+where there are 48 channels: column v is channel v % n_part of row v // n_part.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-N_PROGRAMS = 1056  # at most, about, in a reduction: eight for each multiprocessor of an H100
-TILE = 2048  # elements that a program of a reduction reads at a time
-APPLY_TILE = 4096  # elements of a program that writes
-FINISH_C, FINISH_N = 16, 128  # channels of a program that adds up partial sums, and programs it reads at a time
+BLOCK_C, BLOCK_M = 128, 16  # columns and rows that a program reads at a time
+MAX_FOLD = 8
+N_PROGRAMS = 1056  # of a pass, at most, about: eight for each multiprocessor of an H100
+N_WARPS = 4
+FINISH_C, FINISH_N = 8, 512  # channels of a program that adds up partial sums, and partial sums it reads at a time
+VECTOR = 8  # elements that a thread loads together
+
+_VECTOR: Any = tl.constexpr(VECTOR)
 
 
 @dataclass(frozen=True)
@@ -67,65 +74,79 @@ def _row_stride(tensor: torch.Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a matrix is cut: BLOCK_M rows times BLOCK_C channels at a time, `loops` times a program of a reduction."""
+    """How a matrix is cut.
+
+    Attributes:
+        n_rows, n_channels: of the matrix.
+        n_halves: 2 where the halves of the channels lie in two tensors, else 1.
+        fold: rows side by side.
+        block_c: columns of a program.
+    """
 
     n_rows: int
     n_channels: int
     n_halves: int
+    fold: int
     block_c: int
 
     @property
+    def n_part(self) -> int:
+        """Channels of a half."""
+        return self.n_channels // self.n_halves
+
+    @property
+    def n_folded(self) -> int:
+        return self.n_rows // self.fold
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of columns in a half."""
+        return triton.cdiv(self.n_part * self.fold, self.block_c)
+
+    @property
     def block_m(self) -> int:
-        return max(TILE // self.block_c, 1)
-
-    @property
-    def apply_block_m(self) -> int:
-        return max(APPLY_TILE // self.block_c, 1)
-
-    @property
-    def n_blocks_c(self) -> int:
-        return triton.cdiv(self.n_channels, self.block_c)
+        return BLOCK_M * BLOCK_C // self.block_c
 
     @property
     def loops(self) -> int:
-        """A power of two, so that few kernels are compiled."""
-        n_tiles = triton.cdiv(self.n_rows, self.block_m) * self.n_blocks_c
+        """Tiles of a program: a power of two, so that few kernels are compiled."""
+        n_tiles = triton.cdiv(self.n_folded, self.block_m) * self.n_blocks * self.n_halves
         return triton.next_power_of_2(triton.cdiv(n_tiles, N_PROGRAMS))
 
     @property
     def n_runs(self) -> int:
-        """Programs of a reduction for the same channels."""
-        return triton.cdiv(self.n_rows, self.block_m * self.loops)
+        """Programs for the same columns."""
+        return triton.cdiv(self.n_folded, self.block_m * self.loops)
 
     @property
-    def reduce_grid(self) -> tuple[int, int]:
-        return self.n_runs, self.n_blocks_c
-
-    @property
-    def apply_grid(self) -> tuple[int, int]:
-        return triton.cdiv(self.n_rows, self.apply_block_m), self.n_blocks_c
+    def grid(self) -> tuple[int, int]:
+        return self.n_runs, self.n_blocks * self.n_halves
 
     @property
     def finish_grid(self) -> tuple[int]:
         return (triton.cdiv(self.n_channels, FINISH_C),)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.n_folded, self.n_channels, self.n_part, self.fold, self.n_blocks
+
+    def constants(self, *strides: int) -> dict[str, Any]:
+        """Compile-time arguments: the tile, and whether groups of VECTOR columns lie together in every matrix."""
+        together = all(size % VECTOR == 0 for size in (self.n_part, *strides))
+        return {
+            "LOOPS": self.loops, "BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "TOGETHER": together,
+            "num_warps": N_WARPS,
+        }  # fmt: skip
+
 
 def plan(tensor: torch.Tensor, n_halves: int) -> Plan:
-    """The plan for [N,C,H,W]; with n_halves 2 the output is two tensors, so no block of channels crosses the middle."""
+    """The plan for [N,C,H,W]."""
     n_channels = tensor.shape[1]
-    n_rows = tensor.numel() // n_channels
-    return Plan(n_rows, n_channels, n_halves, _block_c(n_channels // n_halves, n_halves > 1))
-
-
-def _block_c(n_channels: int, divides: bool) -> int:
-    """Channels of a block: the largest power of two up to 128 that divides them, unless that is small.
-
-    48 channels in blocks of 16 read whole sectors of 32 bytes; a masked block of 64 would leave a quarter idle.
-    """
-    largest = min(n_channels & -n_channels, 128)
-    if divides or largest >= 16:
-        return largest
-    return min(triton.next_power_of_2(n_channels), 128)
+    n_rows, n_part = tensor.numel() // n_channels, n_channels // n_halves
+    fold = 1
+    while fold < MAX_FOLD and n_part * fold % BLOCK_C and n_rows % (2 * fold) == 0:
+        fold *= 2
+    return Plan(n_rows, n_channels, n_halves, fold, min(BLOCK_C, triton.next_power_of_2(n_part * fold)))
 
 
 @dataclass(frozen=True)
@@ -141,141 +162,167 @@ class Norm:
     momentum: float
 
 
+@dataclass(frozen=True)
+class Output:
+    """What follows the normalization.
+
+    Attributes:
+        act: SiLU, or nothing.
+        parts: the tensor that holds the result, or its gradient, or two of them for the halves of the channels.
+        copy: a second tensor for the same result as the last part, or its gradient; both gradients are added.
+        shortcut: is added to the result; of gradients: where the gradient of the shortcut is written, dense.
+    """
+
+    act: bool
+    parts: list[Matrix]
+    copy: Matrix | None
+    shortcut: Matrix | None = None
+
+    def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first, last = self.parts[0].tensor, self.parts[-1].tensor
+        return first, last, self.copy.tensor if self.copy else last
+
+    def strides(self) -> tuple[int, int, int]:
+        first, last = self.parts[0].stride, self.parts[-1].stride
+        return first, last, self.copy.stride if self.copy else last
+
+    def flags(self) -> dict[str, Any]:
+        return {"ACT": self.act, "COPIES": self.copy is not None}
+
+
 def statistics(x: Matrix, cut: Plan, norm: Norm) -> torch.Tensor:
     """Mean and 1 / sqrt(var + eps) of every channel, float32 [2,C]; updates the running statistics as PyTorch does."""
     device = x.tensor.device
-    partial = torch.empty(2, cut.n_runs, cut.n_channels, dtype=torch.float32, device=device)
+    n_partial = cut.n_runs * cut.fold
+    partial = torch.empty(2, n_partial, cut.n_channels, dtype=torch.float32, device=device)
     stats = torch.empty(2, cut.n_channels, dtype=torch.float32, device=device)
-    n_rows, n_channels = cut.n_rows, cut.n_channels
-    _moments[cut.reduce_grid](
-        x.tensor, partial, n_rows, n_channels, x.stride, cut.n_runs,
-        LOOPS=_constant(cut.loops), BLOCK_M=_constant(cut.block_m), BLOCK_C=_constant(cut.block_c), num_warps=8,
-    )  # fmt: skip
-    _finish_moments[cut.finish_grid](
-        partial, stats, norm.running_mean, norm.running_var, norm.n_batches, n_rows, n_channels, cut.n_runs,
-        cut.block_m * cut.loops, norm.eps, norm.momentum,
-        BLOCK_N=_constant(FINISH_N), BLOCK_C=_constant(FINISH_C), num_warps=4,
-    )  # fmt: skip
+    _moments[cut.grid](x.tensor, partial, *cut.sizes, x.stride, n_partial, **cut.constants(x.stride))
+    rows_per_run = cut.block_m * cut.loops
+    running: Any = (norm.running_mean, norm.running_var, norm.n_batches)
+    numbers: Any = (cut.n_folded, cut.fold, cut.n_channels, n_partial, rows_per_run, norm.eps, norm.momentum)
+    _finish_moments[cut.finish_grid](partial, stats, *running, *numbers, **_finish_constants())
     return stats
 
 
 def apply(x: Matrix, cut: Plan, stats: torch.Tensor, norm: Norm, out: Output) -> None:
-    """Writes act(z) + shortcut into out.parts."""
+    """Writes act(z) + shortcut into out.parts and out.copy."""
     shortcut = out.shortcut or x
-    first, last = out.parts[0], out.parts[-1]
-    _apply[cut.apply_grid](
-        x.tensor, stats, norm.weight, norm.bias, shortcut.tensor, first.tensor, last.tensor, cut.n_rows,
-        cut.n_channels, cut.n_channels // cut.n_halves, x.stride, shortcut.stride, first.stride, last.stride,
-        ACT=_constant(out.act), ADDS=_constant(out.shortcut is not None), HALVES=_constant(cut.n_halves > 1),
-        BLOCK_M=_constant(cut.apply_block_m), BLOCK_C=_constant(cut.block_c), num_warps=8,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Output:
-    """What follows the normalization: SiLU or nothing, an added tensor, and the tensors (one, or two halves of the
-    channels) that hold the result, or its gradient."""
-
-    act: bool
-    shortcut: Matrix | None
-    parts: list[Matrix]
+    strides = (x.stride, shortcut.stride, *out.strides())
+    pointers = (x.tensor, stats, norm.weight, norm.bias, shortcut.tensor, *out.pointers())
+    constants = {**out.flags(), "ADDS": out.shortcut is not None, **cut.constants(*strides)}
+    _apply[cut.grid](*pointers, *cut.sizes, *strides, **constants)
 
 
 def gradients(
     x: Matrix, cut: Plan, stats: torch.Tensor, params: tuple[torch.Tensor, torch.Tensor], grad: Output
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias; `params` are weight and bias, grad.parts hold the gradient of the output."""
-    n_rows, n_channels, device = cut.n_rows, cut.n_channels, x.tensor.device
-    partial = torch.empty(2, cut.n_runs, n_channels, dtype=torch.float32, device=device)
+    """Gradients of x, weight and bias; `params` are weight and bias, `grad` holds the gradient of the output.
+
+    Where grad.shortcut is given, the gradient of the output is written there: the sum of grad.parts and grad.copy.
+    """
+    n_channels, n_partial, device = cut.n_channels, cut.n_runs * cut.fold, x.tensor.device
+    partial = torch.empty(2, n_partial, n_channels, dtype=torch.float32, device=device)
     sums = torch.empty(2, n_channels, dtype=torch.float32, device=device)
-    first, last = grad.parts[0], grad.parts[-1]
-    n_first = n_channels // cut.n_halves
-    flags = {"ACT": _constant(grad.act), "HALVES": _constant(cut.n_halves > 1), "BLOCK_C": _constant(cut.block_c)}
-    inputs = (x.tensor, stats, *params, first.tensor, last.tensor)
-    strides = (x.stride, first.stride, last.stride)
-    _sums[cut.reduce_grid](
-        *inputs, partial, n_rows, n_channels, n_first, *strides, cut.n_runs,
-        LOOPS=_constant(cut.loops), BLOCK_M=_constant(cut.block_m), **flags, num_warps=8,
-    )  # fmt: skip
-    _finish_sums[cut.finish_grid](
-        partial, sums, n_channels, cut.n_runs, BLOCK_N=_constant(FINISH_N), BLOCK_C=_constant(FINISH_C), num_warps=4
-    )
+    strides = (x.stride, *grad.strides())
+    constants = {**grad.flags(), **cut.constants(*strides)}
+    pointers = (x.tensor, stats, *params, *grad.pointers())
+    _sums[cut.grid](*pointers, partial, *cut.sizes, *strides, n_partial, **constants)
+    numbers: Any = (n_channels, n_partial)
+    _finish_sums[cut.finish_grid](partial, stats, sums, *numbers, **_finish_constants())
     x_grad = torch.empty_like(x.tensor, memory_format=torch.channels_last)
-    _apply_gradient[cut.apply_grid](
-        *inputs, sums, x_grad, n_rows, n_channels, n_first, *strides,
-        BLOCK_M=_constant(cut.apply_block_m), **flags, num_warps=8,
-    )  # fmt: skip
+    shared = grad.shortcut.tensor if grad.shortcut else x_grad
+    constants["SHARES"] = grad.shortcut is not None
+    _apply_gradient[cut.grid](*pointers, sums, x_grad, shared, cut.n_rows, *cut.sizes, *strides, **constants)
     return x_grad, sums[1], sums[0]
 
 
-def _constant(value: int) -> Any:
-    """A compile-time argument; Triton's types name only tl.constexpr."""
-    return value
+def _finish_constants() -> dict[str, Any]:
+    return {"BLOCK_N": FINISH_N, "BLOCK_C": FINISH_C, "num_warps": 8}
 
 
 @triton.jit
-def _rows(run, n_rows, BLOCK_M: tl.constexpr):
-    """Rows of a tile, counted from its first, and which of them exist; `run` counts tiles."""
-    first = run * BLOCK_M
-    local = tl.arange(0, BLOCK_M)
-    return first.to(tl.int64), local, local < n_rows - first
+def _columns(n_part, fold, n_blocks, BLOCK_C: tl.constexpr):
+    """Half of a program's columns, their rows within a folded row, their channels in the half, and which exist."""
+    block = tl.program_id(1)
+    half = block // n_blocks
+    column = (block - half * n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return half, column // n_part, column % n_part, column < n_part * fold
+
+
+@triton.jit
+def _places(row, channel, stride, TOGETHER: tl.constexpr):
+    """Offsets of columns from the start of a folded row."""
+    place = row * stride + channel
+    if TOGETHER:
+        place = tl.max_contiguous(tl.multiple_of(place, _VECTOR), _VECTOR)
+    return place
+
+
+@triton.jit
+def _tile(first, n_folded, exists, BLOCK_M: tl.constexpr):
+    """Rows of a tile from its first, [BLOCK_M,1], and which elements exist."""
+    row = tl.arange(0, BLOCK_M)
+    return row[:, None], (row < n_folded - first)[:, None] & exists[None, :]
 
 
 @triton.jit
 def _moments(  # noqa: PLR0913 - a kernel takes pointers
-    x, partial, n_rows, n_channels, stride, n_runs, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    x, partial, n_folded, n_channels, n_part, fold, n_blocks, stride, n_partial, LOOPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    run = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = channel < n_channels
-    start = run * LOOPS * BLOCK_M
-    shift = tl.load(x + start.to(tl.int64) * stride + channel, mask=exists, other=0.0).to(tl.float32)
+    half, row_in, channel, exists = _columns(n_part, fold, n_blocks, BLOCK_C)
+    place = _places(row_in, half * n_part + channel, stride, TOGETHER)
+    begin = tl.program_id(0) * LOOPS * BLOCK_M
+    step = stride * fold
+    shift = tl.load(x + begin.to(tl.int64) * step + place, mask=exists, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for loop in range(LOOPS):
-        first, local, in_rows = _rows(run * LOOPS + loop, n_rows, BLOCK_M)
-        mask = in_rows[:, None] & exists[None, :]
-        value = tl.load(x + first * stride + local[:, None] * stride + channel[None, :], mask=mask, other=0.0)
-        value = tl.where(mask, value.to(tl.float32) - shift[None, :], 0.0)
+        first = begin + loop * BLOCK_M
+        row, mask = _tile(first, n_folded, exists, BLOCK_M)
+        at = x + first.to(tl.int64) * step + row * step + place[None, :]
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value - shift[None, :], 0.0)
         total += value
         squares += value * value
-    count = tl.minimum(n_rows - start, LOOPS * BLOCK_M).to(tl.float32)
+    count = tl.minimum(n_folded - begin, LOOPS * BLOCK_M).to(tl.float32)
     total_c = tl.sum(total, axis=0)
     mean = total_c / count
-    place = run * n_channels + channel
-    tl.store(partial + place, shift + mean, mask=exists)
+    out = (tl.program_id(0) * fold + row_in) * n_channels + half * n_part + channel
+    tl.store(partial + out, shift + mean, mask=exists)
     # Not tl.maximum, which drops NaN: an infinite or NaN input must show in the output.
     deviation = tl.sum(squares, axis=0) - total_c * mean
-    tl.store(partial + n_runs * n_channels + place, tl.where(deviation < 0.0, 0.0, deviation), mask=exists)
+    tl.store(partial + n_partial * n_channels + out, tl.where(deviation < 0.0, 0.0, deviation), mask=exists)
 
 
 @triton.jit
 def _finish_moments(  # noqa: PLR0913
-    partial, stats, running_mean, running_var, n_batches, n_rows, n_channels, n_runs, rows_per_run, eps, momentum,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial, stats, running_mean, running_var, n_batches, n_folded, fold, n_channels, n_partial, rows_per_run, eps,
+    momentum, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = channel < n_channels
+    n_rows = (n_folded * fold).to(tl.float32)
     shift = tl.load(partial + channel, mask=exists, other=0.0)
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     i = 0
-    while i < n_runs:
+    while i < n_partial:
         run = i + tl.arange(0, BLOCK_N)
-        mask = (run < n_runs)[:, None] & exists[None, :]
-        count = tl.minimum(n_rows - run * rows_per_run, rows_per_run).to(tl.float32)
+        mask = (run < n_partial)[:, None] & exists[None, :]
+        count = tl.minimum(n_folded - run // fold * rows_per_run, rows_per_run).to(tl.float32)
         mean = tl.load(partial + run[:, None] * n_channels + channel[None, :], mask=mask, other=0.0)
         total += tl.where(mask, (mean - shift[None, :]) * count[:, None], 0.0)
         i += BLOCK_N
     mean_all = shift + tl.sum(total, axis=0) / n_rows
     squares = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     i = 0
-    while i < n_runs:
+    while i < n_partial:
         run = i + tl.arange(0, BLOCK_N)
-        mask = (run < n_runs)[:, None] & exists[None, :]
-        count = tl.minimum(n_rows - run * rows_per_run, rows_per_run).to(tl.float32)
+        mask = (run < n_partial)[:, None] & exists[None, :]
+        count = tl.minimum(n_folded - run // fold * rows_per_run, rows_per_run).to(tl.float32)
         place = run[:, None] * n_channels + channel[None, :]
         off = tl.load(partial + place, mask=mask, other=0.0) - mean_all[None, :]
-        inside = tl.load(partial + n_runs * n_channels + place, mask=mask, other=0.0)
+        inside = tl.load(partial + n_partial * n_channels + place, mask=mask, other=0.0)
         squares += tl.where(mask, inside + off * off * count[:, None], 0.0)
         i += BLOCK_N
     deviation = tl.sum(squares, axis=0)
@@ -285,70 +332,59 @@ def _finish_moments(  # noqa: PLR0913
     old_mean = tl.load(running_mean + channel, mask=exists)
     tl.store(running_mean + channel, old_mean + momentum * (mean_all - old_mean), mask=exists)
     old_var = tl.load(running_var + channel, mask=exists)
-    unbiased = deviation / (n_rows - 1)
-    tl.store(running_var + channel, old_var + momentum * (unbiased - old_var), mask=exists)
+    tl.store(running_var + channel, old_var + momentum * (deviation / (n_rows - 1.0) - old_var), mask=exists)
     if tl.program_id(0) == 0:
         tl.store(n_batches, tl.load(n_batches) + 1)
 
 
 @triton.jit
-def _normalize(value, stats, weight, bias, n_channels, channel, exists):  # noqa: PLR0913
-    """(y_hat, z, weight * inv) of a tile of x."""
-    mean = tl.load(stats + channel, mask=exists, other=0.0)
+def _factors(stats, weight, bias, n_channels, channel, exists):
+    """Mean, inv, weight * inv and bias of columns: z = (x - mean) * (weight * inv) + bias."""
     inv = tl.load(stats + n_channels + channel, mask=exists, other=0.0)
-    weight_c = tl.load(weight + channel, mask=exists, other=0.0)
-    bias_c = tl.load(bias + channel, mask=exists, other=0.0)
-    normal = (value.to(tl.float32) - mean[None, :]) * inv[None, :]
-    return normal, normal * weight_c[None, :] + bias_c[None, :], weight_c * inv
-
-
-@triton.jit
-def _part(first, last, n_first, first_channel, HALVES: tl.constexpr):
-    """Where a block of channels lies: in the one tensor or, of two, in that which holds its half."""
-    if HALVES:
-        pointer = tl.where(first_channel < n_first, first, last)
-        return pointer, tl.where(first_channel < n_first, first_channel, first_channel - n_first)
-    else:
-        return first, first_channel
-
-
-@triton.jit
-def _part_stride(first_stride, last_stride, n_first, first_channel, HALVES: tl.constexpr):
-    if HALVES:
-        return tl.where(first_channel < n_first, first_stride, last_stride)
-    else:
-        return first_stride
+    factor = tl.load(weight + channel, mask=exists, other=0.0) * inv
+    mean = tl.load(stats + channel, mask=exists, other=0.0)
+    return mean, inv, factor, tl.load(bias + channel, mask=exists, other=0.0)
 
 
 @triton.jit
 def _apply(  # noqa: PLR0913
-    x, stats, weight, bias, shortcut, out_first, out_last, n_rows, n_channels, n_first, stride, shortcut_stride,
-    first_stride, last_stride, ACT: tl.constexpr, ADDS: tl.constexpr, HALVES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, stats, weight, bias, shortcut, out_first, out_last, out_copy, n_folded, n_channels, n_part, fold, n_blocks,
+    stride, shortcut_stride, first_stride, last_stride, copy_stride, ACT: tl.constexpr, COPIES: tl.constexpr,
+    ADDS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    first_channel = tl.program_id(1) * BLOCK_C
-    lane = tl.arange(0, BLOCK_C)
-    channel = first_channel + lane
-    exists = channel < n_channels
-    first, local, in_rows = _rows(tl.program_id(0), n_rows, BLOCK_M)
-    mask = in_rows[:, None] & exists[None, :]
-    value = tl.load(x + first * stride + local[:, None] * stride + channel[None, :], mask=mask, other=0.0)
-    _, z, _ = _normalize(value, stats, weight, bias, n_channels, channel, exists)
-    if ACT:
-        z = z * tl.sigmoid(z)
-    if ADDS:
-        place = first * shortcut_stride + local[:, None] * shortcut_stride + channel[None, :]
-        z += tl.load(shortcut + place, mask=mask, other=0.0).to(tl.float32)
-    out, at = _part(out_first, out_last, n_first, first_channel, HALVES)
-    out_stride = _part_stride(first_stride, last_stride, n_first, first_channel, HALVES)
-    place = first * out_stride + local[:, None] * out_stride + (at + lane)[None, :]
-    tl.store(out + place, z.to(out_first.dtype.element_ty), mask=mask)
+    half, row_in, channel, exists = _columns(n_part, fold, n_blocks, BLOCK_C)
+    mean, _, factor, shift = _factors(stats, weight, bias, n_channels, half * n_part + channel, exists)
+    is_first = (half == 0) & (n_channels > n_part)
+    out, out_stride = out_last, last_stride
+    if is_first:
+        out, out_stride = out_first, first_stride
+    place = _places(row_in, half * n_part + channel, stride, TOGETHER)
+    out_place = _places(row_in, channel, out_stride, TOGETHER)
+    copy_place = _places(row_in, channel, copy_stride, TOGETHER)
+    shortcut_place = _places(row_in, channel, shortcut_stride, TOGETHER)
+    begin = tl.program_id(0) * LOOPS * BLOCK_M
+    for loop in range(LOOPS):
+        first = begin + loop * BLOCK_M
+        row, mask = _tile(first, n_folded, exists, BLOCK_M)
+        at = first.to(tl.int64) * fold
+        value = tl.load(x + at * stride + row * (stride * fold) + place[None, :], mask=mask, other=0.0)
+        z = (value.to(tl.float32) - mean[None, :]) * factor[None, :] + shift[None, :]
+        if ACT:
+            z = z * tl.sigmoid(z)
+        if ADDS:
+            source = shortcut + at * shortcut_stride + row * (shortcut_stride * fold) + shortcut_place[None, :]
+            z += tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        result = z.to(out_first.dtype.element_ty)
+        tl.store(out + at * out_stride + row * (out_stride * fold) + out_place[None, :], result, mask=mask)
+        if COPIES:
+            if not is_first:
+                target = out_copy + at * copy_stride + row * (copy_stride * fold) + copy_place[None, :]
+                tl.store(target, result, mask=mask)
 
 
 @triton.jit
 def _inner_gradient(grad, z, ACT: tl.constexpr):
     """Gradient of z from that of act(z)."""
-    grad = grad.to(tl.float32)
     if ACT:
         sigmoid = tl.sigmoid(z)
         grad = grad * (sigmoid * (1.0 + z * (1.0 - sigmoid)))
@@ -357,72 +393,97 @@ def _inner_gradient(grad, z, ACT: tl.constexpr):
 
 @triton.jit
 def _sums(  # noqa: PLR0913
-    x, stats, weight, bias, grad_first, grad_last, partial, n_rows, n_channels, n_first, stride, first_stride,
-    last_stride, n_runs, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x, stats, weight, bias, grad_first, grad_last, grad_copy, partial, n_folded, n_channels, n_part, fold, n_blocks,
+    stride, first_stride, last_stride, copy_stride, n_partial, ACT: tl.constexpr, COPIES: tl.constexpr,
+    LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    run = tl.program_id(0)
-    first_channel = tl.program_id(1) * BLOCK_C
-    lane = tl.arange(0, BLOCK_C)
-    channel = first_channel + lane
-    exists = channel < n_channels
-    source, at = _part(grad_first, grad_last, n_first, first_channel, HALVES)
-    grad_stride = _part_stride(first_stride, last_stride, n_first, first_channel, HALVES)
+    """Partial sums of dz and of dz * (x - mean)."""
+    half, row_in, channel, exists = _columns(n_part, fold, n_blocks, BLOCK_C)
+    mean, _, factor, shift = _factors(stats, weight, bias, n_channels, half * n_part + channel, exists)
+    is_first = (half == 0) & (n_channels > n_part)
+    source, grad_stride = grad_last, last_stride
+    if is_first:
+        source, grad_stride = grad_first, first_stride
+    place = _places(row_in, half * n_part + channel, stride, TOGETHER)
+    grad_place = _places(row_in, channel, grad_stride, TOGETHER)
+    copy_place = _places(row_in, channel, copy_stride, TOGETHER)
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     weighted = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    begin = tl.program_id(0) * LOOPS * BLOCK_M
     for loop in range(LOOPS):
-        first, local, in_rows = _rows(run * LOOPS + loop, n_rows, BLOCK_M)
-        mask = in_rows[:, None] & exists[None, :]
-        value = tl.load(x + first * stride + local[:, None] * stride + channel[None, :], mask=mask, other=0.0)
-        place = first * grad_stride + local[:, None] * grad_stride + (at + lane)[None, :]
-        grad = tl.load(source + place, mask=mask, other=0.0)
-        normal, z, _ = _normalize(value, stats, weight, bias, n_channels, channel, exists)
-        inner = _inner_gradient(grad, z, ACT)
+        first = begin + loop * BLOCK_M
+        row, mask = _tile(first, n_folded, exists, BLOCK_M)
+        at = first.to(tl.int64) * fold
+        value = tl.load(x + at * stride + row * (stride * fold) + place[None, :], mask=mask, other=0.0)
+        grad_at = source + at * grad_stride + row * (grad_stride * fold) + grad_place[None, :]
+        grad = tl.load(grad_at, mask=mask, other=0.0).to(tl.float32)
+        if COPIES:
+            if not is_first:
+                copy_at = grad_copy + at * copy_stride + row * (copy_stride * fold) + copy_place[None, :]
+                grad += tl.load(copy_at, mask=mask, other=0.0).to(tl.float32)
+        centred = value.to(tl.float32) - mean[None, :]
+        inner = _inner_gradient(grad, centred * factor[None, :] + shift[None, :], ACT)
         total += inner  # 0 outside the mask, where the gradient is 0
-        weighted += inner * normal
-    place = run * n_channels + channel
-    tl.store(partial + place, tl.sum(total, axis=0), mask=exists)
-    tl.store(partial + n_runs * n_channels + place, tl.sum(weighted, axis=0), mask=exists)
+        weighted += inner * centred
+    out = (tl.program_id(0) * fold + row_in) * n_channels + half * n_part + channel
+    tl.store(partial + out, tl.sum(total, axis=0), mask=exists)
+    tl.store(partial + n_partial * n_channels + out, tl.sum(weighted, axis=0), mask=exists)
 
 
 @triton.jit
-def _finish_sums(partial, sums, n_channels, n_runs, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _finish_sums(partial, stats, sums, n_channels, n_partial, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):  # noqa: PLR0913
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = channel < n_channels
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     weighted = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     i = 0
-    while i < n_runs:
+    while i < n_partial:
         run = i + tl.arange(0, BLOCK_N)
-        mask = (run < n_runs)[:, None] & exists[None, :]
+        mask = (run < n_partial)[:, None] & exists[None, :]
         place = run[:, None] * n_channels + channel[None, :]
         total += tl.load(partial + place, mask=mask, other=0.0)
-        weighted += tl.load(partial + n_runs * n_channels + place, mask=mask, other=0.0)
+        weighted += tl.load(partial + n_partial * n_channels + place, mask=mask, other=0.0)
         i += BLOCK_N
+    inv = tl.load(stats + n_channels + channel, mask=exists, other=0.0)
     tl.store(sums + channel, tl.sum(total, axis=0), mask=exists)
-    tl.store(sums + n_channels + channel, tl.sum(weighted, axis=0), mask=exists)
+    tl.store(sums + n_channels + channel, tl.sum(weighted, axis=0) * inv, mask=exists)
 
 
 @triton.jit
 def _apply_gradient(  # noqa: PLR0913
-    x, stats, weight, bias, grad_first, grad_last, sums, out, n_rows, n_channels, n_first, stride, first_stride,
-    last_stride, BLOCK_M: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, stats, weight, bias, grad_first, grad_last, grad_copy, sums, out, shared, n_rows, n_folded, n_channels, n_part,
+    fold, n_blocks, stride, first_stride, last_stride, copy_stride, ACT: tl.constexpr, COPIES: tl.constexpr,
+    SHARES: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    first_channel = tl.program_id(1) * BLOCK_C
-    lane = tl.arange(0, BLOCK_C)
-    channel = first_channel + lane
-    exists = channel < n_channels
-    first, local, in_rows = _rows(tl.program_id(0), n_rows, BLOCK_M)
-    mask = in_rows[:, None] & exists[None, :]
-    value = tl.load(x + first * stride + local[:, None] * stride + channel[None, :], mask=mask, other=0.0)
-    source, at = _part(grad_first, grad_last, n_first, first_channel, HALVES)
-    grad_stride = _part_stride(first_stride, last_stride, n_first, first_channel, HALVES)
-    place = first * grad_stride + local[:, None] * grad_stride + (at + lane)[None, :]
-    grad = tl.load(source + place, mask=mask, other=0.0)
-    normal, z, factor = _normalize(value, stats, weight, bias, n_channels, channel, exists)
-    inner = _inner_gradient(grad, z, ACT)
-    mean_grad = tl.load(sums + channel, mask=exists, other=0.0) / n_rows
-    mean_weighted = tl.load(sums + n_channels + channel, mask=exists, other=0.0) / n_rows
-    result = factor[None, :] * (inner - mean_grad[None, :] - normal * mean_weighted[None, :])
-    place = first * n_channels + local[:, None] * n_channels + channel[None, :]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
+    half, row_in, channel, exists = _columns(n_part, fold, n_blocks, BLOCK_C)
+    own = half * n_part + channel
+    mean, inv, factor, shift = _factors(stats, weight, bias, n_channels, own, exists)
+    is_first = (half == 0) & (n_channels > n_part)
+    source, grad_stride = grad_last, last_stride
+    if is_first:
+        source, grad_stride = grad_first, first_stride
+    place = _places(row_in, own, stride, TOGETHER)
+    out_place = _places(row_in, own, n_channels, TOGETHER)
+    grad_place = _places(row_in, channel, grad_stride, TOGETHER)
+    copy_place = _places(row_in, channel, copy_stride, TOGETHER)
+    mean_grad = tl.load(sums + own, mask=exists, other=0.0) / n_rows * factor
+    slope = tl.load(sums + n_channels + own, mask=exists, other=0.0) / n_rows * factor * inv
+    begin = tl.program_id(0) * LOOPS * BLOCK_M
+    for loop in range(LOOPS):
+        first = begin + loop * BLOCK_M
+        row, mask = _tile(first, n_folded, exists, BLOCK_M)
+        at = first.to(tl.int64) * fold
+        value = tl.load(x + at * stride + row * (stride * fold) + place[None, :], mask=mask, other=0.0)
+        grad_at = source + at * grad_stride + row * (grad_stride * fold) + grad_place[None, :]
+        grad = tl.load(grad_at, mask=mask, other=0.0).to(tl.float32)
+        if COPIES:
+            if not is_first:
+                copy_at = grad_copy + at * copy_stride + row * (copy_stride * fold) + copy_place[None, :]
+                grad += tl.load(copy_at, mask=mask, other=0.0).to(tl.float32)
+        into = at * n_channels + row * (n_channels * fold) + out_place[None, :]
+        if SHARES:
+            tl.store(shared + into, grad.to(shared.dtype.element_ty), mask=mask)
+        centred = value.to(tl.float32) - mean[None, :]
+        inner = _inner_gradient(grad, centred * factor[None, :] + shift[None, :], ACT)
+        result = inner * factor[None, :] - (mean_grad[None, :] + centred * slope[None, :])
+        tl.store(out + into, result.to(out.dtype.element_ty), mask=mask)

@@ -8,9 +8,9 @@ For an object t of image b and an anchor a whose centre lies in t's box (its sid
 2. An anchor that several objects selected goes to the object of its image with the largest overlap.
 3. Where `topk2` is 1, an object keeps the anchor of largest align alone. The target score of an anchor is
    align * (largest overlap) / (largest align + 1e-9), both over the anchors of its object.
-Source: ultralytics/utils/tal.py, 8.4.190. There, an object with fewer than `topk` anchors of align > 0 also selects
-anchors of align 0, which ones is left to torch.topk. Their target score is 0, so they change nothing but step 2, for
-an anchor that another object selected; here they are not selected.
+Source: ultralytics/utils/tal.py, 8.4.190. An object with fewer than `topk` anchors of align > 0 also selects anchors of
+align 0, as torch.topk does on a GPU: those of the lowest numbers, of which only those in its box count. Their target
+score is 0, but they take part in step 2. (On a CPU torch.topk takes others.)
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ import triton
 import triton.language as tl
 from ultralytics.utils.ops import xywh2xyxy
 
+FILLERS = 32  # the first anchors, among which an object finds those of align 0 that it selects
 SLOTS = 16  # of an object's list of anchors; topk at most
 COLUMNS = 6  # of Objects.table
 BLOCK = 1024  # anchors that a program looks at together
 N_PREDICTED = 5  # of `decode`: x1, y1, x2, y2, angle
 
 _SLOTS: Any = tl.constexpr(SLOTS)
+_FILLERS: Any = tl.constexpr(FILLERS)
 _COLUMNS: Any = tl.constexpr(COLUMNS)
 _N_PREDICTED: Any = tl.constexpr(N_PREDICTED)
 _N_BINS: Any = tl.constexpr(16)
@@ -87,7 +89,7 @@ def decode(boxes: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Predicted boxes float32 [N,5,A] from their distributions [N,64,A]: x1, y1, x2, y2 in px, and atan(w / h)."""
     n_images, _, n_anchors = boxes.shape
     out = torch.empty(n_images, N_PREDICTED, n_anchors, dtype=torch.float32, device=boxes.device)
-    block = 256
+    block = 512
     with torch.cuda.device_of(boxes):
         _decode[(n_images, triton.cdiv(n_anchors, block))](boxes, grid.points, out, n_anchors, BLOCK=block, num_warps=4)
     return out
@@ -145,14 +147,20 @@ def arctangent(x):
 
 
 @triton.jit
-def expected_distance(logits, offset, n_anchors, anchor, mask):
-    """Probabilities [16,BLOCK] of one side's bins, and their mean [BLOCK]."""
-    bins = tl.arange(0, _N_BINS)
-    place = offset + bins[:, None] * n_anchors + anchor[None, :]
-    value = tl.load(logits + place, mask=mask[None, :], other=0.0).to(tl.float32)
-    exp = tl.exp(value - tl.max(value, axis=0)[None, :])
-    share = exp / tl.sum(exp, axis=0)[None, :]
-    return share, tl.sum(share * bins[:, None].to(tl.float32), axis=0)
+def bins_of(logits, offset, n_anchors, anchor, mask):
+    """Of one side's 16 bins: the largest logit, the sum of exp(logit - largest), and the mean bin; [BLOCK] each."""
+    most = tl.full(anchor.shape, float("-inf"), tl.float32)
+    for i in tl.static_range(_N_BINS):
+        value = tl.load(logits + offset + i * n_anchors + anchor, mask=mask, other=0.0).to(tl.float32)
+        most = tl.maximum(most, value)
+    total = tl.zeros(anchor.shape, tl.float32)
+    weighted = tl.zeros(anchor.shape, tl.float32)
+    for i in tl.static_range(_N_BINS):
+        value = tl.load(logits + offset + i * n_anchors + anchor, mask=mask, other=0.0).to(tl.float32)
+        exp = tl.exp(value - most)
+        total += exp
+        weighted += exp * i
+    return most, total, weighted / total
 
 
 @triton.jit
@@ -165,10 +173,10 @@ def _decode(boxes, points, out, n_anchors, BLOCK: tl.constexpr):
     stride = tl.load(points + 2 * n_anchors + anchor, mask=mask, other=1.0)
     side = _N_BINS * n_anchors
     offset = image * 4 * side
-    _, left = expected_distance(boxes, offset, n_anchors, anchor, mask)
-    _, top = expected_distance(boxes, offset + side, n_anchors, anchor, mask)
-    _, right = expected_distance(boxes, offset + 2 * side, n_anchors, anchor, mask)
-    _, bottom = expected_distance(boxes, offset + 3 * side, n_anchors, anchor, mask)
+    _, _, left = bins_of(boxes, offset, n_anchors, anchor, mask)
+    _, _, top = bins_of(boxes, offset + side, n_anchors, anchor, mask)
+    _, _, right = bins_of(boxes, offset + 2 * side, n_anchors, anchor, mask)
+    _, _, bottom = bins_of(boxes, offset + 3 * side, n_anchors, anchor, mask)
     x1, y1, x2, y2 = (x - left) * stride, (y - top) * stride, (x + right) * stride, (y + bottom) * stride
     angle = arctangent((x2 - x1) / (y2 - y1 + _EPS))
     place = out + image * _N_PREDICTED * n_anchors + anchor
@@ -194,14 +202,20 @@ def _searched(low, high, smallest_px):
 
 
 @triton.jit
-def _overlap(x1, y1, x2, y2, predicted, points, image, anchor, mask, n_anchors, smallest_px):  # noqa: PLR0913
-    """max(CIoU, 0) of an object's box and the predicted boxes of anchors; 0 for an anchor outside the box."""
+def _inside(x1, y1, x2, y2, points, anchor, mask, n_anchors, smallest_px):  # noqa: PLR0913
+    """Which anchors have their centre in the box."""
     stride = tl.load(points + 2 * n_anchors + anchor, mask=mask, other=0.0)
     x = tl.load(points + anchor, mask=mask, other=0.0) * stride
     y = tl.load(points + n_anchors + anchor, mask=mask, other=0.0) * stride
     left, right = _searched(x1, x2, smallest_px)
     top, bottom = _searched(y1, y2, smallest_px)
-    inside = mask & (x - left > _INSIDE) & (y - top > _INSIDE) & (right - x > _INSIDE) & (bottom - y > _INSIDE)
+    return mask & (x - left > _INSIDE) & (y - top > _INSIDE) & (right - x > _INSIDE) & (bottom - y > _INSIDE)
+
+
+@triton.jit
+def _overlap(x1, y1, x2, y2, predicted, points, image, anchor, mask, n_anchors, smallest_px):  # noqa: PLR0913
+    """max(CIoU, 0) of an object's box and the predicted boxes of anchors; 0 for an anchor outside the box."""
+    inside = _inside(x1, y1, x2, y2, points, anchor, mask, n_anchors, smallest_px)
     place = predicted + image.to(tl.int64) * _N_PREDICTED * n_anchors + anchor
     px1 = tl.load(place, mask=inside, other=0.0)
     py1 = tl.load(place + n_anchors, mask=inside, other=0.0)
@@ -280,6 +294,13 @@ def _select(  # noqa: PLR0913 - a kernel takes pointers
             last_anchor = tl.where(last > 0.0, last_anchor, -1)
             result = tl.where(slots == k, last_anchor, result)
             k = tl.where(last > 0.0, k + 1, topk)  # no further anchor has align > 0
+        filler = tl.arange(0, _FILLERS)
+        is_free = (tl.sum((result[:, None] == filler[None, :]).to(tl.int32), axis=0) == 0).to(tl.int32)
+        slot = tl.sum((result >= 0).to(tl.int32), axis=0) + tl.cumsum(is_free, axis=0) - is_free
+        exists = (is_free == 1) & (slot < topk) & (filler < n_anchors)
+        counts = _inside(x1, y1, x2, y2, points, filler, exists, n_anchors, smallest_px)
+        fills = (slots[:, None] == slot[None, :]) & counts[None, :]
+        result = tl.maximum(result, tl.max(tl.where(fills, filler[None, :], -1), axis=1))
     tl.store(chosen + row * _SLOTS + slots, result)
 
 

@@ -18,10 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from app.train.assign import Assigned, Grid, Objects, arctangent, expected_distance
+from app.train.assign import Assigned, Grid, Objects, arctangent, bins_of
 
 BLOCK_C, BLOCK_A = 16, 256  # classes and anchors of a program of the class term
-BLOCK_BOX = 128  # anchors of a program of the box terms
+BLOCK_BOX = 256  # anchors of a program of the box terms
 
 _N_BINS: Any = tl.constexpr(16)
 _COLUMNS: Any = tl.constexpr(6)
@@ -158,28 +158,22 @@ def _anchors(table, owner, target, points, n_anchors, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _side_loss(share, wanted):
-    """DFL of one side [BLOCK] from its probabilities [16,BLOCK] and the wanted distance, and its gradient's target."""
+def _neighbours(wanted):
+    """The bin below a wanted distance, and the weight of the bin above it."""
     wanted = tl.minimum(tl.maximum(wanted, 0.0), _FARTHEST)
     lower = tl.floor(wanted)
-    bins = tl.arange(0, _N_BINS)[:, None].to(tl.float32)
-    upper_weight = wanted - lower
-    weight = tl.where(bins == lower[None, :], (1.0 - upper_weight)[None, :], 0.0)
-    weight += tl.where(bins == lower[None, :] + 1.0, upper_weight[None, :], 0.0)
-    return weight
+    return lower.to(tl.int32), wanted - lower
 
 
 @triton.jit
-def _cross_entropy(logits, offset, n_anchors, anchor, mask, wanted):
-    """(mean distance, -sum of weight * log p) of one side."""
-    bins = tl.arange(0, _N_BINS)
-    share, mean = expected_distance(logits, offset, n_anchors, anchor, mask)
-    value = tl.load(logits + offset + bins[:, None] * n_anchors + anchor[None, :], mask=mask[None, :], other=0.0)
-    value = value.to(tl.float32)
-    most = tl.max(value, axis=0)
-    log_sum = most + tl.log(tl.sum(tl.exp(value - most[None, :]), axis=0))
-    weight = _side_loss(share, wanted)
-    return mean, tl.sum(weight * (log_sum[None, :] - value), axis=0)
+def _side(logits, offset, n_anchors, anchor, mask, wanted):
+    """Mean distance and DFL of one side, [BLOCK] each."""
+    most, total, mean = bins_of(logits, offset, n_anchors, anchor, mask)
+    lower, upper_weight = _neighbours(wanted)
+    place = logits + offset + lower * n_anchors + anchor
+    value = tl.load(place, mask=mask, other=0.0).to(tl.float32) * (1.0 - upper_weight)
+    value += tl.load(place + n_anchors, mask=mask, other=0.0).to(tl.float32) * upper_weight
+    return mean, most + tl.log(total) - value
 
 
 @triton.jit
@@ -211,10 +205,10 @@ def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl
         side = _N_BINS * n_anchors
         offset = tl.program_id(0).to(tl.int64) * 4 * side
         mask = score > 0.0
-        left, dfl_left = _cross_entropy(boxes, offset, n_anchors, anchor, mask, wl)
-        top, dfl_top = _cross_entropy(boxes, offset + side, n_anchors, anchor, mask, wt)
-        right, dfl_right = _cross_entropy(boxes, offset + 2 * side, n_anchors, anchor, mask, wr)
-        bottom, dfl_bottom = _cross_entropy(boxes, offset + 3 * side, n_anchors, anchor, mask, wb)
+        left, dfl_left = _side(boxes, offset, n_anchors, anchor, mask, wl)
+        top, dfl_top = _side(boxes, offset + side, n_anchors, anchor, mask, wt)
+        right, dfl_right = _side(boxes, offset + 2 * side, n_anchors, anchor, mask, wr)
+        bottom, dfl_bottom = _side(boxes, offset + 3 * side, n_anchors, anchor, mask, wb)
         _, _, _, _, _, inter, union, _, _, diagonal, dx, dy, _, v, alpha = _shape_terms(
             left, top, right, bottom, wl, wt, wr, wb
         )
@@ -232,14 +226,14 @@ def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl
 def _store_side(boxes, out, offset, n_anchors, anchor, masks, box_grad, dfl_grad, wanted):  # noqa: PLR0913
     """Gradient of the 16 logits of one side: through the mean of the bins, and of the DFL term."""
     exists, mask = masks
-    bins = tl.arange(0, _N_BINS)
-    share, mean = expected_distance(boxes, offset, n_anchors, anchor, mask)
-    weight = _side_loss(share, wanted)
-    grad = share * (bins[:, None].to(tl.float32) - mean[None, :]) * box_grad[None, :]
-    grad += (share - weight) * dfl_grad[None, :]
-    grad = tl.where(mask[None, :], grad, 0.0)
-    place = out + offset + bins[:, None] * n_anchors + anchor[None, :]
-    tl.store(place, grad.to(out.dtype.element_ty), mask=exists[None, :])
+    most, total, mean = bins_of(boxes, offset, n_anchors, anchor, mask)
+    lower, upper_weight = _neighbours(wanted)
+    for i in tl.static_range(_N_BINS):
+        place = offset + i * n_anchors + anchor
+        share = tl.exp(tl.load(boxes + place, mask=mask, other=0.0).to(tl.float32) - most) / total
+        weight = tl.where(lower == i, 1.0 - upper_weight, tl.where(lower + 1 == i, upper_weight, 0.0))
+        grad = share * (i - mean) * box_grad + (share - weight) * dfl_grad
+        tl.store(out + place, tl.where(mask, grad, 0.0).to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -249,10 +243,10 @@ def _box_gradient(boxes, table, owner, target, points, factors, out, n_anchors, 
     offset = tl.program_id(0).to(tl.int64) * 4 * side
     if tl.max(score, axis=0) > 0.0:
         mask = score > 0.0
-        _, left = expected_distance(boxes, offset, n_anchors, anchor, mask)
-        _, top = expected_distance(boxes, offset + side, n_anchors, anchor, mask)
-        _, right = expected_distance(boxes, offset + 2 * side, n_anchors, anchor, mask)
-        _, bottom = expected_distance(boxes, offset + 3 * side, n_anchors, anchor, mask)
+        _, _, left = bins_of(boxes, offset, n_anchors, anchor, mask)
+        _, _, top = bins_of(boxes, offset + side, n_anchors, anchor, mask)
+        _, _, right = bins_of(boxes, offset + 2 * side, n_anchors, anchor, mask)
+        _, _, bottom = bins_of(boxes, offset + 3 * side, n_anchors, anchor, mask)
         width, height, inter_w, inter_h, overlaps, inter, union, hull_w, hull_h, diagonal, dx, dy, turn, _, alpha = (
             _shape_terms(left, top, right, bottom, wl, wt, wr, wb)
         )
@@ -280,6 +274,6 @@ def _box_gradient(boxes, table, owner, target, points, factors, out, n_anchors, 
         _store_side(boxes, out, offset + 2 * side, n_anchors, anchor, masks, box_factor * right_grad, dfl_factor, wr)
         _store_side(boxes, out, offset + 3 * side, n_anchors, anchor, masks, box_factor * bottom_grad, dfl_factor, wb)
     else:
-        bins = tl.arange(0, 4 * _N_BINS)
-        zeros = tl.zeros([4 * _N_BINS, BLOCK], tl.float32).to(out.dtype.element_ty)
-        tl.store(out + offset + bins[:, None] * n_anchors + anchor[None, :], zeros, mask=exists[None, :])
+        zeros = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
+        for i in tl.static_range(4 * _N_BINS):
+            tl.store(out + offset + i * n_anchors + anchor, zeros, mask=exists)

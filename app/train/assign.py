@@ -150,12 +150,12 @@ def arctangent(x):
 def bins_of(logits, offset, n_anchors, anchor, mask):
     """Of one side's 16 bins: the largest logit, the sum of exp(logit - largest), and the mean bin; [BLOCK] each."""
     most = tl.full(anchor.shape, float("-inf"), tl.float32)
-    for i in tl.static_range(_N_BINS):
+    for i in range(_N_BINS):
         value = tl.load(logits + offset + i * n_anchors + anchor, mask=mask, other=0.0).to(tl.float32)
         most = tl.maximum(most, value)
     total = tl.zeros(anchor.shape, tl.float32)
     weighted = tl.zeros(anchor.shape, tl.float32)
-    for i in tl.static_range(_N_BINS):
+    for i in range(_N_BINS):
         value = tl.load(logits + offset + i * n_anchors + anchor, mask=mask, other=0.0).to(tl.float32)
         exp = tl.exp(value - most)
         total += exp

@@ -38,14 +38,13 @@ class Gradients:
 
     def bind(self) -> None:
         """Makes the views the weights' .grad. They keep what another backward pass has left there, or become zero."""
-        if all(weight.grad is None for weight in self.weights):
+        is_fresh = all(weight.grad is None for weight in self.weights)
+        if is_fresh:
             self.flat.zero_()
         for weight, view in zip(self.weights, self.views, strict=True):
-            if weight.grad is view:
-                continue
-            if weight.grad is None:
+            if weight.grad is None and not is_fresh:
                 view.zero_()
-            else:
+            elif weight.grad is not None and weight.grad is not view:
                 view.copy_(weight.grad)
             weight.grad = view
 

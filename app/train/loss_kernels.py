@@ -228,7 +228,7 @@ def _store_side(boxes, out, offset, n_anchors, anchor, masks, box_grad, dfl_grad
     exists, mask = masks
     most, total, mean = bins_of(boxes, offset, n_anchors, anchor, mask)
     lower, upper_weight = _neighbours(wanted)
-    for i in tl.static_range(_N_BINS):
+    for i in range(_N_BINS):
         place = offset + i * n_anchors + anchor
         share = tl.exp(tl.load(boxes + place, mask=mask, other=0.0).to(tl.float32) - most) / total
         weight = tl.where(lower == i, 1.0 - upper_weight, tl.where(lower + 1 == i, upper_weight, 0.0))
@@ -275,5 +275,5 @@ def _box_gradient(boxes, table, owner, target, points, factors, out, n_anchors, 
         _store_side(boxes, out, offset + 3 * side, n_anchors, anchor, masks, box_factor * bottom_grad, dfl_factor, wb)
     else:
         zeros = tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty)
-        for i in tl.static_range(4 * _N_BINS):
+        for i in range(4 * _N_BINS):
             tl.store(out + offset + i * n_anchors + anchor, zeros, mask=exists)

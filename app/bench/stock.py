@@ -1,6 +1,6 @@
-"""Ultralytics' own training loop with our recipe, timed by its callbacks: python -m app.bench.stock FOLDER.
+"""Ultralytics' own training loop with our recipe, timed by its callbacks: python -m app.bench.stock FOLDER [compile].
 
-FOLDER holds config.json and coco.yaml; images_per_s.json, one number an epoch, is written beside them.
+With `compile` it is that of yolo train compile=True. FOLDER holds config.json and coco.yaml; images_per_s.json, one number an epoch, is written beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from app.core.files import write_json
 from app.train.device import check_devices
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, compiles: bool) -> None:
     """Trains config.train.epochs epochs and writes how many images a second each one took in."""
     config = validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     t = config.train
@@ -27,6 +27,7 @@ def main(folder: Path) -> None:
         "batch": t.batch, "imgsz": t.imgsz, "seed": t.seed, "deterministic": t.deterministic, "amp": t.amp,
         "workers": t.workers, "device": check_devices(config)[0], "cache": "ram" if t.cache else False, "plots": False,
         "pretrained": False, "val": False, "save": False, "exist_ok": True, "patience": 0, "nms": False,
+        "compile": compiles,
         **config.hyp.model_dump(),
     }  # fmt: skip
     trainer = DetectionTrainer(overrides=arguments)
@@ -42,4 +43,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["compile"])

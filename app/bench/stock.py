@@ -1,6 +1,7 @@
 """Ultralytics' own training loop with our recipe, timed by its callbacks: python -m app.bench.stock FOLDER [compile].
 
-With `compile` it is that of yolo train compile=True. FOLDER holds config.json and coco.yaml; images_per_s.json, one number an epoch, is written beside them.
+With `compile` it is that of yolo train compile=True. FOLDER holds config.json and coco.yaml; images_per_s.json, one
+number an epoch, is written beside them.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from torch.nn import functional
 from ultralytics.nn.modules.block import CIB, Bottleneck, C2f, C2fCIB
 from ultralytics.nn.modules.conv import Conv, DWConv
 
-from app.quant import norm_kernels
+from app.quant import norm_passes
 from app.quant.fused import FastQuantConv2d
-from app.quant.norm_kernels import Matrix, Norm, Output, as_matrix
+from app.quant.norm_passes import Matrix, Norm, Output, as_matrix
 from app.quant.upsample import double
 
 SLOW_CHANNELS, FAST_CHANNELS = 48, 64  # of a 3x3 convolution in cuDNN
@@ -169,7 +169,7 @@ class _NormAct(torch.autograd.Function):
         rows = as_matrix(x)
         n_channels = len(weight)
         parts = [_alias(part) for part in place.parts] if place else [_empty(x, n_channels)]
-        cut = norm_kernels.plan(x, n_channels, len(parts))
+        cut = norm_passes.plan(x, n_channels, len(parts))
         copy = _empty(x, cut.n_part) if place and place.copies else None
         values = Norm(
             weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps, norm.momentum
@@ -177,8 +177,8 @@ class _NormAct(torch.autograd.Function):
         added = None if shortcut is None else as_matrix(shortcut)
         out = Output(act, [as_matrix(part) for part in parts], None if copy is None else as_matrix(copy), added)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            stats = norm_kernels.statistics(rows, cut, values)
-            norm_kernels.apply(rows, cut, stats, values, out)
+            stats = norm_passes.statistics(rows, cut, values)
+            norm_passes.apply(rows, cut, stats, values, out)
         ctx.save_for_backward(rows.tensor, stats, weight, bias)
         ctx.stride, ctx.act, ctx.cut, ctx.has_copy = rows.stride, act, cut, copy is not None
         return tuple(parts) if copy is None else (*parts, copy)
@@ -196,7 +196,7 @@ class _NormAct(torch.autograd.Function):
                 shortcut_grad = _empty(x, ctx.cut.n_channels)
                 shared = as_matrix(shortcut_grad)
         with torch.cuda.device_of(x):
-            x_grad, weight_grad, bias_grad = norm_kernels.gradients(
+            x_grad, weight_grad, bias_grad = norm_passes.gradients(
                 Matrix(x, ctx.stride), ctx.cut, stats, (weight, bias), Output(ctx.act, parts, copy, shared)
             )
         return None, None, None, weight_grad, bias_grad, x_grad, shortcut_grad

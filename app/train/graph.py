@@ -8,19 +8,20 @@ in tensors that are filled before a replay: images, labels, loss scale, and the 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.func import functional_call
 
-from app.train.assign import COLUMNS
+from app.train.assign_kernels import COLUMNS
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
 from app.train.step import criterion_of_part
 
 N_WARM_UPS = 2  # passes before the capture: they compile kernels and make what is made once
+_many = cast(Any, torch)  # its stubs do not list the operations on many tensors
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +85,7 @@ class Passes:
         torch.div(self.images, 255.0, out=self.inputs)
         if self.half:
             halves = [half.detach() for half in self.half.values()]
-            torch._foreach_copy_(halves, [master.detach() for master in self.masters])
+            _many._foreach_copy_(halves, [master.detach() for master in self.masters])
         with torch.autocast("cuda", torch.float16, enabled=self.amp, cache_enabled=False):
             preds = functional_call(self.net, self.half, (self.inputs,)) if self.half else self.net(self.inputs)
             loss, items = self.loss(preds, self.rows, self.head_weights)
@@ -109,7 +110,7 @@ def _as_float(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     if not given:
         return grads
     floats = [torch.empty_like(grad, dtype=torch.float32) for grad in given]
-    torch._foreach_copy_(floats, given)
+    _many._foreach_copy_(floats, given)
     converted = iter(floats)
     return [None if grad is None else next(converted) for grad in grads]
 
@@ -154,8 +155,7 @@ class StepGraph:
         self.gradients.bind()
         for weight in self.untouched:
             weight.grad = None
-        assert self.graph is not None
-        self.graph.replay()
+        cast(torch.cuda.CUDAGraph, self.graph).replay()
         return self.items.clone()
 
     def reduce(self) -> None:
@@ -228,7 +228,7 @@ class StepGraph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.items, grads = self.passes.run()
-            torch._foreach_add_(self.gradients.views, [grad for grad in grads if grad is not None])
+            _many._foreach_add_(self.gradients.views, [grad for grad in grads if grad is not None])
 
     def _release(self) -> None:
         """Gives the memory of the last graph back; .grad may still hold gradients of earlier batches of a step."""

@@ -20,7 +20,7 @@ from app.quant.health import WINDOW_STEPS, Oscillations
 from app.quant.model import load_checkpoint, save_checkpoint, scored_state
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import branch, read_in_turn, save_state
+from app.train.checkpoint import branch, read_in_turn, save_state, tell_where_it_continues
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.graph import StepGraph
@@ -99,8 +99,8 @@ class Loop:
             net=trainer.net, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
-        n_images = trainer.train_loader.batch_sampler.sampler.n_own
-        self.graph = StepGraph(self.state, n_images, trainer.amp, self.config.train.graph)
+        n_own = trainer.train_loader.batch_sampler.sampler.n_own
+        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train.graph)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or branch(self.state, self.config)
         if first:
@@ -108,17 +108,9 @@ class Loop:
         if not saved:
             self.save()
         if first:
-            self._tell_where_it_continues()
-
-    def _tell_where_it_continues(self) -> None:
-        state = self.state
-        if state.rows and self.ranks.is_main:  # train.make_ready has deleted results.csv
-            write_rows(self.trainer.save_dir / "results.csv", state.rows)
-        where = f", batch {state.batch_in_epoch} of the next" if state.batch_in_epoch else ""
-        log.info(
-            "train %s: continues after epoch %d%s of %d",
-            self.config.label, state.next_epoch, where, self.config.train.epochs,
-        )  # fmt: skip
+            if self.state.rows and self.ranks.is_main:  # train.make_ready has deleted results.csv
+                write_rows(trainer.save_dir / "results.csv", self.state.rows)
+            tell_where_it_continues(self.state, self.config)
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -187,19 +179,12 @@ class Loop:
         """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
         terms = self.graph.run(batch)
         if terms is not None:
-            self._add_losses(list(self.state.net.criterion.loss_names), terms)
+            self.watch.add_loss(self.state.add_losses(list(self.state.net.criterion.loss_names), terms))
             return
         loss, items = self.trainer.forward(self.trainer.model, batch)
         loss = loss * self.ranks.n  # DistributedDataParallel takes the mean, and the parts add up
-        self._add_losses(list(items), torch.stack(list(items.values())).detach())
+        self.watch.add_loss(self.state.add_losses(list(items), torch.stack(list(items.values())).detach()))
         self.state.scaler.scale(loss).backward()
-
-    def _add_losses(self, names: list[str], terms: torch.Tensor) -> None:
-        """Adds the loss terms [n_terms] of this rank's part of a batch."""
-        terms = self.ranks.all_reduce(terms)
-        self.state.loss_names = names
-        self.state.loss_sum = self.state.loss_sum + terms
-        self.watch.add_loss(terms.sum())
 
     def optimizer_step(self) -> None:
         state = self.state

@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.tal import make_anchors
 
-from app.train.assign import COLUMNS, Assigned, Grid, Objects, assign, decode, objects
+from app.train.assign import Assigned, Grid, Objects, assign, decode, objects
+from app.train.assign_kernels import COLUMNS
 from app.train.loss_kernels import box_gradient, box_sums, class_gradient, class_sum
 from app.train.processes import Ranks
 
@@ -173,7 +174,7 @@ class GpuLoss(E2ELoss):
         return self.one2one.loss_names
 
     def __call__(self, preds: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        parsed = self.one2many.parse_output(preds)
+        parsed: Any = self.one2many.parse_output(preds)
         boxes = parsed["one2one"]["boxes"]
         if not (boxes.is_cuda and self.fits(batch, boxes.shape[0])):
             return super().__call__(preds, batch)

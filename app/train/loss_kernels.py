@@ -10,6 +10,9 @@ p are the 16 bins of a side and d the distance of the object's side from the anc
 distance is the mean of the bins. Everything is computed in float32; sums have a fixed order.
 """
 
+# Triton's types do not describe a launch, nor a function of kernels that returns several values.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from app.train.assign import Assigned, Grid, Objects, arctangent, bins_of
+from app.train.assign import Assigned, Grid, Objects
+from app.train.assign_kernels import arctangent, bins_of
 
 BLOCK_C, BLOCK_A = 16, 256  # classes and anchors of a program of the class term
 BLOCK_BOX = 256  # anchors of a program of the box terms
@@ -138,7 +142,7 @@ def _class_gradient(  # noqa: PLR0913
 
 
 @triton.jit
-def _anchors(table, owner, target, points, n_anchors, BLOCK: tl.constexpr):
+def _anchors(table, owner, target, points, n_anchors, BLOCK: tl.constexpr):  # noqa: PLR0913
     """Target scores of a block of anchors, and the sides of their objects' boxes as distances in cells."""
     image = tl.program_id(0).to(tl.int64)
     anchor = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -166,7 +170,7 @@ def _neighbours(wanted):
 
 
 @triton.jit
-def _side(logits, offset, n_anchors, anchor, mask, wanted):
+def _side(logits, offset, n_anchors, anchor, mask, wanted):  # noqa: PLR0913
     """Mean distance and DFL of one side, [BLOCK] each."""
     most, total, mean = bins_of(logits, offset, n_anchors, anchor, mask)
     lower, upper_weight = _neighbours(wanted)
@@ -199,7 +203,7 @@ def _shape_terms(left, top, right, bottom, wl, wt, wr, wb):  # noqa: PLR0913
 
 @triton.jit
 def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl.constexpr):  # noqa: PLR0913
-    anchor, exists, score, wl, wt, wr, wb = _anchors(table, owner, target, points, n_anchors, BLOCK)
+    anchor, _, score, wl, wt, wr, wb = _anchors(table, owner, target, points, n_anchors, BLOCK)
     box_sum, dfl_sum = 0.0, 0.0
     if tl.max(score, axis=0) > 0.0:
         side = _N_BINS * n_anchors

@@ -96,7 +96,7 @@ class Ranks:
         return tensor
 
     def mean(self, tensor: torch.Tensor) -> None:
-        """Replaces a tensor by its mean over all ranks; one that is equal on all of them stays as it is, bit for bit."""
+        """Replaces a tensor by its mean over all ranks; where they have equal tensors nothing changes, bit for bit."""
         if self.n > 1:
             dist.all_reduce(tensor)
             tensor.div_(self.n)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -56,40 +57,46 @@ def wide_slice(shape: tuple[int, int, int, int], dtype: torch.dtype, mean: float
     return wide[:, 8 : 8 + channels]
 
 
+def forward_and_backward(
+    run: Callable[[Place | None], Any], x: torch.Tensor, form: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the layer in one of its forms and backward with random gradients; gives its output, and their sum."""
+    n, channels, height, width = x.shape
+    half = channels // 2
+    grad, copy_grad = (wide_slice((n, channels, height, width), x.dtype) for _ in range(2))
+    room = torch.empty(n, channels + 16, height, width, dtype=x.dtype).contiguous(memory_format=NHWC)
+    if form == "new":
+        y = run(None)
+        y.backward(grad)
+        return y, grad.double()
+    if form == "part":
+        (y,) = run(Place([room.narrow(1, 16, channels)], copies=False))
+        y.backward(grad)
+        return y, grad.double()
+    if form == "part and copy":
+        y, copy = run(Place([room.narrow(1, 16, channels)], copies=True))
+        assert torch.equal(y, copy)
+        assert torch.equal(y, room[:, 16:])
+        torch.autograd.backward([y, copy], [grad, copy_grad])
+        return y, grad.double() + copy_grad.double()
+    first, last, copy = run(Place([room.narrow(1, 0, half), room.narrow(1, half, half)], copies=True))
+    torch.autograd.backward([first, last, copy], [grad[:, :half], grad[:, half:], copy_grad[:, :half]])
+    last_grad = grad[:, half:].double() + copy_grad[:, :half].double()
+    return torch.cat([first, last], 1), torch.cat([grad[:, :half].double(), last_grad], 1)
+
+
 def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, act: bool, form: str, mean: float = 0.5) -> None:
     """`form`: a new tensor, part of a wider one, that and a copy, or two halves of which the second has a copy."""
-    n, channels, height, width = shape
-    layer = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
+    layer = nn.BatchNorm2d(shape[1], eps=1e-3, momentum=0.03)
     nn.init.uniform_(layer.weight, 0.5, 1.5)
     nn.init.normal_(layer.bias)
     reference: Any = deepcopy(layer).double()
     x = wide_slice(shape, dtype, mean).detach().requires_grad_()
     x_reference = x.detach().double().requires_grad_()
     shortcut = None if form == "halves" else wide_slice(shape, dtype).detach().requires_grad_()
-    grad, copy_grad = wide_slice(shape, dtype), wide_slice(shape, dtype)
-    expected_grad = grad.double()
-    room = torch.empty(n, channels + 16, height, width, dtype=dtype).contiguous(memory_format=NHWC)
-    half = channels // 2
     expected = reference(x_reference)
     expected = functional.silu(expected) if act else expected
-    if form == "new":
-        y = norm_act(layer, x, act, shortcut)
-        y.backward(grad)
-    elif form == "part":
-        (y,) = norm_act(layer, x, act, shortcut, Place([room.narrow(1, 16, channels)], copies=False))
-        y.backward(grad)
-    elif form == "part and copy":
-        y, copy = norm_act(layer, x, act, shortcut, Place([room.narrow(1, 16, channels)], copies=True))
-        assert torch.equal(y, copy)
-        assert torch.equal(y, room[:, 16:])
-        torch.autograd.backward([y, copy], [grad, copy_grad])
-        expected_grad = expected_grad + copy_grad.double()
-    else:
-        parts = [room.narrow(1, 0, half), room.narrow(1, half, half)]
-        first, last, copy = norm_act(layer, x, act, None, Place(parts, copies=True))
-        y = torch.cat([first, last], 1)
-        torch.autograd.backward([first, last, copy], [grad[:, :half], grad[:, half:], copy_grad[:, :half]])
-        expected_grad = torch.cat([expected_grad[:, :half], expected_grad[:, half:] + copy_grad[:, :half].double()], 1)
+    y, expected_grad = forward_and_backward(lambda place: norm_act(layer, x, act, shortcut, place), x, form)
     pairs = [(y, expected)]
     if shortcut is not None:
         pairs[0] = (y, expected + shortcut.double())

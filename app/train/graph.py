@@ -183,7 +183,8 @@ class StepGraph:
         current.wait_stream(self.copies)
         passes.images.copy_(images)
         images.record_stream(current)
-        pad_rows(label_rows(batch), passes.rows, self.n_images)
+        # From memory that is not pinned a copy may wait for the GPU.
+        pad_rows(label_rows(batch).pin_memory(), passes.rows, self.n_images)
         passes.head_weights[0].fill_(criterion.o2m)
         passes.head_weights[1].fill_(criterion.o2o)
         passes.scale.copy_(self.state.scaler.scale(self.one))

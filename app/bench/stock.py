@@ -1,6 +1,7 @@
-"""Ultralytics' own training loop with our recipe, timed by its callbacks: python -m app.bench.stock FOLDER.
+"""Ultralytics' own training loop with our recipe, timed by its callbacks: python -m app.bench.stock FOLDER [compile].
 
-FOLDER holds config.json and coco.yaml; images_per_s.json, one number an epoch, is written beside them.
+With `compile` it is that of yolo train compile=True. FOLDER holds config.json and coco.yaml; images_per_s.json, one
+number an epoch, is written beside them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from app.core.files import write_json
 from app.train.device import check_devices
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, compiles: bool) -> None:
     """Trains config.train.epochs epochs and writes how many images a second each one took in."""
     config = validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     train = config.train
@@ -42,6 +43,7 @@ def main(folder: Path) -> None:
         "exist_ok": True,
         "patience": 0,
         "nms": False,
+        "compile": compiles,
         **config.hyp.model_dump(),
     }
     trainer = DetectionTrainer(overrides=arguments)
@@ -57,4 +59,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["compile"])

@@ -1,4 +1,4 @@
-"""Images a second of whole training loops: stock Ultralytics, our FP16 and our QAT on the same data, in turns."""
+"""Images a second of whole training loops on the same data, in turns: Ultralytics', compiled too, our FP16 and QAT."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ from app.core.files import read_json, write_json, write_text
 from app.core.results import read_rows
 from app.core.run import RunRoot
 from app.data.prepare import prepare
-from app.report.tables import markdown_table
+from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
-ARMS = {"stock": "stock yolo train", "fp16": "our fp16", "qat": "our qat"}  # arm -> its name in the table
+# Arm -> its name in the table.
+ARMS = {
+    "stock": "stock yolo train", "compiled": "yolo train compile=True", "fp16": "our fp16", "qat": "our qat"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How long is measured: `rounds` turns of every arm, each of `epochs`, the first of which does not count."""
+    """What is measured: `rounds` turns of every arm of `arms`, each of `epochs` after a first that is told apart.
+
+    In its first epoch an arm compiles kernels, or captures its graph.
+    """
 
     rounds: int
     epochs: int
+    arms: list[str]
 
 
 def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turns) -> None:
@@ -49,11 +56,15 @@ def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turn
         "deterministic": train.deterministic,
         "scheme": config.label,
         "images_per_s": rates,
+        "first_epoch_s": {},
         "environment": environment(),
     }
+    n_images = read_json(run.provenance, "data")["splits"]["train"]["n_images"]
     for turn in range(turns.rounds):
-        for arm in ARMS:
-            rates.setdefault(arm, []).extend(measure(run, arm, overlays, sets)[1:])
+        for arm in turns.arms:
+            first, *others = measure(run, arm, overlays, sets)
+            rates.setdefault(arm, []).extend(others)
+            result["first_epoch_s"].setdefault(arm, []).append(n_images / first)
             log.info("turn %d, %s: %.0f images/s", turn + 1, arm, statistics.median(rates[arm]))
             write_json(run.root / "bench-train.json", result)  # what there is, if the next one is cut off
     show(result)
@@ -61,8 +72,8 @@ def bench_train(run: RunRoot, overlays: list[Path], sets: list[str], turns: Turn
 
 def measure(run: RunRoot, arm: str, overlays: list[Path], sets: list[str]) -> list[float]:
     """Images/s of every epoch of one training."""
-    if arm == "stock":
-        return measure_stock(run, load("fp16", overlays, sets))
+    if arm in ("stock", "compiled"):
+        return measure_stock(run, load("fp16", overlays, sets), arm == "compiled")
     run_child([*train_command(run, arm, overlays, sets), "--force"])
     config = load(arm, overlays, sets)
     return [row["time/images_per_s"] for row in read_rows(run.variant_dir(config.label) / "results.csv")]
@@ -91,13 +102,15 @@ def run_child(command: list[str]) -> None:
         raise UserError(f"a training of this bench ended with exit code {result.returncode}: {last}")
 
 
-def measure_stock(run: RunRoot, config: Config) -> list[float]:
-    """The same recipe through Ultralytics' own trainer."""
+def measure_stock(run: RunRoot, config: Config, compiles: bool) -> list[float]:
+    """The same recipe through Ultralytics' own trainer, with or without torch.compile."""
     stock_dir = run.root / "stock"
     shutil.rmtree(stock_dir, ignore_errors=True)
     stock_dataset(run, stock_dir)
     write_text(stock_dir / "config.json", json.dumps(config.model_dump(mode="json")))
     command = [sys.executable, "-W", "ignore", "-m", "app.bench.stock", str(stock_dir)]
+    if compiles:
+        command.append("compile")
     run_child(command)
     return json.loads((stock_dir / "images_per_s.json").read_text(encoding="utf-8"))
 
@@ -117,12 +130,15 @@ def stock_dataset(run: RunRoot, stock_dir: Path) -> None:
 
 def show(result: dict[str, Any]) -> None:
     medians = {arm: statistics.median(rates) for arm, rates in result["images_per_s"].items()}
-    cells = [["loop", "images/s", "lowest", "highest", "to stock", "to our fp16"]]
+    cells = [["loop", "images/s", "lowest", "highest", "to stock", "to our fp16", "first epoch s"]]
     for arm, rates in result["images_per_s"].items():
         median = medians[arm]
         numbers = [f"{value:.0f}" for value in (median, min(rates), max(rates))]
-        ratios = [f"{median / medians[base]:.3f}" for base in ("stock", "fp16")]
-        cells.append([ARMS[arm], *numbers, *ratios])
+        ratios = []
+        for base in ("stock", "fp16"):
+            ratios.append(f"{median / medians[base]:.3f}" if base in medians else MISSING)
+        first_s = statistics.median(result["first_epoch_s"][arm])
+        cells.append([ARMS[arm], *numbers, *ratios, f"{first_s:.0f}"])
     log.info("%s, %d px, batch %d, %d workers", *(result[key] for key in ("model", "imgsz", "batch", "workers")))
     for line in markdown_table(cells):
         log.info("%s", line)

@@ -95,6 +95,11 @@ def restore(state: State, saved: dict[str, Any], path: Path) -> None:
         raise UserError(damaged) from error
 
 
+def tell_where_it_continues(state: State, config: Config) -> None:
+    where = f", batch {state.batch_in_epoch} of the next" if state.batch_in_epoch else ""
+    log.info("train %s: continues after epoch %d%s of %d", config.label, state.next_epoch, where, config.train.epochs)
+
+
 def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:
     """State dictionary for a QAT training that begins where the FP16 training stood which quant.warmup_from names.
 

@@ -112,6 +112,12 @@ class EpochBatches(Sampler[list[Ticket]]):
     def __len__(self) -> int:
         return -(-self.n_images // self.batch_size)
 
+    @property
+    def n_own(self) -> int:
+        """Images of this rank's part of a full batch."""
+        rank, n = self.part
+        return self.batch_size * (rank + 1) // n - self.batch_size * rank // n
+
     def __iter__(self) -> Iterator[list[Ticket]]:
         epoch, first = self.epoch, self.batch
         self.start(epoch + 1, 0)

@@ -20,9 +20,10 @@ from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16
+from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16, tell_where_it_continues
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
+from app.train.graph import StepGraph
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
 from app.train.monitor import Monitor
@@ -49,6 +50,7 @@ class Loop:
     options: list[Stabiliser]
     oscillations: Oscillations
     bn_images: BnImages
+    graph: StepGraph
     full_accumulate: int
     scored_model: nn.Module
 
@@ -97,6 +99,8 @@ class Loop:
             net=trainer.net, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
+        n_own = trainer.train_loader.batch_sampler.sampler.n_own
+        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train.graph)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or state_from_fp16(self.state, self.config)
         if first:
@@ -104,17 +108,9 @@ class Loop:
         if not saved:
             self.save()
         if first:
-            self._tell_where_it_continues()
-
-    def _tell_where_it_continues(self) -> None:
-        state = self.state
-        if state.rows and self.ranks.is_main:  # train.make_ready has deleted results.csv
-            write_rows(self.trainer.save_dir / "results.csv", state.rows)
-        where = f", batch {state.batch_in_epoch} of the next" if state.batch_in_epoch else ""
-        log.info(
-            "train %s: continues after epoch %d%s of %d",
-            self.config.label, state.next_epoch, where, self.config.train.epochs,
-        )  # fmt: skip
+            if self.state.rows and self.ranks.is_main:  # train.make_ready has deleted results.csv
+                write_rows(trainer.save_dir / "results.csv", self.state.rows)
+            tell_where_it_continues(self.state, self.config)
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -181,17 +177,18 @@ class Loop:
 
     def backward(self, batch: dict[str, Any]) -> None:
         """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
-        state = self.state
+        terms = self.graph.run(batch)
+        if terms is not None:
+            self.watch.add_loss(self.state.add_losses(list(self.state.net.criterion.loss_names), terms))
+            return
         loss, items = self.trainer.forward(self.trainer.model, batch)
         loss = loss * self.ranks.n  # DistributedDataParallel takes the mean, and the parts add up
-        state.loss_names = list(items)
-        terms = self.ranks.all_reduce(torch.stack(list(items.values())).detach())
-        state.loss_sum = state.loss_sum + terms
-        self.watch.add_loss(terms.sum())
-        state.scaler.scale(loss).backward()
+        self.watch.add_loss(self.state.add_losses(list(items), torch.stack(list(items.values())).detach()))
+        self.state.scaler.scale(loss).backward()
 
     def optimizer_step(self) -> None:
         state = self.state
+        self.graph.reduce()
         if self.options:
             scale = state.scaler.get_scale()  # waits for the GPU
             for option in self.options:

@@ -106,6 +106,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, tensor: torch.Tensor) -> None:
+        """Replaces a tensor by its mean over all ranks; where they have equal tensors nothing changes, bit for bit."""
+        if self.n > 1:
+            dist.all_reduce(tensor)
+            tensor.div_(self.n)
+
     def distributed(self, model: nn.Module, may_skip_parameters: bool) -> nn.Module:
         """DistributedDataParallel around a model that lies on its device.
 

@@ -84,6 +84,13 @@ class State(Progress):
     stabilisers: list[Stabiliser]
     ranks: Ranks
 
+    def add_losses(self, names: list[str], terms: torch.Tensor) -> torch.Tensor:
+        """Adds the loss terms [n_terms] of a batch, each rank those of its part, and gives their sum over all ranks."""
+        terms = self.ranks.all_reduce(terms)
+        self.loss_names = names
+        self.loss_sum = self.loss_sum + terms
+        return terms.sum()
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; those of the model and of its EMA are FP32 copies on the CPU."""
         progress = {name: vars(self)[name] for name in _progress_names()}

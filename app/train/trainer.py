@@ -20,6 +20,7 @@ from app.core.files import read_json, write_json
 from app.core.run import VIEW_SHAPE, RunRoot
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.model import build
+from app.quant.norm import install
 from app.quant.options import exempt_scales_from_decay
 from app.train.bn_images import ema_decay
 from app.train.loader import CocoDataset, Part, Place, dataset_of, limit_wait, train_loader
@@ -109,6 +110,8 @@ class Trainer(DetectionTrainer):
         model, quant_config = build(self.config)
         if quant_config and self.ranks.is_main:
             write_json(self.save_dir / "quant_config.json", quant_config)
+        if self.device.type == "cuda":
+            install(model)
         return model
 
     def get_dataset(self) -> dict[str, Any]:

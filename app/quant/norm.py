@@ -1,0 +1,235 @@
+"""BatchNorm, SiLU and shortcut as one autograd node while a network trains on a GPU; else Ultralytics' own layers.
+
+The layers stay Ultralytics' and PyTorch's, with the same state_dict: `install` gives them the forwards below. These use
+the kernels of norm_kernels.py where a BatchNorm2d trains on a GPU. In eval mode, on the CPU, in an export and while
+BatchNorm is re-estimated (momentum None) they compute what the layers that they replace compute.
+
+A training-mode forward keeps the convolution's output alone for the backward; PyTorch keeps BatchNorm's output too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from ultralytics.nn.modules.block import CIB, Bottleneck, C2f, C2fCIB
+from ultralytics.nn.modules.conv import Conv, DWConv
+
+from app.quant import norm_passes
+from app.quant.fused import FastQuantConv2d
+from app.quant.norm_passes import Matrix, Norm, Output, as_matrix
+from app.quant.upsample import double
+
+SLOW_CHANNELS, FAST_CHANNELS = 48, 64  # of a 3x3 convolution in cuDNN
+Tensors = tuple[torch.Tensor, ...]
+
+
+def install(model: nn.Module) -> None:
+    """Gives the layers of a YOLOv10 the forwards of this module. Subclasses of their classes keep their own."""
+    forwards: dict[type, type] = {
+        Conv: FusedConv, DWConv: FusedConv, C2f: FusedC2f, C2fCIB: FusedC2f, Bottleneck: FusedBottleneck,
+        CIB: FusedCIB, nn.Upsample: Doubling,
+    }  # fmt: skip
+    for layer in model.modules():
+        fused = forwards.get(type(layer))
+        if fused and (fused is not FusedConv or isinstance(layer.act, (nn.SiLU, nn.Identity))):
+            layer.__class__ = fused
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer writes its output: into parts of a wider tensor, one part or two for the halves of its channels.
+
+    With `copies` it also gives the last part as a tensor of its own. A convolution would copy a slice of a wider
+    channels_last tensor before it reads it.
+    """
+
+    parts: list[torch.Tensor]
+    copies: bool
+
+
+class FusedConv(Conv):
+    """Convolution, BatchNorm and activation."""
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None, place: Place | None = None) -> Any:
+        """act(bn(conv(x))) + shortcut.
+
+        Returns:
+            a tensor; with `place`, which takes a BatchNorm that trains on a GPU, the parts and, if asked for, the copy.
+        """
+        if trains_on_gpu(self, x):
+            return norm_act(self.bn, _convolve(self.conv, x), isinstance(self.act, nn.SiLU), shortcut, place)
+        y = self.act(self.bn(self.conv(x)))
+        return y if shortcut is None else shortcut + y
+
+
+class FusedC2f(C2f):
+    """C2f whose convolutions write where the concatenation needs their outputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = cast(FusedConv, self.cv1)
+        if not trains_on_gpu(first, x):
+            return super().forward(x)
+        y = first.conv(x)
+        n_blocks = len(self.m)
+        whole = _empty(y, (2 + n_blocks) * self.c)
+        rooms = [whole.narrow(1, i * self.c, self.c) for i in range(2 + n_blocks)]
+        first_place = Place(rooms[:2], copies=n_blocks > 0)
+        *parts, dense = norm_act(first.bn, y, isinstance(first.act, nn.SiLU), None, first_place)
+        for i, block in enumerate(self.m):
+            if i + 1 < n_blocks:
+                part, dense = block(dense, Place([rooms[2 + i]], copies=True))
+            else:
+                (part,) = block(dense, Place([rooms[2 + i]], copies=False))
+            parts.append(part)
+        return self.cv2(cast(torch.Tensor, _Join.apply(_Whole(whole), *parts)))
+
+
+class FusedBottleneck(Bottleneck):
+    """Two convolutions, the second of which adds the shortcut."""
+
+    def forward(self, x: torch.Tensor, place: Place | None = None) -> Any:
+        return self.cv2(self.cv1(x), shortcut=x if self.add else None, place=place)
+
+
+class FusedCIB(CIB):
+    """A chain of convolutions, the last of which adds the shortcut."""
+
+    def forward(self, x: torch.Tensor, place: Place | None = None) -> Any:
+        *inner, last = self.cv1
+        y = x
+        for layer in inner:
+            y = layer(y)
+        return last(y, shortcut=x if self.add else None, place=place)
+
+
+class Doubling(nn.Upsample):
+    """Nearest neighbours, in the input's type where it trains on a GPU: autocast computes the same in float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        doubles = self.mode == "nearest" and self.scale_factor == 2 and self.size is None
+        if doubles and self.training and input.is_cuda:
+            return double(input)
+        return super().forward(input)
+
+
+def trains_on_gpu(layer: Conv, x: torch.Tensor) -> bool:
+    """Whether the kernels compute the layer's BatchNorm, x being its input."""
+    norm = layer.bn
+    trains = layer.training and norm.training and norm.momentum is not None
+    return trains and x.is_cuda and norm.weight.dtype == torch.float32
+
+
+def _convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """The convolution's output; of a convolution of SLOW_CHANNELS with channels of zeros behind its own.
+
+    cuDNN (9.10 and 9.13, deterministic, H100) computes 64 channels 3.6 times as fast as 48, and their gradients 1.7
+    times.
+    """
+    weight = conv._fast_weight if isinstance(conv, FastQuantConv2d) else conv.weight
+    is_slow = conv.in_channels == conv.out_channels == SLOW_CHANNELS and conv.groups == 1 and conv.kernel_size == (3, 3)
+    if not is_slow or weight is None or (type(conv) is not nn.Conv2d and not isinstance(conv, FastQuantConv2d)):
+        return conv(x)
+    missing = FAST_CHANNELS - SLOW_CHANNELS
+    wide_weight = functional.pad(weight, (0, 0, 0, 0, 0, missing, 0, missing))
+    wide_x = functional.pad(x, (0, 0, 0, 0, 0, missing))
+    return functional.conv2d(wide_x, wide_weight, None, conv.stride, cast(Any, conv.padding), conv.dilation)
+
+
+def norm_act(
+    norm: nn.BatchNorm2d, x: torch.Tensor, act: bool, shortcut: torch.Tensor | None = None, place: Place | None = None
+) -> Any:
+    """BatchNorm of x in training mode, then SiLU if `act`, then + shortcut; running statistics move as in PyTorch.
+
+    Args:
+        norm: its layer.
+        x: [N,C,H,W], float16, bfloat16 or float32; channels_last, or a channel slice of it, is not copied. Channels
+            beyond those of the norm are padding.
+        act: SiLU follows.
+        shortcut: like x, or None.
+        place: where the output goes; a new tensor by default.
+
+    Returns:
+        a tensor like x in channels_last, or a tuple: the parts of `place` and, if asked for, the copy.
+    """
+    outputs = cast(Tensors, _NormAct.apply(norm, act, place, norm.weight, norm.bias, x, shortcut))
+    return outputs if place else outputs[0]
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0913 - one argument a tensor
+        ctx: Any, norm: Any, act: bool, place: Place | None, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
+        shortcut: torch.Tensor | None,
+    ) -> Tensors:  # fmt: skip
+        rows = as_matrix(x)
+        n_channels = len(weight)
+        parts = [_alias(part) for part in place.parts] if place else [_empty(x, n_channels)]
+        cut = norm_passes.plan(x, n_channels, len(parts))
+        copy = _empty(x, cut.n_part) if place and place.copies else None
+        values = Norm(
+            weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps, norm.momentum
+        )
+        added = None if shortcut is None else as_matrix(shortcut)
+        out = Output(act, [as_matrix(part) for part in parts], None if copy is None else as_matrix(copy), added)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            stats = norm_passes.statistics(rows, cut, values)
+            norm_passes.apply(rows, cut, stats, values, out)
+        ctx.save_for_backward(rows.tensor, stats, weight, bias)
+        ctx.stride, ctx.act, ctx.cut, ctx.has_copy = rows.stride, act, cut, copy is not None
+        return tuple(parts) if copy is None else (*parts, copy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, stats, weight, bias = ctx.saved_tensors
+        parts = [as_matrix(grad) for grad in grads]
+        copy = parts.pop() if ctx.has_copy else None
+        shortcut_grad, shared = None, None
+        if ctx.needs_input_grad[-1]:
+            shortcut_grad = grads[0]
+            if copy:
+                shortcut_grad = _empty(x, ctx.cut.n_channels)
+                shared = as_matrix(shortcut_grad)
+        with torch.cuda.device_of(x):
+            x_grad, weight_grad, bias_grad = norm_passes.gradients(
+                Matrix(x, ctx.stride), ctx.cut, stats, (weight, bias), Output(ctx.act, parts, copy, shared)
+            )
+        return None, None, None, weight_grad, bias_grad, x_grad, shortcut_grad
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Hides a tensor from autograd."""
+
+    tensor: torch.Tensor
+
+
+class _Join(torch.autograd.Function):
+    """The tensor whose parts, one after the other in the channels, the other arguments are."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: _Whole, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.channels = [part.shape[1] for part in parts]
+        return _alias(whole.tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return None, *grads[0].split(ctx.channels, 1)
+
+
+def _empty(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """An unwritten tensor like x with so many channels, in channels_last."""
+    n, _, height, width = x.shape
+    return torch.empty(n, channels, height, width, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same memory, which autograd does not know as a view: a function of ours returns it."""
+    storage = tensor.untyped_storage()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -262,3 +262,19 @@ def test_a_warm_up_leaves_epochs_for_the_scheme(share: float, n_epochs: int) -> 
     sets = ["train.epochs=3", f"quant.warmup_share={share}"]
     assert load("qat", sets=sets).n_quant_warmup_epochs == n_epochs
     assert load("fp16", sets=sets).n_quant_warmup_epochs == 0
+
+
+@pytest.mark.parametrize("path", ["DIR #2", "DIR: x", "~", "null", "1e3", "'a'", "[1", "*", "ä b"])
+def test_a_path_is_a_path_whatever_stands_in_it(path: str) -> None:
+    assert load("qat", sets=[f"data.coco_dir={path}"]).data.coco_dir == path
+
+
+@pytest.mark.parametrize("again", ["train:\n  batch: 2\n", "train: {}\n"])
+def test_a_section_given_twice_is_refused(tmp_path: Path, again: str) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text(f"train:\n  epochs: 1\n{again}")
+    with pytest.raises(UserError, match=r"'train' stands in lines 1 and 3: write it once"):
+        load("qat", [file])
+    file.write_text("train:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(UserError, match=r"'epochs' stands in lines 2 and 3"):
+        load("qat", [file])

@@ -18,6 +18,7 @@ from ultralytics.utils.loss import E2ELoss
 
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.processes import ALONE
+from tests.support.random_boxes import labels
 
 STRIDES, SIDE_PX = (8, 16, 32), 96
 # float32 sums in another order, and atan to 2e-7. Where an object has fewer candidates of positive align than it
@@ -42,18 +43,6 @@ def test_label_rows_are_sorted_and_padded() -> None:
     assert padded[:, 0].tolist() == [0, 2, 2, 3, 3]
     assert padded[:3, 1].tolist() == [6, 5, 7]
     assert capacity(2) >= 2 * 300
-
-
-def labels(counts: list[int], largest: float) -> dict[str, torch.Tensor]:
-    """Boxes of random place, class and size up to `largest` of the side; counts[i] of them on image i."""
-    n = sum(counts)
-    sizes = torch.rand(n, 2) * largest + 0.004
-    centres = torch.rand(n, 2) * (1 - sizes) + sizes / 2
-    return {
-        "batch_idx": torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).float(),
-        "cls": torch.randint(0, 80, (n, 1)).float(),
-        "bboxes": torch.cat([centres, sizes], 1),
-    }
 
 
 def outputs(n_images: int, spread: float) -> dict[str, Any]:

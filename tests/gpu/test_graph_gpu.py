@@ -5,9 +5,7 @@ pytest -m gpu tests/gpu/test_graph_gpu.py
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +18,7 @@ from app.bench.step import Ours, network, synthetic_batch
 from app.core.config import load
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.processes import ALONE
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "component"))
-from test_loss import labels
+from tests.support.random_boxes import labels
 
 pytestmark = [
     pytest.mark.gpu,

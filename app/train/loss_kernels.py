@@ -203,7 +203,7 @@ def _shape_terms(left, top, right, bottom, wl, wt, wr, wb):  # noqa: PLR0913
 
 @triton.jit
 def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl.constexpr):  # noqa: PLR0913
-    anchor, _, score, wl, wt, wr, wb = _anchors(table, owner, target, points, n_anchors, BLOCK)
+    anchor, exists, score, wl, wt, wr, wb = _anchors(table, owner, target, points, n_anchors, BLOCK)
     box_sum, dfl_sum = 0.0, 0.0
     if tl.max(score, axis=0) > 0.0:
         side = _N_BINS * n_anchors
@@ -213,8 +213,9 @@ def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl
         top, dfl_top = _side(boxes, offset + side, n_anchors, anchor, mask, wt)
         right, dfl_right = _side(boxes, offset + 2 * side, n_anchors, anchor, mask, wr)
         bottom, dfl_bottom = _side(boxes, offset + 3 * side, n_anchors, anchor, mask, wb)
-        _, _, _, _, _, inter, union, _, _, diagonal, dx, dy, _, v, alpha = _shape_terms(
-            left, top, right, bottom, wl, wt, wr, wb
+        # Every name once: Triton gives a name one type, also `_`.
+        width, height, inter_w, inter_h, overlaps, inter, union, hull_w, hull_h, diagonal, dx, dy, turn, v, alpha = (
+            _shape_terms(left, top, right, bottom, wl, wt, wr, wb)
         )
         ciou = inter / union - ((dx * dx + dy * dy) / 4 / diagonal + v * alpha)
         box_sum = tl.sum(tl.where(mask, (1.0 - ciou) * score, 0.0), axis=0)

@@ -268,6 +268,7 @@ def test_a_left_out_batch_counts_nowhere(coco_dir: Path, runs_dir: Path) -> None
     bad = 13
 
     def losses(numbers: list[int]) -> tuple[float, float, float]:
+        assert len(batches) < 10 * N_BATCHES, "it goes back again and again"
         return (float("nan"), 1.0, 1.0) if bad in numbers else losses_of(numbers)
 
     config, run = settle(runs_dir, "fault", "fp16", {**SETTINGS, "data.coco_dir": coco_dir})
@@ -282,3 +283,19 @@ def test_a_left_out_batch_counts_nowhere(coco_dir: Path, runs_dir: Path) -> None
     assert_moved(result, [len(numbers) for numbers in good])
     last = load_checkpoint(result.folder / "weights" / "last.pt")
     assert [fault["what"] for fault in last["faults"]] == ["loss", "loss"]
+
+
+def test_a_batch_that_is_read_again_after_a_rollback_counts_once(coco_dir: Path, runs_dir: Path) -> None:
+    """Two batches make a step, and the second one has no finite loss: the first one's gradient is there already."""
+    order: list[list[int]] = []
+
+    def losses(numbers: list[int]) -> tuple[float, float, float]:
+        if numbers not in order:
+            order.append(numbers)
+        return (float("nan"), 1.0, 1.0) if order.index(numbers) == 1 else losses_of(numbers)
+
+    settings = {**SETTINGS, "data.coco_dir": coco_dir, "hyp.nbs": 2 * BATCH, "train.epochs": 1}
+    config, run = settle(runs_dir, "half-step", "fp16", settings)
+    with reading(losses, PULL) as batches, scripted([scores(ap) for ap in (0.1, 0.2, 0.3)]):
+        train(config, run, force=False)
+    assert_moved(Trained(run.variant_dir("fp16"), batches), [SIZES[0], SIZES[2] + SIZES[3]])

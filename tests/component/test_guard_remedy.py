@@ -91,6 +91,7 @@ def assert_same_training(stopped: Path, warned: Path) -> None:
     ours, theirs = (load_checkpoint(folder / "weights" / "last.pt") for folder in (stopped, warned))
     for entry in ("model", "ema", "scored"):
         assert same(ours[entry], theirs[entry])
+    assert [last["best_epoch"] for last in (ours, theirs)] == [1, 1]
     tables = [read_table(folder / "results.csv") for folder in (stopped, warned)]
     kept = ("epoch", "train/box_loss", "AP/raw", "AP/ema_bn", "val_loss/ema_bn", "lr/pg0")
     assert [[row[name] for name in kept] for row in tables[0]] == [[row[name] for name in kept] for row in tables[1]]

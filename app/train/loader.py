@@ -1,7 +1,7 @@
 """What training reads: the checked view through Ultralytics' augmentation.
 
-A sample is a function of its ticket alone: (epoch, position in the epoch) and the seed decide image, mosaic partners
-and augmentation, so that a training can resume anywhere.
+A sample is a function of its ticket alone: (epoch, position in the epoch), the seed and the number of loader processes
+decide image, mosaic partners and augmentation, so that a training can resume anywhere.
 """
 
 from __future__ import annotations

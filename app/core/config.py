@@ -29,7 +29,7 @@ MAX_SEED = 2**32 - 1  # NumPy's largest
 WITHOUT_EFFECT = {
     "data.coco_dir": "The hashes of its annotations and of the list of images say which dataset it is, not its place.",
     "data.strict": "It says whether a doubtful annotation file is refused.",
-    "train.workers": "It chooses the partners of mosaic, at random as before; a training may resume with another number.",
+    "train.workers": "It chooses mosaic's partners, at random as before; a training may resume with another number.",
     "train.device": "It says where a training runs; a training may continue on other hardware, to within rounding.",
     "train.cache": "Images kept in RAM have the pixels of their files.",
     "train.save_every_s": "A resumed training equals an uninterrupted one, wherever its checkpoint was saved.",

@@ -203,7 +203,8 @@ def _shape_terms(left, top, right, bottom, wl, wt, wr, wb):  # noqa: PLR0913
 
 @triton.jit
 def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl.constexpr):  # noqa: PLR0913
-    anchor, exists, score, wl, wt, wr, wb = _anchors(table, owner, target, points, n_anchors, BLOCK)
+    # Triton gives a name one type, also `_`: every value has a name of its own.
+    anchor, exists, score, wl, wt, wr, wb = _anchors(table, owner, target, points, n_anchors, BLOCK)  # noqa: RUF059
     box_sum, dfl_sum = 0.0, 0.0
     if tl.max(score, axis=0) > 0.0:
         side = _N_BINS * n_anchors
@@ -213,8 +214,7 @@ def _box_sums(boxes, table, owner, target, points, partial, n_anchors, BLOCK: tl
         top, dfl_top = _side(boxes, offset + side, n_anchors, anchor, mask, wt)
         right, dfl_right = _side(boxes, offset + 2 * side, n_anchors, anchor, mask, wr)
         bottom, dfl_bottom = _side(boxes, offset + 3 * side, n_anchors, anchor, mask, wb)
-        # Every name once: Triton gives a name one type, also `_`.
-        width, height, inter_w, inter_h, overlaps, inter, union, hull_w, hull_h, diagonal, dx, dy, turn, v, alpha = (
+        width, height, inter_w, inter_h, overlaps, inter, union, hull_w, hull_h, diagonal, dx, dy, turn, v, alpha = (  # noqa: RUF059
             _shape_terms(left, top, right, bottom, wl, wt, wr, wb)
         )
         ciou = inter / union - ((dx * dx + dy * dy) / 4 / diagonal + v * alpha)

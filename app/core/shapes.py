@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt, Le
-from pydantic import AllowInfNan, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
 # Dotted key -> type of its value, as pydantic checks it without conversion. "" is the tree itself; a key that ends in
 # "?" may be missing.
 Shape = Mapping[str, Any]
-Count = Annotated[int, Ge(0), Le(2**53)]
-Id = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]  # of an image
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Id = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]  # of an image
 Number = FiniteFloat
 NumberOrNone = Annotated[float | None, AllowInfNan(False)]
-Positive = Annotated[int, Gt(0), Le(2**53)]
+Positive = Annotated[int, Field(gt=0, le=2**53)]
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
 PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
 N_SHOWN = 3  # misfits in a message

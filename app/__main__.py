@@ -52,9 +52,11 @@ FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room,
 
 
 def main() -> int:
-    """Runs one stage. Exit codes: 0 done; 1 a fault of ours, the guard or a lost rank; 2 a mistake of the user's;
+    """Runs one stage.
 
-    128 + the signal's number after a signal.
+    Returns:
+        exit code: 0 done; 1 a fault of ours, the guard or a lost rank; 2 a mistake of the user's; 128 + the signal's
+        number after a signal.
     """
     args = parse(sys.argv[1:])
     from app.core.config import UserError

@@ -9,8 +9,7 @@ from typing import Any
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from app.core.config import dump, load
-from app.core.files import write_text
+from app.core.config import load
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.report.tables import markdown_table
@@ -63,7 +62,6 @@ def bench_profile(run: RunRoot, overlays: list[Path], sets: list[str]) -> None:
     device = check_devices(config)[0]
     on_gpu = device != "cpu"
     prepare(config, run, force=False)
-    write_text(run.variant_dir(config.label) / "config.yaml", dump(config))
     trainer = ProfiledTrainer(config, run, device)
     activities = [ProfilerActivity.CPU]
     if on_gpu:

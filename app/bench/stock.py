@@ -10,41 +10,25 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from app.core.config import validate
 from app.core.files import write_json
 from app.train.device import check_devices
+from app.train.trainer import recipe_args
 
 
 def main(folder: Path, compiles: bool) -> None:
     """Trains config.train.epochs epochs and writes how many images a second each one took in."""
     config = validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    train = config.train
-    arguments: dict[str, Any] = {
-        "model": config.model,
+    arguments = {
         "data": str(folder / "coco.yaml"),
         "save_dir": str(folder / "train"),
-        "epochs": train.epochs,
-        "batch": train.batch,
-        "imgsz": train.imgsz,
-        "seed": train.seed,
-        "deterministic": train.deterministic,
-        "amp": train.amp,
-        "workers": train.workers,
-        "device": check_devices(config)[0],
-        "cache": "ram" if train.cache else False,
-        "plots": False,
-        "pretrained": False,
         "val": False,
         "save": False,
-        "exist_ok": True,
-        "patience": 0,
-        "nms": False,
         "compile": compiles,
-        **config.hyp.model_dump(),
+        **recipe_args(config, check_devices(config)[0]),
     }
     trainer = DetectionTrainer(overrides=arguments)
     rates: list[float] = []

@@ -18,7 +18,7 @@ from app.core.os_errors import explain_os_errors
 from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
 from app.data.provenance import assemble, describe
 from app.data.synthetic import VERSION, draw_coco_subset
-from app.data.view import Indices, build_view, chosen, make_current, read_index, view_dir
+from app.data.view import Indices, build_view, chosen, make_current, read_indices, view_dir
 
 log = logging.getLogger(__name__)
 SHAPE = {**PROVENANCE_SHAPE, "settings": dict[str, Any], "settings.coco_dir": str}
@@ -71,9 +71,7 @@ def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force:
         view = view_dir(run.cache_dir.resolve(), coco_dir, digests)
         if force:
             build_view(view, coco_dir, digests)
-        else:
-            make_current(view, coco_dir, digests)
-        indices = {split: read_index(view, name) for split, name in SPLITS.items()}
+        indices = read_indices(view) if force else make_current(view, coco_dir, digests)
         tell_doubts(indices, data.strict, is_new=recorded is None)
         provenance = assemble(data, coco_dir, indices, digests) | {"view_dir": str(view)}
         if recorded:

@@ -49,23 +49,26 @@ def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str])
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def make_current(view: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
+def make_current(view: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> Indices:
     """Builds the view if it is not whole, else checks again every image whose file has changed since its last check."""
-    if not _is_whole(view):
+    indices = _whole_indices(view)
+    if indices is None:
         build_view(view, coco_dir, annotation_sha256)
-        return
-    for name in SPLITS.values():
-        _check_changed(view, coco_dir, name)
+        return read_indices(view)
+    for split, name in SPLITS.items():
+        _check_changed(view, coco_dir, name, indices[split])
+    return indices
 
 
-def _is_whole(view: Path) -> bool:
-    """Whether nobody has deleted or spoiled the view, as far as can be seen without a look at every label file."""
+def _whole_indices(view: Path) -> Indices | None:
+    """The view's indices; None if it was deleted or spoiled, as can be seen without a look at every label file."""
     try:
-        listed = [bool(read_index(view, name)["images"]) for name in SPLITS.values()]
+        indices = read_indices(view)
+        listed = [bool(index["images"]) for index in indices.values()]
     except (OSError, ValueError):
-        return False
+        return None
     folders = [view / kind / name for kind in ("images", "labels") for name in SPLITS.values()]
-    return all(listed) and all(map(Path.is_dir, folders))
+    return indices if all(listed) and all(map(Path.is_dir, folders)) else None
 
 
 def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
@@ -138,9 +141,8 @@ def _check(entries: Entries, image_dir: Path, title: str) -> None:
         pool.shutdown(cancel_futures=True)  # without it an interrupted check goes on with all queued images
 
 
-def _check_changed(view: Path, coco_dir: Path, name: str) -> None:
-    """Checks the images of a split again whose size or time of change is another than at their last check."""
-    index = read_index(view, name)
+def _check_changed(view: Path, coco_dir: Path, name: str, index: dict[str, Any]) -> None:
+    """Checks the images of a split again whose size or time of change is another than in `index`, and enters them."""
     image_dir = coco_dir / name
     entries = [entry for entry in index["images"] if not entry["problem"]]
 
@@ -191,6 +193,10 @@ def read_index(view: Path, name: str) -> dict[str, Any]:
     """The index of a split (train2017, val2017): `doubts`, lines about its annotations, and `images`, its Entries of
     all listed images, broken ones too, in the order of their ids."""
     return json.loads(_index_path(view, name).read_text(encoding="utf-8"))
+
+
+def read_indices(view: Path) -> Indices:
+    return {split: read_index(view, name) for split, name in SPLITS.items()}
 
 
 def chosen(entries: Entries, image_ids: list[int] | None) -> Entries:

@@ -22,6 +22,7 @@ from app.core.environment import code_version
 from app.core.files import read_json, sha256, write_atomic, write_json
 from app.core.labels import Label
 from app.core.run import RunRoot, record_stage
+from app.data.prepare import prepared
 from app.export.gates import Truth, check_codes, check_file, check_half, check_parity, check_same_output
 from app.export.graphs import optimize, set_facts, tidy, to_half, to_int4
 from app.export.trace import parity_images, torch_truth, traced_graph
@@ -66,6 +67,7 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
     labels = run.finished_labels()
     if not labels:
         raise UserError(f"no finished training under {run.root}: run 'make train-fp16 train-qat' first")
+    prepared(run)
     for checkpoint_label in labels:
         trained = load_trained(run, checkpoint_label)
         for label in labels_of_files(trained, config.export):

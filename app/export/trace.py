@@ -20,9 +20,9 @@ from ultralytics.nn.tasks import DetectionModel
 
 from app.coco.images import letterbox, read_image
 from app.core.config import Export
+from app.core.files import read_json
 from app.core.labels import Label
-from app.core.run import RunRoot
-from app.data.prepare import prepared
+from app.core.run import PROVENANCE_SHAPE, RunRoot
 from app.data.view import read_split
 from app.export.gates import Tolerance, Truth
 
@@ -30,8 +30,8 @@ N_PARITY_IMAGES = 8
 
 
 def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
-    """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1."""
-    provenance = prepared(run)
+    """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1; the run's view is there (prepare.prepared)."""
+    provenance = read_json(run.provenance, "data", PROVENANCE_SHAPE)
     inputs = []
     for image in read_split(provenance, "val")[:N_PARITY_IMAGES]:
         array, _ = letterbox(read_image(Path(image.path)), imgsz)

@@ -190,17 +190,17 @@ class CocoDataset(YOLODataset):
         if not isinstance(key, Ticket):
             return super().__getitem__(key)
         info = get_worker_info()
-        batch, place = divmod(key.position, self.batch_size)
+        batch, in_batch = divmod(key.position, self.batch_size)
         n_workers = info.num_workers if info else 1
         self._choose_stream(key.epoch, batch % n_workers, n_workers)
-        place += batch // n_workers * self.batch_size
+        at = batch // n_workers * self.batch_size + in_batch  # place in the stream
         n_partners = max(min(self.n_recent, len(self.stream)) - 1, 1)
-        self.partners = self.stream.take(range(place - n_partners, place), mode="wrap").tolist()
+        self.partners = self.stream.take(range(at - n_partners, at), mode="wrap").tolist()
         self.buffer = self.partners.copy()
         state = np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
         random.seed(int(state))
         np.random.seed(state)
-        return super().__getitem__(int(self.stream[place % len(self.stream)]))
+        return super().__getitem__(int(self.stream[at % len(self.stream)]))
 
     def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> None:
         """Sets `stream`, the images that a loader process reads in an epoch, in order: batches go round the workers.

@@ -187,12 +187,20 @@ class Trainer(DetectionTrainer):
 
 
 def ultralytics_args(config: Config, run: RunRoot, device: str) -> dict[str, Any]:
-    """Arguments of Ultralytics' trainer. nms=False makes its validation score the one2one head."""
+    """Arguments of our trainer."""
+    return {
+        "data": str(run.dataset_yaml.resolve()),
+        "save_dir": str(run.variant_dir(config.label).resolve()),
+        "verbose": False,
+        **recipe_args(config, device),
+    }
+
+
+def recipe_args(config: Config, device: str) -> dict[str, Any]:
+    """Arguments of any of Ultralytics' trainers for a recipe. nms=False makes it validate the one2one head."""
     train = config.train
     return {
         "model": config.model,
-        "data": str(run.dataset_yaml.resolve()),
-        "save_dir": str(run.variant_dir(config.label).resolve()),
         "epochs": train.epochs,
         "batch": train.batch,
         "imgsz": train.imgsz,
@@ -206,7 +214,6 @@ def ultralytics_args(config: Config, run: RunRoot, device: str) -> dict[str, Any
         "nms": False,
         "patience": 0,
         "plots": False,
-        "verbose": False,
         "exist_ok": True,
         **config.hyp.model_dump(),
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # --help answers without it
     from app.core.run import RunRoot
 
-BENCHES = ("step", "train", "eval", "profile", "stability", "soak")
+BENCHES = ("step", "train", "epoch", "agreement", "eval", "profile", "stability", "soak")
 
 
 def add_arguments(stage: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
     stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
     stage.add_argument("--rounds", type=int, help="step, train, eval: turns of every arm (default: 7, 2, 3)")
-    stage.add_argument("--steps", type=int, default=5, help="step: steps of a turn (default: %(default)s)")
+    stage.add_argument("--steps", type=int, help="step: steps of a turn (default: 5); agreement: of a training (300)")
     stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
     stage.add_argument("--images", type=int, help="eval: repeat the images to at least this many for time and memory")
@@ -38,11 +38,19 @@ def run(args: argparse.Namespace, run: RunRoot) -> None:
         case "step":
             from app.bench.step import Sizes, bench_step
 
-            bench_step(run, args.conf, sets, Sizes(args.batch, args.rounds or 7, args.steps))
+            bench_step(run, args.conf, sets, Sizes(args.batch, args.rounds or 7, args.steps or 5))
         case "train":
             from app.bench.train import ARMS, Turns, bench_train
 
             bench_train(run, args.conf, sets, Turns(args.rounds or 2, args.epochs, args.arms or list(ARMS)))
+        case "epoch":
+            from app.bench.epoch import bench_epoch
+
+            bench_epoch(run, args.conf, sets)
+        case "agreement":
+            from app.bench.agreement import bench_agreement
+
+            bench_agreement(run, args.conf, sets, args.steps or 300)
         case "eval":
             from app.bench.eval import Amount, bench_eval
 

@@ -89,7 +89,7 @@ class Ours:
 
     def __init__(self, config: Config, model: Any, device: torch.device, n_images: int) -> None:
         self.device = device
-        if device.type == "cuda":
+        if device.type == "cuda" and config.train.kernels:
             install(model)
         on_device(model, device)
         amp = config.train.amp and device.type == "cuda"
@@ -101,7 +101,7 @@ class Ours:
             scaler=GradScaler("cuda", enabled=amp), stabilisers=[], ranks=ALONE,
         )  # fmt: skip
         self.amp = amp
-        self.graph = StepGraph(self.state, n_images, amp, config.train.graph)
+        self.graph = StepGraph(self.state, n_images, amp, config.train.graph and config.train.kernels)
 
     def step(self, batch: Batch) -> None:
         state = self.state

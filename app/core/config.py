@@ -35,6 +35,7 @@ WITHOUT_EFFECT = {
     "train.save_every_s": "A resumed training equals an uninterrupted one, wherever its checkpoint was saved.",
     "train.save_period": "It only keeps copies of checkpoints.",
     "train.graph": "A CUDA graph launches the kernels that would be launched one by one.",
+    "train.kernels": "Its kernels compute what PyTorch's and Ultralytics' do, to within rounding.",
     "quant.fast_path": "Weights and gradients are bit-equal to those of plain Brevitas, by test.",
     "guard": "It says when a training that goes wrong stops, not what is computed until then.",
     "export": "Only the export stage reads it, after training.",
@@ -70,6 +71,7 @@ class Train(Section):
     device: Annotated[str, BeforeValidator(values.device)]
     cache: bool
     graph: bool
+    kernels: bool
     bn_batches: int = Field(ge=0)
     val_every: int = Field(gt=0)
     save_every_s: float = Field(gt=0)

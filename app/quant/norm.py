@@ -40,6 +40,11 @@ def install(model: nn.Module) -> None:
             layer.__class__ = fused
 
 
+def is_installed(model: nn.Module) -> bool:
+    """Whether `install` has been called for this network."""
+    return any(isinstance(layer, FusedConv) for layer in model.modules())
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a layer writes its output: into parts of a wider tensor, one part or two for the halves of its channels.

@@ -20,7 +20,6 @@ from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
 from app.train.step import criterion_of_part
 
-WITH_SEVERAL_RANKS = False  # until collectives of NCCL in a graph have been measured
 N_WARM_UPS = 2  # passes before the capture: they compile kernels and make what is made once
 _many = cast(Any, torch)  # its stubs do not list the operations on many tensors
 log = logging.getLogger(__name__)
@@ -123,16 +122,13 @@ class StepGraph:
         state: of the training.
         n_images: of this rank's part of a full batch.
         amp: whether the forward runs under FP16 autocast.
-        enabled: train.graph; without a GPU there is never a graph.
+        enabled: train.graph and train.kernels; without a GPU there is never a graph.
     """
 
     def __init__(self, state: State, n_images: int, amp: bool, enabled: bool) -> None:
         self.state, self.n_images, self.amp = state, n_images, amp
         self.device = next(state.net.parameters()).device
         self.enabled = enabled and self.device.type == "cuda"
-        if self.enabled and state.ranks.n > 1 and not WITH_SEVERAL_RANKS:
-            self.enabled = False
-            log.info("train.graph: several processes train kernel by kernel")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.quantizer: Any = None  # that of the captured network
 

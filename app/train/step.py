@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
 from app.core.config import Hyp
+from app.quant.norm import is_installed
 from app.train.loss import GpuLoss
 from app.train.processes import Ranks
 
@@ -87,10 +88,10 @@ def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def criterion_of_part(net: Any, ranks: Ranks) -> E2ELoss:
     """Ultralytics' loss of both heads: its own for a whole batch, PartLoss where each rank has a part of the batch.
 
-    On a GPU it computes in kernels of fixed size, app/train/loss.py.
+    Of a network with our kernels it computes in kernels of fixed size too, app/train/loss.py.
     """
     loss: Any = partial(PartLoss, ranks) if ranks.n > 1 else v8DetectionLoss
-    return GpuLoss(net, ranks, loss) if next(net.parameters()).is_cuda else E2ELoss(net, loss)
+    return GpuLoss(net, ranks, loss) if is_installed(net) else E2ELoss(net, loss)
 
 
 def criterion_after(n_epochs: int, net: Any, ranks: Ranks) -> E2ELoss:

@@ -110,7 +110,7 @@ class Trainer(DetectionTrainer):
         model, quant_config = build(self.config)
         if quant_config and self.ranks.is_main:
             write_json(self.save_dir / "quant_config.json", quant_config)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.config.train.kernels:
             install(model)
         return model
 

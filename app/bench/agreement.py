@@ -147,13 +147,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 class NudgedTrainer(Trainer):
-    """The product's trainer on images of which every pixel is moved by one unit in the last place towards `target`."""
+    """The product's trainer on images of which every pixel is moved by one unit in the last place towards `target`.
+
+    The place is the last one of the type in which the network reads them.
+    """
 
     target: float
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         ready = super().preprocess_batch(batch)
-        images = ready["img"]
+        images = ready["img"].half() if self.amp else ready["img"]
         return {**ready, "img": torch.nextafter(images, torch.full_like(images, self.target))}
 
 

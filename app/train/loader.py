@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Sampler, default_collate, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
@@ -184,6 +184,15 @@ class CocoDataset(YOLODataset):
             }
             for image in self.images
         ]  # fmt: skip
+
+    @staticmethod
+    def collate_fn(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch as YOLODataset's own gives it. A loader process writes the images into shared memory at once.
+
+        Ultralytics' own stacks them elsewhere first, and they are copied once more when the batch is sent (8.4.190).
+        """
+        images = default_collate([sample.pop("img") for sample in batch])
+        return {"img": images, **YOLODataset.collate_fn(batch)}
 
     def __getitem__(self, key: int | Ticket) -> dict[str, Any]:
         """Sample of a ticket (training) or of an image number (validation)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from app.__main__ import parse
 from app.core.config import UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
@@ -101,6 +102,37 @@ def test_command_line_ends_with_2_and_one_line(tmp_path: Path, args: tuple[str, 
     code, stderr = app(tmp_path, *args)
     assert (code, stderr.replace(str(tmp_path), "CWD")) == (2, f"{line}\n")
     assert not (tmp_path / "runs" / "full").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (("train", "--variant", "qat", "train.epochs=3"), "error: unrecognized arguments: train.epochs=3: "
+         "a setting is written --set train.epochs=3"),
+        (("all", "--epochs", "3"), "error: unrecognized arguments: --epochs 3: a setting is written "
+         "--set train.epochs=3"),
+        (("all", "--force", "seed=3"), "error: unrecognized arguments: seed=3: a setting is written "
+         "--set data.seed=3 or --set train.seed=3"),
+        (("data", "train.epoch=3"), "error: unrecognized arguments: train.epoch=3: a setting is written "
+         "--set key=value; conf/base.yaml lists the keys"),
+        (("data", "--what", "a"), "error: unrecognized arguments: --what a: --help lists the arguments"),
+        (("compare", "", ""), "error: argument left: name two runs or scored folders, A=runs/a B=runs/b: "
+         "--help lists the arguments"),
+    ],
+    ids=["setting", "option", "two keys", "unknown key", "unknown option", "nothing to compare"],
+)  # fmt: skip
+def test_an_argument_that_is_none_says_how_a_setting_is_written(
+    args: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(list(args))
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"{line}\n")
+
+
+def test_a_word_in_the_place_of_a_choice_does_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["bench", "train.epochs=3"])
+    assert capsys.readouterr().err.endswith(": a setting is written --set train.epochs=3\n")
 
 
 def test_unknown_stage_names_the_stages(tmp_path: Path) -> None:

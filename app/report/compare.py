@@ -40,7 +40,8 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: 
     Raises:
         UserError: nothing to compare, rows measured differently, or detections or images that are no longer there.
     """
-    pairs = [(found(old, coco_dir), found(new, coco_dir)) for old, new in pair_up(left, right)]
+    places = [*([Path(coco_dir)] if coco_dir else []), out_dir.parent / ".cache"]
+    pairs = [(found(old, places), found(new, places)) for old, new in pair_up(left, right)]
     rows = both_sides(pairs)
     check_meter(rows)
     facts, truth = analyse(scored_dataset(rows[0]), rows)
@@ -142,13 +143,17 @@ def check_meter(rows: list[Metrics]) -> None:
         raise UserError(f"{paths} were measured differently ({', '.join(differences)}): score both the same way")
 
 
-def found(metrics: Metrics, coco_dir: str | None) -> Metrics:
-    """The row with the folder where its dataset is: the one that was scored or, if that is gone, `coco_dir`."""
-    dataset = metrics["dataset"]
-    is_there = annotation_path(Path(dataset["coco_dir"]), dataset["split"]).is_file()
-    if is_there or coco_dir is None or not annotation_path(Path(coco_dir), dataset["split"]).is_file():
-        return metrics
-    return {**metrics, "dataset": {**dataset, "coco_dir": str(Path(coco_dir).resolve())}}
+def found(metrics: Metrics, places: list[Path]) -> Metrics:
+    """The row with the folder where its dataset is: as it was scored or, if that is gone, one of `places` or in it.
+
+    In a place lies the built-in dataset of a run that was made in a container, or without one.
+    """
+    recorded, split = Path(metrics["dataset"]["coco_dir"]), metrics["dataset"]["split"]
+    in_places = [folder for place in places for folder in (place, place / recorded.name)]
+    for folder in [recorded, *in_places]:
+        if annotation_path(folder, split).is_file():
+            return {**metrics, "dataset": {**metrics["dataset"], "coco_dir": str(folder)}}
+    return metrics
 
 
 def scored_dataset(metrics: Metrics) -> Dataset:

@@ -107,6 +107,10 @@ def test_a_dataset_that_has_moved_is_found_by_its_setting(run: RunRoot, tmp_path
         compare(*folders, tmp_path / "out", settings())
     compare(*folders, tmp_path / "out", settings(), str(tmp_path / "moved"))
     assert (tmp_path / "out" / "figures" / "gallery-qat-w4a16-coco.jpg").exists()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "moved").rename(tmp_path / ".cache" / "coco")  # where the built-in dataset lies, beside the runs
+    compare(*folders, tmp_path / "out", settings())
+    (tmp_path / ".cache" / "coco").rename(tmp_path / "moved")
     annotations = tmp_path / "moved" / "annotations" / "instances_val2017.json"
     annotations.write_text(annotations.read_text() + " ")
     with pytest.raises(UserError, match=r"moved/annotations/.* is missing or has changed"):

@@ -14,6 +14,7 @@ from app.core.config import UserError
 from app.core.environment import REPO_DIR, utc_now
 from app.core.files import new_folder, read_json, write_text
 from app.core.labels import SCORES_ENDING
+from app.core.mounts import as_known
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
 from app.report.findings import Findings
@@ -108,7 +109,8 @@ def private_paths(run: RunRoot, evidence: Evidence) -> dict[str, str]:
     folders = {str(run.root.resolve()): run.name, str(run.runs_dir.resolve()): "runs", str(REPO_DIR): "."}
     if evidence.provenance is not None:
         coco_dir = evidence.provenance["coco_dir"]
-        folders |= {coco_dir: Path(coco_dir).name or "coco"} if coco_dir.startswith("/") else {}
+        for place in (coco_dir, as_known(coco_dir)):
+            folders |= {place: Path(place).name or "coco"} if place.startswith("/") else {}
     folders |= {str(Path.home()): "~"}
     return dict(sorted(folders.items(), key=lambda item: -len(item[0])))
 

@@ -7,7 +7,6 @@ current: <link folder>/smoke/fp16 -> runs/smoke/fp16/tensorboard.
 from __future__ import annotations
 
 import contextlib
-import glob
 import io
 import logging
 import signal
@@ -90,11 +89,11 @@ def link_events(runs_dir: Path, names: Path) -> None:
     for link in names.glob("*/*"):
         if not link.is_dir():
             link.unlink()
-    for found in glob.glob(f"*/*/{EVENTS_DIR}", root_dir=runs_dir):  # none of hidden folders, as .cache
-        link = names / Path(found).parent
+    for events in runs_dir.glob(f"[!.]*/*/{EVENTS_DIR}"):  # none of hidden folders, as .cache
+        link = names / events.parent.relative_to(runs_dir)
         link.parent.mkdir(exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to((runs_dir / found).resolve())
+            link.symlink_to(events.resolve())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
 from tests.support.bad_annotation_cases import Case
-from tests.support.bad_input_cases import BOXES, CASES, FILES
+from tests.support.bad_input_cases import ARGUMENTS, BOXES, CASES, FILES, Argument
 from tests.support.bad_input_doc import DOC, document
 from tests.support.data_fixtures import listing, run_data, write_dataset
 
@@ -68,7 +68,7 @@ def test_names_are_unique_and_as_many_as_promised() -> None:
 
 def test_the_page_says_what_the_cases_say() -> None:
     assert DOC.read_text(encoding="utf-8") == document(), "run PYTHONPATH=. python tests/support/bad_input_doc.py"
-    assert document().count("\n| ") - document().count("\n| what is wrong") == len(CASES)
+    assert document().count("\n| ") - document().count("\n| what is wrong") == len(CASES) + len(ARGUMENTS)
 
 
 def app(tmp_path: Path, *args: str) -> tuple[int, str]:
@@ -104,29 +104,11 @@ def test_command_line_ends_with_2_and_one_line(tmp_path: Path, args: tuple[str, 
     assert not (tmp_path / "runs" / "full").exists()
 
 
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        (("train", "--variant", "qat", "train.epochs=3"), "error: unrecognized arguments: train.epochs=3: "
-         "a setting is written --set train.epochs=3"),
-        (("all", "--epochs", "3"), "error: unrecognized arguments: --epochs 3: a setting is written "
-         "--set train.epochs=3"),
-        (("all", "--force", "seed=3"), "error: unrecognized arguments: seed=3: a setting is written "
-         "--set data.seed=3 or --set train.seed=3"),
-        (("data", "train.epoch=3"), "error: unrecognized arguments: train.epoch=3: a setting is written "
-         "--set key=value; conf/base.yaml lists the keys"),
-        (("data", "--what", "a"), "error: unrecognized arguments: --what a: --help lists the arguments"),
-        (("compare", "", ""), "error: argument left: name two runs or scored folders, A=runs/a B=runs/b: "
-         "--help lists the arguments"),
-    ],
-    ids=["setting", "option", "two keys", "unknown key", "unknown option", "nothing to compare"],
-)  # fmt: skip
-def test_an_argument_that_is_none_says_how_a_setting_is_written(
-    args: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case.name)
+def test_an_argument_that_is_none_says_how_it_is_written(case: Argument, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(list(args))
-    assert (stop.value.code, capsys.readouterr().err) == (2, f"{line}\n")
+        parse(list(case.args))
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {case.line}\n")
 
 
 def test_a_word_in_the_place_of_a_choice_does_too(capsys: pytest.CaptureFixture[str]) -> None:

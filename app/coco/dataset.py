@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.core.config import BUILTIN_DATASET, UserError
+from app.core.config import UserError
 from app.core.files import sha256
 
 SPLITS = {"train": "train2017", "val": "val2017"}  # role in a run -> folder of the images
@@ -17,7 +17,7 @@ OFFICIAL_SIZES = {"train2017": 118_287, "val2017": 5_000}  # images that COCO 20
 
 COCO_2017 = "COCO 2017"
 OTHER_COCO = f"a COCO-format dataset, not {COCO_2017}"
-BUILTIN_TITLE = f"built-in {BUILTIN_DATASET}"
+BUILTIN_TITLE = "drawn shapes (not COCO)"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from app.core import values
 from app.core.errors import UserError, describe
-from app.core.labels import BASELINE, Label
+from app.core.labels import FP16, Label
 from app.core.yaml_files import merge, parse_yaml, read_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -199,7 +199,7 @@ class Config(Section):
     @property
     def label(self) -> str:
         """Name of the variant's folder in the run root: fp16 or qat-<scheme>."""
-        return str(Label("qat", self.quant.scheme) if self.quant else BASELINE)
+        return str(Label("qat", self.quant.scheme) if self.quant else FP16)
 
     @property
     def n_quant_warmup_epochs(self) -> int:

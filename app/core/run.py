@@ -81,7 +81,7 @@ class RunRoot:
 
     @property
     def cache_dir(self) -> Path:
-        """Folder that all runs share: the drawn coco-subset, YOLO views, locks, Ultralytics' settings."""
+        """Folder that all runs share: the drawn shapes, YOLO views, locks, Ultralytics' settings."""
         return self.runs_dir / ".cache"
 
     @property

@@ -91,9 +91,9 @@ def find(coco_dir: str, cache_dir: Path) -> Path:
 
 
 def locate(coco_dir: str, cache_dir: Path) -> Path:
-    """Absolute dataset folder: the built-in one for the word coco-subset, else `coco_dir` from the current folder."""
+    """Absolute dataset folder: the drawn one for the word coco-subset, else `coco_dir` from the current folder."""
     if coco_dir == BUILTIN_DATASET:
-        return cache_dir.resolve() / f"{BUILTIN_DATASET}-v{VERSION}"
+        return cache_dir.resolve() / f"drawn-shapes-v{VERSION}"
     return Path(coco_dir).resolve()
 
 

@@ -1,4 +1,5 @@
-"""Draws the built-in dataset `coco-subset`: COCO's layout and category ids, four kinds of large shapes on noise.
+"""Draws the dataset `coco-subset`, shapes and no photos: COCO's layout and category ids, four kinds of large shapes on
+noise.
 
 It shows in minutes and on any machine that the whole job runs and that a training learns. It says nothing about COCO.
 """

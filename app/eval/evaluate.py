@@ -24,7 +24,7 @@ from app.coco.score import (
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
 from app.core.files import printable, read_json, sha256, write_atomic, write_json
-from app.core.labels import FOREIGN, Label, by_label
+from app.core.labels import FOREIGN, Label, by_label, today
 from app.core.mounts import as_known
 from app.core.progress import track
 from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
@@ -189,7 +189,7 @@ def write_detections(
 
 
 def exported_files(run: RunRoot) -> dict[str, Exported]:
-    """The ONNX files of the run by their labels, fp16 first.
+    """The ONNX files of the run by their labels, baseline first.
 
     Raises:
         UserError: a file is not the one that its .json describes, two files have the same label, or there is no file.
@@ -197,7 +197,7 @@ def exported_files(run: RunRoot) -> dict[str, Exported]:
     files: dict[str, Exported] = {}
     for path in sorted(run.onnx_dir.glob("*.onnx")):
         record = read_json(path.with_suffix(".json"), "export", RECORD)
-        label = record["label"]
+        label = today(record["label"])
         if Label.parse(label).method == FOREIGN:  # it names the folder of the scores
             raise UserError(f"{path}: {printable(label)} is no label of ours: run 'make export ARGS=--force'")
         if record["sha256"] != sha256(path):

@@ -1,7 +1,7 @@
 """The export stage: ONNX files of every checkpoint; each is checked against torch before it gets its name.
 
 Label: what a model is, and how its file is packed. Contract: the layout of the output. Gate: a check of a file against
-the truth, which is what torch computes. Packing: raw as traced, half (FP16 weights), int4 (INT4 weights).
+the truth, which is what torch computes. Packing: none as traced, fp16 (FP16 weights), int4 (INT4 weights).
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ def labels_of_files(trained: Trained, settings: Export) -> list[Label]:
     """
     if trained.label.method == "ptq":
         return [trained.label]
-    packed = "int4" if trained.label.is_quantized else "half"
+    packed = "int4" if trained.label.is_quantized else "fp16"
     has_packed = not trained.label.is_quantized or 4 in trained.truth.layers_by_bits
     labels = []
     for contract in settings.contracts:
-        traced = replace(trained.label, contract=contract)
+        traced = replace(trained.label.traced, contract=contract)
         labels.append(traced)
         if has_packed:
             labels.append(replace(traced, packing=packed))
@@ -190,7 +190,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
     config = trained.config
     return {
         "label": str(label),
-        "variant": label.method,
+        "variant": trained.label.method,
         "scheme": config.quant.scheme if config.quant else None,
         "precision": label.precision,
         "model": trained.model_name,
@@ -211,7 +211,7 @@ def make_graph(settings: Export, run: RunRoot, trained: Trained, label: Label) -
     """The ONNX model: FP32 and QCDQ are traced from torch, FP16 and INT4 are made from those files."""
     if label.packing:
         source = onnx.load(file_path(run, trained, replace(label, packing="")))
-        return to_half(source) if label.packing == "half" else to_int4(source)
+        return to_half(source) if label.packing == "fp16" else to_int4(source)
     graph = traced_graph(settings, trained.model, label, trained.truth.images, run.onnx_dir / f".{label}.traced")
     tidy(graph)
     return optimize(graph) if settings.optimize else graph
@@ -226,7 +226,7 @@ def check(part: Path, run: RunRoot, trained: Trained, label: Label) -> dict[str,
     gates: dict[str, Any] = {"checker": check_file(part)}
     if label.is_quantized:
         gates["codes"] = check_codes(part, trained.truth.layers_by_bits)
-    if label.packing == "half":
+    if label.packing == "fp16":
         gates["half"] = check_half(part)
     if label.packing == "int4":
         reference_path = file_path(run, trained, replace(label, packing=""))

@@ -28,6 +28,10 @@ SPLIT_COLUMNS: tuple[str, ...] = (
     "split", "images used", "listed", "broken", "annotations", "crowd", "without objects", "annotation sha256",
 )  # fmt: skip
 SPLIT_COUNTS = ("n_images", "n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects")
+HEADS = (
+    "A training has more layers than its file: it has both heads of YOLOv10, one2many, which only helps to train, and "
+    "one2one, which is scored. The file has one2one alone."
+)
 FILES_OF_TRAINING = (
     "results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "args.yaml", "env.json", "log.txt", "health.json",
     "quant_config.json",
@@ -93,7 +97,8 @@ def quantization_lines(evidence: Evidence) -> list[str]:
         for layer in quant_config["layers"]:
             if layer["exempt"]:
                 exempt.append(f"- {plain(label)}: `{layer['name']}` is not quantized: {plain(layer['why'])}")
-    return [*markdown_table(cells), "", *exempt] if len(cells) > 1 else []
+    note = [HEADS, ""] if in_file else []
+    return [*markdown_table(cells), "", *note, *exempt] if len(cells) > 1 else []
 
 
 def _layer_rows(label: str, quant_config: dict[str, Any], in_file: dict[str, int] | None) -> list[list[str]]:

@@ -12,15 +12,13 @@ from app.coco.detail import Metrics, analyse
 from app.coco.score import STATS
 from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
-from app.core.labels import SCORES_ENDING
 from app.core.mounts import only_seen
 from app.core.run import RunRoot
 from app.core.shapes import Id, PathText, Shape, misfits
-from app.report.evidence import METRICS_SHAPE, name_of
+from app.report.evidence import METRICS_SHAPE, as_row, name_of, scored_folders
 from app.report.figures import by_class, by_size
 from app.report.gallery import gallery
-from app.report.groups import change, describe_meter, meter
-from app.report.summary import describe
+from app.report.groups import change, describe, describe_meter, meter
 from app.report.tables import markdown_table, number, plain, signed
 
 SHAPE: Shape = {**METRICS_SHAPE, "dataset.coco_dir": PathText, "dataset.image_ids": list[Id] | None}
@@ -72,7 +70,7 @@ def pair_up(left: Path, right: Path) -> list[Pair]:
     """The rows to compare, with labels and folder names that tell the two sides apart."""
     if left.resolve() == right.resolve():
         raise UserError(f"{left} is compared with itself: name two runs or two scored folders")
-    left_dirs, right_dirs = scored_folders(left), scored_folders(right)
+    left_dirs, right_dirs = folders_of(left), folders_of(right)
     if is_scored(left) and is_scored(right):
         pairs = [(left_dirs[left.name], right_dirs[right.name])]
     else:
@@ -89,24 +87,24 @@ def is_scored(folder: Path) -> bool:
     return (folder / "metrics.json").exists()
 
 
-def scored_folders(path: Path) -> dict[str, Path]:
+def folders_of(path: Path) -> dict[str, Path]:
     """Name -> folder: the folder itself, or all of a run."""
     if is_scored(path):
         return {path.name: path}
-    folders = sorted(filter(is_scored, path.glob(f"*{SCORES_ENDING}")))
     if path.is_file():
         raise UserError(f"{path} is a file: name a run or a folder of it")
+    folders = scored_folders(path)
     if not folders:
         seen = "" if path.exists() else only_seen()
         raise UserError(f"{path} holds neither metrics.json nor *-coco/metrics.json: run 'make eval' first{seen}")
-    return {folder.name: folder for folder in folders}
+    return folders
 
 
 def read_row(folder: Path) -> Metrics:
     tree = read_json(folder / "metrics.json", "eval")
     if faults := misfits(tree, SHAPE):
         raise UserError(f"{folder}/metrics.json {'; '.join(faults)}: score it again with 'make eval ARGS=--force'")
-    return {**tree, "dir": folder.name, "path": str(folder)}
+    return as_row(tree, folder)
 
 
 def told_apart(old: Metrics, new: Metrics) -> Pair:

@@ -9,11 +9,12 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from app.coco.dataset import BUILTIN_TITLE
 from app.coco.detail import Metrics
 from app.coco.score import STATS
 from app.core.config import UserError, read_yaml
 from app.core.files import read_json
-from app.core.labels import BASELINE, SCORES_ENDING, Label, by_label
+from app.core.labels import BASELINE, SCORES_ENDING, Label, by_label, scored_name, today
 from app.core.results import AP, STATES, VAL_LOSS, Rows, column, is_validated, read_rows
 from app.core.run import PROVENANCE_SHAPE, RunRoot
 from app.core.shapes import Count, FolderName, Number, NumberOrNone, Positive, Shape, misfits
@@ -57,6 +58,7 @@ RECORD_SHAPE: Shape = {
     "gates.codes?": dict[str, Any], "gates.codes.layers?": dict[str, Count], "gates.parity?": dict[str, Any],
     "gates.parity.max_box_px?": Number, "gates.parity.max_score?": Number,
 }  # fmt: skip
+OLD_TITLES = {"built-in coco-subset": BUILTIN_TITLE}  # of older runs
 COLUMNS = ("epoch", "time/images_per_s", "time/epoch_s")  # of every row of results.csv
 
 
@@ -108,6 +110,8 @@ def gather(run: RunRoot) -> Evidence:
         raise UserError(f"{run.root} {what}: give --run the name of a run, or run 'make all' first")
     missing: list[str] = []
     provenance = _read(run, run.provenance, "data", PROVENANCE_SHAPE, missing)
+    if provenance:
+        provenance["title"] = title_of(provenance)
     trainings = _trainings(run, missing)
     quantized = _quantized(run, missing)
     records = _records(run, _finished(run, trainings, missing), missing)
@@ -122,6 +126,38 @@ def name_of(metrics: Metrics) -> str:
 
 def label_of(metrics: Metrics) -> Label:
     return Label.parse(name_of(metrics))
+
+
+def scored_folders(root: Path) -> dict[str, Path]:
+    """The folders of a run that hold a metrics.json, by their names of today.
+
+    Where a file was scored under an older name and under that of today, the newer folder counts.
+    """
+    folders: dict[str, Path] = {}
+    for path in sorted(root.glob(f"*{SCORES_ENDING}/metrics.json")):
+        folder = path.parent
+        name = f"{scored_name(folder.name)}{SCORES_ENDING}"
+        if name == folder.name or name not in folders:
+            folders[name] = folder
+    return folders
+
+
+def as_row(tree: dict[str, Any], folder: Path) -> Metrics:
+    """The content of a metrics.json in `folder`, with the names of today where an older run had others."""
+    model, dataset = tree["model"], tree["dataset"]
+    return {
+        **tree,
+        "model": {**model, "label": today(model["label"])},
+        "dataset": {**dataset, "title": title_of(dataset)},
+        "dir": folder.name,
+        "path": str(folder),
+    }
+
+
+def title_of(facts: dict[str, Any]) -> str:
+    """Title of the dataset that a metrics.json or provenance.json is about."""
+    title: str = facts["title"]
+    return OLD_TITLES.get(title, title)
 
 
 def _read(run: RunRoot, path: Path, stage: str, shape: Shape, missing: list[str]) -> dict[str, Any] | None:
@@ -223,12 +259,14 @@ def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) 
     records = []
     for path in sorted(run.onnx_dir.glob("*.json")):
         if record := _read(run, path, "export", RECORD_SHAPE, missing):
-            records.append(record)
+            records.append({**record, "label": today(record["label"])})
+    exported = set()
     for record in records:
-        best_sha256 = finished.get(record["label"])
+        checkpoint = str(Label.parse(record["label"]).checkpoint)
+        exported.add(checkpoint)
+        best_sha256 = finished.get(checkpoint)
         if best_sha256 and best_sha256 != record["checkpoint_sha256"]:
             missing.append(f"export: {record['file']} is not of the best checkpoint of now: run 'make export'")
-    exported = {record["label"] for record in records}
     for label in finished:
         if label not in exported:
             missing.append(f"export: no ONNX file of {label}: run 'make export'")
@@ -237,9 +275,9 @@ def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) 
 
 def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> list[Metrics]:
     scored: list[Metrics] = []
-    for path in sorted(run.root.glob(f"*{SCORES_ENDING}/metrics.json")):
-        if tree := _read(run, path, "eval", METRICS_SHAPE, missing):
-            scored.append({**tree, "dir": path.parent.name, "path": str(path.parent)})
+    for folder in scored_folders(run.root).values():
+        if tree := _read(run, folder / "metrics.json", "eval", METRICS_SHAPE, missing):
+            scored.append(as_row(tree, folder))
     digests = {record["file"]: record["sha256"] for record in records}
     for metrics in scored:
         file, digest = metrics["model"]["file"], metrics["model"]["sha256"]

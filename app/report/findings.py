@@ -9,14 +9,14 @@ from typing import Any
 
 from app.coco.detail import Metrics
 from app.core.config import MACHINE_KEYS, Report, UserError, difference, flatten, shown
-from app.core.labels import BASELINE
+from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
 from app.report.evidence import Evidence, Training
 from app.report.groups import describe_meter, is_baseline, measured_alike, meter, rows_of
+from app.report.spread import TELLING_AP, seed_spread, telling_of_means, telling_of_single
 
 Findings = dict[str, Any]  # the content of report.json
 
-TELLING_AP = 0.01  # below it an AP rests on a handful of boxes
 FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the variants may differ
 SEEDS = ("train.seed", "data.seed")
 MERGED = ("AP", "AP_difference", "AP_over_ptq")  # values of a row that get a mean over runs with other seeds
@@ -27,10 +27,14 @@ LATER_SECTIONS = ("guard", "report")  # change nothing that is trained, exported
 
 def derive(evidence: Evidence, settings: Report) -> Findings:
     """Every number of the page that no other file of the run holds, and the sentences of doubt."""
+    spread_of_seeds = seed_spread()
     groups = []
     for group in measured_alike(evidence.scored):
-        groups.append({"measured": describe_meter(group[0]), "rows": rows_of(group)})
-    base = evidence.trainings.get(str(BASELINE))
+        rows = rows_of(group)
+        for row in rows:
+            row["telling_difference"] = telling_of_single(row, rows[0], spread_of_seeds["telling_share"])
+        groups.append({"measured": describe_meter(group[0]), "rows": rows})
+    base = evidence.trainings.get(str(FP16))
     healths, speeds, losses, configs = {}, {}, {}, {}
     for label, training in evidence.trainings.items():
         healths[label] = health(training, settings.min_share_of_best)
@@ -43,6 +47,7 @@ def derive(evidence: Evidence, settings: Report) -> Findings:
         "settings": settings.model_dump(mode="json"),
         "missing": evidence.missing,
         "seeds": None,
+        "seed_spread": spread_of_seeds,
         "doubts": doubts(evidence),
         "groups": groups,
         "health": healths,
@@ -250,6 +255,7 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
         findings["missing"] = [*findings["missing"], *missing]
     for row in findings["groups"][0]["rows"]:
         row["over_runs"] = over_runs[row["dir"]]
+        row["telling_difference"] = telling_of_means(row["over_runs"]["AP_difference"])
 
 
 def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from app.coco.detail import Metrics
 from app.core.labels import BASELINE, Label
 from app.report.evidence import label_of
+from app.report.tables import plain
 
 N_HASH = 12  # hex digits of a hash on the page; the whole one is in the JSON
 DATASET_KEYS = ("title", "split", "n_images", "n_images_listed", "subset", "complete_coco_val")
@@ -38,6 +39,26 @@ def describe_meter(metrics: Metrics) -> dict[str, Any]:
         "max_det": settings["max_det"],
         "evaluator": settings["evaluator"],
     }
+
+
+def sample(measured: dict[str, Any]) -> str:
+    """'drawn shapes (not COCO), val2017, 64 images', with SUBSET where images were left out."""
+    return plain(f"{measured['title']}, {measured['split']}, {amount(measured, 'images')}")
+
+
+def amount(measured: dict[str, Any], what: str) -> str:
+    """'64 images', or 'SUBSET of 20 of 64 images'; `what` is the last word."""
+    n = f"{measured['n_images']:,}"
+    return f"SUBSET of {n} of {measured['n_images_listed']:,} {what}" if measured["subset"] else f"{n} {what}"
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """Everything that makes two rows comparable, in one line."""
+    return (
+        f"{sample(measured)}, {measured['imgsz']} px, {measured['evaluator']}, score from {measured['conf']:g}, "
+        f"at most {measured['max_det']} boxes an image, annotations `{measured['annotations']}`, "
+        f"images `{measured['images']}`:"
+    )
 
 
 def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from markdown import Markdown
+from markdown.extensions.toc import TocExtension
 from markdown.preprocessors import Preprocessor
 from markdown.treeprocessors import Treeprocessor
 
@@ -20,7 +21,7 @@ PICTURE = re.compile(
     rf'<picture><source media="\(prefers-color-scheme: dark\)" srcset="({NAME})"><img src="({NAME})" alt="([^"<>]*)">'
     "</picture>"
 )
-LINK = re.compile(r"(?!.*\.\./)\w[\w./ -]*")  # a path below the page
+LINK = re.compile(r"(?!.*\.\./)\w[\w./ -]*|#[\w-]+")  # a path below the page, or a heading of it
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 # The dark figures have the dark paper of app/report/figures.py.
@@ -35,10 +36,12 @@ h1 { line-height: 1.25; } h2 { margin-top: 2.5rem; padding-bottom: .3rem; border
 h1 + p { padding: .8rem 1rem; border-left: 4px solid #0072b2; background: var(--soft); }
 a { color: var(--link); }
 img { max-width: 100%; height: auto; display: block; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.full { display: none; }
+.table, .figure { overflow-x: auto; }
+@media (max-width: 45rem) { .figure img { max-width: none; width: 52rem; } .full { display: block; } }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .5rem; border: 1px solid var(--line); white-space: nowrap; }
-td:last-child { white-space: normal; min-width: 5rem; }
+td:last-child:not([style]) { white-space: normal; min-width: 5rem; } /* prose; columns to the right hold names */
 th { background: var(--soft); }
 code, pre { font: 13px/1.45 ui-monospace, monospace; background: var(--soft); border-radius: 4px; }
 code { padding: .1rem .3rem; } pre { padding: .8rem; overflow-x: auto; } pre code { padding: 0; }
@@ -79,7 +82,8 @@ def page(text: str, root: Path, name: str) -> str:
 
 def converter(root: Path) -> Markdown:
     """Markdown without HTML, pictures of other places, and links that lead away from the page."""
-    made = Markdown(extensions=["tables", "fenced_code", "sane_lists"], output_format="html")
+    headings = TocExtension(marker="")  # gives them names to link to, and takes no text for a table of contents
+    made = Markdown(extensions=["tables", "fenced_code", "sane_lists", headings], output_format="html")
     made.preprocessors.deregister("html_block")
     for pattern in ("html", "image_link", "image_reference", "short_image_ref"):
         made.inlinePatterns.deregister(pattern)
@@ -102,7 +106,10 @@ class Pictures(Preprocessor):
         dark, light = data_uri(self.root, match[1]), data_uri(self.root, match[2])
         text = html.escape(html.unescape(match[3]))
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">' if dark else ""
-        return self.md.htmlStash.store(f'<picture>{source}<img src="{light}" alt="{text}"></picture>')
+        shown = f'<picture>{source}<img src="{light}" alt="{text}"></picture>'
+        return self.md.htmlStash.store(
+            f'<div class="figure">{shown}</div><a class="full" href="{match[2]}">full picture</a>'
+        )
 
 
 class OwnLinks(Treeprocessor):

@@ -13,17 +13,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from app.core.curves import NEUTRAL, palette
-from app.core.labels import BASELINE, Label
+from app.core.labels import FP16, Label
 from app.core.results import Rows
 from app.report.evidence import Evidence
 from app.report.figures import draw, legend_below
 from app.report.tables import plain
 
 MARKERS = ("o", "D", "^", "s", "v", "P")
-HEALTH_LINES = {
-    "oscillating": "oscillating", "flipped": "flipped", "ema_differs": "EMA differs",
-    "snr_mean_db": "mean of the layers", "snr_min_db": "worst layer",
-}  # fmt: skip
+SHARE, NOISE = "share of the weights", "SNR of quantization in dB"
+# Title of a panel -> label of its axis, and its columns health/<name>, each with a line style. Their scales differ by
+# more than a hundred, so each has a panel.
+HEALTH_PANELS = {
+    "flipped since the last validation": (SHARE, {"flipped": "-"}),
+    "oscillating at the end of the epoch": (SHARE, {"oscillating": "-"}),
+    "EMA code differs from the raw one": (SHARE, {"ema_differs": "-"}),
+    "quantization noise": (NOISE, {"snr_mean_db": "-", "snr_min_db": ":"}),
+}
+NOISE_LINES = {"snr_mean_db": "mean of the layers", "snr_min_db": "worst layer"}
 FLOAT = 10  # where layers without bits are drawn on the axis of bits
 
 
@@ -49,7 +55,7 @@ def layers(evidence: Evidence, figures_dir: Path) -> list[str]:
 
 def palette_of(variants: Iterable[str]) -> dict[str, str]:
     """Colours for quantized variants: the baseline has no quantized layers, and keeps its colour."""
-    return palette([str(BASELINE), *variants])
+    return palette([str(FP16), *variants])
 
 
 def worst(snr_db: dict[str, float]) -> str:
@@ -115,21 +121,23 @@ def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
     if not variants:
         return []
     text = (
-        "**Codes and noise of the quantized weights over the epochs.** Shares of all quantized weights: oscillating at "
-        "the end of the epoch, flipped since the validation before, EMA code differs from the raw one; and the "
-        "signal-to-noise ratio of quantization."
+        "**Codes and noise of the quantized weights over the epochs.** Each panel has a scale of its own: shares of "
+        "all quantized weights, and the signal-to-noise ratio of quantization."
     )
     return [draw(figures_dir, "quantizer-health.png", text, lambda: health_figure(variants))]
 
 
 def health_figure(variants: dict[str, Rows]) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    shares, noise = figure.subplots(1, 2)
-    draw_health(shares, {"oscillating": "-", "flipped": "--", "ema_differs": ":"}, variants)
-    draw_health(noise, {"snr_mean_db": "-", "snr_min_db": ":"}, variants)
-    shares.set_ylim(bottom=0)
-    shares.set_ylabel("share of the quantized weights")
-    noise.set_ylabel("SNR of quantization in dB")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    for axes, (title, (label, lines)) in zip(figure.subplots(2, 2).flat, HEALTH_PANELS.items(), strict=True):
+        draw_health(axes, lines, variants)
+        axes.set(title=title, xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if label == SHARE:
+            axes.set_ylim(bottom=0)
+        if len(lines) > 1:
+            explain_lines(axes, lines)
     return legend_below(figure)
 
 
@@ -142,10 +150,11 @@ def draw_health(axes: Axes, lines: dict[str, str], variants: dict[str, Rows]) ->
             values = {row["epoch"]: row[key] for row in rows if key in row}
             legend_entry = label if line == "-" else None
             axes.plot(list(values), list(values.values()), line, marker=".", color=colours[label], label=legend_entry)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+
+
+def explain_lines(axes: Axes, lines: dict[str, str]) -> None:
+    """A legend of the line styles."""
     styles = []
     for name, line in lines.items():
-        styles.append(Line2D([], [], color=NEUTRAL, ls=line, label=HEALTH_LINES[name]))
+        styles.append(Line2D([], [], color=NEUTRAL, ls=line, label=NOISE_LINES[name]))
     axes.legend(handles=styles, frameon=False)

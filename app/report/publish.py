@@ -18,10 +18,11 @@ from app.core.mounts import as_known
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
 from app.report.findings import Findings
+from app.report.groups import sample
 from app.report.html import PICTURE, is_inside, page
 from app.report.page_files import PageFiles, page_of
-from app.report.summary import ap_text, difference_text, health_lines, sample, verdict
 from app.report.tables import plain
+from app.report.verdict import ap_text, difference_text, health_lines, telling_lines, verdict
 
 log = logging.getLogger(__name__)
 KEPT = (
@@ -31,7 +32,7 @@ KEPT = (
     "*/env.json", "*/done.json", "*/quant_config.json", "*/health.json",
 )  # fmt: skip
 TEXT_FILES = (".json", ".yaml", ".csv")
-LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[([^\]\n]+)\]\(([^)#\s][^)\s]*)\)")  # to a file, not to a heading
 # A whole value of JSON or YAML, then one inside a text: what stands before it, and its last name.
 ABSOLUTE_PATHS = (
     re.compile(r'(")/(?:[^"\n]*/)?([^"/\n]*)(?=")'),
@@ -46,7 +47,7 @@ def publish(run: RunRoot, aim: str | None, force: bool, others: Sequence[RunRoot
     """Copies the report and the JSON, CSV and YAML files it was made from, and adds an entry to runs/LOG.md.
 
     Weights, ONNX files, logs, events and detections stay behind, and with them every image of the dataset: the gallery
-    is published for the built-in dataset only.
+    is published for drawn shapes only.
 
     Args:
         aim: what the run was to find out, for the entry; None: what it compares.
@@ -157,7 +158,7 @@ def entry(evidence: Evidence, findings: Findings, aim: str | None, folder: str) 
         "commit": plain(listed(commits)),
         "machine": plain(listed(map(machine, environments))),
         "result": "; ".join(results(findings)) or "nothing was scored",
-        "verdict": " ".join([*verdict(findings), *health_lines(findings)]),
+        "verdict": " ".join([*verdict(findings), *telling_lines(findings), *health_lines(findings)]),
         "missing": plain("; ".join(findings["missing"])) or "nothing",
         "report": f"[reports/{folder}/summary.md](reports/{folder}/summary.md)",
     }

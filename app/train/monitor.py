@@ -19,12 +19,15 @@ from ultralytics.utils.plotting import plot_images
 from app.core.config import Config, dump, flatten
 from app.core.curves import curve_figure
 from app.core.progress import Meter, clock
-from app.core.results import SCORED_AP, WARM_UP, Rows, is_validated, train_loss, write_rows
+from app.core.results import WARM_UP, Row, Rows, is_validated, train_loss, write_rows
 from app.core.terminal import Printable
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
-HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp")
-BEST_AP = "AP/best"
+HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp", "quant")
+SCHEME = "quant.scheme"
+# Columns of results.csv whose numbers are another column's: AP/ema_bn, AP50/ema_bn, and lr/pg0 (after the warm-up).
+TWINS = ("metrics/mAP50-95(B)", "metrics/mAP50(B)", "lr/pg1", "lr/pg2")
+TOTAL_TRAIN_LOSS = "train_loss/total"
 log = logging.getLogger(__name__)
 
 
@@ -70,17 +73,16 @@ class Monitor:
         self.n_pictures = 0
 
     def _add_hparams(self, config: Config) -> None:
-        """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own."""
-        values: dict[str, Any] = {}
+        """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own.
+
+        Without a list of columns (hparams_config_pb) TensorBoard makes one of all runs, those first in which runs
+        differ. FP16 has no settings of quant but a scheme, `none`.
+        """
+        values: dict[str, Any] = {SCHEME: "none"}
         for key, value in flatten(config).items():
-            if key.split(".")[0] in HPARAM_SECTIONS:
+            if key.split(".")[0] in HPARAM_SECTIONS and key != "quant":
                 values[key] = value if isinstance(value, bool | int | float) else str(value)
-        # One value for the whole section: TensorBoard shows no hyper-parameter that one of the runs lacks.
-        quant = config.quant.model_dump() if config.quant else {}
-        values["quant"] = ", ".join(f"{key}={value}" for key, value in quant.items()) or "none"
-        metrics = [hparams.Metric(BEST_AP), hparams.Metric(SCORED_AP)]
         writer: Any = self.writer.file_writer
-        writer.add_summary(hparams.hparams_config_pb([hparams.HParam(key) for key in values], metrics))
         writer.add_summary(hparams.hparams_pb(values, trial_id=f"{self.out_dir.parent.name}/{self.label}"))
 
     def start_epoch(self, epoch: int, n_epochs: int, n_images: int, n_trained: int) -> None:
@@ -136,13 +138,10 @@ class Monitor:
         """
         row = rows[-1]
         write_rows(self.out_dir / "results.csv", rows)
-        for name, value in row.items():
-            if name != "epoch":
-                self.writer.add_scalar(name, value, self.epoch + 1)
         n_done = self.epoch + 1
+        for name, value in scalars(row).items():
+            self.writer.add_scalar(name, value, n_done)
         if is_validated(row):
-            if best_ap is not None:
-                self.writer.add_scalar(BEST_AP, best_ap, n_done)
             self._add_pictures(rows, validator, n_done)
         self.epochs_here += self.share_here
         left = "?"
@@ -172,6 +171,12 @@ class Monitor:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def scalars(row: Row) -> Row:
+    """What TensorBoard shows of an epoch: the columns of results.csv, each curve once, and the total train loss."""
+    shown = {name: value for name, value in row.items() if name != "epoch" and name not in TWINS}
+    return {**shown, TOTAL_TRAIN_LOSS: train_loss(row)}
 
 
 def memory_gib() -> float:

@@ -12,7 +12,7 @@ from ultralytics.nn.tasks import DetectionModel
 from app.core.config import Config, UserError
 from app.core.environment import utc_now
 from app.core.files import read_json, sha256, write_json
-from app.core.labels import BASELINE, Label
+from app.core.labels import FP16, Label
 from app.core.run import RunRoot, record_stage
 from app.data.prepare import prepared
 from app.quant.batchnorm import reestimate_batchnorm
@@ -37,7 +37,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     """
     if config.quant is None:
         raise UserError("ptq takes the scheme from quant.scheme: give it the configuration of a qat variant")
-    source = run.best(BASELINE)
+    source = run.best(FP16)
     model, trained, checkpoint = load_scored(source)
     quant = config.quant.without_options()
     quant_config = quantize(model, quant)

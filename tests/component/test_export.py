@@ -32,8 +32,8 @@ from tests.support.export_run import IMGSZ, config_of, make_run
 BOTH = "export.contracts=[raw,end2end]"
 N_QUANTIZED = 83  # convolutions of YOLOv10n with one head, without DFL's
 KINDS = {
-    "yolov10n-baseline-fp32": ("fp16", "fp32"),
-    "yolov10n-baseline-fp16": ("fp16-half", "fp16"),
+    "yolov10n-baseline-fp32": ("baseline", "fp32"),
+    "yolov10n-baseline-fp16": ("baseline-fp16", "fp16"),
     "yolov10n-w4a16-qcdq-qat": ("qat-w4a16", "qcdq"),
     "yolov10n-w4a16-int4-qat": ("qat-w4a16-int4", "int4"),
 }

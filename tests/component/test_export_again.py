@@ -13,7 +13,7 @@ import pytest
 
 from app.core.config import UserError
 from app.core.files import read_json
-from app.core.labels import BASELINE, Label
+from app.core.labels import BASELINE, FP16, Label
 from app.core.run import RunRoot
 from app.export import gates as onnx_gates
 from app.export.export import export, load_trained, write_file
@@ -89,7 +89,7 @@ def test_a_network_that_magnifies_rounding_is_named(
     tiny_run: RunRoot, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its gate is passed because torch moves as much itself."""
-    trained = load_trained(tiny_run, BASELINE)
+    trained = load_trained(tiny_run, FP16)
     truth = trained.truth
     assert not onnx_gates.check_parity(file_of(tiny_run, STEMS[0]), truth, BASELINE)["magnifies_rounding"]
     restless = replace(truth, raw=truth.raw + 0.02, rounding=onnx_gates.Tolerance(0.01, 0.01))

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 
-from app.core.config import load
+from app.core.config import flatten, load
 from app.train.monitor import Monitor
 
 ROW = {"train/box_loss": 1.0, "val_loss/ema_bn": 2.0, "time/images_per_s": 5.0}
@@ -45,12 +45,14 @@ def test_hparams_scalars_and_pictures_are_events_of_one_run(tmp_path: Path, vari
     monitor.close()
     assert [path for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
     read = events(tmp_path)
-    assert [event.value for event in read.Scalars("AP/best")] == [0.25, 0.25]
+    assert [event.value for event in read.Scalars("AP/ema_bn")] == [0.25, 0.25]
     assert len(read.Images("val/predictions")) == 2 and len(read.Images("val/labels")) == 1
     content = read.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     start = HParamsPluginData.FromString(content).session_start_info
     assert start.hparams["train.epochs"].number_value == 2
-    assert start.hparams["quant"].string_value.startswith("none" if variant == "fp16" else "scheme=w4a16, ")
+    assert start.hparams["quant.scheme"].string_value == ("none" if variant == "fp16" else "w4a16")
+    quant = {key for key in start.hparams if key.startswith("quant.")}
+    assert quant == ({"quant.scheme"} if variant == "fp16" else {key for key in flatten(config) if "quant." in key})
 
 
 class Clock:

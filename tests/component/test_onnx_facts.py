@@ -18,7 +18,7 @@ import pytest
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from app.core.labels import BASELINE
+from app.core.labels import BASELINE, FP16
 from app.core.run import RunRoot
 from app.export.export import export, load_trained, write_file
 from app.export.trace import parity_images
@@ -66,9 +66,9 @@ class Expected:
 
 QAT, PTQ = f"qat-{SCHEME}", f"ptq-{SCHEME}"
 FILES = {
-    "yolov10n-baseline-fp32": Expected("fp16", "fp16", "fp16", "fp32"),
-    "yolov10n-baseline-fp16": Expected("fp16-half", "fp16", "fp16", "fp16"),
-    "yolov10n-baseline-fp32-end2end": Expected("fp16-end2end", "fp16", "fp16", "fp32", "end2end"),
+    "yolov10n-baseline-fp32": Expected("baseline", "fp16", "fp16", "fp32"),
+    "yolov10n-baseline-fp16": Expected("baseline-fp16", "fp16", "fp16", "fp16"),
+    "yolov10n-baseline-fp32-end2end": Expected("baseline-end2end", "fp16", "fp16", "fp32", "end2end"),
     f"yolov10n-{SCHEME}-qcdq-qat": Expected(QAT, "qat", QAT, "qcdq"),
     f"yolov10n-{SCHEME}-int4-qat": Expected(f"{QAT}-int4", "qat", QAT, "int4"),
     f"yolov10n-{SCHEME}-qcdq-ptq": Expected(PTQ, "ptq", PTQ, "qcdq"),
@@ -94,7 +94,7 @@ def exported(runs_dir: Path) -> RunRoot:
     config = config_of(run, "qat", *SETS)
     ptq(config, run, force=False)
     export(config, run, force=False)
-    write_file(config.export, run, load_trained(run, BASELINE), replace(BASELINE, contract="end2end"))
+    write_file(config.export, run, load_trained(run, FP16), replace(BASELINE, contract="end2end"))
     return run
 
 

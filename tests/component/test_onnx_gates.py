@@ -22,7 +22,7 @@ BOX_PX, SCORE = 1e-2, 1e-4  # tolerance of an FP32 file, from the design of the 
 HALF_BOX_PX, HALF_SCORE = 2.0, 1e-2
 LABELS = {
     "fp32": BASELINE,
-    "fp16": replace(BASELINE, packing="half"),
+    "fp16": replace(BASELINE, packing="fp16"),
     "qcdq": Label("qat", "w4a16"),
     "int4": Label("qat", "w4a16", packing="int4"),
 }

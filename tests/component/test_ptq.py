@@ -60,7 +60,7 @@ def test_noise_of_every_quantized_layer_is_recorded(run: RunRoot) -> None:
 
 def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> None:
     files = exported_files(run)
-    assert list(files) == ["fp16", "fp16-end2end", "fp16-half", "fp16-half-end2end", *LABELS]
+    assert list(files) == ["baseline", "baseline-end2end", "baseline-fp16", "baseline-fp16-end2end", *LABELS]
     for label in LABELS:
         record, ending = files[label].record, label.removeprefix(LABELS[0])
         assert files[label].path.name == f"yolov10n-w4a16-mixed-qcdq-ptq{ending}.onnx"

@@ -20,7 +20,7 @@ from app.coco.annotations import CATEGORY_IDS, NAMES
 from app.coco.detections import results, select
 from app.coco.score import image_files, load_truth, score, standalone_dataset
 from app.core.files import read_json, write_json
-from app.core.labels import BASELINE
+from app.core.labels import FP16
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.eval.evaluate import evaluate_standalone
@@ -63,7 +63,7 @@ def torch_rows(run: RunRoot) -> list[dict[str, Any]]:
     """COCO results of the FP16 baseline computed by torch, with the evaluator's own steps around it."""
     dataset = standalone_dataset(coco_dir(run), "val2017")
     truth = load_truth(dataset.annotation_file)
-    model, settings = one_head(load_trained(run, BASELINE).model, "raw"), config_of(run, "fp16").eval
+    model, settings = one_head(load_trained(run, FP16).model, "raw"), config_of(run, "fp16").eval
     rows = []
     for image in image_files(truth, dataset, sorted(truth.imgs)):
         one = load_input(image, IMGSZ)
@@ -119,7 +119,7 @@ def stock_files(run: RunRoot, tmp_path_factory: pytest.TempPathFactory) -> dict[
     for contract, arguments in {"nms": {}, "end2end": {"nms": False}}.items():
         folder = tmp_path_factory.mktemp(contract)
         yolo: Any = YOLO("yolov10n.yaml", task="detect")
-        yolo.model.load_state_dict(load_trained(run, BASELINE).model.state_dict())
+        yolo.model.load_state_dict(load_trained(run, FP16).model.state_dict())
         yolo.model.names = dict(enumerate(NAMES))
         with torch.no_grad():  # class scores of the one2many head above the threshold, as make_run does for the other
             for name, parameter in yolo.model.named_parameters():

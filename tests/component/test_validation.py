@@ -202,12 +202,25 @@ def test_done_log_and_tensorboard_name_the_best_epoch(scored: Scored) -> None:
 
 def test_tensorboard_has_every_number_at_its_epoch(scored: Scored) -> None:
     events = EventAccumulator(str(scored.folder / "tensorboard")).Reload()
-    best = {event.step: event.value for event in events.Scalars("AP/best")}
-    assert best == pytest.approx({2: 0.3, 4: 0.5, 5: 0.5})
+    total = {event.step: event.value for event in events.Scalars("train_loss/total")}
     table = read_table(scored.folder / "results.csv")
     for name in ("AP/raw", "AP/ema", "AP/ema_bn", "AP50/raw", "val_loss/ema", "train/dfl_loss", "health/flipped"):
         wanted = {int(row["epoch"]): float(row[name]) for row in table if row[name]}
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(wanted)
+    terms = ("train/box_loss", "train/cls_loss", "train/dfl_loss")
+    assert total == pytest.approx({int(row["epoch"]): sum(float(row[name]) for name in terms) for row in table})
+
+
+def test_no_curve_has_two_names_in_tensorboard(scored: Scored) -> None:
+    """The trainer's AP is Ultralytics' mAP50-95, and its parameter groups have one learning rate after the warm-up."""
+    events = EventAccumulator(str(scored.folder / "tensorboard")).Reload()
+    cards: dict[tuple[float, ...], str] = {}
+    for name in events.Tags()["scalars"]:
+        curve = tuple(event.value for event in events.Scalars(name))
+        if name.startswith(("AP", "metrics/mAP", "lr/")):
+            assert curve not in cards, (name, cards[curve])
+            cards[curve] = name
+    assert {"AP/ema_bn", "AP50/ema_bn", "lr/pg0"} <= set(cards.values())
 
 
 # --- health ----------------------------------------------------------------------------------------------------------

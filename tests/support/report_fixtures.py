@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ def layer(name: str, bits: int, why_exempt: str) -> dict[str, Any]:
 
 
 def export_file(run: RunRoot, label: str, file: str, checkpoint: str) -> None:
-    gates = {} if label == "fp16" else {"codes": {"layers": {"4": 1}}}
-    digest = SHA["fp16" if label == "fp16" else "qat"]
+    gates = {} if label == "baseline" else {"codes": {"layers": {"4": 1}}}
+    digest = SHA["fp16" if label == "baseline" else "qat"]
     record = {"label": label, "file": file, "sha256": digest, "size_bytes": 3, "checkpoint_sha256": checkpoint}
     write(run.onnx_dir / f"{Path(file).stem}.json", record | {"gates": gates})
 
@@ -152,14 +153,22 @@ def build_run(runs_dir: Path, name: str = "small", seed: int = 0) -> RunRoot:
     write(run.provenance, provenance())
     train_variant(run, "fp16", 0.02, (SHA["fp16 checkpoint"], seed))
     train_variant(run, "qat-w4a16", 0.0, (SHA["qat checkpoint"], seed))
-    export_file(run, "fp16", "net-baseline-fp32.onnx", SHA["fp16 checkpoint"])
+    export_file(run, "baseline", "net-baseline-fp32.onnx", SHA["fp16 checkpoint"])
     export_file(run, "qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat checkpoint"])
-    write(
-        run.root / "baseline-coco/metrics.json", metrics("fp16", "net-baseline-fp32.onnx", SHA["fp16"], 0.4321, 9284375)
-    )
+    baseline = metrics("baseline", "net-baseline-fp32.onnx", SHA["fp16"], 0.4321, 9284375)
+    write(run.root / "baseline-coco/metrics.json", baseline)
     quantized = metrics("qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat"], 0.4198, 2663676)
     write(run.root / "qat-w4a16-coco/metrics.json", quantized)
     return run
+
+
+def write_bench_rows(path: Path, aps: Sequence[float]) -> Path:
+    """Rows of the stability bench: an FP16 training for each AP, which it reaches at epoch 4."""
+    rows: list[dict[str, Any]] = []
+    for seed, ap in enumerate(aps):
+        rows.append({"arm": "fp16", "seed": seed, "epoch": [2, 4], "AP": {"raw": [0, 0], "ema_bn": [0.001, ap]}})
+    write(path, {"config": {"model": "yolov10n.yaml", "train.imgsz": 320}, "arms": {"fp16": []}, "rows": rows})
+    return path
 
 
 PTQ_APS = {"ptq-w4a16": 0.2198, "ptq-w4a16-bn": 0.3987}

@@ -15,7 +15,7 @@ from tests.support.report_fixtures import SHA, environment, layer, metrics, writ
 
 STATS = "AP AP50 AP75 AP_small AP_medium AP_large AR_1 AR_10 AR_100 AR_small AR_medium AR_large".split()
 LABELS = {
-    "baseline-coco": "fp16",
+    "baseline-coco": "baseline",
     "ptq-w4a16-coco": "ptq-w4a16",
     "ptq-w4a16-bn-coco": "ptq-w4a16-bn",
     "qat-w4a16-coco": "qat-w4a16",
@@ -131,7 +131,7 @@ def scored(folder: str) -> dict[str, Any]:
 
 
 def export(run: RunRoot, label: str) -> None:
-    gates = {} if label == "fp16" else {"codes": {"layers": IN_FILE}}
+    gates = {} if label == "baseline" else {"codes": {"layers": IN_FILE}}
     record = {"label": label, "file": f"net-{label}.onnx", "sha256": SHA["qat"], "size_bytes": 7}
     write(run.onnx_dir / f"net-{label}.json", record | {"checkpoint_sha256": SHA["ids"], "gates": gates})
 

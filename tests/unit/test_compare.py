@@ -36,7 +36,7 @@ def test_two_folders_of_a_run(run: RunRoot, tmp_path: Path) -> None:
     """The quantized model lost the object of image 1 (person) and found that of image 2 (car)."""
     compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", settings())
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert row(text, "class") == ["class", "fp16", "qat-w4a16", "difference"]
+    assert row(text, "class") == ["class", "baseline", "qat-w4a16", "difference"]
     assert row(text, "person") == ["person", "1.0000", f"{51 / 101:.4f}", f"{51 / 101 - 1:+.4f}"]
     assert row(text, "car") == ["car", "0.0000", "1.0000", "+1.0000"]
     assert row(text, "AP")[1:] == ["0.5000", f"{(1 + 51 / 101) / 2:.4f}", f"{51 / 202:+.4f}"]
@@ -65,12 +65,12 @@ def test_two_runs_are_paired_by_folder_and_told_apart(
         compare(run.root, other.root, tmp_path / "out", settings())
     assert "compare: qat-w4a16-coco is in one of them only, left out" in caplog.messages
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert row(text, "class") == ["class", "fp16", "qat-w4a16", "difference"]
+    assert row(text, "class") == ["class", "baseline", "qat-w4a16", "difference"]
     assert row(text, "1")[-1] == "-1.00"
     shutil.copytree(run.root, other.root, dirs_exist_ok=True)
     pairs = pair_up(run.root, other.root)
     assert [(a["model"]["label"], b["model"]["label"]) for a, b in pairs] == [
-        ("fp16 (small)", "fp16 (other)"),
+        ("baseline (small)", "baseline (other)"),
         ("qat-w4a16 (small)", "qat-w4a16 (other)"),
     ]
     assert [m["dir"] for pair in pairs for m in pair] == [

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def test_ap_on_the_page(made: Made) -> None:
     """fp16: person 1, car 1 at five of ten IoU thresholds. qat: person, a fault ranked before one hit of two; car 1."""
-    assert row(made.page, "fp16", "AP", "AP50") == ["0.7500", "1.0000"]
+    assert row(made.page, "baseline", "AP", "AP50") == ["0.7500", "1.0000"]
     assert row(made.page, "qat-w4a16", "AP", "difference", "AP50") == ["0.6262", "-0.1238", "0.6262"]
 
 
@@ -80,8 +80,8 @@ def test_f1_without_crowds(made: Made, folder: str) -> None:
 def test_precision_over_recall(made: Made) -> None:
     """At IoU 0.75 fp16 has no car; qat's persons have precision 1/2 up to recall 1/2, and none beyond."""
     expected = {
-        ("IoU 0.5", "fp16"): [1.0] * 101,
-        ("IoU 0.75", "fp16"): [0.5] * 101,
+        ("IoU 0.5", "baseline"): [1.0] * 101,
+        ("IoU 0.75", "baseline"): [0.5] * 101,
         ("IoU 0.5", "qat-w4a16"): [0.75] * 51 + [0.5] * 50,
         ("IoU 0.75", "qat-w4a16"): [0.75] * 51 + [0.5] * 50,
     }
@@ -109,7 +109,7 @@ def boxes(axes: Axes) -> list[tuple[list[float], str, str]]:
 GALLERY = {
     "largest loss, F1 -1.00\nimage 1": {
         "ground truth": [([4, 4, 20, 20], "-", "person"), ([30, 10, 30, 30], "--", "person crowd")],
-        "fp16": [
+        "baseline": [
             ([4, 4, 20, 20], "-", "person 0.80"), ([45, 20, 10, 10], "-", "person 0.90"),
             ([32, 12, 8, 8], "-", "person 0.95"),
         ],
@@ -117,7 +117,7 @@ GALLERY = {
     },
     "largest gain, F1 +0.33\nimage 4": {
         "ground truth": [([20, 8, 16, 30], "-", "person"), ([0, 0, 18, 48], "--", "car crowd")],
-        "fp16": [([2, 2, 10, 10], "-", "person 0.72"), ([20, 8, 16, 30], "-", "person 0.75")],
+        "baseline": [([2, 2, 10, 10], "-", "person 0.72"), ([20, 8, 16, 30], "-", "person 0.75")],
         "qat-w4a16": [([20, 8, 16, 30], "-", "person 0.58")],
     },
 }  # fmt: skip
@@ -146,17 +146,17 @@ COMPARED = {  # AR_1 sees the best detection of each image and class: in image 1
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_comparison_left_right_and_right_less_left(made: Made, name: str) -> None:
-    cells = next(iter(table(made.compared, "fp16", "qat-w4a16", "difference").values()))
-    assert list(cells) == ["", "fp16", "qat-w4a16", "difference"]
-    assert " ".join(row(made.compared, name, "fp16", "qat-w4a16", "difference")).split() == COMPARED[name].split()
+    cells = next(iter(table(made.compared, "baseline", "qat-w4a16", "difference").values()))
+    assert list(cells) == ["", "baseline", "qat-w4a16", "difference"]
+    assert " ".join(row(made.compared, name, "baseline", "qat-w4a16", "difference")).split() == COMPARED[name].split()
 
 
 def test_comparison_by_class_and_image(made: Made) -> None:
-    columns = ("class", "fp16", "qat-w4a16", "difference")
+    columns = ("class", "baseline", "qat-w4a16", "difference")
     assert row(made.compared, "person", *columns) == ["person", "1.0000", "0.2525", "-0.7475"]
     assert row(made.compared, "car", *columns) == ["car", "0.5000", "1.0000", "+0.5000"]
     assert list(table(made.compared, *columns)) == ["person", "car"]  # the largest loss first
-    columns = ("why", "F1 fp16", "F1 qat-w4a16", "difference")
+    columns = ("why", "F1 baseline", "F1 qat-w4a16", "difference")
     assert row(made.compared, "1", *columns) == ["largest loss", "1.00", "0.00", "-1.00"]
     assert row(made.compared, "4", *columns) == ["largest gain", "0.67", "1.00", "+0.33"]
 
@@ -164,7 +164,7 @@ def test_comparison_by_class_and_image(made: Made) -> None:
 def test_bars_of_the_comparison(made: Made) -> None:
     axes = made.compared_figures["sizes.png"].axes[0]
     heights = {str(bars.get_label()): [bar.get_height() for bar in bars] for bars in axes.containers}
-    small = {"fp16": 0.75, "qat-w4a16": (1 + HALF_PRECISION) / 2}  # all objects are small
+    small = {"baseline": 0.75, "qat-w4a16": (1 + HALF_PRECISION) / 2}  # all objects are small
     assert heights == {name: pytest.approx([ap, ap, 0, 0]) for name, ap in small.items()}
     told = [["0.750"] * 2, ["none"] * 2, ["0.626"] * 2, ["none"] * 2]
     assert [text.get_text() for text in axes.texts] == [text for pair in told for text in pair]

@@ -46,7 +46,7 @@ def test_only_the_official_sizes_are_called_coco_2017(n_listed: dict[str, int], 
 
 
 def test_titles_stay_as_reports_show_them() -> None:
-    titles = ("COCO 2017", "a COCO-format dataset, not COCO 2017", "built-in coco-subset")
+    titles = ("COCO 2017", "a COCO-format dataset, not COCO 2017", "drawn shapes (not COCO)")
     assert titles == (COCO_2017, OTHER_COCO, BUILTIN_TITLE)
 
 

@@ -231,7 +231,7 @@ def run(tmp_path: Path, coco_dir: Path) -> RunRoot:
     folder = {"coco_dir": str(coco_dir)}
     splits = {"train": split, "val": split}
     write_json(run.provenance, {**folder, "settings": folder, "title": "a test", "seed": 0, "splits": splits})
-    for label, rows in {"qat-w4a16": (FAULT, HIT), "fp16": (HIT,)}.items():
+    for label, rows in {"qat-w4a16": (FAULT, HIT), "baseline": (HIT,)}.items():
         metadata = {"contract": "raw", "label": label}
         path = write_model(run.onnx_dir / f"{label}.onnx", raw_output(*rows), metadata=metadata)
         write_json(path.with_suffix(".json"), {"label": label, "sha256": sha256(path)})
@@ -250,11 +250,11 @@ def lines_of(run: RunRoot, caplog: pytest.LogCaptureFixture, *sets: str, force: 
 
 def test_stage_scores_all_files_once(run: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
     first, second = lines_of(run, caplog)
-    assert first.startswith("eval fp16: AP 1.0000, AP50 1.0000, 3 images,")
+    assert first.startswith("eval baseline: AP 1.0000, AP50 1.0000, 3 images,")
     assert second.startswith("eval qat-w4a16: AP ")
     assert (run.root / "baseline-coco" / "metrics.json").exists()
     assert (run.root / "qat-w4a16-coco" / "detections.json").exists()
-    assert set(read_json(run.run_json, "data")["stages"]) == {"eval fp16", "eval qat-w4a16"}
+    assert set(read_json(run.run_json, "data")["stages"]) == {"eval baseline", "eval qat-w4a16"}
     assert lines_of(run, caplog) == [f"eval: {run.root / d} done already" for d in ("baseline-coco", "qat-w4a16-coco")]
     assert len(lines_of(run, caplog, force=True)) == 2
 
@@ -272,17 +272,19 @@ def test_stale_results_are_scored_again(run: RunRoot, caplog: pytest.LogCaptureF
     lines_of(run, caplog)
     lines = lines_of(run, caplog, "eval.conf=0.6")
     assert [("of other settings" in line or "of another settings" in line) for line in lines] == [True, False] * 2
-    path = write_model(run.onnx_dir / "fp16.onnx", raw_output(FAULT), metadata={"contract": "raw", "label": "fp16"})
-    write_json(path.with_suffix(".json"), {"label": "fp16", "sha256": sha256(path)})
+    path = write_model(
+        run.onnx_dir / "baseline.onnx", raw_output(FAULT), metadata={"contract": "raw", "label": "baseline"}
+    )
+    write_json(path.with_suffix(".json"), {"label": "baseline", "sha256": sha256(path)})
     lines = lines_of(run, caplog, "eval.conf=0.6")
     assert "of another model file" in lines[0]
-    assert lines[1].startswith("eval fp16: AP 0.0000")
+    assert lines[1].startswith("eval baseline: AP 0.0000")
     assert "done already" in lines[2]
 
 
 def test_stage_refuses_what_export_did_not_make(run: RunRoot) -> None:
     config = load("qat", [], SETS)
-    record_path = run.onnx_dir / "fp16.json"
+    record_path = run.onnx_dir / "baseline.json"
     record = read_json(record_path, "export")
     write_json(record_path, record | {"sha256": "0" * 64})
     with pytest.raises(UserError, match="not the file that its"):
@@ -297,7 +299,7 @@ def test_stage_refuses_what_export_did_not_make(run: RunRoot) -> None:
     with pytest.raises(UserError, match="lacks label"):
         evaluate(config, run, False)
     record_path.unlink()
-    with pytest.raises(UserError, match=r"fp16\.json is missing: run 'make export'"):
+    with pytest.raises(UserError, match=r"baseline\.json is missing: run 'make export'"):
         evaluate(config, run, False)
     for path in run.onnx_dir.iterdir():
         path.unlink()

@@ -18,7 +18,7 @@ from app.core.results import write_rows
 from app.core.run import RunRoot
 from app.report.figures import AUTHORS_YOLOV10M, size_figure
 from app.report.gallery import gallery_figure
-from app.report.html import page
+from app.report.html import STYLE, page
 from app.report.layer_figures import FLOAT, layer_figure
 from app.report.report import report
 from tests.support.drawn import kept_figures
@@ -153,6 +153,34 @@ def test_html_has_what_the_markdown_has(run: RunRoot) -> None:
     ]
     assert len(cells) == sum(line.count(" | ") + 1 for line in table_lines)
     assert len(cells) > 100
+
+
+def test_html_has_the_headings_that_it_links_to(run: RunRoot) -> None:
+    html = (run.root / "summary.html").read_text()
+    targets = re.findall(r'href="#([\w-]+)"', html)
+    assert {"pictures", "quantization", "where-things-are"} < set(targets)
+    assert set(targets) <= set(re.findall(r'<h2 id="([\w-]+)">', html))
+
+
+def test_text_makes_no_table_of_contents_of_its_own(tmp_path: Path) -> None:
+    assert "<p>[TOC]</p>" in page("# title\n\n[TOC]\n\n## one", tmp_path, "run")
+
+
+def test_every_figure_links_to_its_whole_picture(run: RunRoot) -> None:
+    """On a narrow screen it is drawn wider than the screen, and scrolls."""
+    html = (run.root / "summary.html").read_text()
+    targets = re.findall(r'<a class="full" href="([^"]+)">', html)
+    assert len(targets) == N_LIGHT
+    assert all((run.root / target).is_file() for target in targets)
+    assert html.count('<div class="figure"><picture>') == N_LIGHT
+
+
+def test_only_prose_wraps_in_tables(run: RunRoot) -> None:
+    """Names of files stand in cells that are aligned to the right, by a style of their own."""
+    html = (run.root / "summary.html").read_text()
+    assert re.findall(r"([^\n{}]+) \{ white-space: normal", STYLE) == ["td:last-child:not([style])"]
+    cells = [attributes for attributes, text in re.findall(r"<td([^>]*)>([^<]*)</td>", html) if text.endswith(".onnx")]
+    assert cells == [' style="text-align: right;"'] * 2
 
 
 def test_html_names_a_run_safely(tmp_path: Path) -> None:

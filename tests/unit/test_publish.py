@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import UserError
 from app.core.mounts import MOUNTS
 from app.core.run import RunRoot
@@ -39,8 +40,9 @@ def test_no_weights_no_photos_no_detections(run: RunRoot) -> None:
     assert "image/jpeg" not in (run.runs_dir / "reports/small/summary.html").read_text()
 
 
-def test_drawn_images_may_be_published(run: RunRoot) -> None:
-    edit(run.provenance, "title", "built-in coco-subset")
+@pytest.mark.parametrize("title", [BUILTIN_TITLE, "built-in coco-subset"], ids=["of today", "of an older run"])
+def test_drawn_images_may_be_published(run: RunRoot, title: str) -> None:
+    edit(run.provenance, "title", title)
     folder = published(run)
     assert (folder / "figures/gallery-qat-w4a16-coco.jpg").exists()
     assert NO_PHOTOS not in (folder / "summary.md").read_text()
@@ -51,7 +53,10 @@ def test_every_picture_and_link_leads_somewhere(run: RunRoot) -> None:
     text = (folder / "summary.md").read_text()
     targets = re.findall(r'\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"', text)
     assert len(targets) > 15
-    assert [name for pair in targets for name in pair if name and not (folder / name).exists()] == []
+    headings = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^## (.+)$", text, re.MULTILINE)}
+    names = {name for pair in targets for name in pair if name}
+    assert [name for name in names - headings if not (folder / name).exists()] == []
+    assert len(names & headings) == len(headings)  # every section is in the table of contents
     assert "`fp16/log.txt`" in text
 
 
@@ -71,7 +76,7 @@ def test_the_log_gets_an_entry_each_time(run: RunRoot) -> None:
     for name in ("command", "commit", "machine", "result", "verdict", "missing", "report"):
         assert text.count(f"- **{name}:** ") == 2
     assert "- **commit:** 0123456789ab\n- **machine:** 2 CPU cores, no GPU\n" in text
-    assert re.search(r"\*\*result:\*\* AP on .*, n=1: fp16 0\.\d{4}, qat-w4a16 0\.\d{4} \([+-]0\.\d{4}\)", text)
+    assert re.search(r"\*\*result:\*\* AP on .*, n=1: baseline 0\.\d{4}, qat-w4a16 0\.\d{4} \([+-]0\.\d{4}\)", text)
 
 
 def test_what_is_there_is_not_overwritten(run: RunRoot) -> None:

@@ -1,4 +1,4 @@
-"""The built-in dataset: the same bytes every time, official ids, and the odd cases that it promises."""
+"""The drawn dataset: the same bytes every time, official ids, and the odd cases that it promises."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def settings_block(trained: dict[str, dict[str, Any]]) -> list[str]:
         return []
     config = next(iter(trained.values()))
     shown = {name: values for name, values in config.items() if name not in VARIANT_KEYS}
-    return ["```yaml", yaml.safe_dump(shown, sort_keys=False) + "```"]
+    return ["```yaml", as_known(yaml.safe_dump(shown, sort_keys=False)) + "```"]
 
 
 def environment_table(evidence: Evidence) -> list[str]:

@@ -15,7 +15,7 @@ from app.core.environment import environment
 from app.core.mounts import MOUNTS, as_known, in_container, only_seen
 from app.core.os_errors import explanation
 from app.core.terminal import Printable
-from app.report.appendix import dataset_lines
+from app.report.appendix import dataset_lines, settings_block
 from app.report.tables import plain
 
 # As docker-compose.yml and scripts/job set it for COCO_DIR=/home/u/data/coco CONF=../my.yaml ONNX=/disk/x.onnx.
@@ -69,6 +69,9 @@ def test_log_lines_pages_and_the_recorded_command_agree(monkeypatch: pytest.Monk
     assert environment()["command"].endswith("-m app eval --set data.coco_dir=/home/u/data/coco")
     provenance = {"title": "COCO 2017", "coco_dir": "/data/coco", "splits": {}, "seed": 0}
     assert dataset_lines(provenance)[0] == "COCO 2017 in `/home/u/data/coco`."
+    assert (
+        settings_block({"fp16": {"data": {"coco_dir": "/data/coco"}}})[1] == "data:\n  coco_dir: /home/u/data/coco\n```"
+    )
 
 
 @pytest.mark.usefixtures("container")

@@ -29,7 +29,7 @@ from app.train.loop import Loop
 from app.train.processes import ALONE
 from app.train.train import device_of, make_ready
 from app.train.trainer import Trainer
-from app.train.validation import LABELS
+from app.train.validator import LABELS, HeldOut
 
 log = logging.getLogger(__name__)
 N_WARM_UPS = 3  # steps before any clock starts: kernels are compiled, the graph is captured
@@ -89,8 +89,8 @@ class TimedLoop(Loop):
         self.backward(batch)
         self.optimizer_step()
 
-    def _score(self, model: nn.Module) -> dict[str, float]:
-        return self.timed("score", lambda: super(TimedLoop, self)._score(model))
+    def _score(self, held_out: HeldOut) -> dict[str, dict[str, float]]:
+        return self.timed("score", lambda: super(TimedLoop, self)._score(held_out))
 
     def _reestimate(self, model: nn.Module) -> None:
         self.timed("reestimate", lambda: super(TimedLoop, self)._reestimate(model))
@@ -140,7 +140,7 @@ def measure(config: Config, run: RunRoot) -> EpochCost:
     n_val = read_json(run.provenance, "data")["splits"]["val"]["n_images"]
     return EpochCost(
         config.train.batch, n_val, seconds["loader"][0] / n_batches, seconds["step"][0] / N_STEPS,
-        seconds["loop"][0] / n_batches, sum(seconds["score"][-SCORED_STATES:]) / SCORED_STATES / n_val,
+        seconds["loop"][0] / n_batches, seconds["score"][-1] / SCORED_STATES / n_val,
         seconds["reestimate"][-1], seconds["examine"][0], seconds["save"][0],
     )  # fmt: skip
 

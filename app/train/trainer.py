@@ -166,6 +166,8 @@ class Trainer(DetectionTrainer):
             images: batches as a loader gives them, uint8 [N,3,H,W].
         """
         inputs = (self.preprocess_batch({"img": batch})["img"] for batch in images)
+        if self.device.type == "cuda":  # cuDNN's layout: the first convolution would copy its output, the largest map
+            inputs = (batch.contiguous(memory_format=torch.channels_last) for batch in inputs)
         with autocast(self.amp, device=self.device.type):
             reestimate_batchnorm(model, inputs)
 

@@ -75,6 +75,8 @@ def norms(dtype: torch.dtype, act: bool) -> None:
     norm_act(layer, x, act, shortcut, None).sum().backward()
     part, copy = norm_act(layer, x, act, None, Place([room.narrow(1, 16, 48)], copies=True))
     torch.autograd.backward([part, copy], [torch.ones_like(part), torch.ones_like(copy)])
+    with torch.no_grad():
+        norm_act(layer.eval(), x, act, shortcut)
 
 
 def losses() -> None:

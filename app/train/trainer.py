@@ -27,7 +27,7 @@ from app.train.bn_images import ema_decay
 from app.train.loader import CocoDataset, Part, Place, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
 from app.train.step import criterion_of_part, fuse
-from app.train.validator import AT, HeldOut, Validator, without_one2many
+from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
 
 
 class Trainer(DetectionTrainer):
@@ -142,7 +142,8 @@ class Trainer(DetectionTrainer):
         return fuse(optimizer) if self.device.type == "cuda" else optimizer
 
     def get_validator(self) -> Validator:
-        return Validator(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
+        kind = KernelValidator if is_installed(self.net) else Validator
+        return kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
 
     def forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a model for a batch of the loader, a scalar, and its terms by name. Does not wait for the GPU."""

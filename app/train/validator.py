@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.metrics import DetMetrics
+
+from app.train.match import Targets, match, targets_of
 
 LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
 AT = "@"  # between a number's name and the name of its weights
@@ -178,3 +181,54 @@ class Validator(DetectionValidator):
         for metrics in self.metrics_of.values():
             self.metrics = metrics
             super().print_results()
+
+
+class KernelValidator(Validator):
+    """Matches the detections of a whole batch and all sets of weights on the GPU, and reads the result in one copy.
+
+    An image with more objects than the kernel takes sends its batch to Ultralytics' own matching.
+    """
+
+    labels: dict[str, torch.Tensor]  # of the batch, on the CPU
+    targets: Targets | None
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.labels = {key: batch[key] for key in LABELS}
+        n_images, _, height, width = batch["img"].shape
+        self.targets = targets_of(self.labels, n_images, (height, width))
+        batch = super().preprocess(batch)
+        batch["img"] = batch["img"].contiguous(memory_format=torch.channels_last)  # the layout of the convolutions
+        return batch
+
+    def postprocess(self, preds: dict[str, Any]) -> dict[str, Any]:
+        if self.targets is None:
+            return super().postprocess(preds)
+        return {name: output[0] for name, output in preds.items()}
+
+    def update_metrics(self, preds: dict[str, Any], batch: dict[str, Any]) -> None:
+        if self.targets is None:
+            super().update_metrics(preds, batch)
+            return
+        if self.batch_i == 0:
+            self.first_batch = (self.detections(preds[list(preds)[-1]]), batch)
+        every = torch.cat(list(preds.values())).float()
+        thresholds = self.iouv.to(every.device)
+        right = match(every, self.targets.to(every.device), thresholds, self.args.conf)
+        found = torch.cat([every[..., 4:], right[..., None]], 2).cpu().numpy()  # float32 holds ten bits exactly
+        n_images = len(batch["img"])
+        self.seen += n_images
+        of_targets = self._target_stats()
+        for at, name in enumerate(preds):
+            own = found[at * n_images : (at + 1) * n_images]
+            own = own[own[..., 0] > self.args.conf]
+            bits = own[:, 2:].astype(np.int32) >> np.arange(len(thresholds)) & 1
+            stats = {"tp": bits.astype(bool), "conf": own[:, 0], "pred_cls": own[:, 1], **of_targets}
+            for key, value in stats.items():
+                self.metrics_of[name].stats[key].append(value)
+
+    def _target_stats(self) -> dict[str, np.ndarray]:
+        """Classes of the batch's objects, and of each image once."""
+        classes = self.labels["cls"].view(-1).numpy()
+        images = self.labels["batch_idx"].numpy()
+        pairs = np.unique(np.stack([images, classes], 1), axis=0)
+        return {"target_cls": classes, "target_img": pairs[:, 1]}

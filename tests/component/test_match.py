@@ -9,20 +9,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from ultralytics.cfg import get_cfg
-from ultralytics.utils.ops import xyxy2xywh
 
-from app.train.match import BLOCKS, match, targets_of
+from app.train.match import BLOCKS, targets_of
 from app.train.validator import KernelValidator, Validator
+from tests.support.matching import (
+    CONFIDENCE,
+    SIDE_PX,
+    bits_by_kernel,
+    bits_by_ultralytics,
+    detections_of,
+    labels_of,
+    new_validator,
+    scene,
+)
 
-SIDE_PX, N_DETECTIONS, CONFIDENCE = 64, 12, 0.001
-NAMES = {0: "a", 1: "b", 2: "c"}
-SETS = ["raw", "ema"]
+N_DETECTIONS = 12
 
 
 def test_kernel_equals_ultralytics_in_the_interpreter() -> None:
@@ -55,53 +60,10 @@ def test_more_objects_than_the_kernel_takes_are_none() -> None:
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def labels_of(boxes: list[list[tuple[float, ...]]]) -> dict[str, torch.Tensor]:
-    """Labels as a loader gives them for class and corners in px of the objects of each image."""
-    rows = [(image, *row) for image, rows in enumerate(boxes) for row in rows]
-    table = torch.tensor(rows).view(-1, 6)
-    return {"batch_idx": table[:, 0], "cls": table[:, 1:2], "bboxes": xyxy2xywh(table[:, 2:]) / SIDE_PX}
-
-
-def detections_of(rows: list[list[tuple[float, ...]]]) -> torch.Tensor:
-    """Detections [N,D,6], without confidence where `rows` has none."""
-    out = torch.zeros(len(rows), N_DETECTIONS, 6)
-    for image, own in zip(out, rows, strict=True):
-        for row, values in zip(image, own, strict=False):
-            row.copy_(torch.tensor(values))
-    return out
-
-
-def bits_by_ultralytics(labels: dict[str, torch.Tensor], detections: torch.Tensor) -> list[list[int]]:
-    """The matching of Ultralytics' validator, image by image, as bits; 0 for what its confidence rules out."""
-    validator = new_validator(Validator)
-    bits = []
-    for number, own in enumerate(detections):
-        pred = {"bboxes": own[:, :4], "conf": own[:, 4], "cls": own[:, 5]}
-        kept = own[:, 4] > CONFIDENCE
-        pred = {key: value[kept] for key, value in pred.items()}
-        image = labels["batch_idx"] == number
-        target = targets_of(
-            {key: value[image] * (key != "batch_idx") for key, value in labels.items()}, 1, (SIDE_PX,) * 2
-        )
-        assert target
-        prepared = {"cls": target.table[:, 0], "bboxes": target.table[:, 1:]}
-        right = np.zeros((N_DETECTIONS, 10), bool)
-        right[kept.numpy()] = validator._process_batch(pred, prepared)["tp"]
-        bits.append((right << np.arange(10)).sum(1).tolist())
-    return bits
-
-
-def check(labels: dict[str, torch.Tensor], detections: torch.Tensor) -> list[list[int]]:
-    targets = targets_of(labels, len(detections), (SIDE_PX, SIDE_PX))
-    assert targets
-    ours = match(detections, targets, torch.linspace(0.5, 0.95, 10), CONFIDENCE).tolist()
-    assert ours == bits_by_ultralytics(labels, detections)
-    return ours
-
-
 def check_ties() -> None:
     """Equal objects, equal detections, an IoU of just a threshold, a better object that is taken, other classes."""
     box, half, low = (8.0, 8.0, 40.0, 40.0), (8.0, 8.0, 40.0, 24.0), (8.0, 8.0, 40.0, 36.0)
+    first, second, between = (0.0, 8.0, 32.0, 40.0), (12.0, 8.0, 44.0, 40.0), (6.0, 8.0, 38.0, 40.0)  # IoU 0.45, 0.68
     every, none = 2**10 - 1, 0
     twins = [(1.0, *box), (1.0, *box)]
     nan = float("nan")
@@ -109,42 +71,18 @@ def check_ties() -> None:
         (twins, [(*box, 0.9, 1.0), (*box, 0.9, 1.0), (*box, 0.8, 1.0)], [every, every, none]),
         ([(1.0, *box), (1.0, *low)], [(*low, 0.9, 1.0), (*low, 0.8, 1.0), (*low, 0.7, 1.0)], [every, 2**8 - 1, none]),
         ([(1.0, *box)], [(*half, 0.9, 1.0), (*box, 0.8, 1.0)], [1, every - 1]),  # 0.5 and then what 0.5 leaves
+        ([(1.0, *first), (1.0, *second)], [(*between, 0.9, 1.0), (*first, 0.8, 1.0)], [15, every - 15]),
         ([(1.0, *box)], [(*box, 0.9, 2.0), (*box, CONFIDENCE, 1.0), (*box, 0.1, 1.0)], [none, none, every]),
         ([(1.0, *box)], [(nan, *box[1:], 0.9, 1.0), (*box, nan, 1.0), (*box, 0.1, 1.0)], [none, none, every]),
         ([], [(*box, 0.9, 1.0)], [none]),
         ([(1.0, *box)], [], []),
     ]  # fmt: skip
     labels = labels_of([objects for objects, _, _ in cases])
-    found = check(labels, detections_of([detections for _, detections, _ in cases]))
-    for own, (_, detections, expected) in zip(found, cases, strict=True):
-        assert own == expected + [none] * (N_DETECTIONS - len(detections))
-
-
-def scene(generator: torch.Generator, counts: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Random objects of few classes and sizes, and detections near them, some equal, in the order of confidence."""
-    objects = []
-    for count in counts:
-        corners = torch.randint(0, 6, (count, 2), generator=generator) * 4.0
-        sides = torch.randint(2, 6, (count, 2), generator=generator) * 4.0
-        classes = torch.randint(0, len(NAMES), (count, 1), generator=generator).float()
-        objects.append([tuple(row) for row in torch.cat([classes, corners, corners + sides], 1).tolist()])
-    detections = torch.zeros(len(counts), N_DETECTIONS, 6)
-    for own, rows in zip(detections, objects, strict=True):
-        for at in range(N_DETECTIONS):
-            if rows:
-                pick = int(torch.randint(0, len(rows), (), generator=generator))
-                shift = torch.randint(-1, 2, (4,), generator=generator) * 1.5
-                own[at, :4] = torch.tensor(rows[pick][1:]) + shift
-                own[at, 5] = rows[pick][0]
-        own[:, 4] = torch.rand(N_DETECTIONS, generator=generator).sort(descending=True).values - 0.1
-    return labels_of(objects), detections
-
-
-def new_validator(kind: type[Validator]) -> Any:
-    validator: Any = kind(SimpleNamespace(dataset=[]), args=get_cfg(overrides={"plots": False, "conf": CONFIDENCE}))
-    validator.device, validator.data = torch.device("cpu"), {}
-    validator.init_metrics(SimpleNamespace(names=NAMES, set_names=SETS, end2end=True))
-    return validator
+    detections = detections_of([rows for _, rows, _ in cases], N_DETECTIONS)
+    found = bits_by_kernel(labels, detections)
+    assert found == bits_by_ultralytics(labels, detections)
+    for own, (_, _, expected) in zip(found, cases, strict=True):
+        assert own == expected + [none] * (N_DETECTIONS - len(expected))
 
 
 def stats_of(kind: type[Validator], scenes: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]) -> Any:
@@ -172,7 +110,7 @@ def compare_validators() -> None:
     generator = torch.Generator().manual_seed(0)
     scenes = []
     for counts in ([5, 0, 9], [0], [70, 2]):
-        labels, detections = scene(generator, counts)
+        labels, detections = scene(generator, counts, N_DETECTIONS)
         scenes.append((labels, {"raw": detections, "ema": detections.flip(0)}))
     ours, own, numbers = stats_of(KernelValidator, scenes)
     theirs, reference, expected = stats_of(Validator, scenes)

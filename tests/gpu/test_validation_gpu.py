@@ -38,7 +38,7 @@ TOLERANCE = {False: 1e-3, True: 1e-2}
 @pytest.fixture(scope="module", params=["fp16", "qat"])
 def run_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunRoot]:
     """A trained YOLOv10n of the drawn dataset."""
-    run = RunRoot(tmp_path_factory.mktemp(request.param) / "run")
+    run = RunRoot(tmp_path_factory.mktemp(request.param), "run")
     config = load(request.param, [SMOKE], ["train.device=0"])
     prepare(config, run, force=False)
     train(config, run, force=False)

@@ -29,7 +29,7 @@ RUN --mount=type=secret,id=ca_bundle --mount=type=secret,id=index_url \
     python3 -m venv /tmp/uv; \
     /tmp/uv/bin/pip install --quiet --no-cache-dir --require-hashes -r /mnt/requirements-uv.lock; \
     python3 -m venv --without-pip .venv; \
-    /tmp/uv/bin/uv pip install --quiet --python .venv --require-hashes -r /mnt/requirements.lock; \
+    /tmp/uv/bin/uv pip install --python .venv --require-hashes -r /mnt/requirements.lock; \
     rm -rf /tmp/uv; \
     mkdir -p runs data /data/coco; \
     mkdir -m 1777 /cache

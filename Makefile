@@ -3,8 +3,22 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 job = @export OWNER=$$PPID; exec scripts/job $@
+TARGETS := help $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
+VARIABLES := RUN COCO_DIR ARGS CONF A B ONNX RUNNER ACCEL GPUS SHM_SIZE MEM_LIMIT APP_UID APP_GID IMAGE \
+	TENSORBOARD_PORT BASE_IMAGE CA_BUNDLE PIP_INDEX_URL PYTHON HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy \
+	no_proxy DOCKER_HOST CUDA_VISIBLE_DEVICES SHELL
+
+# A word that make does not know ends it in one line that says what was meant.
+quoted = '$(subst ','\'',$1)'
+meant = $(shell TARGETS='$(TARGETS)' VARIABLES='$(VARIABLES)' scripts/meant $1 $(call quoted,$2))
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $v)),$v))
+$(foreach v,$(filter-out $(VARIABLES),$(GIVEN)),$(error $v=$(value $v): $(subst @,$(value $v),$(call meant,variable,$v))))
+$(foreach word,$(filter-out $(TARGETS),$(MAKECMDGOALS)),$(error $(word): $(call meant,target,$(word))))
+$(if $(and $(filter A B,$(GIVEN)),$(filter-out compare,$(MAKECMDGOALS))),$(error A=... and B=... are for make compare))
+$(if $(and $(filter ONNX,$(GIVEN)),$(filter-out eval,$(MAKECMDGOALS))),$(error ONNX=... is for make eval))
+
 # What a variable holds is text, `$` too: make expands nothing in it.
-$(foreach v,RUN COCO_DIR ARGS CONF,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
+$(foreach v,RUN COCO_DIR ARGS CONF A B ONNX,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 
 ##@ Start here
 smoke: ; $(job) ## the whole job on a small drawn dataset, minutes on two cores
@@ -16,15 +30,16 @@ train-fp16: ; $(job) ## train the FP16 (AMP) baseline
 train-qat: ; $(job) ## train with 4-bit weights (quant.scheme)
 ptq: ; $(job) ## the trained baseline, quantized without training
 export: ; $(job) ## checkpoints to ONNX
-eval: ; $(job) ## score the ONNX files with COCO's metrics
-report: ; $(job) ## runs/RUN/summary.md and .html (ARGS="--runs A B C": the same with other seeds, merged)
+eval: ; $(job) ## score the ONNX files with COCO's metrics (ONNX=file.onnx: any file, without a run)
+report: ; $(job) ## runs/RUN/summary.md and .html (ARGS="--runs B C": summary-with-B-C, merged with other seeds)
+compare: ; $(job) ## A=runs/a B=runs/b, two runs or scored folders: AP by class, images that differ -> runs/compare
 publish: ; $(job) ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
 all: ; $(job) ## data, both trainings, ptq, export, eval, report
 bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it
 download-coco: ; $(job) ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
-tensorboard: ; $(job) ## every run, live, on http://localhost:6006
+tensorboard: ; $(job) ## every run, live, on http://localhost:6006 (TENSORBOARD_PORT=6007: another port)
 build: ; $(job) ## build the image (RUNNER=local: the .venv)
 lint: ; $(job) ## ruff, pyright, import-linter
 soak: ; $(job) ## 50 random kills (-9) of small trainings, each compared with an uninterrupted one
@@ -64,4 +79,4 @@ help:
 		'ACCEL=gpu|cpu' 'default: gpu where there is one' \
 		'GPUS=n|all' 'GPUs that the job sees; a training uses all of them (default 1)'
 
-.PHONY: help $(shell sed -n 's/^\([a-z0-9-]*\):.*## .*/\1/p' $(MAKEFILE_LIST))
+.PHONY: $(TARGETS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.bench import command as benches
+from app.core.command_line import Parser, not_empty
 
 if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
     from app.core.config import Config
@@ -95,7 +96,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__)
+    parser = Parser(prog="python -m app", description=__doc__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, stage in stages().items():
         command = commands.add_parser(name, help=stage.help, description=stage.help)
@@ -108,9 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") -> None:
-    stage.add_argument(
-        "--run", default=default, help=f"name of the run, a folder under --runs-dir (default: {default or 'full'})"
-    )
+    stage.add_argument("--run", default=default, help=f"a folder under --runs-dir (default: {default or 'full'})")
     stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
 
 
@@ -135,9 +134,9 @@ def ptq_arguments(stage: argparse.ArgumentParser) -> None:
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
     stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
-    stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder")
+    stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder (default: data.coco_dir)")
     stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
-    stage.add_argument("--out", type=Path, help="with --onnx: folder for metrics.json and detections.json")
+    stage.add_argument("--out", type=Path, help="with --onnx: folder of the scores (default: RUNS_DIR/eval/NAME)")
     stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
     stage.add_argument(
         "--contract", choices=("raw", "end2end", "nms"),
@@ -151,19 +150,20 @@ def report_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage, None)  # beside --runs only a name that was given counts
     stage.add_argument(
         "--runs", nargs="+", default=[], metavar="NAME",
-        help="runs that differ only in seeds: means and spreads, on the page of --run, or else of the first",
+        help="runs that differ only in seeds: means and spreads, on a page beside that of --run, or else of the first",
     )  # fmt: skip
 
 
 def publish_arguments(stage: argparse.ArgumentParser) -> None:
     run_arguments(stage)
+    stage.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="the page merged with these runs")
     stage.add_argument("--aim", help="for the log: what the run was to find out (default: what it compares)")
     stage.add_argument("--force", action="store_true", help="replace what was published; adds another entry")
 
 
 def compare_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("left", type=Path, help="runs/A, or a folder of it such as runs/A/baseline-coco")
-    stage.add_argument("right", type=Path, help="runs/B, or runs/A/qat-w4a16-coco")
+    stage.add_argument("left", type=not_empty, help="runs/A, or a folder of it such as runs/A/baseline-coco")
+    stage.add_argument("right", type=not_empty, help="runs/B, or runs/A/qat-w4a16-coco")
     stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
 
@@ -275,18 +275,18 @@ def evaluate(args: argparse.Namespace) -> None:
     sets = [] if args.max_images is None else [f"eval.max_images={args.max_images}"]
     with set_up(args, "qat", *sets, lock=args.onnx is None) as job:
         from app.coco.score import standalone_dataset
-        from app.core.config import UserError
+        from app.data.prepare import find
         from app.eval.contract import Said
-        from app.eval.evaluate import evaluate, evaluate_standalone
+        from app.eval.evaluate import evaluate, evaluate_standalone, scores_folder
         from app.eval.metadata import read_names
 
         if args.onnx is None:
             return evaluate(job.config, job.run, args.force)
-        if args.coco_dir is None or args.out is None:
-            raise UserError("eval --onnx FILE also needs --coco-dir PATH and --out DIR")
         said = Said(args.contract, read_names(args.names) if args.names else None, args.imgsz)
-        dataset = standalone_dataset(args.coco_dir, args.split, job.config.data.skip_broken)
-        evaluate_standalone(job.config, args.onnx, dataset, args.out, said)
+        out_dir = args.out or scores_folder(args.onnx, args.runs_dir, args.force)
+        coco_dir = args.coco_dir or find(job.config.data.coco_dir, job.run.cache_dir)
+        dataset = standalone_dataset(coco_dir, args.split, job.config.data.skip_broken)
+        evaluate_standalone(job.config, args.onnx, dataset, out_dir, said)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -303,7 +303,8 @@ def publish(args: argparse.Namespace) -> None:
     from app.core.run import open_run
     from app.report.publish import publish
 
-    publish(open_run(args.run, args.runs_dir), args.aim, args.force)
+    run, *others = [open_run(name, args.runs_dir) for name in dict.fromkeys([args.run, *args.runs])]
+    publish(run, args.aim, args.force, others)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -313,7 +314,8 @@ def compare(args: argparse.Namespace) -> None:
     isolate_libraries(args.out.parent / ".cache")
     from app.report.compare import compare
 
-    compare(args.left, args.right, args.out, load("qat", sets=args.set).report)
+    config = load("qat", sets=args.set)
+    compare(Path(args.left), Path(args.right), args.out, config.report, config.data.coco_dir)
 
 
 def bench(args: argparse.Namespace) -> None:

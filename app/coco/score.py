@@ -29,6 +29,7 @@ from app.coco.dataset import (
 )
 from app.core.config import UserError
 from app.core.files import read_json, sha256
+from app.core.mounts import only_seen
 
 STATS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -58,7 +59,9 @@ def standalone_dataset(coco_dir: Path, split: str, skip_broken: bool = False) ->
     """
     images_dir = coco_dir / split
     if not images_dir.is_dir():
-        raise UserError(f"{images_dir} is no folder: --coco-dir must hold {split}/ and annotations/")
+        raise UserError(
+            f"{images_dir} is no folder: COCO_DIR=path or --coco-dir must hold {split}/ and annotations/{only_seen()}"
+        )
     listed = read_instances(annotation_path(coco_dir, split))
     image_ids = None
     if listed.problems:

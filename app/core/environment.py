@@ -15,6 +15,7 @@ from typing import Any
 
 from app.core.config import UserError
 from app.core.files import sha256, write_atomic
+from app.core.mounts import as_known
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -52,7 +53,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "gpus": nvidia_smi(GPU_FACTS),
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": " ".join([Path(sys.executable).name, "-m", "app", *sys.argv[1:]]),
+        "command": as_known(" ".join([Path(sys.executable).name, "-m", "app", *sys.argv[1:]])),
         "time_utc": utc_now(),
     }
 

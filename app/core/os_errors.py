@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from app.core.config import UserError
+from app.core.mounts import in_container, only_seen
 
 log = logging.getLogger(__name__)
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: ulimit -f, or a file system of small files
 HELD_ERRNOS = (errno.EAGAIN, errno.EACCES)  # another process holds the lock; POSIX allows both
 NO_LOCK_ERRNOS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EIO, errno.EPERM, errno.ESTALE)
 DENIED_ERRNOS = (errno.EACCES, errno.EPERM)
+UNSEEN_ERRNOS = (errno.ENOENT, errno.EROFS)  # in a container also of what lies elsewhere outside
 OTHER_PATH = "give another path"
 NOT_READY = "check the disk or mount it again; then the same command goes on"
 # What is said of the path, and the remedy.
@@ -93,7 +95,8 @@ def explanation(error: OSError, folder: Path, need: str) -> str | None:
     if error.errno in DENIED_ERRNOS:
         return _denied(path)
     remedy = REMEDIES.get(error.errno or 0)
-    return f"{path} {remedy}" if remedy else None
+    seen = only_seen() if error.errno in UNSEEN_ERRNOS else ""
+    return f"{path} {remedy}{seen}" if remedy else None
 
 
 def _path_of(error: OSError) -> Path | None:
@@ -121,7 +124,12 @@ def _denied(path: Path) -> str:
 
 
 def _permission_remedy(place: Path) -> str:
-    owner = place.stat().st_uid
+    owner, group = place.stat().st_uid, place.stat().st_gid
+    if owner != os.getuid() and in_container():
+        return (
+            f"{place} belongs to uid {owner}; run as that user (export APP_UID={owner} APP_GID={group}; make does it), "
+            f"or make it yours (sudo chown -R {os.getuid()} {place})"
+        )
     if owner != os.getuid():
         return f"{place} belongs to uid {owner}; make it yours (sudo chown -R {os.getuid()} {place}), or {OTHER_PATH}"
     return (

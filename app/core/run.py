@@ -19,7 +19,7 @@ from app.core.os_errors import lock
 from app.core.shapes import Count, FolderName, Id, PathText, Shape
 
 RUN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-RESERVED_NAMES = ("log.md", "reports", "compare")  # what publish and compare write beside the runs
+RESERVED_NAMES = ("log.md", "reports", "compare", "eval")  # what publish, compare and eval write beside the runs
 MAX_NAME = 100  # characters: file names are made of it
 SPLIT_SHAPE = {
     "name": FolderName, "annotation_sha256": str, "image_ids_sha256": str, "image_ids": list[Id] | None,

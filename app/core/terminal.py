@@ -7,15 +7,19 @@ import os
 import sys
 
 from app.core.files import printable
+from app.core.mounts import as_known
 
 log = logging.getLogger("app")
 
 
 class Printable(logging.Formatter):
-    """Log lines without control characters: names in foreign files must not steer the terminal."""
+    """Log lines with the paths that the user knows, and without control characters.
+
+    Names in foreign files must not steer the terminal.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).split("\n")
+        lines = as_known(super().format(record)).split("\n")
         return "\n".join(map(printable, lines))
 
 

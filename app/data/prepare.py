@@ -62,11 +62,9 @@ def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force:
 
     `recorded` is what it was so far; the dataset may lie at another place now, if it is the same.
     """
-    coco_dir = locate(data.coco_dir, run.cache_dir)
     run.cache_dir.mkdir(parents=True, exist_ok=True)
     with explain_os_errors(run.cache_dir, "the labels of all of COCO take about 1 GiB in 123,000 files; make room"):
-        if data.coco_dir == BUILTIN_DATASET:
-            draw_coco_subset(coco_dir)
+        coco_dir = find(data.coco_dir, run.cache_dir)
         digests = hash_annotations(coco_dir)
         view = view_dir(run.cache_dir.resolve(), coco_dir, digests)
         if force:
@@ -82,6 +80,14 @@ def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force:
             write_json(run.provenance, provenance)
             record_stage(run, "data", {"coco_dir": str(coco_dir), "title": provenance["title"]})
     return provenance
+
+
+def find(coco_dir: str, cache_dir: Path) -> Path:
+    """As `locate`; the built-in dataset is drawn where it is missing."""
+    place = locate(coco_dir, cache_dir)
+    if coco_dir == BUILTIN_DATASET:
+        draw_coco_subset(place)
+    return place
 
 
 def locate(coco_dir: str, cache_dir: Path) -> Path:

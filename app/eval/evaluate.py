@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
 from app.core.files import printable, read_json, sha256, write_atomic, write_json
 from app.core.labels import FOREIGN, Label, by_label
+from app.core.mounts import as_known
 from app.core.progress import track
 from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
 from app.core.shapes import Shape
@@ -34,6 +36,7 @@ from app.eval.runtime import Model, describe_runtime, open_model
 FORMAT_VERSION = 1  # raise it when the meaning of a number changes, so that older metrics.json are recomputed
 EVALUATOR = "onnxruntime + pycocotools"
 METRICS, DETECTIONS = "metrics.json", "detections.json"
+NOT_IN_NAMES = re.compile(r"[^\w.-]")  # of folders that are named after a file of the user
 SMALLEST = 32  # px: an image is only checked
 RECORD: Shape = {"label": str, "sha256": str}
 SCORED: Shape = {"model.sha256": str, "settings_hash": str}
@@ -78,6 +81,25 @@ def evaluate_standalone(
     if config.data.skip_broken:
         dataset = without_broken(dataset)
     return evaluate_file(onnx_path, dataset, out_dir, config.eval, said)
+
+
+def scores_folder(onnx_path: Path, runs_dir: Path, force: bool) -> Path:
+    """Folder for the score of a file without a run: eval/<name of the file> beside the runs.
+
+    Raises:
+        UserError: it holds the score of another file of this name, and `force` is not set.
+    """
+    name = NOT_IN_NAMES.sub("_", Path(as_known(str(onnx_path))).stem).lstrip(".") or "model"
+    out_dir = runs_dir / "eval" / name
+    metrics_path = out_dir / METRICS
+    if force or not metrics_path.exists() or not onnx_path.is_file():
+        return out_dir
+    if read_json(metrics_path, "eval", SCORED)["model"]["sha256"] != sha256(onnx_path):
+        raise UserError(
+            f"{out_dir} holds the score of another {onnx_path.name}: name another folder, --out {runs_dir}/eval/NAME, "
+            "or replace it with --force"
+        )
+    return out_dir
 
 
 def without_broken(dataset: Dataset) -> Dataset:
@@ -202,7 +224,7 @@ def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
     if asked not in scored and asked != load(config.variant).data.coco_dir:
         log.warning(
             "eval: scores the images of the run (%s), not those of data.coco_dir=%s: take another RUN=name for them, "
-            "or python -m app eval --onnx FILE --coco-dir %s --out DIR", provenance["coco_dir"], asked, asked
+            "or make eval ONNX=FILE COCO_DIR=%s", provenance["coco_dir"], asked, asked
         )  # fmt: skip
     split = provenance["splits"]["val"]
     coco_dir, annotation_sha256 = Path(provenance["coco_dir"]), split["annotation_sha256"]

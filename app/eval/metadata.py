@@ -11,6 +11,7 @@ from typing import Any
 
 from app.core.config import UserError, read_yaml
 from app.core.files import printable
+from app.core.mounts import only_seen
 
 LONGEST_CHARS = 100_000  # of a value: the names of 1,203 classes (LVIS) take 30,000
 N_SHOWN = 60  # characters of a text in a message
@@ -82,7 +83,7 @@ def read_names(file: Path) -> list[str]:
 
 def _text_of(file: Path) -> str:
     if not file.is_file():
-        raise UserError("there is no such file")
+        raise UserError(f"there is no such file{only_seen()}")
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

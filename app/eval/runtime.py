@@ -17,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 
 from app.core.config import UserError
 from app.core.files import printable
+from app.core.mounts import only_seen
 from app.eval.contract import (
     Input,
     Said,
@@ -166,7 +167,9 @@ def open_model(path: Path, provider: str, said: Said | None = None) -> Model:
     """
     if not path.is_file():
         what = "is no regular file" if path.exists() else "is missing"
-        raise UserError(f"{path} {what}: give the path of an ONNX file; 'make export' makes those of a run")
+        raise UserError(
+            f"{path} {what}: give the path of an ONNX file; 'make export' makes those of a run{only_seen()}"
+        )
     try:
         model = _open(path, choose_provider(provider), said or Said())
     except UnicodeDecodeError as error:

@@ -8,9 +8,11 @@ import yaml
 
 from app.core.config import difference, flatten
 from app.core.labels import scored_name
+from app.core.mounts import as_known
 from app.report.evidence import Evidence
 from app.report.findings import Findings
 from app.report.groups import N_HASH
+from app.report.page_files import PageFiles, ending
 from app.report.tables import MISSING, markdown_table, number, plain
 
 ENVIRONMENT_ROWS = (
@@ -30,7 +32,7 @@ FILES_OF_TRAINING = (
     "results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "args.yaml", "env.json", "log.txt", "health.json",
     "quant_config.json",
 )  # fmt: skip
-FILES_OF_RUN = {"dataset": "dataset/provenance.json", "the run": "run.json", "numbers of this page": "report.json"}
+FILES_OF_RUN = {"dataset": "dataset/provenance.json", "the run": "run.json"}
 
 
 def appendix(evidence: Evidence, findings: Findings) -> list[str]:
@@ -43,7 +45,7 @@ def appendix(evidence: Evidence, findings: Findings) -> list[str]:
         "## Difference between the variants": difference_table(trained),
         "## Hyper-parameters": settings_block(trained),
         "## Environment": environment_table(evidence),
-        "## Where things are": pointers(evidence),
+        "## Where things are": pointers(evidence, findings),
         "## Reproduce": commands(evidence),
     }
     blocks = []
@@ -121,7 +123,8 @@ def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
     choice = ""
     if any(split["subset"] for split in splits):
         choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json."
-    return [f"{plain(provenance['title'])} in `{provenance['coco_dir']}`.{choice}", "", *markdown_table(cells)]
+    place = as_known(provenance["coco_dir"])
+    return [f"{plain(provenance['title'])} in `{place}`.{choice}", "", *markdown_table(cells)]
 
 
 def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
@@ -193,7 +196,7 @@ def _short(value: Any) -> str:
     return f"`{value[:N_HASH]}`" if is_hash else _value(value)
 
 
-def pointers(evidence: Evidence) -> list[str]:
+def pointers(evidence: Evidence, findings: Findings) -> list[str]:
     """Paths relative to the run root, so that the folder can be moved."""
     lines = []
     for label in evidence.trainings:
@@ -208,7 +211,9 @@ def pointers(evidence: Evidence) -> list[str]:
         where = f"`onnx/{model['file']}`, sha256 `{model['sha256'][:N_HASH]}`"
         lines.append(f"- {plain(model['label'])}: {where}, {links}")
     of_the_run = []
-    for what, path in FILES_OF_RUN.items():
+    merged = findings["seeds"]["runs"][1:] if findings["seeds"] else []
+    numbers = PageFiles(evidence.run, ending([run["name"] for run in merged])).numbers
+    for what, path in {**FILES_OF_RUN, "numbers of this page": numbers.name}.items():
         if (evidence.run.root / path).exists():
             of_the_run.append(f"{what}: [{path}]({path})")
     if of_the_run:

@@ -7,12 +7,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import Dataset, open_dataset
+from app.coco.dataset import Dataset, annotation_path, open_dataset
 from app.coco.detail import Metrics, analyse
 from app.coco.score import STATS
 from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
 from app.core.labels import SCORES_ENDING
+from app.core.mounts import only_seen
 from app.core.run import RunRoot
 from app.core.shapes import Id, PathText, Shape, misfits
 from app.report.evidence import METRICS_SHAPE, name_of
@@ -27,18 +28,20 @@ Pair = tuple[Metrics, Metrics]
 log = logging.getLogger(__name__)
 
 
-def compare(left: Path, right: Path, out_dir: Path, settings: Report) -> None:
+def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: str | None = None) -> None:
     """Writes out_dir/compare.md, compare.json and figures/, and logs the first table.
 
     Args:
         left, right: two runs, whose rows are paired by the name of their folder, or two folders with a metrics.json.
         out_dir: what is there of an older comparison is replaced.
         settings: gallery_images and gallery_seed choose the pictures.
+        coco_dir: where the dataset is now, if it is no longer where it was scored.
 
     Raises:
         UserError: nothing to compare, rows measured differently, or detections or images that are no longer there.
     """
-    pairs = pair_up(left, right)
+    places = [*([Path(coco_dir)] if coco_dir else []), out_dir.parent / ".cache"]
+    pairs = [(found(old, places), found(new, places)) for old, new in pair_up(left, right)]
     rows = both_sides(pairs)
     check_meter(rows)
     facts, truth = analyse(scored_dataset(rows[0]), rows)
@@ -94,7 +97,8 @@ def scored_folders(path: Path) -> dict[str, Path]:
     if path.is_file():
         raise UserError(f"{path} is a file: name a run or a folder of it")
     if not folders:
-        raise UserError(f"{path} holds neither metrics.json nor *-coco/metrics.json: run 'make eval' first")
+        seen = "" if path.exists() else only_seen()
+        raise UserError(f"{path} holds neither metrics.json nor *-coco/metrics.json: run 'make eval' first{seen}")
     return {folder.name: folder for folder in folders}
 
 
@@ -139,10 +143,24 @@ def check_meter(rows: list[Metrics]) -> None:
         raise UserError(f"{paths} were measured differently ({', '.join(differences)}): score both the same way")
 
 
+def found(metrics: Metrics, places: list[Path]) -> Metrics:
+    """The row with the folder where its dataset is: as it was scored or, if that is gone, one of `places` or in it.
+
+    In a place lies the built-in dataset of a run that was made in a container, or without one.
+    """
+    recorded, split = Path(metrics["dataset"]["coco_dir"]), metrics["dataset"]["split"]
+    in_places = [folder for place in places for folder in (place, place / recorded.name)]
+    for folder in [recorded, *in_places]:
+        if annotation_path(folder, split).is_file():
+            return {**metrics, "dataset": {**metrics["dataset"], "coco_dir": str(folder)}}
+    return metrics
+
+
 def scored_dataset(metrics: Metrics) -> Dataset:
     """The images and annotations as metrics.json names them; `analyse` holds the images against its hash."""
     facts = metrics["dataset"]
-    return open_dataset(Path(facts["coco_dir"]), facts["split"], facts["image_ids"], facts["title"])
+    coco_dir, sha256 = Path(facts["coco_dir"]), facts["annotation_sha256"]
+    return open_dataset(coco_dir, facts["split"], facts["image_ids"], facts["title"], sha256)
 
 
 def table(pairs: list[Pair]) -> list[str]:

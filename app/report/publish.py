@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from app.core.config import UserError
 from app.core.environment import REPO_DIR, utc_now
 from app.core.files import new_folder, read_json, write_text
 from app.core.labels import SCORES_ENDING
+from app.core.mounts import as_known
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
 from app.report.findings import Findings
 from app.report.html import PICTURE, is_inside, page
+from app.report.page_files import PageFiles, page_of
 from app.report.summary import ap_text, difference_text, health_lines, sample, verdict
 from app.report.tables import plain
 
 log = logging.getLogger(__name__)
 KEPT = (
-    "run.json", "report.json", "dataset/provenance.json", "figures/*.json", "onnx/*.json",
+    "run.json", "dataset/provenance.json", "figures/*.json", "onnx/*.json",
     f"*{SCORES_ENDING}/metrics.json",
     "*/config.yaml", "*/args.yaml", "*/results.csv", "*/loss_curve.csv", "*/loss_curve.png",
     "*/env.json", "*/done.json", "*/quant_config.json", "*/health.json",
@@ -40,7 +42,7 @@ NO_PHOTOS = "*Left out here: photos of the dataset are not published.*"
 LOG_HEAD = '# Runs\n\nOne entry a run, the newest last; failures too. "Better" states seeds and spread, or says n=1.\n'
 
 
-def publish(run: RunRoot, aim: str | None, force: bool) -> None:
+def publish(run: RunRoot, aim: str | None, force: bool, others: Sequence[RunRoot] = ()) -> None:
     """Copies the report and the JSON, CSV and YAML files it was made from, and adds an entry to runs/LOG.md.
 
     Weights, ONNX files, logs, events and detections stay behind, and with them every image of the dataset: the gallery
@@ -48,26 +50,29 @@ def publish(run: RunRoot, aim: str | None, force: bool) -> None:
 
     Args:
         aim: what the run was to find out, for the entry; None: what it compares.
+        others: the page merged with these runs, which is published under a name of its own.
 
     Raises:
         UserError: the run has no report, or was published before and `force` is not set.
     """
-    findings = read_json(run.root / "report.json", "report", {"run": str, "missing": list[str]})
-    if not run.summary.exists():
-        raise UserError(f"{run.summary} is missing: run 'make report' first")
-    target = run.runs_dir / "reports" / run.name
+    files = page_of(run, others)
+    target = files.published_dir
+    findings = read_json(files.numbers, "report", {"run": str, "missing": list[str]})
+    if not files.markdown.exists():
+        raise UserError(f"{files.markdown} is missing: run 'make report' first")
     if target.exists() and not force:
         raise UserError(f"{target} is there already: ARGS=--force replaces it and adds another entry to the log")
     evidence = gather(run)
-    text = run.summary.read_text(encoding="utf-8")
+    text = files.markdown.read_text(encoding="utf-8")
     is_builtin = evidence.provenance is not None and evidence.provenance["title"] == BUILTIN_TITLE
     pictures = [name for names in PICTURE.findall(text) for name in names[:2]]
-    log_entry = checked_entry(evidence, findings, aim)
+    log_entry = checked_entry(evidence, findings, aim, files)
     without = private_paths(run, evidence)
-    copy(run, target, pictures if is_builtin else list(filter(is_figure, pictures)), without)
+    shown = pictures if is_builtin else list(filter(is_figure, pictures))
+    copy(run, target, [files.numbers.name, *shown], without)
     text = anonymous(without_dead_ends(text, target), without)
     write_text(target / "summary.md", text)
-    write_text(target / "summary.html", page(text, target, run.name))
+    write_text(target / "summary.html", page(text, target, target.name))
     append_log(run.runs_dir / "LOG.md", anonymous(log_entry, without))
     log.info("publish: %s, and an entry in %s", target, run.runs_dir / "LOG.md")
 
@@ -77,15 +82,15 @@ def is_figure(name: str) -> bool:
     return name.endswith(".png")
 
 
-def copy(run: RunRoot, target: Path, pictures: list[str], without: dict[str, str]) -> None:
-    """Replaces `target` by the files of KEPT and the pictures; it appears when it is complete.
+def copy(run: RunRoot, target: Path, names: list[str], without: dict[str, str]) -> None:
+    """Replaces `target` by the files of KEPT and those of the page; it appears when it is complete.
 
     Only files of the run itself are published, none that a link in it leads to, and none of `without` in their text.
     """
     files: set[Path] = set()
     for pattern in KEPT:
         files.update(run.root.glob(pattern))
-    files |= {run.root / name for name in pictures}
+    files |= {run.root / name for name in names}
     with new_folder(target, replace=True) as part:
         for path in sorted(files):
             if not is_inside(path, run.root):
@@ -104,7 +109,8 @@ def private_paths(run: RunRoot, evidence: Evidence) -> dict[str, str]:
     folders = {str(run.root.resolve()): run.name, str(run.runs_dir.resolve()): "runs", str(REPO_DIR): "."}
     if evidence.provenance is not None:
         coco_dir = evidence.provenance["coco_dir"]
-        folders |= {coco_dir: Path(coco_dir).name or "coco"} if coco_dir.startswith("/") else {}
+        for place in (coco_dir, as_known(coco_dir)):
+            folders |= {place: Path(place).name or "coco"} if place.startswith("/") else {}
     folders |= {str(Path.home()): "~"}
     return dict(sorted(folders.items(), key=lambda item: -len(item[0])))
 
@@ -127,21 +133,20 @@ def without_dead_ends(text: str, target: Path) -> str:
     return f"{title}\n{rest.rstrip()}\n\n{note}\n"
 
 
-def checked_entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
+def checked_entry(evidence: Evidence, findings: Findings, aim: str | None, files: PageFiles) -> str:
     """The entry; report.json may come from somebody else.
 
     Raises:
         UserError: it is not what the report stage writes.
     """
     try:
-        return entry(evidence, findings, aim)
+        return entry(evidence, findings, aim, files.published_dir.name)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        path = evidence.run.root / "report.json"
-        raise UserError(f"{path} is not what 'make report' writes: run 'make report' again") from error
+        raise UserError(f"{files.numbers} is not what 'make report' writes: run 'make report' again") from error
 
 
-def entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
-    """Markdown of one entry: aim, command, commit, machine, result, verdict."""
+def entry(evidence: Evidence, findings: Findings, aim: str | None, folder: str) -> str:
+    """Markdown of one entry: aim, command, commit, machine, result, verdict; `folder` below reports/ has the page."""
     environments = [training.environment for training in evidence.trainings.values()]
     environments += [metrics["environment"] for metrics in evidence.scored]
     commands = [f"`{environment['command']}`" for environment in environments]
@@ -154,7 +159,7 @@ def entry(evidence: Evidence, findings: Findings, aim: str | None) -> str:
         "result": "; ".join(results(findings)) or "nothing was scored",
         "verdict": " ".join([*verdict(findings), *health_lines(findings)]),
         "missing": plain("; ".join(findings["missing"])) or "nothing",
-        "report": f"[reports/{evidence.run.name}/summary.md](reports/{evidence.run.name}/summary.md)",
+        "report": f"[reports/{folder}/summary.md](reports/{folder}/summary.md)",
     }
     lines = [f"## {utc_now()[:10]} {plain(findings['run'])}", ""]
     for name, value in facts.items():

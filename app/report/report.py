@@ -22,6 +22,7 @@ from app.report.gallery import gallery
 from app.report.groups import distinct, is_baseline, measured_alike, shown_apart
 from app.report.html import page
 from app.report.layer_figures import layers, quantizer_health
+from app.report.page_files import page_of
 from app.report.summary import summary, tables
 from app.report.tables import number, plain
 
@@ -32,7 +33,7 @@ def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None
     """Writes report.json, summary.md, summary.html and figures/, and logs the table.
 
     What a partial run lacks is named on the page and logged. `others` are the same run with other seeds: AP and
-    differences become means with their spread.
+    differences become means with their spread, on a page beside that of the run alone, summary-with-<others>.md.
 
     Raises:
         UserError: there is no such run, or `others` differ from it in more than seeds.
@@ -42,17 +43,18 @@ def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None
     findings = derive(evidence, config.report)
     if others:
         enter_seeds(findings, [evidence, *map(gather, others)])
-    write_json(run.root / "report.json", findings)
+    files = page_of(run, others)
+    write_json(files.numbers, findings)
     figures = make_figures(evidence, config.report)
     text = summary(evidence, findings, figures)
-    write_text(run.summary, text)
-    write_text(run.summary.with_suffix(".html"), page(text, run.root, findings["run"]))
-    record_stage(run, "report", {"file": run.summary.name})
+    write_text(files.markdown, text)
+    write_text(files.html, page(text, run.root, findings["run"]))
+    record_stage(run, f"report{files.ending}", {"file": files.markdown.name})
     for line in [*tables(evidence.scored, findings), ""]:
         log.info("%s", line)
     for line in findings["missing"]:
         log.info("missing: %s", line)
-    log.info("report: %s", run.summary)
+    log.info("report: %s", files.markdown)
     check_min_ap50(evidence, config.report.min_ap50)
 
 

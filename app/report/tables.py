@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from app.core.files import printable
+from app.core.mounts import as_known
 
 ENTITY = re.compile(r"&(?=#?\w+;)")
 MISSING = "-"
@@ -49,8 +50,8 @@ def _joined(cells: list[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of any origin that cannot end a line or a table cell, and begins neither tag, entity nor link."""
-    text = ENTITY.sub("&amp;", printable(text))
+    """Text of any origin, with the user's names of paths: it ends no line or table cell, and begins no tag or link."""
+    text = ENTITY.sub("&amp;", printable(as_known(text)))
     return text.replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 

@@ -54,13 +54,13 @@ class Passes:
     """Forward, loss and backward of a network for images and labels in tensors of fixed place: what a graph holds.
 
     Args:
-        state: of the training; its network is the one without DistributedDataParallel.
+        state: of the training.
         shape: of a batch of images, [N,3,S,S].
         amp: whether the forward runs under FP16 autocast.
     """
 
     def __init__(self, state: State, shape: torch.Size, amp: bool) -> None:
-        self.net, self.amp, self.n_ranks = state.net, amp, state.ranks.n
+        self.net, self.amp = state.net, amp
         self.loss = HeadLoss(criterion_of_part(self.net, state.ranks), state.ranks)
         trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         device = next(iter(trained.values())).device
@@ -90,7 +90,7 @@ class Passes:
             preds = functional_call(self.net, self.half, (self.inputs,)) if self.half else self.net(self.inputs)
             loss, items = self.loss(preds, self.rows, self.head_weights)
         sources = [*self.half.values(), *self.others]
-        grads = torch.autograd.grad(loss * self.n_ranks * self.scale, sources, allow_unused=True)
+        grads = torch.autograd.grad(loss * self.scale, sources, allow_unused=True)
         return items, [*_as_float(list(grads[: len(self.half)])), *grads[len(self.half) :]]
 
 
@@ -157,12 +157,6 @@ class StepGraph:
             weight.grad = None
         cast(torch.cuda.CUDAGraph, self.graph).replay()
         return self.items.clone()
-
-    def reduce(self) -> None:
-        """Replaces the gradients by their mean over the ranks; called before an optimizer step."""
-        if self.graph is not None and self.state.ranks.n > 1:
-            self.gradients.bind()
-            self.state.ranks.mean(self.gradients.flat)
 
     def _fits(self, batch: dict[str, Any]) -> bool:
         n_images = len(batch["img"])

@@ -30,7 +30,7 @@ from app.train.monitor import Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
 from app.train.processes import explain_lost_peer
 from app.train.state import State
-from app.train.step import Rise, clipped_step, warm_up
+from app.train.step import Rise, clipped_step, warm_up, weights_of
 from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
 from app.train.validator import HeldOut, weights_of
@@ -92,12 +92,12 @@ class Loop:
         """Builds what is trained, and loads the last checkpoint or, in a new training, writes the first."""
         trainer = self.trainer
         trainer.set_up()
-        self.options = stabilisers(self.config, trainer.net, trainer.ema.ema)
-        self.oscillations = Oscillations(trainer.net)
+        self.options = stabilisers(self.config, trainer.model, trainer.ema.ema)
+        self.oscillations = Oscillations(trainer.model)
         self.full_accumulate = trainer.accumulate
         self.bn_images = BnImages(trainer.train_loader.dataset, trainer.args, self.config)
         self.state = State(
-            net=trainer.net, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
+            net=trainer.model, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
         n_own = trainer.train_loader.batch_sampler.sampler.n_own
@@ -183,20 +183,20 @@ class Loop:
         if terms is not None:
             self.watch.add_loss(self.state.add_losses(list(self.state.net.criterion.loss_names), terms))
             return
-        loss, items = self.trainer.forward(self.trainer.model, batch)
-        loss = loss * self.ranks.n  # DistributedDataParallel takes the mean, and the parts add up
+        loss, items = self.trainer.forward(self.state.net, batch)
         self.watch.add_loss(self.state.add_losses(list(items), torch.stack(list(items.values())).detach()))
         self.state.scaler.scale(loss).backward()
 
     def optimizer_step(self) -> None:
         state = self.state
-        self.graph.reduce()
+        grads = [weight.grad for weight in weights_of(state.optimizer) if weight.grad is not None]
+        self.ranks.all_reduce_together(grads)  # the losses of the parts add up to the batch's
         if self.options:
             scale = state.scaler.get_scale()  # waits for the GPU
             for option in self.options:
                 option.before_step(scale)
         clipped_step(state.optimizer, state.scaler, self.watch.add_step)
-        state.ema.update(self.trainer.model)
+        state.ema.update(state.net)
         for stabiliser in state.stabilisers:
             stabiliser.after_step()
 

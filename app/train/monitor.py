@@ -20,6 +20,7 @@ from app.core.config import Config, dump, flatten
 from app.core.curves import curve_figure
 from app.core.progress import Meter, clock
 from app.core.results import SCORED_AP, WARM_UP, Rows, is_validated, train_loss, write_rows
+from app.core.terminal import Printable
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
 HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp")
@@ -34,7 +35,7 @@ def log_file(path: Path) -> Iterator[None]:
     Of Ultralytics' records only warnings reach the terminal.
     """
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(Printable("%(asctime)s %(name)s %(levelname)s %(message)s"))
     LOGGER.handlers.clear()
     LOGGER.propagate = True
     LOGGER.setLevel(logging.INFO)

@@ -129,8 +129,7 @@ def find_cause(state: State, fault: NonFinite, loss_of: LossOf, n_batches: int) 
 def first_cause(state: State, batches: list[Batch], loss_of: LossOf) -> str:
     """The first weight, layer output or gradient that is not finite, in the order of the network; NO_CAUSE if none is.
 
-    Runs the batches forward and backward again. The network is used without DistributedDataParallel, and no .grad is
-    written: the other ranks do not take part.
+    Runs the batches forward and backward again and writes no .grad. The other ranks do not take part.
     """
     for name, weight in state.net.named_parameters():
         if not weight.isfinite().all():

@@ -106,24 +106,20 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def mean(self, tensor: torch.Tensor) -> None:
-        """Replaces a tensor by its mean over all ranks; where they have equal tensors nothing changes, bit for bit."""
+    def all_reduce_together(self, tensors: list[torch.Tensor]) -> None:
+        """Sum over all ranks of each tensor, in place, as one collective. All ranks give tensors of the same shapes."""
+        if self.n == 1 or not tensors:
+            return
+        flat = self.all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def share(self, model: nn.Module) -> None:
+        """Gives the model of every rank the parameters and buffers of rank 0's."""
         if self.n > 1:
-            dist.all_reduce(tensor)
-            tensor.div_(self.n)
-
-    def distributed(self, model: nn.Module, may_skip_parameters: bool) -> nn.Module:
-        """DistributedDataParallel around a model that lies on its device.
-
-        Each rank keeps its own buffers, as in Ultralytics: a training forward does not read BatchNorm's statistics.
-        """
-        device = next(model.parameters()).device
-        return nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            find_unused_parameters=may_skip_parameters,
-        )
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)
 
 
 ALONE = Ranks()

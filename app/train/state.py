@@ -72,10 +72,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class State(Progress):
-    """Progress, and the objects that a training step changes; the network carries its criterion.
-
-    `net` is the network without DistributedDataParallel around it.
-    """
+    """Progress, and the objects that a training step changes; the network carries its criterion."""
 
     net: Any
     ema: ModelEMA

@@ -14,7 +14,7 @@ from torch import nn
 from ultralytics.data.build import build_dataloader
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
-from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds, unwrap_model
+from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds
 
 from app.core.config import Config
 from app.core.files import read_json, write_json
@@ -73,12 +73,10 @@ class Trainer(DetectionTrainer):
         """Builds network, EMA, loaders, optimizer, scaler and validator."""
         self._setup_train()
         if self.ranks.n > 1:
-            quant = self.config.quant  # learned scales have no gradient while the weights are float
-            may_skip = quant is not None and quant.learned_scale and quant.warmup_share > 0
-            self.model = self.ranks.distributed(self.model, may_skip)
+            self.ranks.share(self.model)
             self.amp = self.ranks.broadcast(self.amp)  # Ultralytics checks it on rank 0 alone
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
-        self.net.criterion = criterion_of_part(self.net, self.ranks)
+        self.model.criterion = criterion_of_part(self.model, self.ranks)
         self.ema.decay = lambda x: ema_decay(self.config.train, x)
 
     def facts(self) -> dict[str, Any]:
@@ -100,11 +98,6 @@ class Trainer(DetectionTrainer):
             f"{train.epochs} epochs, batch {train.batch}, {train.imgsz} px, {precision}, "
             + (f"{n} processes, {self.device.type}" if n > 1 else str(self.device))
         )
-
-    @property
-    def net(self) -> Any:
-        """The network without DistributedDataParallel around it."""
-        return unwrap_model(self.model)
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Quantization happens here, before the optimizer and the EMA copy are made."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from brevitas.quant import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from app.core.config import UserError
 from app.quant.codes import read_codes
@@ -283,18 +281,6 @@ def test_compiled_model_equals_eager() -> None:
     model.compile(backend="aot_eager")
     for _ in range(2):
         exactly(step(model), expected)
-
-
-def test_ddp_gradients_reach_the_parameters(tmp_path: Path) -> None:
-    expected = step(network())
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model = network()
-        out = DistributedDataParallel(model)(images())
-        out.square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    exactly({name: parameter.grad for name, parameter in model.named_parameters()}, expected[1])
 
 
 def test_other_quantizer_is_refused_by_name() -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 REPO_DIR = Path(__file__).resolve().parents[2]
 IMAGE = os.environ.get("IMAGE", "w4a16-detector:latest")
 GPU_JOBS = ("train-fp16", "train-qat", "export", "ptq", "eval", "all", "smoke", "bench")
-JOBS = (*GPU_JOBS, "data", "report", "test", "lint")
+JOBS = (*GPU_JOBS, "data", "report", "compare", "test", "lint")
 # Any uid will do; one without a name and without a home shows that none is needed. Only root may delete its files.
 UID = 23456 if os.getuid() == 0 else os.getuid()
 CPU_FILES = ("-f", "docker-compose.yml", "-f", "docker-compose.cpu.yml")
@@ -111,6 +112,15 @@ class Compose(unittest.TestCase):
                 self.assertEqual(sorted(here), sorted(there), name)
                 self.assertEqual(here[-4:], shlex.split(args), "ARGS come last and override")
 
+    def test_what_is_compared_or_scored_is_the_same_in_both(self) -> None:
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        for name, words in (("compare", {"A": folder, "B": folder}), ("eval", {"ONNX": f"{folder}/it's a.onnx"})):
+            Path(folder, "it's a.onnx").touch()
+            here = local_command(name, RUN="r", COCO_DIR="", **words)
+            services = compose_config(RUN="r", **{key: value.replace("'", "'\\''") for key, value in words.items()})
+            self.assertEqual(sorted(here), sorted(services[name]["command"]))
+
 
 def local_command(target: str, **env: str) -> list[str]:
     """Arguments after `python -m app` that RUNNER=local gives, seen by a stand-in for the interpreter."""
@@ -127,8 +137,8 @@ def local_command(target: str, **env: str) -> list[str]:
         output = subprocess.run(
             [root / "scripts" / "job", target], env=settings, capture_output=True, text=True, check=True
         ).stdout
-    _, _, words = output.partition(f"run: {env['RUN']}\n")
-    return words.splitlines()
+    _, _, words = output.partition("accel: cpu")  # the line that says which runner it is
+    return words.splitlines()[1:]
 
 
 @unittest.skipUnless(shutil.which("git"), "git makes the clone")
@@ -201,6 +211,22 @@ class Image(unittest.TestCase):
         self.assertEqual(result.returncode, 2)
         self.assertIn("did you mean train.epochs", result.stderr + result.stdout)
 
+    def test_messages_name_the_dataset_as_the_user_does(self) -> None:
+        result = docker(*self.run, "data", "data", "--run", "t", "--set", "data.coco_dir=/data/coco", env=self.env)
+        self.assertEqual(result.returncode, 2)
+        said = result.stderr + result.stdout
+        self.assertIn(f"error: {self.folder}/coco has no train2017/", said)
+        self.assertNotIn("/data/coco", said.replace(f"{self.folder}/coco", ""))
+
+    @unittest.skipUnless(os.getuid() == 0, "only root gives a folder to another user")
+    def test_another_uid_is_told_which_variables_to_set(self) -> None:
+        self.runs_dir.chmod(0o755)
+        os.chown(self.runs_dir, UID, UID)
+        env = {**self.env, "APP_UID": "", "APP_GID": ""}
+        result = docker(*self.run, "data", "data", "--run", "t", "--conf", "conf/smoke.yaml", env=env)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn(f"export APP_UID={UID} APP_GID={UID}", result.stderr + result.stdout)
+
     def test_no_layer_holds_a_secret(self) -> None:
         told = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE).stdout
         told += docker("image", "inspect", "-f", "{{json .Config}}", IMAGE).stdout
@@ -243,6 +269,24 @@ class EndOfMake(unittest.TestCase):
         while container in running():
             self.assertLess(time.monotonic(), deadline, "the container is still running")
             time.sleep(0.2)
+
+    def test_tensorboard_says_its_address_and_nothing_else(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "RUNNER": "docker", "ACCEL": "cpu", "TENSORBOARD_PORT": str(port)}
+        make = subprocess.Popen(
+            ["make", "--no-print-directory", "tensorboard"], cwd=REPO_DIR, env=environment, start_new_session=True,
+            text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
+        self.addCleanup(end, make)
+        assert make.stdout is not None
+        first = make.stdout.readline()
+        make.terminate()
+        rest, _ = make.communicate(timeout=GONE_WITHIN_S)
+        self.assertEqual(first, f"http://localhost:{port}\n")
+        self.assertRegex(rest, r"\A(make(\[\d+\])?: .*\n)*\Z")
 
     def test_terminated(self) -> None:
         make, container = self.start()

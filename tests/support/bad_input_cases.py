@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -266,6 +267,43 @@ SETTINGS = [
     Case(
         "setting that is not YAML", nothing,
         "--set train.epochs=[1: the value is not valid YAML", ("train.epochs=[1",),
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A command line that the parser refuses, without `python -m app`, and the line expected."""
+
+    name: str
+    args: tuple[str, ...]
+    line: str
+
+
+NONE = "unrecognized arguments"
+ARGUMENTS = [
+    Argument(
+        "setting without --set", ("train", "--variant", "qat", "train.epochs=3"),
+        f"{NONE}: train.epochs=3: a setting is written --set train.epochs=3",
+    ),
+    Argument(
+        "setting as an option", ("all", "--epochs", "3"),
+        f"{NONE}: --epochs 3: a setting is written --set train.epochs=3",
+    ),
+    Argument(
+        "setting without its section, which two have", ("all", "--force", "seed=3"),
+        f"{NONE}: seed=3: a setting is written --set data.seed=3 or --set train.seed=3",
+    ),
+    Argument(
+        "setting that there is not", ("data", "train.epoch=3"),
+        f"{NONE}: train.epoch=3: a setting is written --set key=value; conf/base.yaml lists the keys",
+    ),
+    Argument(
+        "option that there is not", ("data", "--what", "a"), f"{NONE}: --what a: --help lists the arguments",
+    ),
+    Argument(
+        "compare without runs", ("compare", "", ""),
+        "argument left: name two runs or scored folders, A=runs/a B=runs/b: --help lists the arguments",
     ),
 ]  # fmt: skip
 

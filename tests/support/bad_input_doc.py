@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from app.core.environment import REPO_DIR
 from app.core.files import write_text
 from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, Case
-from tests.support.bad_input_cases import BOXES, DOUBTS, FILES, FOLDER, SETTINGS
+from tests.support.bad_input_cases import ARGUMENTS, BOXES, DOUBTS, FILES, FOLDER, SETTINGS, Argument
 
 DOC = REPO_DIR / "docs" / "bad-input.md"
 HEAD = """# What a bad input says
@@ -20,6 +22,7 @@ PARTS = {
     "Boxes (`data.skip_broken=true` goes on without their images)": BOXES,
     "Doubtful annotations (a warning; an error with `data.strict=true`)": DOUBTS,
     "Settings": SETTINGS,
+    "Arguments (in make's ARGS)": ARGUMENTS,
 }  # fmt: skip
 
 
@@ -29,7 +32,7 @@ def document() -> str:
     return HEAD + "".join(parts)
 
 
-def rows(cases: list[Case]) -> str:
+def rows(cases: Sequence[Case | Argument]) -> str:
     return "".join(f"| {case.name} | `{case.line.replace('|', chr(92) + '|')}` |\n" for case in cases)
 
 

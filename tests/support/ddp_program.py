@@ -57,7 +57,7 @@ def fixed_norm(self: Trainer) -> None:
     """Trainer._model_train with BatchNorm as in evaluation: in training its statistics are those of a process's own
     images, as in Ultralytics, the one thing that depends on the number of processes."""
     DetectionTrainer._model_train(self)
-    for layer in self.net.modules():
+    for layer in self.model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval()
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from app.__main__ import parse
 from app.core.config import UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
 from tests.support.bad_annotation_cases import Case
-from tests.support.bad_input_cases import BOXES, CASES, FILES
+from tests.support.bad_input_cases import ARGUMENTS, BOXES, CASES, FILES, Argument
 from tests.support.bad_input_doc import DOC, document
 from tests.support.data_fixtures import listing, run_data, write_dataset
 
@@ -67,7 +68,7 @@ def test_names_are_unique_and_as_many_as_promised() -> None:
 
 def test_the_page_says_what_the_cases_say() -> None:
     assert DOC.read_text(encoding="utf-8") == document(), "run PYTHONPATH=. python tests/support/bad_input_doc.py"
-    assert document().count("\n| ") - document().count("\n| what is wrong") == len(CASES)
+    assert document().count("\n| ") - document().count("\n| what is wrong") == len(CASES) + len(ARGUMENTS)
 
 
 def app(tmp_path: Path, *args: str) -> tuple[int, str]:
@@ -101,6 +102,19 @@ def test_command_line_ends_with_2_and_one_line(tmp_path: Path, args: tuple[str, 
     code, stderr = app(tmp_path, *args)
     assert (code, stderr.replace(str(tmp_path), "CWD")) == (2, f"{line}\n")
     assert not (tmp_path / "runs" / "full").exists()
+
+
+@pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case.name)
+def test_an_argument_that_is_none_says_how_it_is_written(case: Argument, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(list(case.args))
+    assert (stop.value.code, capsys.readouterr().err) == (2, f"error: {case.line}\n")
+
+
+def test_a_word_in_the_place_of_a_choice_does_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["bench", "train.epochs=3"])
+    assert capsys.readouterr().err.endswith(": a setting is written --set train.epochs=3\n")
 
 
 def test_unknown_stage_names_the_stages(tmp_path: Path) -> None:

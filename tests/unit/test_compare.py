@@ -100,6 +100,23 @@ def test_rows_measured_differently_are_refused(run: RunRoot, tmp_path: Path, cha
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dataset_that_has_moved_is_found_by_its_setting(run: RunRoot, tmp_path: Path) -> None:
+    (tmp_path / "coco").rename(tmp_path / "moved")
+    folders = (run.root / "baseline-coco", run.root / "qat-w4a16-coco")
+    with pytest.raises(UserError, match=r"coco/annotations/.* is missing or has changed: .* give the COCO_DIR=path"):
+        compare(*folders, tmp_path / "out", settings())
+    compare(*folders, tmp_path / "out", settings(), str(tmp_path / "moved"))
+    assert (tmp_path / "out" / "figures" / "gallery-qat-w4a16-coco.jpg").exists()
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "moved").rename(tmp_path / ".cache" / "coco")  # where the built-in dataset lies, beside the runs
+    compare(*folders, tmp_path / "out", settings())
+    (tmp_path / ".cache" / "coco").rename(tmp_path / "moved")
+    annotations = tmp_path / "moved" / "annotations" / "instances_val2017.json"
+    annotations.write_text(annotations.read_text() + " ")
+    with pytest.raises(UserError, match=r"moved/annotations/.* is missing or has changed"):
+        compare(*folders, tmp_path / "out", settings(), str(tmp_path / "moved"))
+
+
 def test_what_is_not_there_is_named(run: RunRoot, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither metrics"):
         compare(run.root, tmp_path / "nowhere", tmp_path / "out", settings())

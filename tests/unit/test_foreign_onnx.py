@@ -21,7 +21,7 @@ from app.coco.score import standalone_dataset
 from app.core.config import CONF_DIR, UserError, load
 from app.core.files import read_json
 from app.eval.contract import Said
-from app.eval.evaluate import evaluate_file, evaluate_standalone
+from app.eval.evaluate import evaluate_file, evaluate_standalone, scores_folder
 from app.eval.metadata import LONGEST_CHARS, as_names, parse, read_names, size_of
 from app.eval.runtime import CPU, nodes_by_provider, open_model
 from tests.support.eval_fixtures import SETTINGS, raw_output, truth_box, write_coco, write_model
@@ -273,6 +273,24 @@ def test_command_line(coco_dir: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert read_json(tmp_path / "out" / "metrics.json", "eval")["coco"]["AP"] == pytest.approx(1.0)
     with pytest.raises(UserError, match=r"eval\.max_images = 0"):
         evaluate(parse_arguments(["eval", *map(str, where), "--max-images", "0"]))
+
+
+def test_without_a_folder_the_dataset_is_that_of_the_settings_and_the_score_has_a_place(
+    coco_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.core.environment.isolate_libraries", lambda _folder: None)
+    path = write_model(tmp_path / "my model.onnx", RAW, metadata={}, imgsz="side")
+    said = ["--contract", "raw", "--names", str(CONF_DIR / "coco.names"), "--imgsz", "32"]
+    settings = ["--set", "eval.provider=cpu", "--set", "eval.latency_runs=1", "--set", f"data.coco_dir={coco_dir}"]
+    words = ["eval", "--runs-dir", str(tmp_path / "runs"), "--onnx", str(path), *said, *settings]
+    evaluate(parse_arguments(words))
+    out_dir = tmp_path / "runs" / "eval" / "my_model"
+    assert read_json(out_dir / "metrics.json", "eval")["coco"]["AP"] == pytest.approx(1.0)
+    evaluate(parse_arguments(words))  # the same file: its score is replaced
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(UserError, match=r"runs/eval/my_model holds the score of another my model\.onnx: .*--force"):
+        evaluate(parse_arguments(words))
+    assert scores_folder(path, tmp_path / "runs", force=True) == out_dir
 
 
 def test_image_that_is_a_link_is_scored(coco_dir: Path) -> None:

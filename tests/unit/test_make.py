@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,223 @@ def test_the_download_sees_the_dataset_folder_alone() -> None:
     volumes = services("docker-compose.yml")["download-coco"]["volumes"]
     targets = [volume["target"] if isinstance(volume, dict) else volume.rsplit(":", 2)[1] for volume in volumes]
     assert targets == ["/data/coco", "/mnt/ca_bundle"]
+
+
+# --- what make does not know ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["smok"], "smok: no such target, did you mean smoke? (make lists all)"),
+        (["tets"], "tets: no such target, did you mean test? (make lists all)"),
+        (["train"], "train: no such target, did you mean train-fp16 or train-qat? (make lists all)"),
+        (["deploy"], "deploy: no such target (make lists all)"),
+        (["all", "COCO_DIR"], "COCO_DIR: no target but a variable, write COCO_DIR=value"),
+        (["train-qat", "epochs=3"], 'epochs=3: no variable of make, write ARGS="--set train.epochs=3"'),
+        (["train-qat", "train.epochs=3"], 'train.epochs=3: no variable of make, write ARGS="--set train.epochs=3"'),
+        (["all", "LR0=$(shell echo 1)@"], 'no variable of make, write ARGS="--set hyp.lr0=$(shell echo 1)@"'),
+        (["all", "seed=1"], 'seed=1: no variable of make, write ARGS="--set data.seed=1" or ARGS="--set train.seed=1"'),
+        (["all", "run=x"], "run=x: no variable of make, did you mean RUN=x?"),
+        (["all", "GPU=2"], "GPU=2: no variable of make, did you mean GPUS=2?"),
+        (["all", "OMP_THREADS=2"], "a variable of the environment before make"),
+        (["report", "A=runs/a"], "A=... and B=... are for make compare"),
+        (["all", "ONNX=x.onnx"], "ONNX=... is for make eval"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_word_that_make_does_not_know_is_one_line(words: list[str], said: str) -> None:
+    result = make(*words)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert re.fullmatch(rf"Makefile:\d+: \*\*\* .*{re.escape(said)}.*\.  Stop\.\n", result.stderr), result.stderr
+
+
+def test_variables_of_the_environment_are_nobodys_mistake() -> None:
+    assert make("-n", "data", EPOCHS="3", A="x", ONNX="y").returncode == 0
+
+
+def test_every_variable_that_the_documents_name_is_known() -> None:
+    known = set(make("-pn", "help").stdout.partition("\nVARIABLES := ")[2].partition("\n")[0].split())
+    shown = set()
+    for page in (REPO_DIR / "README.md", *(REPO_DIR / "docs").glob("*.md")):
+        for command in re.findall(r"\bmake [^`\n]*", page.read_text()):
+            shown |= set(re.findall(r"(?:^| )([A-Za-z_]+)=", re.sub(r"ARGS=(\"[^\"]*|'[^']*)", "ARGS=", command)))
+    assert {"RUN", "COCO_DIR", "A", "B", "ONNX", "TENSORBOARD_PORT"} <= shown <= known
+
+
+def test_documents_show_commands_of_make_or_compose() -> None:
+    """A reader has no Python on the host: `python -m app` stands only in the section on doing without make."""
+    shown = []
+    for page in (REPO_DIR / "README.md", *(REPO_DIR / "docs").glob("*.md")):
+        for line in page.read_text().splitlines():
+            if "python -m app" in line and "STAGE" not in line and "--help" not in line:
+                shown.append((page.name, line))
+    assert shown == []
+
+
+# --- what a job is given ----------------------------------------------------------------------------------------------
+
+IN_DOCKER = {"RUNNER": "docker", "ACCEL": "cpu", "ENGINE": PLAIN_ENGINE, "COMPOSE": "2"}
+HERE = {"RUNNER": "local", "ACCEL": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data", "ARGS=train.epochs=3"], 'ARGS=train.epochs=3: a setting is written ARGS="--set train.epochs=3"'),
+        (["compare", "A=docs"], "B is not given: make compare A=runs/a B=runs/b"),
+        (["compare", "A=docs", "B=none"], "B=none is no folder: name a run, runs/NAME"),
+        (["eval", "ONNX=none.onnx"], "ONNX=none.onnx is no file: name an ONNX file"),
+        (["tensorboard", "TENSORBOARD_PORT=x"], "TENSORBOARD_PORT=x: write a number up to 65535"),
+    ],
+    ids=["setting", "one run", "no run", "no file", "port"],
+)
+def test_a_mistake_in_what_is_given_is_one_line(words: list[str], said: str) -> None:
+    result = make(*words, **HERE)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make: ***")]
+    assert said in line
+
+
+@pytest.mark.parametrize("args", ["--set train.epochs=3", "--force --set a.b=1 --set c.d=2", "-k a.b=1"])
+def test_settings_that_are_written_well_are_taken(tmp_path: Path, args: str) -> None:
+    split = 'split args "$ARGS"; check_args'
+    assert check(split, tmp_path, ARGS=args, target="data" if "--" in args else "test").returncode == 0
+
+
+def test_the_container_writes_to_runs_alone(tmp_path: Path) -> None:
+    split = 'args=(--out "$OUT"); check_args'
+    refused = check(split, tmp_path, OUT="/elsewhere")
+    assert (refused.returncode, "ARGS=--out /elsewhere: the container writes to runs/ alone" in refused.stderr) == (
+        2,
+        True,
+    )
+    assert check(split, tmp_path, OUT="runs/x").returncode == 0
+    assert check(split, tmp_path, OUT="/elsewhere", RUNNER="local").returncode == 0
+
+
+def test_a_port_that_is_taken_is_named_with_another(tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        taken = check("check_port", tmp_path, TENSORBOARD_PORT=str(port))
+    assert taken.returncode == 2
+    assert f"port {port} is taken: open http://localhost:{port} if that is TensorBoard" in taken.stderr
+    assert f"TENSORBOARD_PORT={port + 1}" in taken.stderr
+    assert check("check_port", tmp_path, TENSORBOARD_PORT=str(port)).returncode == 0
+
+
+def test_a_missing_gpu_is_told_where_the_toolkit_is_there(tmp_path: Path) -> None:
+    engine = {"ENGINE": '28.0 {"nvidia":{},"runc":{}}', "COMPOSE": "2"}
+    nothing_here = "compgen() { false; }; nvidia-smi() { false; }; docker() { true; }; check_engine"
+    told = check(nothing_here, tmp_path, ACCEL="gpu", **engine)
+    assert (told.returncode, told.stderr) == (
+        0, "no GPU is to be seen on this machine; should the engine refuse: ACCEL=cpu\n"
+    )  # fmt: skip
+    assert check(nothing_here, tmp_path, ACCEL="gpu", DOCKER_HOST="ssh://there", **engine).stderr == ""
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """Runs, a file with weights beside it and a file of names, all outside of the checkout."""
+    for name in ("runs/a", "runs/b", "models"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("it's a.onnx", "a.data"):
+        (tmp_path / "models" / name).touch()
+    (tmp_path / "names").touch()
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "models" / "it's a.onnx")
+    return tmp_path
+
+
+def test_files_outside_of_the_checkout_are_mounted_read_only(outside: Path) -> None:
+    onnx = outside / "models" / "it's a.onnx"
+    result = make("eval", f"ONNX={onnx}", f"ARGS=--names {outside}/names --split x", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert f"</host{onnx.parent}" not in result.stdout
+    assert f"<{onnx.parent}:/host{onnx.parent}:ro>" in result.stdout, "its weights may stand beside it"
+    assert f"<{outside}/names:/host{outside}/names:ro>" in result.stdout
+    said = result.stdout.partition(", ARGS: ")[2].split("\n", 1)[0]
+    assert shlex.split(said) == ["--names", f"/host{outside}/names", "--split", "x"]
+    assert f"ONNX: /host{outside}/models/it'\\''s a.onnx" in result.stdout, "as it stands between single quotes"
+
+
+def test_a_link_is_mounted_under_its_own_name(outside: Path) -> None:
+    result = make("eval", f"ONNX={outside}/link.onnx", **IN_DOCKER)
+    assert f"<{outside}/models/it's a.onnx:/host{outside}/link.onnx:ro>" in result.stdout
+
+
+def test_what_the_container_sees_anyway_is_not_mounted_again(outside: Path) -> None:
+    """COCO_DIR, runs/ and data/ have their names in the container."""
+    words = [f"COCO_DIR={outside}", f"A={outside}/runs/a", f"B={REPO_DIR}/runs/reports"]
+    result = make("compare", *words, **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert "A: /data/coco/runs/a, B: runs/reports\n" in result.stdout
+    assert "/host" not in result.stdout
+
+
+def test_a_configuration_is_named_as_it_was_given(tmp_path: Path) -> None:
+    given = os.path.relpath(tmp_path / "my.yaml", REPO_DIR)
+    (tmp_path / "my.yaml").touch()
+    result = make("data", f"CONF={given}", **IN_DOCKER)
+    assert f"MOUNTS: \n/conf/0/my.yaml={given}\n" in result.stdout
+
+
+def test_the_venv_gets_the_same_commands(outside: Path) -> None:
+    """`docker compose` reads them from its file; tests/container compares the two."""
+    script = 'target=compare A=runs/a B=runs/b COCO_DIR=/c; . <(sed -n "/^local_command/,/^}/p" "$JOB"); local_command'
+    job = str(REPO_DIR / "scripts" / "job")
+    shown = check(f'{script}; printf "%s\\n" "${{command[@]}}"', outside, JOB=job)
+    words = ["python", "-m", "app", "compare", "runs/a", "runs/b", "--set", "data.coco_dir=/c"]
+    assert shown.stdout.split() == words, shown.stderr
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_says_nothing_of_its_runner() -> None:
+    result = make("tensorboard", TENSORBOARD_PORT="0", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert "runner:" not in result.stdout
+
+
+def test_a_build_shows_steps_and_large_packages_with_their_sizes() -> None:
+    lines = [
+        "#8 [tensorboard 4/5] RUN --mount=type=secret", "#8 1.2 Downloading torch (858.1MiB)",
+        "#8 1.2 Downloading ruff (10.2MiB)", "#8 1.3 Downloading big (1.5GiB)", "#8 30.0  Downloaded ruff",
+        "#8 31.0  Downloaded torch", "#8 40.0 Prepared 101 packages in 1m 53s", "#8 41.0  + torch==2.10.0",
+    ]  # fmt: skip
+    shown = subprocess.run(
+        [REPO_DIR / "scripts" / "progress"], input="\n".join(lines) + "\n", capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == [
+        "  [4/5] RUN --mount=type=secret", "  fetching torch (858.1MiB)", "  fetching big (1.5GiB)",
+        "  fetched torch, 1 of 2 large packages", "  Prepared 101 packages in 1m 53s",
+    ]  # fmt: skip
+
+
+def test_the_largest_packages_are_named_with_their_sizes(tmp_path: Path) -> None:
+    packages_dir = tmp_path / "lib" / "python3.11" / "site-packages"
+    for name, mib in {"torch": 3, "small": 1}.items():
+        (packages_dir / name).mkdir(parents=True)
+        (packages_dir / name / "file").write_bytes(os.urandom(mib << 20))
+    shown = subprocess.run(
+        [REPO_DIR / "scripts" / "largest", tmp_path], capture_output=True, text=True, check=True
+    ).stdout
+    assert re.fullmatch(rf"{tmp_path}: 0\.0 GB, of it in GB: torch 0\.0, small 0\.0\n", shown)
+
+
+@pytest.mark.parametrize(("code", "signal_number"), [(130, 2), (143, 15), (1, None)])
+def test_make_ends_by_the_signal_that_ended_a_container(tmp_path: Path, code: int, signal_number: int | None) -> None:
+    """Its own exit code is 2, whatever that of its recipe is. scripts/container ends as its client does."""
+    client = tmp_path / "docker"
+    client.write_text(f'#!/bin/sh\n[ "$1 $2" != "compose run" ] || exit {code}\nexit 1\n')
+    client.chmod(0o755)
+    makefile = f"job: ; @export OWNER=$$PPID; exec {REPO_DIR}/scripts/container data\n"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ended = subprocess.run(
+        ["make", "-f", "-", "job"], input=makefile, env=env, capture_output=True, text=True, check=False
+    )
+    assert f"Error {code}" in ended.stderr
+    assert ended.returncode == (2 if signal_number is None else -signal_number)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.core.config import UserError
+from app.core.mounts import MOUNTS
 from app.core.run import RunRoot
 from app.report.publish import NO_PHOTOS, publish
 from tests.support.page_numbers import numbers_without_source
@@ -83,3 +84,13 @@ def test_no_report_no_publication(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run 'make report' first"):
         publish(build_run(tmp_path), None, force=False)
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_dataset_that_a_container_saw_elsewhere_is_not_named(run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page names it as the user does, here with a blank, at which the search for paths would end."""
+    monkeypatch.setenv(MOUNTS, "/data/coco=/home/my user/coco")
+    edit(run.provenance, "coco_dir", "/data/coco")
+    run.summary.write_text(f"{run.summary.read_text()}\nsmall set in `/home/my user/coco`.\n")
+    text = (published(run) / "summary.md").read_text()
+    assert "small set in `coco`." in text
+    assert "my user" not in text

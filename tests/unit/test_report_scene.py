@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from app.core.config import load
 from app.core.run import RunRoot
+from app.report.page_files import page_of
 from app.report.publish import publish
 from app.report.report import report
 from tests.support.drawn import colour_names, curves_of, kept_figures, style_names, x_of, y_of
@@ -224,7 +225,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> str:
         enter_ap(run, aps)
     with kept_figures():
         report(load("qat"), runs[0], runs[1:])
-    return runs[0].summary.read_text()
+    return page_of(runs[0], runs[1:]).markdown.read_text()
 
 
 SEED_ROWS = {  # train.seed, AP of fp16 and of qat, difference of qat

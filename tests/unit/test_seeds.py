@@ -12,6 +12,8 @@ import pytest
 
 from app.core.config import Config, UserError, load
 from app.core.run import RunRoot
+from app.report.page_files import page_of
+from app.report.publish import publish
 from app.report.report import report
 from tests.support.drawn import kept_figures
 from tests.support.page_numbers import numbers_without_source
@@ -38,7 +40,8 @@ def runs(tmp_path: Path) -> list[RunRoot]:
 def merged(config: Config, runs: list[RunRoot]) -> tuple[str, dict[str, Any]]:
     with kept_figures():
         report(config, runs[0], runs[1:])
-    return runs[0].summary.read_text(), json.loads((runs[0].root / "report.json").read_text())
+    files = page_of(runs[0], runs[1:])
+    return files.markdown.read_text(), json.loads(files.numbers.read_text())
 
 
 def test_mean_spread_and_number_worked_by_hand(config: Config, runs: list[RunRoot]) -> None:
@@ -74,7 +77,7 @@ def test_other_settings_are_refused_by_name(config: Config, runs: list[RunRoot])
     path.write_text(path.read_text().replace("imgsz: 640", "imgsz: 320").replace("workers: 8", "workers: 2"))
     with pytest.raises(UserError, match=r"b cannot be merged with a: .* more than seeds \(train.imgsz: 640 -> 320\)"):
         merged(config, runs)
-    assert not runs[0].summary.exists()
+    assert not list(runs[0].root.glob("summary*"))
 
 
 def test_the_same_seed_is_no_second_sample(config: Config, tmp_path: Path) -> None:
@@ -97,5 +100,38 @@ def test_command_line_writes_the_page_of_the_first(runs: list[RunRoot], words: s
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     assert "0.4200 ± 0.0200" in made.stderr
-    assert runs[0].summary.exists() and not runs[1].summary.exists()
+    assert (runs[0].root / "summary-with-b-c.md").exists() and not list(runs[1].root.glob("summary*"))
     assert not (runs[0].runs_dir / "full").exists()
+
+
+def test_the_own_page_of_a_run_is_not_overwritten(config: Config, runs: list[RunRoot]) -> None:
+    with kept_figures():
+        report(config, runs[0])
+    own = {path: path.read_bytes() for path in page_of(runs[0]).run.root.glob("summary.*")}
+    numbers = (runs[0].root / "report.json").read_bytes()
+    text, _ = merged(config, runs)
+    assert len(own) == 2
+    assert {path: path.read_bytes() for path in own} == own
+    assert (runs[0].root / "report.json").read_bytes() == numbers
+    assert "[report-with-b-c.json](report-with-b-c.json)" in text
+    assert {"report", "report-with-b-c"} <= set(json.loads(runs[0].run_json.read_text())["stages"])
+
+
+def test_own_and_merged_page_are_published_apart(config: Config, runs: list[RunRoot]) -> None:
+    with kept_figures():
+        report(config, runs[0])
+        report(config, runs[0], runs[1:])
+    publish(runs[0], None, force=False)
+    publish(runs[0], None, False, runs[1:])
+    reports_dir = runs[0].runs_dir / "reports"
+    own, both = ((reports_dir / name / "summary.md").read_text() for name in ("a", "a-with-b-c"))
+    assert own.startswith("# What 4-bit weights cost: run `a`\n")
+    assert both.startswith("# What 4-bit weights cost: run `a, b, c`\n")
+    assert (reports_dir / "a-with-b-c" / "report-with-b-c.json").exists()
+    assert not (reports_dir / "a-with-b-c" / "report.json").exists()
+    assert "(reports/a-with-b-c/summary.md)" in (runs[0].runs_dir / "LOG.md").read_text()
+
+
+def test_a_page_of_many_runs_has_a_name_that_file_systems_take(tmp_path: Path) -> None:
+    others = [RunRoot(tmp_path, f"seed-number-{i}") for i in range(1, 16)]
+    assert page_of(RunRoot(tmp_path, "a"), others).markdown.name == "summary-with-seed-number-1-and-14-more.md"

@@ -1,0 +1,47 @@
+"""A parser whose errors are one line with the remedy, as all errors of the user are."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+HELP = "--help lists the arguments"
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser without its page of usage above an error; it knows how a setting is written."""
+
+    def error(self, message: str) -> NoReturn:
+        from app.core.files import printable  # imports pydantic: --help answers without it
+        from app.core.mounts import as_known
+
+        self.exit(2, f"error: {printable(as_known(message))}: {advice(message.split())}\n")
+
+
+def advice(words: list[str]) -> str:
+    """How the first word that names a setting is written: train.epochs=3, epochs=3, --epochs 3, --epochs=3."""
+    from app.core.config import known_keys
+
+    for word, following in zip(words, [*words[1:], "VALUE"], strict=True):
+        name, separator, value = word.strip("'").partition("=")
+        if not separator and not name.startswith("--"):
+            continue
+        keys = keys_of(name.removeprefix("--"), known_keys())
+        if keys:
+            return f"a setting is written {' or '.join(f'--set {key}={value or following}' for key in keys)}"
+        if separator and "." in name:
+            return "a setting is written --set key=value; conf/base.yaml lists the keys"
+    return HELP
+
+
+def keys_of(name: str, known: set[str]) -> list[str]:
+    """The dotted keys that a name may mean: train.epochs for itself and for epochs, two for seed."""
+    last_part = name.replace("-", "_")
+    return sorted(key for key in known if "." in key and (key == name or key.rpartition(".")[2] == last_part))
+
+
+def not_empty(text: str) -> str:
+    """A path of the command line; a variable that docker-compose.yml found empty is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("name two runs or scored folders, A=runs/a B=runs/b")
+    return text

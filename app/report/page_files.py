@@ -1,0 +1,45 @@
+"""The files of a page: a run's own, or one of the run merged with others, which stands beside the own one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.core.run import MAX_NAME, RunRoot
+
+
+@dataclass(frozen=True)
+class PageFiles:
+    """Names of the files in the root of the run; `ending` is empty for the page of the run alone."""
+
+    run: RunRoot
+    ending: str = ""
+
+    @property
+    def numbers(self) -> Path:
+        return self.run.root / f"report{self.ending}.json"
+
+    @property
+    def markdown(self) -> Path:
+        return self.run.root / f"summary{self.ending}.md"
+
+    @property
+    def html(self) -> Path:
+        return self.markdown.with_suffix(".html")
+
+    @property
+    def published_dir(self) -> Path:
+        return self.run.runs_dir / "reports" / f"{self.run.name}{self.ending}"
+
+
+def page_of(run: RunRoot, others: Sequence[RunRoot] = ()) -> PageFiles:
+    """-with-b-c for the page merged with b and c; of many runs the first and their number."""
+    return PageFiles(run, ending([other.name for other in others]))
+
+
+def ending(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    text = "-".join(["-with", *names])
+    return text if len(text) <= MAX_NAME else f"-with-{names[0]}-and-{len(names) - 1}-more"

@@ -30,7 +30,7 @@ from app.train.monitor import Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
 from app.train.processes import explain_lost_peer
 from app.train.state import State
-from app.train.step import Rise, clipped_step, warm_up, weights_of
+from app.train.step import Rise, clipped_step, trained_weights, warm_up
 from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
 from app.train.validator import HeldOut, weights_of
@@ -189,7 +189,7 @@ class Loop:
 
     def optimizer_step(self) -> None:
         state = self.state
-        grads = [weight.grad for weight in weights_of(state.optimizer) if weight.grad is not None]
+        grads = [weight.grad for weight in trained_weights(state.optimizer) if weight.grad is not None]
         self.ranks.all_reduce_together(grads)  # the losses of the parts add up to the batch's
         if self.options:
             scale = state.scaler.get_scale()  # waits for the GPU

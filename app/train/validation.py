@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from app.core.results import AP, AP50, SCORED, STATES, VAL_LOSS, column
+from app.core.results import AP, AP50, AP_FREQUENT, SCORED, STATES, VAL_LOSS, column
 from app.quant.batchnorm import variance_ratios
 from app.quant.health import Oscillations, flat_codes, scale_ratios, share_of_different, signal_to_noise
 from app.train.processes import ALONE
@@ -20,7 +20,8 @@ from app.train.step import criterion_of_part
 from app.train.validator import HeldOut, weights_of
 
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
-SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)"}
+SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)", AP_FREQUENT: AP_FREQUENT}
+UNNAMED = ("fitness", AP_FREQUENT)  # numbers of the last state that are no columns by their own names
 LOSSES = ("val/box_loss", "val/cls_loss", "val/dfl_loss")
 
 
@@ -62,9 +63,10 @@ def score_states(
         if name == SCORED:
             columns["time/bn_reestimation_s"] = reestimation_s
         for score_name, key in SCORES.items():
-            columns[column(score_name, name)] = results[name][key]
+            if key in results[name]:
+                columns[column(score_name, name)] = results[name][key]
         columns[column(VAL_LOSS, name)] = sum(results[name][key] for key in LOSSES)
-    last = {name: value for name, value in results[SCORED].items() if name != "fitness"}
+    last = {name: value for name, value in results[SCORED].items() if name not in UNNAMED}
     return Scores({**last, **columns}, model)
 
 

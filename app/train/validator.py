@@ -14,6 +14,7 @@ from torch import nn
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.metrics import DetMetrics
 
+from app.core.results import AP_FREQUENT, FREQUENT_BOXES
 from app.train.match import Targets, match, targets_of
 
 LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
@@ -173,7 +174,7 @@ class Validator(DetectionValidator):
         stats = {}
         for name, metrics in self.metrics_of.items():
             metrics.clear_stats()
-            for key, value in metrics.results_dict.items():
+            for key, value in {**metrics.results_dict, **frequent_ap(metrics)}.items():
                 stats[f"{key}{AT}{name}"] = value
         return stats
 
@@ -181,6 +182,13 @@ class Validator(DetectionValidator):
         for metrics in self.metrics_of.values():
             self.metrics = metrics
             super().print_results()
+
+
+def frequent_ap(metrics: DetMetrics) -> dict[str, float]:
+    """AP_FREQUENT of processed metrics; empty where no class has enough objects."""
+    counts = cast(Any, metrics.nt_per_class)[metrics.ap_class_index]
+    is_frequent = counts >= FREQUENT_BOXES
+    return {AP_FREQUENT: float(metrics.box.ap[is_frequent].mean())} if is_frequent.any() else {}
 
 
 class KernelValidator(Validator):

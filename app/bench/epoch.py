@@ -29,7 +29,7 @@ from app.train.loop import Loop
 from app.train.processes import ALONE
 from app.train.train import device_of, make_ready
 from app.train.trainer import Trainer
-from app.train.validation import LABELS
+from app.train.validator import LABELS, HeldOut
 
 log = logging.getLogger(__name__)
 N_WARM_UPS = 3  # steps before any clock starts: kernels are compiled, the graph is captured
@@ -44,7 +44,8 @@ class EpochCost:
     Attributes:
         loader_s, step_s, loop_s: a batch from the loader alone; a step on a batch that is there; both together.
         score_s: a val image scored in one state.
-        reestimate_s: BatchNorm, on train.bn_batches batches; examine_s: the health columns; save_s: last.pt.
+        reestimate_s: BatchNorm, on train.bn_batches batches; copy_s: the copies of the weights that are scored;
+        examine_s: the health columns; save_s: last.pt.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class EpochCost:
     loop_s: float
     score_s: float
     reestimate_s: float
+    copy_s: float
     examine_s: float
     save_s: float
 
@@ -64,6 +66,7 @@ class EpochCost:
             "steps": n_batches * self.loop_s,
             f"validation of {SCORED_STATES} states": SCORED_STATES * n_val * self.score_s,
             "BatchNorm re-estimation": self.reestimate_s,
+            "copies for both": self.copy_s,
             "health": self.examine_s,
             "checkpoint": self.save_s,
         }
@@ -89,8 +92,8 @@ class TimedLoop(Loop):
         self.backward(batch)
         self.optimizer_step()
 
-    def _score(self, model: nn.Module) -> dict[str, float]:
-        return self.timed("score", lambda: super(TimedLoop, self)._score(model))
+    def _score(self, held_out: HeldOut) -> dict[str, dict[str, float]]:
+        return self.timed("score", lambda: super(TimedLoop, self)._score(held_out))
 
     def _reestimate(self, model: nn.Module) -> None:
         self.timed("reestimate", lambda: super(TimedLoop, self)._reestimate(model))
@@ -130,18 +133,19 @@ def measure(config: Config, run: RunRoot) -> EpochCost:
         loop.timed("loop", lambda: [loop.step(batch) for batch in islice(loader, n_batches)])
         loop.state.batch_in_epoch = 1  # a validation belongs to an epoch of some batches
         loop.validate()  # the first draws the images of BatchNorm
-        loop.validate()
+        loop.timed("validate", loop.validate)
         loop.timed("examine", loop._examine)
         loop.timed("save", loop.save)
     finally:
         loop.monitor.close()
         trainer.close()
     seconds = loop.seconds
+    score_s, reestimate_s = seconds["score"][-1], seconds["reestimate"][-1]
     n_val = read_json(run.provenance, "data")["splits"]["val"]["n_images"]
     return EpochCost(
         config.train.batch, n_val, seconds["loader"][0] / n_batches, seconds["step"][0] / N_STEPS,
-        seconds["loop"][0] / n_batches, sum(seconds["score"][-SCORED_STATES:]) / SCORED_STATES / n_val,
-        seconds["reestimate"][-1], seconds["examine"][0], seconds["save"][0],
+        seconds["loop"][0] / n_batches, score_s / SCORED_STATES / n_val, reestimate_s,
+        seconds["validate"][0] - score_s - reestimate_s, seconds["examine"][0], seconds["save"][0],
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Does the evaluated model stay as healthy as the trained one? Small trainings that differ in one ingredient each.
 
 Every arm is the product's own train stage in a process of its own; several share a GPU, and all GPUs are used. A call
-ends when all are done or its time is up, and the next call of the same command goes on where it stopped.
+ends when all are done or its time is up, and the next call of the same command goes on where it stopped. On another
+machine `--with` gives it the rows of earlier calls: trainings that these hold to the end are not made again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 import torch
 
 from app.bench.stability_figure import draw
+from app.bench.stability_measures import draw_shares, show_measures
 from app.bench.stability_rows import Row, all_up_to, merge, read_arm, read_file, recipe, write_file
 from app.bench.stability_table import BASE, show
 from app.bench.train import train_command
 from app.core.config import Config, UserError, load
 from app.core.curves import save_png
+from app.core.results import AP_FREQUENT
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.train.interrupt import Interrupt
@@ -37,6 +40,7 @@ ARMS: dict[str, list[str]] = {
     BASE: [],
     "w4a16": [],
     "w4a16-mixed": ["quant.scheme=w4a16-mixed"],
+    "w4a16-mixed-dw": ["quant.scheme=w4a16-mixed-dw"],
     "earlier recipe": [EARLIER, "quant.averaged_scales=false"],
     "earlier recipe, scales averaged": [EARLIER],
     "8-bit warm-up": [WARM],
@@ -128,9 +132,10 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     for path in plan.files:
         others += read_file(path, common)
     if plan.for_s:
-        for training in trainings:
+        missing = [training for training in trainings if not is_among(training, others)]
+        for training in missing:
             prepare(training.config, training.root, force=False)
-        train_all(trainings, overlays, plan)
+        train_all(missing, overlays, plan)
     rows = merge(rows_of(trainings) + others, list(ARMS))
     write_file(run.root / "bench-stability.json", common, rows)
     visible = chosen(rows, plan)
@@ -138,8 +143,13 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
         log.info("nothing to show yet: no such training has been validated")
         return
     show(visible)
+    show_measures(visible)
     save_png(draw(visible), run.root / "bench-stability.png")
     log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
+    shares = draw_shares(visible)
+    if shares:
+        save_png(shares, run.root / "bench-stability-shares.png")
+        log.info("a dot for every seed: %s", run.root / "bench-stability-shares.png")
 
 
 def check_arms(arms: list[str]) -> None:
@@ -168,6 +178,12 @@ def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: l
 def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
     """Run root of one training; the cache of views is shared."""
     return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(',', '').replace(' ', '_')}-{seed}")
+
+
+def is_among(training: Training, rows: list[Row]) -> bool:
+    """Whether a row holds this training to its end, with all that a row holds today."""
+    whole = [row for row in rows if AP_FREQUENT in row and row["epoch"][-1] == training.config.train.epochs]
+    return (training.arm, training.seed) in [(row["arm"], row["seed"]) for row in whole]
 
 
 def rows_of(trainings: list[Training]) -> list[Row]:

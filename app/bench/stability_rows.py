@@ -11,6 +11,7 @@ from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, flatt
 from app.core.files import read_json, write_text
 from app.core.results import (
     AP,
+    AP_FREQUENT,
     CORRECTED_AP,
     SCORED,
     STATES,
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 FILE_KEYS = {"config", "arms", "rows"}  # of a bench-stability.json
 OWN_KEYS = (*WITHOUT_EFFECT, "data.coco_dir", "train.seed")  # may differ between rows of one table
 LOSS_DIGITS = 5
+CURVES = ("epoch", AP_FREQUENT, "train_loss", "val_loss")  # of the scored state, beside AP, which has three states
 
 
 def read_arm(arm: str, seed: int, config: Config, out_dir: Path) -> Row | None:
@@ -62,10 +64,12 @@ def read_arm(arm: str, seed: int, config: Config, out_dir: Path) -> Row | None:
 
 
 def curves(validated: Rows) -> Row:
-    """What a row holds of the validated epochs of results.csv."""
+    """What a row holds of the validated epochs of results.csv; AP_FREQUENT is that of the scored state."""
     aps: dict[str, list[float]] = {state: [] for state in STATES}
-    epochs, train_losses, val_losses = [], [], []
+    epochs, train_losses, val_losses, frequent = [], [], [], []
     for row in validated:
+        if column(AP_FREQUENT, SCORED) in row:
+            frequent.append(row[column(AP_FREQUENT, SCORED)])
         epochs.append(int(row["epoch"]))
         train_losses.append(round(train_loss(row), LOSS_DIGITS))
         val_losses.append(round(row[column(VAL_LOSS, SCORED)], LOSS_DIGITS))
@@ -74,6 +78,7 @@ def curves(validated: Rows) -> Row:
     return {
         "epoch": epochs,
         "AP": aps,
+        **({AP_FREQUENT: frequent} if frequent else {}),
         "train_loss": train_losses,
         "val_loss": val_losses,
         "corrected": validated[-1].get(CORRECTED_AP),
@@ -136,8 +141,9 @@ def up_to(row: Row, epoch: int) -> Row | None:
     if n_validations == len(row["epoch"]):
         return row
     shorter = {**row, "AP": {}, "corrected": None}
-    for name in ("epoch", "train_loss", "val_loss"):
-        shorter[name] = row[name][:n_validations]
+    for name in CURVES:
+        if name in row:
+            shorter[name] = row[name][:n_validations]
     for state, curve in row["AP"].items():
         shorter["AP"][state] = curve[:n_validations]
     return shorter

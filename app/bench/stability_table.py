@@ -159,12 +159,18 @@ def share_of_fp16(rows: list[Row], fp16: list[Row], n_last: int) -> str:
     for row, base in zip(pairs.rows, pairs.fp16, strict=True):
         aps.append(at(row, row["AP"][SCORED], pairs.epoch, n_last))
         base_aps.append(at(base, base["AP"][SCORED], pairs.epoch, n_last))
-    if not sum(base_aps) or math.isnan(sum(aps) + sum(base_aps)):
+    share = ratio_of_means(aps, base_aps)
+    return share if share == MISSING else f"{share} at {pairs.epoch}"
+
+
+def ratio_of_means(values: list[float], bases: list[float]) -> str:
+    """Ratio of the means of paired values, with its standard error (delta method); MISSING where one is NaN."""
+    if not sum(bases) or math.isnan(sum(values) + sum(bases)):
         return MISSING
-    mean_base = statistics.fmean(base_aps)
-    share = statistics.fmean(aps) / mean_base
-    residuals = [(ap - share * base_ap) / mean_base for ap, base_ap in zip(aps, base_aps, strict=True)]
-    return f"{share:.3f}{standard_error(residuals)} at {pairs.epoch}"
+    mean_base = statistics.fmean(bases)
+    ratio = statistics.fmean(values) / mean_base
+    residuals = [(value - ratio * base) / mean_base for value, base in zip(values, bases, strict=True)]
+    return f"{ratio:.3f}{standard_error(residuals)}"
 
 
 def loss_over_fp16(rows: list[Row], fp16: list[Row], name: str) -> str:

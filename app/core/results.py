@@ -15,13 +15,15 @@ Rows = list[Row]
 STATES = ("raw", "ema", "ema_bn")  # validated weights: as trained, their EMA, the EMA with BatchNorm re-estimated
 SCORED = "ema_bn"  # the state that picks best.pt and is exported
 AP, AP50, VAL_LOSS = "AP", "AP50", "val_loss"  # numbers of every validated state, see `column`
+AP_FREQUENT = "AP_frequent"  # mean AP of the classes with FREQUENT_BOXES val objects or more; absent if none has
+FREQUENT_BOXES = 100
 CORRECTED_AP = "AP/corrected"  # in the last row, after quant.correction_epochs
 TRAIN_LOSS = "train/"  # beginning of the columns that hold the loss terms of an epoch
 WARM_UP = "quant/warm_up"  # 1 in the validated epochs of a quant warm-up, else empty
 
 
 def column(number: str, state: str) -> str:
-    """Column of a number (AP, AP50, VAL_LOSS) of a validated state: AP/ema_bn."""
+    """Column of a number (AP, AP50, AP_FREQUENT, VAL_LOSS) of a validated state: AP/ema_bn."""
     return f"{number}/{state}"
 
 
@@ -65,7 +67,7 @@ def train_loss(row: Row) -> float:
 
 def loss_curve(rows: Rows) -> Rows:
     """The columns of losses and APs alone, for loss_curve.csv."""
-    beginnings = ("epoch", TRAIN_LOSS, "val/", f"{VAL_LOSS}/", f"{AP}/", f"{AP50}/", WARM_UP)
+    beginnings = ("epoch", TRAIN_LOSS, "val/", f"{VAL_LOSS}/", f"{AP}/", f"{AP50}/", f"{AP_FREQUENT}/", WARM_UP)
     curve = []
     for row in rows:
         curve.append({name: value for name, value in row.items() if name.startswith(beginnings)})

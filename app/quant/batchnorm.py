@@ -26,7 +26,8 @@ def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
     """Replaces every BatchNorm's running statistics by the mean over `batches` of the batch statistics.
 
-    mu = (1/K) sum_k mean(x_k), var = (1/K) sum_k var(x_k): PyTorch's cumulative average (momentum None).
+    mu = (1/K) sum_k mean(x_k), var = (1/K) sum_k var(x_k), as PyTorch's cumulative average (momentum None). That is a
+    momentum of 1/k at the k-th batch, which PyTorch would read from the GPU in every layer.
     The EMA weights quantize to other codes than the raw weights. The averaged statistics come from the activations of
     the raw weights, so they do not fit the EMA copy; one pass over train batches makes them fit. Nagel et al.,
     "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 4.1. Without batches nothing changes.
@@ -49,10 +50,11 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
         if n_batches == 0:
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None
                 norm.train()
-        model(images)
         n_batches += 1
+        for norm in norms:
+            norm.momentum = 1.0 / n_batches
+        model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train(was_training)

@@ -1,8 +1,8 @@
-"""BatchNorm, SiLU and shortcut as one autograd node while a network trains on a GPU; else Ultralytics' own layers.
+"""BatchNorm, SiLU and shortcut as one autograd node on a GPU; else Ultralytics' own layers.
 
 The layers stay Ultralytics' and PyTorch's, with the same state_dict: `install` gives them the forwards below. These use
-the kernels of norm_kernels.py where a BatchNorm2d trains on a GPU. In eval mode, on the CPU, in an export and while
-BatchNorm is re-estimated (momentum None) they compute what the layers that they replace compute.
+the kernels of norm_kernels.py where a BatchNorm2d trains on a GPU, and in eval mode where nothing needs a gradient. On
+the CPU, in a trace and in eval mode with gradients they compute what the layers that they replace compute.
 
 A training-mode forward keeps the convolution's output alone for the backward; PyTorch keeps BatchNorm's output too.
 """
@@ -64,9 +64,9 @@ class FusedConv(Conv):
         """act(bn(conv(x))) + shortcut.
 
         Returns:
-            a tensor; with `place`, which takes a BatchNorm that trains on a GPU, the parts and, if asked for, the copy.
+            a tensor; with `place`, which only the kernels take, the parts and, if asked for, the copy.
         """
-        if trains_on_gpu(self, x):
+        if uses_kernels(self, x):
             return norm_act(self.bn, _convolve(self.conv, x), isinstance(self.act, nn.SiLU), shortcut, place)
         y = self.act(self.bn(self.conv(x)))
         return y if shortcut is None else shortcut + y
@@ -77,7 +77,7 @@ class FusedC2f(C2f):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = cast(FusedConv, self.cv1)
-        if not trains_on_gpu(first, x):
+        if not uses_kernels(first, x):
             return super().forward(x)
         y = first.conv(x)
         n_blocks = len(self.m)
@@ -113,20 +113,26 @@ class FusedCIB(CIB):
 
 
 class Doubling(nn.Upsample):
-    """Nearest neighbours, in the input's type where it trains on a GPU: autocast computes the same in float32."""
+    """Nearest neighbours, on a GPU in the input's type: autocast computes the same in float32."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         doubles = self.mode == "nearest" and self.scale_factor == 2 and self.size is None
-        if doubles and self.training and input.is_cuda:
+        if doubles and input.is_cuda and (self.training or is_plain_eval()):
             return double(input)
         return super().forward(input)
 
 
-def trains_on_gpu(layer: Conv, x: torch.Tensor) -> bool:
+def uses_kernels(layer: Conv, x: torch.Tensor) -> bool:
     """Whether the kernels compute the layer's BatchNorm, x being its input."""
     norm = layer.bn
-    trains = layer.training and norm.training and norm.momentum is not None
-    return trains and x.is_cuda and norm.weight.dtype == torch.float32
+    if not x.is_cuda or norm.weight.dtype != torch.float32:
+        return False
+    return norm.momentum is not None if norm.training else is_plain_eval()
+
+
+def is_plain_eval() -> bool:
+    """Whether a layer in eval mode only has to give its output: neither a gradient nor a graph is asked for."""
+    return not torch.is_grad_enabled() and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -148,7 +154,7 @@ def _convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def norm_act(
     norm: nn.BatchNorm2d, x: torch.Tensor, act: bool, shortcut: torch.Tensor | None = None, place: Place | None = None
 ) -> Any:
-    """BatchNorm of x in training mode, then SiLU if `act`, then + shortcut; running statistics move as in PyTorch.
+    """BatchNorm of x, then SiLU if `act`, then + shortcut; in training mode running statistics move as in PyTorch.
 
     Args:
         norm: its layer.
@@ -161,8 +167,38 @@ def norm_act(
     Returns:
         a tensor like x in channels_last, or a tuple: the parts of `place` and, if asked for, the copy.
     """
-    outputs = cast(Tensors, _NormAct.apply(norm, act, place, norm.weight, norm.bias, x, shortcut))
+    if norm.training:
+        outputs = cast(Tensors, _NormAct.apply(norm, act, place, norm.weight, norm.bias, x, shortcut))
+    else:
+        outputs = _passes(norm, act, place, x, shortcut).outputs
     return outputs if place else outputs[0]
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a forward gives, and what its backward needs; `stats` only in training mode."""
+
+    outputs: Tensors
+    rows: Matrix
+    stats: torch.Tensor | None
+    cut: norm_passes.Plan
+
+
+def _passes(norm: Any, act: bool, place: Place | None, x: torch.Tensor, shortcut: torch.Tensor | None) -> _Passed:
+    rows = as_matrix(x)
+    n_channels = len(norm.weight)
+    parts = [_alias(part) for part in place.parts] if place else [_empty(x, n_channels)]
+    cut = norm_passes.plan(x, n_channels, len(parts))
+    copy = _empty(x, cut.n_part) if place and place.copies else None
+    values = Norm(
+        norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps, norm.momentum
+    )
+    added = None if shortcut is None else as_matrix(shortcut)
+    out = Output(act, [as_matrix(part) for part in parts], None if copy is None else as_matrix(copy), added)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        stats = norm_passes.statistics(rows, cut, values) if norm.training else None
+        norm_passes.apply(rows, cut, stats, values, out)
+    return _Passed(tuple(parts) if copy is None else (*parts, copy), rows, stats, cut)
 
 
 class _NormAct(torch.autograd.Function):
@@ -171,22 +207,11 @@ class _NormAct(torch.autograd.Function):
         ctx: Any, norm: Any, act: bool, place: Place | None, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
         shortcut: torch.Tensor | None,
     ) -> Tensors:  # fmt: skip
-        rows = as_matrix(x)
-        n_channels = len(weight)
-        parts = [_alias(part) for part in place.parts] if place else [_empty(x, n_channels)]
-        cut = norm_passes.plan(x, n_channels, len(parts))
-        copy = _empty(x, cut.n_part) if place and place.copies else None
-        values = Norm(
-            weight, bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps, norm.momentum
-        )
-        added = None if shortcut is None else as_matrix(shortcut)
-        out = Output(act, [as_matrix(part) for part in parts], None if copy is None else as_matrix(copy), added)
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            stats = norm_passes.statistics(rows, cut, values)
-            norm_passes.apply(rows, cut, stats, values, out)
-        ctx.save_for_backward(rows.tensor, stats, weight, bias)
-        ctx.stride, ctx.act, ctx.cut, ctx.has_copy = rows.stride, act, cut, copy is not None
-        return tuple(parts) if copy is None else (*parts, copy)
+        passed = _passes(norm, act, place, x, shortcut)
+        ctx.save_for_backward(passed.rows.tensor, passed.stats, weight, bias)
+        ctx.stride, ctx.act, ctx.cut = passed.rows.stride, act, passed.cut
+        ctx.has_copy = place is not None and place.copies
+        return passed.outputs
 
     @staticmethod
     @once_differentiable

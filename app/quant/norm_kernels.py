@@ -1,4 +1,5 @@
-"""Triton kernels of BatchNorm in training mode, with SiLU and an added shortcut: two passes forward, two backward.
+"""Triton kernels of BatchNorm with SiLU and an added shortcut: two passes forward, of which eval mode needs the second
+alone, and two backward.
 
 A tensor [N,C,H,W] in channels_last memory is a matrix of n_rows = N*H*W rows and C channels; `stride` is the distance
 of two rows in elements, C or more. A program reduces a run of rows for a block of columns and writes its partial sums;
@@ -140,13 +141,28 @@ def _factors(stats, weight, bias, n_channels, channel, exists):  # noqa: PLR0913
 
 
 @triton.jit
+def _running_factors(running_mean, running_var, weight, bias, eps, channel, exists):  # noqa: PLR0913
+    """As _factors, without inv, from the running statistics."""
+    mean = tl.load(running_mean + channel, mask=exists, other=0.0)
+    var = tl.load(running_var + channel, mask=exists, other=1.0)
+    factor = tl.load(weight + channel, mask=exists, other=0.0) * tl.math.div_rn(1.0, tl.math.sqrt_rn(var + eps))
+    return mean, factor, tl.load(bias + channel, mask=exists, other=0.0)
+
+
+@triton.jit
 def apply_kernel(  # noqa: PLR0913
-    x, stats, weight, bias, shortcut, out_first, out_last, out_copy, n_folded, n_channels, n_part, fold, n_blocks,
-    stride, shortcut_stride, first_stride, last_stride, copy_stride, ACT: tl.constexpr, COPIES: tl.constexpr,
-    ADDS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TOGETHER: tl.constexpr,
+    x, stats, running_var, weight, bias, shortcut, out_first, out_last, out_copy, n_folded, n_channels, n_part, fold,
+    n_blocks, stride, shortcut_stride, first_stride, last_stride, copy_stride, eps, RUNNING: tl.constexpr,
+    ACT: tl.constexpr, COPIES: tl.constexpr, ADDS: tl.constexpr, LOOPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """With RUNNING, `stats` is the running mean; else running_var is not read."""
     half, row_in, channel, exists = _columns(n_part, fold, n_blocks, BLOCK_C)
-    mean, _, factor, shift = _factors(stats, weight, bias, n_channels, half * n_part + channel, exists)
+    own = half * n_part + channel
+    if RUNNING:
+        mean, factor, shift = _running_factors(stats, running_var, weight, bias, eps, own, exists)
+    else:
+        mean, _, factor, shift = _factors(stats, weight, bias, n_channels, own, exists)
     is_first = (half == 0) & (n_channels > n_part)
     out, out_stride = out_last, last_stride
     if is_first:

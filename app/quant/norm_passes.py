@@ -189,13 +189,14 @@ def statistics(x: Matrix, cut: Plan, norm: Norm) -> torch.Tensor:
     return stats
 
 
-def apply(x: Matrix, cut: Plan, stats: torch.Tensor, norm: Norm, out: Output) -> None:
-    """Writes act(z) + shortcut into out.parts and out.copy."""
+def apply(x: Matrix, cut: Plan, stats: torch.Tensor | None, norm: Norm, out: Output) -> None:
+    """Writes act(z) + shortcut into out.parts and out.copy; without `stats` z is of the running statistics."""
     shortcut = out.shortcut or x
     strides = (x.stride, shortcut.stride, *out.strides())
-    pointers = (x.tensor, stats, norm.weight, norm.bias, shortcut.tensor, *out.pointers())
-    constants = {**out.flags(), "ADDS": out.shortcut is not None, **cut.constants(*strides)}
-    norm_kernels.apply_kernel[cut.grid](*pointers, *cut.sizes, *strides, **constants)
+    mean = norm.running_mean if stats is None else stats
+    pointers = (x.tensor, mean, norm.running_var, norm.weight, norm.bias, shortcut.tensor, *out.pointers())
+    constants = {"RUNNING": stats is None, "ADDS": out.shortcut is not None, **out.flags(), **cut.constants(*strides)}
+    norm_kernels.apply_kernel[cut.grid](*pointers, *cut.sizes, *strides, norm.eps, **constants)
 
 
 def gradients(

@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import unset_deterministic
 
 from app.core.files import write_json
 from app.core.progress import track
-from app.core.results import AP, CORRECTED_AP, SCORED_AP, WARM_UP, write_rows
+from app.core.results import AP, CORRECTED_AP, SCORED, SCORED_AP, WARM_UP, write_rows
 from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
@@ -30,9 +30,10 @@ from app.train.monitor import Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
 from app.train.processes import explain_lost_peer
 from app.train.state import State
-from app.train.step import Rise, clipped_step, warm_up, weights_of
+from app.train.step import Rise, clipped_step, trained_weights, warm_up
 from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
+from app.train.validator import HeldOut, weights_of
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class Loop:
 
     def optimizer_step(self) -> None:
         state = self.state
-        grads = [weight.grad for weight in weights_of(state.optimizer) if weight.grad is not None]
+        grads = [weight.grad for weight in trained_weights(state.optimizer) if weight.grad is not None]
         self.ranks.all_reduce_together(grads)  # the losses of the parts add up to the batch's
         if self.options:
             scale = state.scaler.get_scale()  # waits for the GPU
@@ -252,8 +253,8 @@ class Loop:
             write_json(self.trainer.save_dir / "health.json", facts)
         return health.columns
 
-    def _score(self, model: nn.Module) -> dict[str, float]:
-        return self.trainer.score(model, self.state.loss_names)
+    def _score(self, held_out: HeldOut) -> dict[str, dict[str, float]]:
+        return self.trainer.score(held_out, self.state.loss_names)
 
     def _reestimate(self, model: nn.Module) -> None:
         self.trainer.reestimate(model, self.bn_images.after(self.state.epoch))
@@ -285,7 +286,7 @@ class Loop:
         model = model_of(state, best["scored"])
         batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
         correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
-        ap = self._score(model)[SCORES[AP]]
+        ap = self._score(HeldOut(model, {SCORED: weights_of(model)}))[SCORED][SCORES[AP]]
         keep_better(trainer.best, self.config, best, model, ap)
         state.rows[-1][CORRECTED_AP] = ap
         write_rows(trainer.save_dir / "results.csv", state.rows)

@@ -1,6 +1,6 @@
 """Ultralytics' loss of both heads on a GPU without a host sync, for batches of any labels.
 
-The definition is Ultralytics' E2ELoss; the CPU, validation and batches with more objects than fit use that. The kernels
+The definition is Ultralytics' E2ELoss; the CPU and batches with more objects than fit use that. The kernels
 compute in float32 from the heads' outputs, where Ultralytics' code under autocast rounds sigmoids, box coordinates and
 anchor points to float16.
 """
@@ -92,7 +92,7 @@ class HeadLoss:
         """The loss that is trained, a scalar, and box, class and DFL loss of the one2one head, float32 [3], detached.
 
         Args:
-            preds: outputs of both heads in training mode.
+            preds: outputs of both heads in training mode; of the one2many head none, {}, while a model is scored.
             rows: padded label rows, float32 [n,6].
             weights: of the heads one2many and one2one, float32 [2].
         """
@@ -100,9 +100,12 @@ class HeadLoss:
         n_images = preds["one2one"]["boxes"].shape[0]
         height, width = (int(side * self.strides[0]) for side in preds["one2one"]["feats"][0].shape[2:])
         found = objects(rows, n_images, (height, width))
-        terms = {name: self._terms(preds[name], found, grid, head) for name, head in self.heads.items()}
+        terms, loss = {}, weights.new_zeros(())
+        for (name, head), weight in zip(self.heads.items(), weights, strict=True):
+            if preds[name]:
+                terms[name] = self._terms(preds[name], found, grid, head)
+                loss = loss + terms[name][0].sum() * weight
         n_all_images = n_images if self.ranks.n == 1 else terms["one2one"][1]
-        loss = terms["one2many"][0].sum() * weights[0] + terms["one2one"][0].sum() * weights[1]
         return loss * n_all_images, terms["one2one"][0].detach()
 
     def _terms(
@@ -177,7 +180,7 @@ class GpuLoss(E2ELoss):
         parsed: Any = self.one2many.parse_output(preds)
         boxes = parsed["one2one"]["boxes"]
         if not (boxes.is_cuda and self.fits(batch, boxes.shape[0])):
-            return super().__call__(preds, batch)
+            return super().__call__(preds, batch) if parsed["one2many"] else self.one2one.loss(parsed["one2one"], batch)
         n_images = boxes.shape[0]
         padded = torch.zeros(capacity(n_images), COLUMNS, device=boxes.device)
         pad_rows(label_rows(batch), padded, n_images)

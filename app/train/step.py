@@ -45,7 +45,7 @@ def warm_up(optimizer: torch.optim.Optimizer, hyp: Hyp, rise: Rise, lr_factor: f
             group["momentum"] = rise.between(hyp.warmup_momentum, hyp.momentum)
 
 
-def weights_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def trained_weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The trained weights. A quantized YOLOv10m has 6,420 modules, and to ask all of them takes 9 ms."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
@@ -59,7 +59,7 @@ def clipped_step(
         watch: receives the 2-norm of all gradients before they are used, or None where the GradScaler looks at them.
     """
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(weights_of(optimizer), MAX_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(trained_weights(optimizer), MAX_NORM)
     watch(None if scaler.is_enabled() else norm)
     scaler.step(optimizer)
     scaler.update()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,13 @@ from app.core.files import read_json, write_json
 from app.core.run import VIEW_SHAPE, RunRoot
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.model import build
-from app.quant.norm import install
+from app.quant.norm import install, is_installed
 from app.quant.options import exempt_scales_from_decay
 from app.train.bn_images import ema_decay
 from app.train.loader import CocoDataset, Part, Place, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
 from app.train.step import criterion_of_part, fuse
-from app.train.validation import Validator
+from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
 
 
 class Trainer(DetectionTrainer):
@@ -65,7 +66,7 @@ class Trainer(DetectionTrainer):
         # Deterministic mode also fills every new tensor with NaN, to show reads of unwritten memory; at 640 px that is
         # a second pass of writes over all activations.
         cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
-        self.held_out: Any = None  # the model that the validator scores
+        self.held_out: Any = None  # the weights that the validator scores
         self.epoch = 0  # the validator compares it with the last one, where it would draw plots
 
     def set_up(self) -> None:
@@ -134,7 +135,8 @@ class Trainer(DetectionTrainer):
         return fuse(optimizer) if self.device.type == "cuda" else optimizer
 
     def get_validator(self) -> Validator:
-        return Validator(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
+        kind = KernelValidator if is_installed(self.net) else Validator
+        return kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
 
     def forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a model for a batch of the loader, a scalar, and its terms by name. Does not wait for the GPU."""
@@ -142,11 +144,14 @@ class Trainer(DetectionTrainer):
             loss, items = model(self.preprocess_batch(batch))
         return loss.sum(), items
 
-    def score(self, model: nn.Module, loss_names: list[str]) -> dict[str, float]:
-        """The numbers of Ultralytics' validator for a model; AP is that of the one2one head, losses are named val/*."""
-        self.held_out = model
-        self.loss_items = dict.fromkeys(loss_names, torch.zeros((), device=self.device))  # what validation counts from
-        return self.validator(self)
+    def score(self, held_out: HeldOut, loss_names: list[str]) -> dict[str, dict[str, float]]:
+        """The numbers of Ultralytics' validator by set of weights; AP is that of the one2one head, losses are val/*."""
+        self.held_out = held_out
+        zero = torch.zeros((), device=self.device)
+        names = [f"{term}{AT}{name}" for term in loss_names for name in held_out.set_names]
+        self.loss_items = dict.fromkeys(names, zero)  # what validation counts from
+        with without_one2many(held_out.model) if is_installed(held_out) else nullcontext():
+            return self.validator(self)
 
     def reestimate(self, model: nn.Module, images: Iterable[torch.Tensor]) -> None:
         """Re-estimates BatchNorm's statistics of a model, in place.
@@ -155,6 +160,8 @@ class Trainer(DetectionTrainer):
             images: batches as a loader gives them, uint8 [N,3,H,W].
         """
         inputs = (self.preprocess_batch({"img": batch})["img"] for batch in images)
+        if self.device.type == "cuda":  # cuDNN's layout: the first convolution would copy its output, the largest map
+            inputs = (batch.contiguous(memory_format=torch.channels_last) for batch in inputs)
         with autocast(self.amp, device=self.device.type):
             reestimate_batchnorm(model, inputs)
 

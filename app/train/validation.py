@@ -9,52 +9,20 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from ultralytics.models.yolo.detect import DetectionValidator
 
-from app.core.results import AP, AP50, SCORED, STATES, VAL_LOSS, column
+from app.core.results import AP, AP50, AP_FREQUENT, SCORED, STATES, VAL_LOSS, column
 from app.quant.batchnorm import variance_ratios
 from app.quant.health import Oscillations, flat_codes, scale_ratios, share_of_different, signal_to_noise
+from app.train.processes import ALONE
 from app.train.state import State
+from app.train.step import criterion_of_part
+from app.train.validator import HeldOut, weights_of
 
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
-SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)"}
-LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
+SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)", AP_FREQUENT: AP_FREQUENT}
+UNNAMED = ("fitness", AP_FREQUENT)  # numbers of the last state that are no columns by their own names
 LOSSES = ("val/box_loss", "val/cls_loss", "val/dfl_loss")
-
-
-class Validator(DetectionValidator):
-    """Scores the model that the trainer holds out, and keeps the first batch for TensorBoard."""
-
-    def get_model(self, model: Any, trainer: Any = None) -> Any:
-        return trainer.held_out
-
-    def gather_stats(self) -> None:
-        """Nothing to gather: of several ranks, rank 0 validates alone."""
-
-    def postprocess(self, preds: Any) -> list[dict[str, torch.Tensor]]:
-        """Detections on the CPU: matching takes hundreds of tiny operations an image, each a launch and a wait."""
-        on_device = super().postprocess(preds)
-        counts = [len(pred["conf"]) for pred in on_device]
-        on_cpu: list[dict[str, torch.Tensor]] = [{} for _ in on_device]
-        for key in on_device[0]:
-            all_images = torch.cat([pred[key] for pred in on_device]).cpu()
-            for pred, part in zip(on_cpu, all_images.split(counts), strict=True):
-                pred[key] = part
-        return on_cpu
-
-    def update_metrics(self, preds: list[dict[str, torch.Tensor]], batch: dict[str, Any]) -> None:
-        if self.batch_i == 0:
-            self.first_batch = (preds, batch)
-        labels = {key: batch[key].cpu() for key in LABELS}
-        super().update_metrics(preds, {**batch, **labels})
-
-    def _prepare_batch(self, si: int, batch: dict[str, Any]) -> dict[str, Any]:
-        device, self.device = self.device, torch.device("cpu")  # where it makes a tensor for the boxes
-        prepared = super()._prepare_batch(si, batch)
-        self.device = device
-        return prepared
 
 
 @dataclass(frozen=True)
@@ -66,33 +34,40 @@ class Scores:
 
 
 def score_states(
-    state: State, score: Callable[[nn.Module], dict[str, float]], reestimate: Callable[[nn.Module], None]
+    state: State,
+    score: Callable[[HeldOut], dict[str, dict[str, float]]],
+    reestimate: Callable[[nn.Module], None],
 ) -> Scores:
     """Scores raw weights, their EMA, and the EMA with BatchNorm re-estimated.
 
     Args:
-        score: gives the numbers of Ultralytics' validator for a model; AP is that of the one2one head.
+        score: gives the numbers of Ultralytics' validator for every set of weights; AP is that of the one2one head.
         reestimate: replaces BatchNorm's running statistics of a model in place.
 
     Returns:
         the validator's numbers for the last state, and AP/<state>, AP50/<state>, val_loss/<state> for all three.
     """
+    model: Any = deepcopy(state.ema.ema)  # with the bits that are in force, where a warm-up changes them
+    model.load_state_dict(state.ema.ema.state_dict())
+    model.criterion = criterion_of_part(model, ALONE)
+    start = time.monotonic()
+    reestimate(model)
+    reestimation_s = round(time.monotonic() - start, 3)
+    scored = {name: tensor.clone() for name, tensor in weights_of(model).items()}
+    sources = (weights_of(state.net), weights_of(state.ema.ema), scored)
+    held_out = HeldOut(model, dict(zip(STATES, sources, strict=True)))
+    results = score(held_out)
+    held_out.take(SCORED)
     columns: dict[str, float] = {}
-    scores: dict[str, float] = {}
-    held_out: Any = deepcopy(state.ema.ema)  # with the bits that are in force, where a warm-up changes them
     for name in STATES:
-        source = state.net if name == "raw" else state.ema.ema
-        held_out.load_state_dict(source.state_dict())
         if name == SCORED:
-            start = time.monotonic()
-            reestimate(held_out)
-            columns["time/bn_reestimation_s"] = round(time.monotonic() - start, 3)
-        scores = score(held_out)
+            columns["time/bn_reestimation_s"] = reestimation_s
         for score_name, key in SCORES.items():
-            columns[column(score_name, name)] = scores[key]
-        columns[column(VAL_LOSS, name)] = sum(scores[key] for key in LOSSES)
-    scores.pop("fitness")
-    return Scores({**scores, **columns}, held_out)
+            if key in results[name]:
+                columns[column(score_name, name)] = results[name][key]
+        columns[column(VAL_LOSS, name)] = sum(results[name][key] for key in LOSSES)
+    last = {name: value for name, value in results[SCORED].items() if name not in UNNAMED}
+    return Scores({**last, **columns}, model)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from app.quant.kernels import Layout, Spec, gradient, quantize
 from app.quant.norm import Place, norm_act
 from app.quant.upsample import double
 from app.train.loss import HeadLoss
+from app.train.match import match, targets_of
 from app.train.processes import ALONE
 
 CAPABILITIES = (120,)  # RTX 5090, the GPU of the image
@@ -30,7 +31,7 @@ TYPES = {
     torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 NHWC = torch.channels_last
-N_KERNELS = 15  # of norm, upsample, loss, assign and quant, at least
+N_KERNELS = 16  # of norm, upsample, loss, assign, match and quant, at least
 
 
 def test_every_kernel_compiles_for_the_gpu_of_the_image(tmp_path: Path) -> None:
@@ -75,6 +76,8 @@ def norms(dtype: torch.dtype, act: bool) -> None:
     norm_act(layer, x, act, shortcut, None).sum().backward()
     part, copy = norm_act(layer, x, act, None, Place([room.narrow(1, 16, 48)], copies=True))
     torch.autograd.backward([part, copy], [torch.ones_like(part), torch.ones_like(copy)])
+    with torch.no_grad():
+        norm_act(layer.eval(), x, act, shortcut)
 
 
 def losses() -> None:
@@ -98,6 +101,15 @@ def quantizers() -> None:
     gradient(torch.ones(weight.numel()), flat, layout, absmax, pick)
 
 
+def matching() -> None:
+    labels = {"batch_idx": torch.zeros(2), "cls": torch.zeros(2, 1), "bboxes": torch.rand(2, 4)}
+    for n_objects in (2, 300):
+        many = {key: value[:1].repeat(n_objects, *[1] * (value.ndim - 1)) for key, value in labels.items()}
+        targets = targets_of(many, 2, (64, 64))
+        assert targets
+        match(torch.rand(4, 300, 6), targets, torch.linspace(0.5, 0.95, 10), 0.001)
+
+
 if __name__ == "__main__":
     from triton.runtime.jit import JITFunction
 
@@ -111,5 +123,6 @@ if __name__ == "__main__":
         double(x).sum().backward()
         losses()
         quantizers()
+        matching()
     sys.stdout.write(f"{len(compiled)}\n")
     sys.stderr.write(" ".join(sorted(compiled)))

@@ -75,6 +75,17 @@ def compare(criterion: E2ELoss, counts: list[int], largest: float, spread: float
             assert error <= GRAD_RTOL * theirs[head][name].grad.norm(), (counts, head, name)
 
 
+def compare_scored(criterion: E2ELoss, counts: list[int]) -> None:
+    """A model that is scored, without its one2many head, gives the terms of the other one, the numbers of val/*."""
+    batch, preds = labels(counts, 0.5), outputs(len(counts), 1.0)
+    padded = torch.zeros(sum(counts) + 3, 6)
+    pad_rows(label_rows(batch), padded, len(counts))
+    with torch.inference_mode():
+        expected = criterion(preds, batch)[1]
+        _, items = HeadLoss(criterion, ALONE)({**preds, "one2many": {}}, padded, torch.ones(2))
+    torch.testing.assert_close(items, torch.stack(list(expected.values())), rtol=RTOL, atol=RTOL)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     network: Any = DetectionModel("yolov10n.yaml", verbose=False)
@@ -84,3 +95,4 @@ if __name__ == "__main__":
     compare(criterion, counts=[0, 0], largest=0.5, spread=1.0)
     compare(criterion, counts=[0, 5, 0], largest=0.5, spread=3.0)
     compare(criterion, counts=[4, 6], largest=0.02, spread=2.0)  # smaller than a stride
+    compare_scored(criterion, counts=[3, 0, 2])

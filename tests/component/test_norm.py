@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from ultralytics.nn.modules.block import C2f, C2fCIB
+from ultralytics.nn.modules.conv import Conv
 
 from app.quant import norm
 from app.quant.norm import Place, install, norm_act
@@ -44,6 +46,25 @@ def test_on_the_cpu_installed_layers_compute_what_they_replace() -> None:
     x = torch.randn(2, 16, 4, 4)
     for mode in (True, False):
         assert torch.equal(fused.train(mode)(x), stock.train(mode)(x))
+
+
+@pytest.mark.parametrize(
+    ("trains", "momentum", "grad", "traces", "expected"),
+    [(True, 0.03, True, False, True), (True, 0.25, False, False, True), (True, None, True, False, False),
+     (False, 0.03, False, False, True), (False, 0.03, True, False, False), (False, 0.03, False, True, False)],
+    ids=["training", "re-estimation", "cumulative", "validation", "correction", "export"],
+)  # fmt: skip
+def test_the_kernels_run_in_training_and_where_eval_needs_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, trains: bool, momentum: float | None, grad: bool, traces: bool, expected: bool
+) -> None:
+    layer = Conv(4, 4)
+    layer.bn.train(trains).momentum = momentum
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: traces)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    with torch.set_grad_enabled(grad):
+        assert norm.uses_kernels(layer, on_gpu) == expected
+        assert not norm.uses_kernels(layer, torch.zeros(1))
+        assert not norm.uses_kernels(deepcopy(layer).half(), on_gpu)
 
 
 def distance(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -111,9 +132,9 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, act: bool, for
 
 
 def compare_blocks() -> None:
-    """Blocks of layers, also one whose 48 channels are padded to 64."""
+    """Blocks of layers, also one whose 48 channels are padded to 64, in training mode and then in eval mode."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norm, "trains_on_gpu", lambda layer, x: layer.training)
+        patch.setattr(norm, "uses_kernels", lambda layer, x: True)
         blocks = (C2f(16, 32, 2, True), C2f(16, 32, 1), C2fCIB(16, 32, 2, True, True), C2f(48, 96, 1, True))
         for block in blocks:
             fused = deepcopy(block).to(memory_format=NHWC)
@@ -129,6 +150,33 @@ def compare_blocks() -> None:
             pairs += zip((p.grad for p in fused.parameters()), (p.grad for p in reference.parameters()), strict=True)
             pairs += zip(fused.buffers(), (buffer.double() for buffer in reference.buffers()), strict=True)
             assert max(distance(value, wanted) for value, wanted in pairs) < 1e-5
+            before = [buffer.clone() for buffer in fused.buffers()]
+            with torch.inference_mode():
+                assert distance(fused.eval()(x), reference.eval()(x_reference)) < 1e-5
+            assert all(torch.equal(a, b) for a, b in zip(before, fused.buffers(), strict=True))
+
+
+def compare_eval(dtype: torch.dtype, act: bool) -> None:
+    """With running statistics that are not those of the input, and channels whose variance is far below eps."""
+    layer = nn.BatchNorm2d(48, eps=1e-3)
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+    nn.init.normal_(layer.bias)
+    nn.init.normal_(layer.running_mean)  # pyright: ignore[reportArgumentType]
+    layer.running_var = torch.rand(48) * torch.tensor([1e-6, 4.0]).repeat(24)
+    reference = deepcopy(layer).double().eval()
+    x, shortcut = wide_slice((2, 48, 6, 6), dtype), wide_slice((2, 48, 6, 6), dtype)
+    expected = reference(x.double())
+    expected = functional.silu(expected) if act else expected
+    room = torch.empty(2, 64, 6, 6, dtype=dtype).contiguous(memory_format=NHWC)
+    with torch.no_grad():
+        y = norm_act(layer.eval(), x, act, shortcut)
+        first, last, copy = norm_act(
+            layer, x, act, None, Place([room.narrow(1, 0, 24), room.narrow(1, 24, 24)], copies=True)
+        )
+    assert distance(y, expected + shortcut.double()) < LIMIT[dtype]
+    assert distance(torch.cat([first, last], 1), expected) < LIMIT[dtype]
+    assert torch.equal(room[:, :48], torch.cat([first, last], 1))
+    assert torch.equal(copy, last)
 
 
 def compare_upsampling() -> None:
@@ -150,5 +198,7 @@ if __name__ == "__main__":
     compare((2, 96, 4, 4), torch.bfloat16, act=True, form="part and copy")
     compare((2, 288, 4, 4), torch.float32, act=True, form="halves")
     compare((2, 48, 9, 9), torch.float32, act=True, form="new", mean=600.0)  # 300 std
+    compare_eval(torch.float16, act=True)
+    compare_eval(torch.float32, act=False)
     compare_blocks()
     compare_upsampling()

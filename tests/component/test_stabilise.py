@@ -29,6 +29,21 @@ def test_statistics_are_the_mean_over_batches() -> None:
     torch.testing.assert_close(net[1].running_var, variances)
 
 
+def test_statistics_equal_pytorchs_cumulative_average_to_the_last_bit() -> None:
+    net, reference = small_net(), small_net()
+    reference.load_state_dict(net.state_dict())
+    batches = [torch.rand(5, 3, 8, 8) + i for i in range(7)]
+    reestimate_batchnorm(net, batches)
+    norm = reference[1].train()
+    norm.reset_running_stats()
+    norm.momentum = None
+    with torch.no_grad():
+        for batch in batches:
+            reference(batch)
+    for name, value in reference.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+
+
 def test_nothing_but_the_statistics_changes() -> None:
     net = small_net()
     before = {key: value.clone() for key, value in net.state_dict().items()}

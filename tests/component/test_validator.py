@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
 from app.train.train import train
+from app.train.validator import HeldOut, weights_of, without_one2many
+from tests.support.random_boxes import labels
 from tests.support.scripted import PLAIN, box_of, read_table, reading, solid, write_coco
 from tests.support.settle import settle
 from tests.support.tiny import tiny_network
@@ -90,3 +93,50 @@ def test_scores_and_losses_of_known_detections(tmp_path: Path, runs_dir: Path, m
         wanted = {f"AP/{state}": ap, f"AP50/{state}": ap50, f"val_loss/{state}": terms.sum()}
         assert {name: float(row[name]) for name in wanted} == pytest.approx(wanted, abs=ROUNDED)
     assert [float(row[f"val/{name}_loss"]) for name in ("box", "cls", "dfl")] == pytest.approx(terms, abs=ROUNDED)
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_held_out_model_gives_what_each_set_of_weights_gives() -> None:
+    """One model in place of three: outputs, terms of the loss and the state that it is left in."""
+    models = {name: network(seed) for seed, name in enumerate(STATES)}
+    held_out = HeldOut(network(9), {name: weights_of(model) for name, model in models.items()}).eval()
+    images, batch = torch.rand(2, 3, 64, 64), labels([2, 1], 0.5)
+    held_out.end2end = True
+    with torch.inference_mode():
+        outputs = held_out(images)
+        terms = held_out.loss(batch, outputs)[1]
+        for name, model in models.items():
+            model.end2end = True
+            expected = model.eval()(images)
+            assert torch.equal(outputs[name][0], expected[0])
+            for term, value in model.loss(batch, expected)[1].items():
+                assert torch.equal(terms.pop(f"{term}@{name}"), value)
+    assert not terms
+    held_out.take("raw")
+    for key, value in models["raw"].state_dict().items():
+        assert torch.equal(held_out.model.state_dict()[key], value), key
+
+
+def test_without_the_one2many_head_the_detections_are_the_same_and_the_weights_stay() -> None:
+    model = network(0).eval()
+    model.end2end = True
+    images, keys = torch.rand(1, 3, 64, 64), list(model.state_dict())
+    with torch.inference_mode():
+        expected = model(images)
+        with without_one2many(model):
+            found = model(images)
+            assert model.end2end
+    assert torch.equal(found[0], expected[0])
+    assert found[1]["one2many"] == {}
+    assert list(model.state_dict()) == keys
+
+
+def network(seed: int) -> Any:
+    """A small network whose BatchNorm has statistics."""
+    torch.manual_seed(seed)
+    model: Any = DetectionModel("yolov10n.yaml", verbose=False).requires_grad_(False)
+    model.args = get_cfg()
+    model(torch.rand(2, 3, 64, 64))
+    return model

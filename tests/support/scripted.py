@@ -19,7 +19,7 @@ from ultralytics.nn.tasks import DetectionModel
 from app.coco.annotations import CATEGORIES
 from app.quant.model import load_checkpoint
 from app.train.nonfinite import Watch
-from app.train.validation import Validator
+from app.train.validator import Validator
 
 SIZE_WH = (64, 32)  # px of every image; letterboxed to 64 x 64 it has 16 rows of padding above and below
 # Without augmentation, learning-rate warm-up and EMA ramp; an optimizer step a batch.
@@ -161,18 +161,22 @@ class Validation:
 
 @contextmanager
 def scripted(results: list[dict[str, float]]) -> Iterator[list[Validation]]:
-    """Every validation gives the next one of `results`; more validations than results are an error."""
+    """Every state of a validation gets the next one of `results`; more states than results are an error."""
     left = iter(results)
     done: list[Validation] = []
 
-    def validate(self: Any, trainer: Any = None, model: Any = None) -> dict[str, float]:
-        network = self.get_model(model, trainer)
+    def validate(self: Any, trainer: Any = None, model: Any = None) -> dict[str, dict[str, float]]:
+        held_out = self.get_model(model, trainer)
         batches = list(self.dataloader)
         numbers = [number_of(file) for batch in batches for file in batch["im_file"]]
-        self.names, self.first_batch = network.names, (detections(batches[0]), {**batches[0]})
+        self.names, self.first_batch = held_out.names, (detections(batches[0]), {**batches[0]})
         folder = Path(self.save_dir)
-        done.append(Validation(copy_of(network), numbers, best_epoch(folder), health_epoch(folder)))
-        return dict(next(left))
+        given = {}
+        for name in held_out.set_names:
+            held_out.take(name)
+            done.append(Validation(copy_of(held_out.model), numbers, best_epoch(folder), health_epoch(folder)))
+            given[name] = dict(next(left))
+        return given
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Validator, "__call__", validate)

@@ -1,0 +1,242 @@
+"""Ultralytics' validator for several sets of weights of one network: every batch is read once and scored with each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.utils.metrics import DetMetrics
+
+from app.core.results import AP_FREQUENT, FREQUENT_BOXES
+from app.train.match import Targets, match, targets_of
+
+LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
+AT = "@"  # between a number's name and the name of its weights
+Weights = dict[str, torch.Tensor]
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Parameters and buffers by name, those of the model themselves."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+class HeldOut(nn.Module):
+    """A network that is scored with one set of weights after the other. Validation sees it as one model.
+
+    A copy of a quantized network for each set would take seconds to make; the weights of one are copied in no time.
+
+    Args:
+        model: a DetectionModel without gradients; its weights are overwritten.
+        sets: weights by name, for every name in `weights_of(model)`; the last one is what TensorBoard shows.
+    """
+
+    def __init__(self, model: nn.Module, sets: dict[str, Weights]) -> None:
+        super().__init__()
+        self.model: Any = model
+        own = weights_of(model)
+        self.by_dtype: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
+        for name, weights in sets.items():
+            self.by_dtype[name] = []
+            for dtype in {tensor.dtype for tensor in own.values()}:  # a foreach operation takes one type
+                keys = [key for key, tensor in own.items() if tensor.dtype == dtype]
+                self.by_dtype[name].append(([own[key] for key in keys], [weights[key] for key in keys]))
+
+    @property
+    def set_names(self) -> list[str]:
+        return list(self.by_dtype)
+
+    @torch.no_grad()
+    def take(self, name: str) -> None:
+        """Gives the model a set of weights."""
+        for own, weights in self.by_dtype[name]:
+            cast(Any, torch)._foreach_copy_(own, weights)
+        torch.clear_autocast_cache()  # it may hold the last set in float16
+
+    def forward(self, images: torch.Tensor, augment: bool = False) -> dict[str, Any]:
+        """Outputs of the model in eval mode, by set of weights."""
+        outputs = {}
+        for name in self.set_names:
+            self.take(name)
+            outputs[name] = self.model(images, augment=augment)
+        return outputs
+
+    def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> tuple[None, dict[str, torch.Tensor]]:
+        """Terms of the loss as 'term@set'."""
+        terms = {}
+        for name, output in outputs.items():
+            for term, value in self.model.loss(batch, output)[1].items():
+                terms[f"{term}{AT}{name}"] = value
+        return None, terms
+
+    # --- what Ultralytics' validator asks a model for ---
+
+    @property
+    def names(self) -> dict[int, str]:
+        return self.model.names
+
+    @property
+    def end2end(self) -> bool:
+        return self.model.end2end
+
+    @end2end.setter
+    def end2end(self, value: bool) -> None:
+        self.model.end2end = value
+
+    def set_head_attr(self, **attributes: Any) -> None:
+        self.model.set_head_attr(**attributes)
+
+
+@contextmanager
+def without_one2many(model: Any) -> Iterator[None]:
+    """Inside, the one2many head does not run. Validation reads the one2one head alone.
+
+    Ultralytics' head does without it since the fusing of a network for inference sets it to None too.
+    """
+    head = model.model[-1]
+    kept = head.cv2, head.cv3
+    head.cv2 = head.cv3 = None
+    try:
+        yield
+    finally:
+        head.cv2, head.cv3 = kept
+
+
+class Validator(DetectionValidator):
+    """Scores every set of weights that the trainer holds out.
+
+    Attributes:
+        metrics_of: Ultralytics' metrics by set, with the AP of every class, after a validation.
+        first_batch: detections of the last set on the first batch, and that batch, for TensorBoard.
+    """
+
+    metrics_of: dict[str, DetMetrics]
+    first_batch: tuple[list[dict[str, torch.Tensor]], dict[str, Any]]
+
+    def __call__(self, trainer: Any) -> dict[str, dict[str, float]]:
+        """Numbers of Ultralytics' validator, with five decimals, by set of weights; losses are named val/*."""
+        flat = super().__call__(trainer)
+        results: dict[str, dict[str, float]] = {name: {} for name in self.metrics_of}
+        for key, value in flat.items():
+            number, _, name = key.rpartition(AT)
+            results[name][number] = value
+        return results
+
+    def get_model(self, model: Any, trainer: Any = None) -> Any:
+        return trainer.held_out
+
+    def init_metrics(self, model: Any) -> None:
+        super().init_metrics(model)
+        self.metrics_of = {name: DetMetrics(model.names) for name in model.set_names}
+
+    def gather_stats(self) -> None:
+        """Nothing to gather: of several ranks, rank 0 validates alone."""
+
+    def postprocess(self, preds: dict[str, Any]) -> dict[str, list[dict[str, torch.Tensor]]]:
+        return {name: self.detections(output) for name, output in preds.items()}
+
+    def detections(self, output: Any) -> list[dict[str, torch.Tensor]]:
+        """Detections on the CPU: matching takes hundreds of tiny operations an image, each a launch and a wait."""
+        on_device = super().postprocess(output)
+        counts = [len(pred["conf"]) for pred in on_device]
+        on_cpu: list[dict[str, torch.Tensor]] = [{} for _ in on_device]
+        for key in on_device[0]:
+            all_images = torch.cat([pred[key] for pred in on_device]).cpu()
+            for pred, part in zip(on_cpu, all_images.split(counts), strict=True):
+                pred[key] = part
+        return on_cpu
+
+    def update_metrics(self, preds: dict[str, list[dict[str, torch.Tensor]]], batch: dict[str, Any]) -> None:
+        if self.batch_i == 0:
+            self.first_batch = (preds[list(preds)[-1]], batch)
+        labels = {key: batch[key].cpu() for key in LABELS}
+        n_before = self.seen
+        for name, detections in preds.items():
+            self.seen, self.metrics = n_before, self.metrics_of[name]
+            super().update_metrics(detections, {**batch, **labels})
+
+    def _prepare_batch(self, si: int, batch: dict[str, Any]) -> dict[str, Any]:
+        device, self.device = self.device, torch.device("cpu")  # where it makes a tensor for the boxes
+        prepared = super()._prepare_batch(si, batch)
+        self.device = device
+        return prepared
+
+    def get_stats(self) -> dict[str, float]:
+        """Numbers as 'number@set'. The sets' precision-recall curves are independent, and NumPy lets go of the lock."""
+        with ThreadPoolExecutor(len(self.metrics_of)) as pool:
+            list(pool.map(DetMetrics.process, self.metrics_of.values()))
+        stats = {}
+        for name, metrics in self.metrics_of.items():
+            metrics.clear_stats()
+            for key, value in {**metrics.results_dict, **frequent_ap(metrics)}.items():
+                stats[f"{key}{AT}{name}"] = value
+        return stats
+
+    def print_results(self) -> None:
+        for metrics in self.metrics_of.values():
+            self.metrics = metrics
+            super().print_results()
+
+
+def frequent_ap(metrics: DetMetrics) -> dict[str, float]:
+    """AP_FREQUENT of processed metrics; empty where no class has enough objects."""
+    counts = cast(Any, metrics.nt_per_class)[metrics.ap_class_index]
+    is_frequent = counts >= FREQUENT_BOXES
+    return {AP_FREQUENT: float(metrics.box.ap[is_frequent].mean())} if is_frequent.any() else {}
+
+
+class KernelValidator(Validator):
+    """Matches the detections of a whole batch and all sets of weights on the GPU, and reads the result in one copy.
+
+    An image with more objects than the kernel takes sends its batch to Ultralytics' own matching.
+    """
+
+    labels: dict[str, torch.Tensor]  # of the batch, on the CPU
+    targets: Targets | None
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.labels = {key: batch[key] for key in LABELS}
+        n_images, _, height, width = batch["img"].shape
+        self.targets = targets_of(self.labels, n_images, (height, width))
+        batch = super().preprocess(batch)
+        batch["img"] = batch["img"].contiguous(memory_format=torch.channels_last)  # the layout of the convolutions
+        return batch
+
+    def postprocess(self, preds: dict[str, Any]) -> dict[str, Any]:
+        if self.targets is None:
+            return super().postprocess(preds)
+        return {name: output[0] for name, output in preds.items()}
+
+    def update_metrics(self, preds: dict[str, Any], batch: dict[str, Any]) -> None:
+        if self.targets is None:
+            super().update_metrics(preds, batch)
+            return
+        if self.batch_i == 0:
+            self.first_batch = (self.detections(preds[list(preds)[-1]]), batch)
+        every = torch.cat(list(preds.values())).float()
+        thresholds = self.iouv.to(every.device)
+        right = match(every, self.targets.to(every.device), thresholds, self.args.conf)
+        found = torch.cat([every[..., 4:], right[..., None]], 2).cpu().numpy()  # float32 holds ten bits exactly
+        n_images = len(batch["img"])
+        self.seen += n_images
+        of_targets = self._target_stats()
+        for at, name in enumerate(preds):
+            own = found[at * n_images : (at + 1) * n_images]
+            own = own[own[..., 0] > self.args.conf]
+            bits = own[:, 2:].astype(np.int32) >> np.arange(len(thresholds)) & 1
+            stats = {"tp": bits.astype(bool), "conf": own[:, 0], "pred_cls": own[:, 1], **of_targets}
+            for key, value in stats.items():
+                self.metrics_of[name].stats[key].append(value)
+
+    def _target_stats(self) -> dict[str, np.ndarray]:
+        """Classes of the batch's objects, and of each image once."""
+        classes = self.labels["cls"].view(-1).numpy()
+        images = self.labels["batch_idx"].numpy()
+        pairs = np.unique(np.stack([images, classes], 1), axis=0)
+        return {"target_cls": classes, "target_img": pairs[:, 1]}

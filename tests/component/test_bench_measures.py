@@ -1,0 +1,97 @@
+"""The measures of the stability bench, how seeds scatter in them, and which trainings are not made again."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from statistics import stdev
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.bench.stability import Plan, bench_stability, is_among, recipe, training_of
+from app.bench.stability_measures import MEASURE, Measure, draw_shares, scatter, share, show_measures
+from app.bench.stability_rows import up_to, write_file
+from app.core.config import load
+from app.core.results import STATES
+from app.core.run import RunRoot
+
+EPOCHS = [6, 12, 18, 24, 30, 36]
+
+
+def row(arm: str, seed: int, last: float) -> dict[str, Any]:
+    """A training whose frequent classes rise to `last`, whose AP is a tenth of that and whose loss is 7 - AP."""
+    frequent = [last * epoch / EPOCHS[-1] for epoch in EPOCHS]
+    aps = [value / 10 for value in frequent]
+    losses = [7 - ap for ap in aps]
+    return {
+        "arm": arm, "seed": seed, "epoch": EPOCHS, "AP": dict.fromkeys(STATES, aps), "AP_frequent": frequent,
+        "train_loss": losses, "val_loss": losses, "corrected": None,
+    }  # fmt: skip
+
+
+def test_a_measure_is_the_mean_of_the_last_validations() -> None:
+    one = row("fp16", 0, 0.36)
+    assert Measure("AP_frequent", 1).of(one, 36) == pytest.approx(0.36)
+    assert Measure("AP_frequent", 5).of(one, 36) == pytest.approx((0.12 + 0.18 + 0.24 + 0.30 + 0.36) / 5)
+    assert Measure("AP", 2).of(one, 24) == pytest.approx((0.018 + 0.024) / 2)
+    assert np.isnan(Measure("AP_frequent", 5).of(one, 24))
+    del one["AP_frequent"]  # a row from before there was this measure
+    assert np.isnan(Measure("AP_frequent", 1).of(one, 36))
+
+
+def test_scatter_is_the_coefficient_of_variation() -> None:
+    rows = [row("fp16", seed, value) for seed, value in enumerate((0.2, 0.3, 0.4))]
+    assert scatter(Measure("AP_frequent", 1), rows) == ("0.3000", f"{stdev([0.2, 0.3, 0.4]) / 0.3:.1%}")
+    assert scatter(Measure("AP_frequent", 1), rows[:1]) == ("0.2000", "-")
+
+
+def test_share_is_that_of_pairs() -> None:
+    fp16 = [row("fp16", seed, 0.2 + 0.1 * seed) for seed in range(3)]
+    half = [row("w4a16", seed, 0.1 + 0.05 * seed) for seed in range(3)]
+    assert share(MEASURE, half, fp16) == "0.500 ± 0.000"
+    assert share(MEASURE, [row("w4a16", 2, 0.3), row("w4a16", 7, 0.9)], fp16) == "0.750"
+
+
+def test_table_has_a_line_for_each_candidate(caplog: pytest.LogCaptureFixture) -> None:
+    old = row("fp16", 0, 0.4)
+    del old["AP_frequent"]
+    with caplog.at_level(logging.INFO):
+        show_measures([old, row("w4a16", 0, 0.2)])
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in caplog.messages if line[0] == "|"]
+    assert lines[0][3] == "w4a16 (n=1)"
+    table = {cells[0]: cells[1:] for cells in lines[2:]}
+    assert list(table) == ["AP", "AP, last 5", "AP_frequent", "AP_frequent, last 5", "val_loss", "val_loss, last 5"]
+    assert table["AP"] == ["0.0400", "-", "0.500"]
+    assert table["AP_frequent"] == ["-", "-", "-"]
+
+
+def test_picture_has_a_dot_for_each_seed_and_a_bar_for_the_ratio() -> None:
+    fp16 = [row("fp16", seed, 0.2) for seed in range(2)]
+    figure = draw_shares([*fp16, row("w4a16", 0, 0.1), row("w4a16", 1, 0.2), row("w4a16-mixed", 1, 0.2)])
+    assert figure is not None
+    (panel,) = figure.axes
+    lines = [np.asarray(line.get_xdata()).tolist() for line in panel.lines[1:]]
+    assert lines == [pytest.approx([0.5, 1.0]), pytest.approx([0.75]), pytest.approx([1.0]), pytest.approx([1.0])]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["w4a16 (n=2)", "w4a16-mixed (n=1)"]
+    assert draw_shares(fp16) is None
+
+
+def test_a_shorter_row_has_shorter_curves() -> None:
+    shorter = up_to(row("fp16", 0, 0.36), 12)
+    assert shorter is not None and shorter["AP_frequent"] == pytest.approx([0.06, 0.12])
+
+
+def test_trainings_of_another_machine_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = ["model=yolov10n.yaml", "train.epochs=36"]
+    run, started = RunRoot(tmp_path, "stability"), []
+    whole, cut = row("fp16", 0, 0.3), {**row("fp16", 1, 0.3), "epoch": EPOCHS[:-1]}
+    training = training_of(run, "fp16", 0, [], sets)
+    assert is_among(training, [whole]) and not is_among(training, [cut])
+    write_file(tmp_path / "a.json", recipe(load("qat", sets=sets), {"fp16": []}), [whole])
+    monkeypatch.setattr("app.bench.stability.prepare", lambda config, root, force: None)
+    monkeypatch.setattr("app.bench.stability.train_all", lambda trainings, *_: started.extend(trainings))
+    plan = Plan(["fp16"], [0, 1], for_s=60, n_jobs=1, files=(tmp_path / "a.json",))
+    bench_stability(run, [], sets, plan)
+    assert [training.seed for training in started] == [1]

@@ -33,7 +33,7 @@ from app.train.state import State
 from app.train.step import Rise, clipped_step, trained_weights, warm_up
 from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
-from app.train.validator import HeldOut, weights_of
+from app.train.validator import HeldOut, tensors_of
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ class Loop:
         model = model_of(state, best["scored"])
         batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
         correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
-        ap = self._score(HeldOut(model, {SCORED: weights_of(model)}))[SCORED][SCORES[AP]]
+        ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
         keep_better(trainer.best, self.config, best, model, ap)
         state.rows[-1][CORRECTED_AP] = ap
         write_rows(trainer.save_dir / "results.csv", state.rows)

@@ -135,7 +135,7 @@ class Trainer(DetectionTrainer):
         return fuse(optimizer) if self.device.type == "cuda" else optimizer
 
     def get_validator(self) -> Validator:
-        kind = KernelValidator if is_installed(self.net) else Validator
+        kind = KernelValidator if is_installed(self.model) else Validator
         return kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
 
     def forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ from app.quant.health import Oscillations, flat_codes, scale_ratios, share_of_di
 from app.train.processes import ALONE
 from app.train.state import State
 from app.train.step import criterion_of_part
-from app.train.validator import HeldOut, weights_of
+from app.train.validator import HeldOut, tensors_of
 
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
 SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)", AP_FREQUENT: AP_FREQUENT}
@@ -53,8 +53,8 @@ def score_states(
     start = time.monotonic()
     reestimate(model)
     reestimation_s = round(time.monotonic() - start, 3)
-    scored = {name: tensor.clone() for name, tensor in weights_of(model).items()}
-    sources = (weights_of(state.net), weights_of(state.ema.ema), scored)
+    scored = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    sources = (tensors_of(state.net), tensors_of(state.ema.ema), scored)
     held_out = HeldOut(model, dict(zip(STATES, sources, strict=True)))
     results = score(held_out)
     held_out.take(SCORED)

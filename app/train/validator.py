@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ AT = "@"  # between a number's name and the name of its weights
 Weights = dict[str, torch.Tensor]
 
 
-def weights_of(model: nn.Module) -> Weights:
+def tensors_of(model: nn.Module) -> Weights:
     """Parameters and buffers by name, those of the model themselves."""
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
@@ -34,13 +35,13 @@ class HeldOut(nn.Module):
 
     Args:
         model: a DetectionModel without gradients; its weights are overwritten.
-        sets: weights by name, for every name in `weights_of(model)`; the last one is what TensorBoard shows.
+        sets: weights by name, for every name in `tensors_of(model)`; the last one is what TensorBoard shows.
     """
 
     def __init__(self, model: nn.Module, sets: dict[str, Weights]) -> None:
         super().__init__()
         self.model: Any = model
-        own = weights_of(model)
+        own = tensors_of(model)
         self.by_dtype: dict[str, list[tuple[list[torch.Tensor], list[torch.Tensor]]]] = {}
         for name, weights in sets.items():
             self.by_dtype[name] = []
@@ -191,14 +192,30 @@ def frequent_ap(metrics: DetMetrics) -> dict[str, float]:
     return {AP_FREQUENT: float(metrics.box.ap[is_frequent].mean())} if is_frequent.any() else {}
 
 
+@dataclass(frozen=True)
+class _Matched:
+    """Of a batch: `found` float32 [sets,images * D,3], confidence, class and bits of every detection, which may still
+    be on its way from the GPU; the classes of its objects [n], and of each image every class once."""
+
+    found: torch.Tensor
+    classes: np.ndarray
+    once_an_image: np.ndarray
+
+
 class KernelValidator(Validator):
-    """Matches the detections of a whole batch and all sets of weights on the GPU, and reads the result in one copy.
+    """Matches the detections of a whole batch and all sets of weights on the GPU; nothing waits for the result.
 
     An image with more objects than the kernel takes sends its batch to Ultralytics' own matching.
     """
 
+    device: Any
     labels: dict[str, torch.Tensor]  # of the batch, on the CPU
     targets: Targets | None
+    matched: list[_Matched]
+
+    def init_metrics(self, model: Any) -> None:
+        super().init_metrics(model)
+        self.matched = []
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.labels = {key: batch[key] for key in LABELS}
@@ -219,24 +236,24 @@ class KernelValidator(Validator):
             return
         if self.batch_i == 0:
             self.first_batch = (self.detections(preds[list(preds)[-1]]), batch)
+        self.seen += len(batch["img"])
         every = torch.cat(list(preds.values())).float()
-        thresholds = self.iouv.to(every.device)
-        right = match(every, self.targets.to(every.device), thresholds, self.args.conf)
-        found = torch.cat([every[..., 4:], right[..., None]], 2).cpu().numpy()  # float32 holds ten bits exactly
-        n_images = len(batch["img"])
-        self.seen += n_images
-        of_targets = self._target_stats()
-        for at, name in enumerate(preds):
-            own = found[at * n_images : (at + 1) * n_images]
-            own = own[own[..., 0] > self.args.conf]
-            bits = own[:, 2:].astype(np.int32) >> np.arange(len(thresholds)) & 1
-            stats = {"tp": bits.astype(bool), "conf": own[:, 0], "pred_cls": own[:, 1], **of_targets}
-            for key, value in stats.items():
-                self.metrics_of[name].stats[key].append(value)
+        right = match(every, self.targets.to(every.device), self.iouv.to(every.device), self.args.conf)
+        found = torch.cat([every[..., 4:], right[..., None]], 2)  # float32 holds ten bits exactly
+        by_set = found.view(len(preds), -1, found.shape[-1])
+        classes, images = self.labels["cls"].view(-1).numpy(), self.labels["batch_idx"].numpy()
+        once_an_image = np.unique(np.stack([images, classes], 1), axis=0)[:, 1]
+        self.matched.append(_Matched(by_set.to("cpu", non_blocking=True), classes, once_an_image))
 
-    def _target_stats(self) -> dict[str, np.ndarray]:
-        """Classes of the batch's objects, and of each image once."""
-        classes = self.labels["cls"].view(-1).numpy()
-        images = self.labels["batch_idx"].numpy()
-        pairs = np.unique(np.stack([images, classes], 1), axis=0)
-        return {"target_cls": classes, "target_img": pairs[:, 1]}
+    def get_stats(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the last copies
+        for batch in self.matched:
+            for name, rows in zip(self.metrics_of, batch.found.numpy(), strict=True):
+                kept = rows[rows[:, 0] > self.args.conf]
+                right = kept[:, 2:].astype(np.int32) >> np.arange(self.niou) & 1
+                stats = {"tp": right.astype(bool), "conf": kept[:, 0], "pred_cls": kept[:, 1]}
+                stats |= {"target_cls": batch.classes, "target_img": batch.once_an_image}
+                for key, value in stats.items():
+                    self.metrics_of[name].stats[key].append(value)
+        return super().get_stats()

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from ultralytics.utils.metrics import DetMetrics
 
 from app.train.match import BLOCKS, targets_of
 from app.train.validator import KernelValidator, Validator
@@ -99,10 +101,13 @@ def stats_of(kind: type[Validator], scenes: list[tuple[dict[str, torch.Tensor], 
         batch = validator.preprocess({"img": images, **labels, **facts})
         validator.batch_i = number
         validator.update_metrics(validator.postprocess({name: (out, None) for name, out in outputs.items()}), batch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DetMetrics, "clear_stats", lambda self: None)
+        numbers = validator.get_stats()
     counted = {}
     for name, metrics in validator.metrics_of.items():
         counted[name] = {key: np.concatenate(values) for key, values in metrics.stats.items()}
-    return validator, counted, validator.get_stats()
+    return validator, counted, numbers
 
 
 def compare_validators() -> None:

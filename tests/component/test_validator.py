@@ -13,7 +13,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 
 from app.train.train import train
-from app.train.validator import HeldOut, weights_of, without_one2many
+from app.train.validator import HeldOut, tensors_of, without_one2many
 from tests.support.random_boxes import labels
 from tests.support.scripted import PLAIN, box_of, read_table, reading, solid, write_coco
 from tests.support.settle import settle
@@ -101,7 +101,7 @@ def test_scores_and_losses_of_known_detections(tmp_path: Path, runs_dir: Path, m
 def test_a_held_out_model_gives_what_each_set_of_weights_gives() -> None:
     """One model in place of three: outputs, terms of the loss and the state that it is left in."""
     models = {name: network(seed) for seed, name in enumerate(STATES)}
-    held_out = HeldOut(network(9), {name: weights_of(model) for name, model in models.items()}).eval()
+    held_out = HeldOut(network(9), {name: tensors_of(model) for name, model in models.items()}).eval()
     images, batch = torch.rand(2, 3, 64, 64), labels([2, 1], 0.5)
     held_out.end2end = True
     with torch.inference_mode():

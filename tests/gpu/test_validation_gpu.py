@@ -54,10 +54,10 @@ def scored(variant: str, run: RunRoot, amp: bool, kernels: bool) -> Scores:
     try:
         assert isinstance(trainer.validator, KernelValidator) == kernels
         last = load_checkpoint(run.variant_dir(config.label) / "weights" / "last.pt")
-        trainer.net.load_state_dict(last["model"])
+        trainer.model.load_state_dict(last["model"])
         trainer.ema.ema.load_state_dict(last["ema"])
         images = BnImages(trainer.train_loader.dataset, trainer.args, config).after(config.train.epochs - 1)
-        state: Any = SimpleNamespace(net=trainer.net, ema=trainer.ema)
+        state: Any = SimpleNamespace(net=trainer.model, ema=trainer.ema)
         return score_states(
             state, lambda held_out: trainer.score(held_out, LOSS_NAMES), lambda model: trainer.reestimate(model, images)
         )

@@ -7,17 +7,13 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from app.bench import command as benches
 from app.core.command_line import Parser, not_empty
-
-if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
-    from app.core.config import Config
-    from app.core.run import RunRoot
+from app.job import Job, after_training, is_done, set_up
 
 ORDER = ("data", "train --variant fp16", "train --variant qat", "ptq", "export", "eval", "report")
 
@@ -25,7 +21,7 @@ ORDER = ("data", "train --variant fp16", "train --variant qat", "ptq", "export",
 def stages() -> dict[str, Stage]:
     """Every command: what it does, its arguments, its function."""
     return {
-        "all": Stage("the main job, stage by stage: data, train, ptq, export, eval, report", job_arguments, whole_job),
+        "all": Stage("the whole job: data, both trainings, ptq, export, eval, report", whole_arguments, whole_job),
         "data": Stage("check COCO, make the YOLO view beside the runs, choose a subset", job_arguments, data),
         "train": Stage("train one variant from random weights; continues a training", train_arguments, train),
         "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
@@ -60,6 +56,7 @@ def main() -> int:
         number after a signal.
     """
     args = parse(sys.argv[1:])
+    from app.core.answers import answered
     from app.core.config import UserError
     from app.core.files import printable
     from app.core.os_errors import explain_os_errors
@@ -69,7 +66,7 @@ def main() -> int:
 
     set_up_terminal()
     try:
-        with explain_os_errors(output_folder(args), FULL_DISK_REMEDY):
+        with answered(), explain_os_errors(output_folder(args), FULL_DISK_REMEDY):
             args.function(args)
     except UserError as error:
         log.error("error: %s", printable(error))
@@ -84,7 +81,6 @@ def main() -> int:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        log.error("interrupted: the same command starts this stage again, or goes on from the last checkpoint")
         return 128 + signal.SIGINT
     return 0
 
@@ -121,9 +117,20 @@ def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "ful
     stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
 
 
+def yes_argument(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--yes", action="store_true", help="train without a GPU, whatever memory and time that takes")
+
+
+def whole_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    yes_argument(stage)
+
+
 def train_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
     stage.add_argument("--variant", required=True, choices=("fp16", "qat"))
+    yes_argument(stage)
+    stage.add_argument("--then", nargs=2, type=int, help=argparse.SUPPRESS)  # of a job: see job.after_training
 
 
 def ptq_arguments(stage: argparse.ArgumentParser) -> None:
@@ -181,33 +188,6 @@ def download_arguments(stage: argparse.ArgumentParser) -> None:
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def set_up(args: argparse.Namespace, variant: str = "qat", *sets: str, lock: bool = True) -> Iterator[Job]:
-    """Configuration and run root of a stage, which is alone on the run root while the context lasts.
-
-    Args:
-        sets: settings that outweigh those of the command line.
-        lock: False for a stage that leaves the lock to the stages it starts, or writes nothing into the run root.
-    """
-    from app.core.config import load
-    from app.core.environment import isolate_libraries
-    from app.core.run import hold, open_run
-
-    run = open_run(args.run, args.runs_dir)
-    config = load(variant, args.conf, [*args.set, *sets])
-    isolate_libraries(run.cache_dir)
-    with hold(run, args.stage) if lock else contextlib.nullcontext():
-        yield Job(config, run)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a stage works on."""
-
-    config: Config
-    run: RunRoot
-
-
 def data(args: argparse.Namespace) -> None:
     with set_up(args) as job:
         from app.data.prepare import prepare
@@ -224,56 +204,67 @@ def train(args: argparse.Namespace) -> None:
     from app.core.environment import launched_as
 
     is_launched = launched_as() is not None
-    with set_up(args, args.variant, lock=False) as job:
+    if not is_launched and is_done(args):
+        return
+    with set_up(args, lock=False) as job:
         from app.core.run import hold
         from app.data.prepare import prepare
+
+        log.info("train %s: loading PyTorch and Ultralytics", job.config.label)
         from app.train.device import check_devices
+        from app.train.done import After
+        from app.train.estimate import check_affordable
         from app.train.processes import process_group
+        from app.train.train import train
 
         devices = check_devices(job.config)
         if len(devices) > 1 and not is_launched:
             return launch_train(len(devices), job, args.force)
         with process_group(devices) as ranks, hold(job.run, "train") if ranks.is_main else contextlib.nullcontext():
             if ranks.is_main:
-                prepare(job.config, job.run, force=False)
+                prepare(job.config, job.run, force=False, says_done=False)
+            if devices == ["cpu"] and not is_launched:
+                check_affordable(job.config, job.run, args.force, args.yes)
             ranks.barrier()
-            from app.train.train import train
-
-            train(job.config, job.run, args.force, ranks)
+            train(job.config, job.run, args.force, ranks, After(*args.then) if args.then else None)
 
 
 def launch_train(n: int, job: Job, force: bool) -> None:
     """Checks once what can be refused, and starts n processes, which wait for each other."""
     from app.core.run import hold
     from app.data.prepare import prepare
+    from app.train.done import make_ready
     from app.train.processes import launch
-    from app.train.train import make_ready
 
     with hold(job.run, "train"):  # then rank 0 holds it
-        prepare(job.config, job.run, force=False)
+        prepare(job.config, job.run, force=False, says_done=False)
         is_unfinished = make_ready(job.config, job.run, force)
     if is_unfinished:
         sys.exit(launch(n, [argument for argument in sys.argv[1:] if argument != "--force"]))
 
 
 def ptq(args: argparse.Namespace) -> None:
-    sets = [f"quant.scheme={args.scheme}"] if args.scheme else []
-    with set_up(args, "qat", *sets) as job:
+    if is_done(args):
+        return
+    with set_up(args) as job:
+        log.info("ptq: loading PyTorch and Brevitas")
         from app.train.ptq import ptq
 
         ptq(job.config, job.run, args.force)
 
 
 def export(args: argparse.Namespace) -> None:
+    if is_done(args):
+        return
     with set_up(args) as job:
+        log.info("export: loading PyTorch, Brevitas and ONNX")
         from app.export.export import export
 
         export(job.config, job.run, args.force)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    sets = [] if args.max_images is None else [f"eval.max_images={args.max_images}"]
-    with set_up(args, "qat", *sets, lock=args.onnx is None) as job:
+    with set_up(args, lock=args.onnx is None) as job:
         from app.coco.score import standalone_dataset
         from app.data.prepare import find
         from app.eval.contract import Said
@@ -330,7 +321,7 @@ def download(args: argparse.Namespace) -> None:
 
 
 def whole_job(args: argparse.Namespace) -> None:
-    """Runs every stage in a process of its own; the first that fails ends the job with its exit code."""
+    """Runs every stage that is not done, each in a process of its own; one that fails ends the job with its code."""
     common = ["--run", args.run, "--runs-dir", str(args.runs_dir)]
     for file in args.conf:
         common += ["--conf", str(file)]
@@ -339,10 +330,12 @@ def whole_job(args: argparse.Namespace) -> None:
     common += ["--force"] if args.force else []
     from app.core.child import run_stage
 
-    with set_up(args, lock=False):  # a wrong setting is refused before the first stage
-        for stage in ORDER:
-            code = run_stage(stage, common)
-            if code:
+    with set_up(args, lock=False) as job:  # a wrong setting is refused before the first stage
+        for command in ORDER:
+            if is_done(parse([*command.split(), *common])):
+                continue
+            own = [*(["--yes"] if args.yes else []), *after_training(job, command)] if "train" in command else []
+            if code := run_stage(command, [*own, *common]):
                 sys.exit(code)
 
 

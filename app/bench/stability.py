@@ -211,7 +211,7 @@ def train_all(trainings: list[Training], overlays: list[Path], plan: Plan) -> No
     deadline = time.monotonic() + plan.for_s
     waiting = [training for training in trainings if not training.is_done]
     running: list[Running] = []
-    with Interrupt() as interrupt:
+    with Interrupt("every weights/last.pt", "the trainings have saved") as interrupt:
         while (waiting or running) and not interrupt.signal and time.monotonic() < deadline:
             ready = [training for training in waiting if training.can_start]
             for training in ready[: plan.n_jobs - len(running)]:

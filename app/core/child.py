@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+
+from app.core.answers import left_to_children
 
 log = logging.getLogger(__name__)
 SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGBUS)  # what the kernel sends where memory or shared memory is short
@@ -23,14 +27,27 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     """
     command = [sys.executable, "-m", "app", *stage.split(), *arguments]
     child = subprocess.Popen(command, start_new_session=True)  # else a terminal's Ctrl-C would reach it a second time
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        passed = signal.SIGTERM if number == signal.SIGHUP else number
-        signal.signal(number, lambda *_, passed=passed: child.send_signal(passed))
-    code = child.wait()
+    with signals_passed_on(child):
+        code = child.wait()
     if code >= 0:
         return code
     log.error("'%s' was killed by %s: the same command goes on from there", stage, signal_name(-code))
     return 128 - code
+
+
+@contextlib.contextmanager
+def signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Context in which the signals of this process go to the child, which answers them."""
+    before = {}
+    with left_to_children():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            passed = signal.SIGTERM if number == signal.SIGHUP else number
+            before[number] = signal.signal(number, lambda *_, passed=passed: child.send_signal(passed))
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def signal_name(number: int) -> str:

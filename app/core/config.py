@@ -202,6 +202,11 @@ class Config(Section):
         return str(Label("qat", self.quant.scheme) if self.quant else FP16)
 
     @property
+    def model_name(self) -> str:
+        """Name of the architecture, as files bear it: yolov10m."""
+        return Path(self.model).stem
+
+    @property
     def n_quant_warmup_epochs(self) -> int:
         """Number of first epochs, at quant.warmup_bits; only the later ones, at the scheme's bits, can be the best."""
         return int(self.quant.warmup_share * self.train.epochs) if self.quant else 0

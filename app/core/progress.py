@@ -1,11 +1,13 @@
-"""Progress of long work: a bar on a terminal; elsewhere a log line every minute and one at the end."""
+"""Progress of long work: on a terminal one line, drawn anew; elsewhere a log line every minute and one at the end."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -15,7 +17,38 @@ from app.core.files import printable
 T = TypeVar("T")
 LOG_EVERY_S = 60.0
 REFRESH_S = 0.5
+LOG_WIDTH = 80  # columns of a log line
+MIN_BAR = 10  # columns, with its frame; a shorter bar says nothing
+HOUR_S, DAY_S = 3600, 86400
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Words of a progress line. In a line that is too long, parts are replaced by `short`, the highest rank first; a
+    part of rank 0 stays."""
+
+    text: str
+    rank: int = 0
+    short: str = ""
+
+    def at(self, rank: int) -> str:
+        return self.text if self.rank <= rank else self.short
+
+
+# Ranks of the parts. Beside them a bar needs room, so the bar goes first.
+COUNT, LOSS, NAME, MEMORY, RATE = 5, 4, 3, 2, 1
+
+
+def fitted(name: Part, parts: list[Part], width: int) -> tuple[str, str]:
+    """Name and parts as text, so that 'name: parts' has at most `width` columns where that can be had."""
+    head = tail = ""
+    for rank in range(COUNT, -1, -1):
+        words = [part.at(rank) for part in parts]
+        head, tail = name.at(rank), ", ".join(filter(None, words))
+        if len(f"{head}: {tail}") <= width:
+            break
+    return head, tail
 
 
 class Meter:
@@ -25,71 +58,107 @@ class Meter:
         desc: the work, in a few words.
         total: number of units when all is done.
         unit: name of the units, plural.
+        short: of `desc`, for a narrow terminal.
     """
 
-    def __init__(self, desc: str, total: int, unit: str = "images") -> None:
+    def __init__(self, desc: str, total: int, unit: str = "images", short: str | None = None) -> None:
         self.desc = printable(desc)
+        self.name = Part(self.desc, NAME, self.desc if short is None else printable(short))
         self.total = total
         self.unit = unit
         self.done = 0
         self.start = self.shown = time.monotonic()
         self.bar = None
         if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
-            self.bar = tqdm(desc=self.desc, total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
+            self.bar = tqdm(total=total, leave=False, dynamic_ncols=True, bar_format=_literal(self.desc))
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
-    def update(self, count: int = 1, note: Callable[[], str] = str) -> None:
+    def update(self, count: int = 1, notes: Callable[[], list[Part]] = list) -> None:
         """Adds `count` finished units.
 
-        `note` returns the end of the line, such as loss and memory; it is called only when the line is shown.
+        `notes` returns the end of the line, such as memory and loss; it is called only when the line is shown.
         """
         self.done += count
         now = time.monotonic()
-        interval_s = LOG_EVERY_S if self.bar is None else REFRESH_S
-        show = now - self.shown >= interval_s
-        if show:
-            self.shown = now
+        if now - self.shown < (LOG_EVERY_S if self.bar is None else REFRESH_S):
+            return
+        self.shown = now
         if self.bar is not None:
-            if show:
-                self.bar.set_postfix_str(note(), refresh=False)
-            self.bar.update(count)
-        elif show and self.done < self.total:
-            parts = [progress_line(self), note()]
-            log.info(", ".join(part for part in parts if part))
+            self.bar.n = self.done
+            self.bar.bar_format = line_format(self.name, [*parts_of(self), *notes()], terminal_width())
+            self.bar.refresh()
+        elif self.done < self.total:
+            log.info("%s: %s", *fitted(self.name, [*parts_of(self), *notes()], LOG_WIDTH))
 
     def close(self) -> None:
-        """Removes the bar from the terminal."""
+        """Removes the line from the terminal."""
         if self.bar is not None:
             self.bar.close()
+
+
+def terminal_width() -> int:
+    """Columns of the terminal but the last one, where some terminals begin a new line."""
+    return shutil.get_terminal_size().columns - 1
+
+
+def line_format(name: Part, parts: list[Part], width: int) -> str:
+    """The line as tqdm's bar_format, with a bar where there is room for one beside all parts."""
+    tail = ", ".join(part.text for part in parts)
+    if len(f"{name.text} {tail} ") + MIN_BAR <= width:
+        return f"{_literal(name.text)} {{bar}} {_literal(tail)}"
+    head, tail = fitted(name, parts, width)
+    return _literal(f"{head}: {tail}")
+
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def parts_of(meter: Meter) -> list[Part]:
+    """How much is done, the rate, and the time left."""
+    rate = _rate(meter)
+    left = clock((meter.total - meter.done) / rate) if rate else "?"
+    return [Part(f"{meter.done:,}/{meter.total:,}", COUNT), Part(_rate_text(meter), RATE), Part(f"{left} left")]
 
 
 def track(items: Iterable[T], desc: str, total: int, unit: str = "images") -> Iterator[T]:
     """Yields `items` while a Meter shows the progress; logs one line at the end."""
     meter = Meter(desc, total, unit)
+    yield from counted(items, meter)
+    count = f"{meter.done:,}/{meter.total:,} {meter.unit}"
+    log.info("%s: %s, %s, in %s", meter.desc, count, _rate_text(meter), clock(meter.seconds))
+
+
+def counted(items: Iterable[T], meter: Meter) -> Iterator[T]:
+    """Yields `items`, counted by the meter, which is closed at their end."""
     try:
         for item in items:
             yield item
             meter.update()
     finally:
         meter.close()
-    log.info(progress_line(meter))
 
 
-def progress_line(meter: Meter) -> str:
-    """'desc: 12/72 images, 35.2 images/s, 0:02 left'; when all is done it ends in 'in 0:02'."""
+def _rate(meter: Meter) -> float:
     seconds = meter.seconds
-    rate = meter.done / seconds if seconds > 0 else 0.0
-    left = clock((meter.total - meter.done) / rate) if rate else "?"
-    tail = f"in {clock(seconds)}" if meter.done >= meter.total else f"{left} left"
-    return f"{meter.desc}: {meter.done:,}/{meter.total:,} {meter.unit}, {rate:.1f} {meter.unit}/s, {tail}"
+    return meter.done / seconds if seconds > 0 else 0.0
+
+
+def _rate_text(meter: Meter) -> str:
+    """'35.2 images/s', from 100 on without decimals."""
+    rate = _rate(meter)
+    return f"{rate:.{1 if rate < 100 else 0}f} {meter.unit}/s"
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss, or h:mm:ss from an hour on."""
-    minutes, whole_seconds = divmod(int(seconds + 0.5), 60)
+    """Seconds as m:ss, from an hour on h:mm:ss, from a day on '3 d 4 h'."""
+    whole = int(seconds + 0.5)
+    if whole >= DAY_S:
+        return f"{whole // DAY_S} d {whole % DAY_S // HOUR_S} h"
+    minutes, whole_seconds = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}:{minutes:02d}:{whole_seconds:02d}"

@@ -25,11 +25,11 @@ SHAPE = {**PROVENANCE_SHAPE, "settings": dict[str, Any], "settings.coco_dir": st
 OTHER_RUN = "take another RUN=name, or start the run over with ARGS=--force"
 
 
-def prepare(config: Config, run: RunRoot, force: bool) -> None:
+def prepare(config: Config, run: RunRoot, force: bool, says_done: bool = True) -> None:
     """Writes dataset/coco.yaml, train.txt, val.txt and provenance.json of a run, and the view that all runs share.
 
     It never writes to the dataset. Images that have changed since they were checked are checked again, with `force`
-    all of them; the view holds for all runs.
+    all of them; the view holds for all runs. Where nothing was to do it is silent, unless `says_done`.
 
     Raises:
         UserError: the dataset cannot be used, the run root was made with other data, or no space is left.
@@ -38,7 +38,10 @@ def prepare(config: Config, run: RunRoot, force: bool) -> None:
     if recorded:
         check_same_settings(run, recorded, config.data)
     provenance = make_ready(config.data, run, recorded, force)
-    log.info("data: done already (%s)" if provenance == recorded else "data: %s", describe(provenance))
+    if provenance != recorded:
+        log.info("data: %s", describe(provenance))
+    elif says_done:
+        log.info("data: done already (%s)", describe(provenance))
 
 
 def prepared(run: RunRoot) -> dict[str, Any]:

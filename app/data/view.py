@@ -83,6 +83,7 @@ def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, st
 
 
 def _build_split(root: Path, coco_dir: Path, name: str, annotation_sha256: str) -> None:
+    log.info("data: reading the annotations of %s, writing its labels", name)
     split = read_instances(annotation_path(coco_dir, name))
     (root / "images" / name).symlink_to(coco_dir / name)
     label_dir = root / "labels" / name

@@ -65,9 +65,28 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
         if not force and is_done(out_dir, file.record["sha256"], wanted_hash):
             log.info("eval: %s done already", out_dir)
             continue
+        if not force:
+            tell_outdated(out_dir, file.record["sha256"])
         metrics = evaluate_file(file.path, dataset, out_dir, config.eval)
         facts = {"file": file.path.name, "sha256": file.record["sha256"], "coco": metrics["coco"]}
         record_stage(run, f"eval {label}", facts)
+
+
+def is_scored(config: Config, run: RunRoot) -> bool:
+    """Whether every exported file of the run has its score; logs that it has.
+
+    What is wrong with a file is no error here: the stage says it.
+    """
+    try:
+        files = exported_files(run)
+        _, wanted_hash = dataset_of_run(config, run)
+        for label, file in files.items():
+            if not is_done(run.root / Label.parse(label).scores_dir, file.record["sha256"], wanted_hash):
+                return False
+    except UserError:
+        return False
+    log.info("eval: done already (%d files)", len(files))
+    return True
 
 
 def evaluate_standalone(
@@ -141,9 +160,11 @@ def evaluate_file(
     ids = first_of(all_ids, settings.max_images)
     images = image_files(truth, dataset, ids)
     facts = describe_dataset(truth, dataset, ids)
-    latency_ms = measure_latency(model, images[0], settings)
     title = f"eval {model.label} (subset)" if facts["subset"] else f"eval {model.label}"
+    log.info("%s: timing one image, %d times", title, settings.latency_warmup + settings.latency_runs)
+    latency_ms = measure_latency(model, images[0], settings)
     time_s = write_detections(model, images, out_dir, settings, title)
+    log.info("%s: computing AP", title)
     start = time.perf_counter()
     coco = score(truth, out_dir / DETECTIONS, ids)
     time_s["score"] = time.perf_counter() - start
@@ -239,17 +260,20 @@ def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> st
 
 
 def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
-    """Whether a result of this model file and these settings exists; logs how an outdated one differs."""
-    metrics_path = out_dir / METRICS
-    if not metrics_path.exists() or not (out_dir / DETECTIONS).exists():
+    """Whether a result of this model file and these settings exists."""
+    if not (out_dir / METRICS).exists() or not (out_dir / DETECTIONS).exists():
         return False
-    metrics = read_json(metrics_path, "eval", SCORED)
-    same_model = metrics["model"]["sha256"] == model_sha256
-    same_settings = metrics["settings_hash"] == wanted_hash
-    if not same_model or not same_settings:
-        other = "model file" if not same_model else "settings or images"
+    metrics = read_json(out_dir / METRICS, "eval", SCORED)
+    return metrics["model"]["sha256"] == model_sha256 and metrics["settings_hash"] == wanted_hash
+
+
+def tell_outdated(out_dir: Path, model_sha256: str) -> None:
+    """Logs how a result that is not `is_done` differs from the one that is wanted, where there is one."""
+    metrics_path = out_dir / METRICS
+    if metrics_path.exists() and (out_dir / DETECTIONS).exists():
+        is_same_model = read_json(metrics_path, "eval", SCORED)["model"]["sha256"] == model_sha256
+        other = "settings or images" if is_same_model else "model file"
         log.info("eval: %s is of another %s, scoring again", metrics_path, other)
-    return same_model and same_settings
 
 
 def describe_model(model: Model) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from ultralytics.nn.tasks import DetectionModel
 from app.coco.annotations import NAMES
 from app.core.config import Config, Export, UserError, config_hash
 from app.core.environment import code_version
-from app.core.files import read_json, sha256, write_atomic, write_json
+from app.core.files import sha256, write_atomic, write_json
 from app.core.labels import Label
 from app.core.run import RunRoot, record_stage
 from app.data.prepare import prepared
+from app.export.done import file_settings, is_done, labels_of_files, wanted_facts
 from app.export.gates import Truth, check_codes, check_file, check_half, check_parity, check_same_output
 from app.export.graphs import optimize, set_facts, tidy, to_half, to_int4
 from app.export.trace import parity_images, torch_truth, traced_graph
@@ -51,10 +52,6 @@ class Trained:
     source_sha256: str | None
     truth: Truth
 
-    @property
-    def model_name(self) -> str:
-        return Path(self.config.model).stem
-
 
 def export(config: Config, run: RunRoot, force: bool) -> None:
     """Exports every finished checkpoint of the run, of trainings and of PTQ; files that are up to date are kept.
@@ -69,8 +66,10 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
         raise UserError(f"no finished training under {run.root}: run 'make train-fp16 train-qat' first")
     prepared(run)
     for checkpoint_label in labels:
+        log.info("export %s: computing with PyTorch what its files must give", checkpoint_label)
         trained = load_trained(run, checkpoint_label)
-        for label in labels_of_files(trained, config.export):
+        has_four_bits = 4 in trained.truth.layers_by_bits
+        for label in labels_of_files(checkpoint_label, config.export, has_four_bits):
             export_file(config.export, run, trained, label, force)
 
 
@@ -91,25 +90,6 @@ def load_trained(run: RunRoot, label: Label) -> Trained:
     return Trained(label, model, config, checkpoint["epoch"] + 1, sha256(path), source_sha256, truth)
 
 
-def labels_of_files(trained: Trained, settings: Export) -> list[Label]:
-    """Labels of the files of a checkpoint; a repacked file comes after its source.
-
-    A scheme without a 4-bit layer has no INT4 file. A PTQ checkpoint has only the QCDQ file of the raw contract: it is
-    scored for the comparison with QAT, and its other files would have the same score.
-    """
-    if trained.label.method == "ptq":
-        return [trained.label]
-    packed = "int4" if trained.label.is_quantized else "fp16"
-    has_packed = not trained.label.is_quantized or 4 in trained.truth.layers_by_bits
-    labels = []
-    for contract in settings.contracts:
-        traced = replace(trained.label.traced, contract=contract)
-        labels.append(traced)
-        if has_packed:
-            labels.append(replace(traced, packing=packed))
-    return labels
-
-
 def export_file(settings: Export, run: RunRoot, trained: Trained, label: Label, force: bool) -> None:
     """Writes one ONNX file, unless it exists and is up to date.
 
@@ -117,11 +97,7 @@ def export_file(settings: Export, run: RunRoot, trained: Trained, label: Label, 
         UserError: the existing file is of another checkpoint or other settings, and `force` is not set.
     """
     path = file_path(run, trained, label)
-    wanted = {
-        "checkpoint_sha256": trained.checkpoint_sha256,
-        "source_sha256": trained.source_sha256,
-        "export": file_settings(settings),
-    }
+    wanted = wanted_facts(trained.checkpoint_sha256, trained.source_sha256, settings)
     if not force and is_done(path, wanted):
         log.info("export %s: done already (%s)", trained.label, path)
     else:
@@ -129,32 +105,7 @@ def export_file(settings: Export, run: RunRoot, trained: Trained, label: Label, 
 
 
 def file_path(run: RunRoot, trained: Trained, label: Label) -> Path:
-    return run.onnx_dir / label.file_name(trained.model_name)
-
-
-def file_settings(settings: Export) -> dict[str, Any]:
-    """The settings on which a single file depends: all but the list of files."""
-    return settings.model_dump(exclude={"contracts"})
-
-
-def is_done(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the file exists and its record has the `wanted` facts.
-
-    A file without a .json is left over from an interrupted export.
-
-    Raises:
-        UserError: the file is of another checkpoint or other settings, or has changed since its export.
-    """
-    record_path = path.with_suffix(".json")
-    if not path.exists() or not record_path.exists():
-        return False
-    record = read_json(record_path, "export", {"sha256": str})
-    differs = [key for key, value in wanted.items() if record.get(key) != value]
-    if differs:
-        raise UserError(f"{path} was made with another {' and '.join(differs)}: overwrite it with --force")
-    if record["sha256"] != sha256(path):
-        raise UserError(f"{path} is not the file that its .json describes: overwrite it with --force")
-    return True
+    return run.onnx_dir / label.file_name(trained.config.model_name)
 
 
 def write_file(settings: Export, run: RunRoot, trained: Trained, label: Label) -> None:
@@ -167,10 +118,12 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, label: Label) -
     record: dict[str, Any] = describe(trained, label) | {"export": file_settings(settings)}
 
     def write(part: Path) -> None:
+        log.info("export %s: %s", label, "packing the weights" if label.packing else "tracing the network")
         model = make_graph(settings, run, trained, label)
         metadata = {key: record[key] for key in METADATA}
         set_facts(model, metadata | {"names": NAMES})
         onnx.save(model, part)
+        log.info("export %s: comparing the file with PyTorch on %d images", label, len(trained.truth.images))
         record["gates"] = check(part, run, trained, label)
         op_types = Counter(node.op_type for node in model.graph.node)
         record["nodes"] = dict(op_types.most_common())
@@ -193,7 +146,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
         "variant": trained.label.method,
         "scheme": config.quant.scheme if config.quant else None,
         "precision": label.precision,
-        "model": trained.model_name,
+        "model": trained.config.model_name,
         "contract": label.contract,
         "input": {"name": "images", "layout": "NCHW", "type": "float32", "color": "RGB", "range": [0, 1], "pad": 114},
         "imgsz": config.train.imgsz,

@@ -15,6 +15,8 @@ from app.coco.detail import Metrics, analyse
 from app.core.config import Config, Report, UserError
 from app.core.files import write_json, write_text
 from app.core.run import RunRoot, record_stage
+from app.report.current import is_current, state
+from app.report.ending import show
 from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
 from app.report.findings import derive, enter_seeds
@@ -23,14 +25,14 @@ from app.report.groups import distinct, is_baseline, measured_alike, shown_apart
 from app.report.html import page
 from app.report.layer_figures import layers, quantizer_health
 from app.report.page_files import page_of
-from app.report.summary import summary, tables
+from app.report.summary import summary
 from app.report.tables import number, plain
 
 log = logging.getLogger(__name__)
 
 
 def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None:
-    """Writes report.json, summary.md, summary.html and figures/, and logs the table.
+    """Writes report.json, summary.md, summary.html and figures/, and logs what `show` does.
 
     What a partial run lacks is named on the page and logged. `others` are the same run with other seeds: AP and
     differences become means with their spread, on a page beside that of the run alone, summary-with-<others>.md.
@@ -45,17 +47,30 @@ def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None
         enter_seeds(findings, [evidence, *map(gather, others)])
     files = page_of(run, others)
     write_json(files.numbers, findings)
+    log.info("report: drawing the figures")
     figures = make_figures(evidence, config.report)
     text = summary(evidence, findings, figures)
     write_text(files.markdown, text)
     write_text(files.html, page(text, run.root, findings["run"]))
-    record_stage(run, f"report{files.ending}", {"file": files.markdown.name})
-    for line in [*tables(evidence.scored, findings), ""]:
-        log.info("%s", line)
-    for line in findings["missing"]:
-        log.info("missing: %s", line)
-    log.info("report: %s", files.markdown)
+    made_of = {} if others else {"state": state(run, config.report)}
+    record_stage(run, f"report{files.ending}", {"file": files.markdown.name, **made_of})
+    show(files, evidence, findings)
     check_min_ap50(evidence, config.report.min_ap50)
+
+
+def is_reported(config: Config, run: RunRoot) -> bool:
+    """Whether the page is there and current; logs that it is, and what the report stage ends with.
+
+    Raises:
+        SystemExit: as `report`.
+    """
+    if not is_current(run, config.report):
+        return False
+    evidence = gather(run)
+    log.info("report: done already, nothing has changed since")
+    show(page_of(run), evidence, derive(evidence, config.report))
+    check_min_ap50(evidence, config.report.min_ap50)
+    return True
 
 
 def make_figures(evidence: Evidence, settings: Report) -> list[str]:

@@ -181,6 +181,7 @@ class StepGraph:
 
     def _capture(self, batch: dict[str, Any]) -> bool:
         """Captures the graph; False, and one line that says why, where that fails: then training goes on without."""
+        log.info("train.graph: compiling kernels and capturing the step as a CUDA graph")
         self._release()
         self.copies = torch.cuda.Stream(self.device)
         self.one = torch.ones(1, device=self.device)

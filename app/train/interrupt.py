@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from app.core.answers import SIGNALS, Answers
 
 
 class Interrupted(Exception):
@@ -24,23 +24,38 @@ class PeerLost(Exception):
 
 
 class Interrupt:
-    """Context in which the first signal is only noted in `signal`; a second one ends the process at once."""
+    """Context in which the first signal is answered and noted in `signal`; a second one ends the process at once.
 
-    def __init__(self) -> None:
+    Args:
+        file: what holds the state that is kept, in words.
+        work: what the first signal lets end, in words.
+
+    Attributes:
+        kept: where the same command goes on from after a second signal, in words.
+    """
+
+    def __init__(self, file: str, work: str = "this step") -> None:
         self.signal: int | None = None
         self.immediate = False
+        self.work, self.kept = work, "the last checkpoint"
+        self.answers = Answers(
+            lambda: f"stopping after {self.work}; again: at once, going on from {self.kept}",
+            lambda: f"ended at once: the same command goes on from {self.kept}, which {file} keeps",
+        )
 
     def __enter__(self) -> Self:
+        self.answers.__enter__()
         self.handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
+        self.answers.__exit__()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if self.signal:
+            return  # a second one, which `Answers` ends the process for
         self.signal = number
         if self.immediate:
             self.leave()
@@ -53,6 +68,7 @@ class Interrupt:
     @contextlib.contextmanager
     def at_once(self, save: Callable[[], None]) -> Iterator[None]:
         """A block that a signal ends at any point, after `save`. The block changes nothing that a checkpoint holds."""
+        work, self.work = self.work, "saving"
         self.immediate = True
         try:
             self.leave()
@@ -63,3 +79,4 @@ class Interrupt:
             raise
         finally:
             self.immediate = False
+            self.work = work

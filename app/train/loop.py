@@ -20,13 +20,13 @@ from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16, tell_where_it_continues
+from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16, tell_where_it_continues, where
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.graph import StepGraph
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
-from app.train.monitor import Monitor
+from app.train.monitor import After, Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
 from app.train.processes import explain_lost_peer
 from app.train.state import State
@@ -55,11 +55,11 @@ class Loop:
     full_accumulate: int
     scored_model: nn.Module
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, after: After | None = None) -> None:
         self.trainer, self.config, self.ranks = trainer, trainer.config, trainer.ranks
         self.watch = Watch(trainer.device)
-        self.interrupt = Interrupt()
-        self.monitor = Monitor(trainer.save_dir, self.config, writes=self.ranks.is_main)
+        self.interrupt = Interrupt(f"{self.config.label}/weights/{trainer.last.name}")
+        self.monitor = Monitor(trainer.save_dir, self.config, after, self.ranks.is_main)
         self.restarts_loader = True  # the loader does not stand at the next batch
 
     def run(self) -> None:
@@ -107,12 +107,12 @@ class Loop:
         first = saved or state_from_fp16(self.state, self.config)
         if first:
             restore(self.state, first, trainer.last if saved else self.config.warmup_from or trainer.last)
-        if not saved:
-            self.save()
-        if first:
-            if self.state.rows and self.ranks.is_main:  # train.make_ready has deleted results.csv
+            self.interrupt.kept = where(self.state)
+            if self.state.rows and self.ranks.is_main:  # done.make_ready has deleted results.csv
                 write_rows(trainer.save_dir / "results.csv", self.state.rows)
             tell_where_it_continues(self.state, self.config)
+        if not saved:
+            self.save()
 
     # --- an epoch ----------------------------------------------------------------------------------------------------
 
@@ -304,6 +304,7 @@ class Loop:
         check_finite(self.state.net, self.state.scaler, self.watch)
         if self.ranks.is_main:
             save_state(self.state, self.config, self.trainer.last)
+            self.interrupt.kept = where(self.state)
 
     def _save_if_due(self, always: bool = False) -> None:
         """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""

@@ -18,9 +18,10 @@ from ultralytics.utils.plotting import plot_images
 
 from app.core.config import Config, dump, flatten
 from app.core.curves import curve_figure
-from app.core.progress import Meter, clock
-from app.core.results import WARM_UP, Row, Rows, is_validated, train_loss, write_rows
+from app.core.progress import LOSS, MEMORY, Meter, Part, clock
+from app.core.results import STATES, WARM_UP, Row, Rows, is_validated, train_loss, write_rows
 from app.core.terminal import Printable
+from app.train.done import After
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small
 HPARAM_SECTIONS = ("variant", "model", "data", "train", "hyp", "quant")
@@ -28,6 +29,11 @@ SCHEME = "quant.scheme"
 # Columns of results.csv whose numbers are another column's: AP/ema_bn, AP50/ema_bn, and lr/pg0 (after the warm-up).
 TWINS = ("metrics/mAP50-95(B)", "metrics/mAP50(B)", "lr/pg1", "lr/pg2")
 TOTAL_TRAIN_LOSS = "train_loss/total"
+QAT_EPOCH = 1.03  # epochs of FP16 that one of QAT takes: 384 against 372 images/s, docs/results.md
+ABOUT_AP = (
+    "raw and EMA may stay near AP 0 for many epochs, which is normal: their running BatchNorm statistics lag behind "
+    "the weights; EMA+BN, with the statistics re-estimated on train images, is what is scored and kept"
+)
 log = logging.getLogger(__name__)
 
 
@@ -57,19 +63,21 @@ class Monitor:
     Args:
         out_dir: folder of the variant.
         config: its configuration; `label` is the first word of every line.
+        after: what the job has to do after this training; None: it is no job, or not known.
         writes: False on all ranks but rank 0, which count and write nothing.
     """
 
     writer: SummaryWriter  # of the process that writes
 
-    def __init__(self, out_dir: Path, config: Config, writes: bool = True) -> None:
-        self.out_dir, self.label = out_dir, config.label
+    def __init__(self, out_dir: Path, config: Config, after: After | None = None, writes: bool = True) -> None:
+        self.out_dir, self.label, self.after = out_dir, config.label, after
         if writes:
             self.writer = SummaryWriter(str(out_dir / "tensorboard"), flush_secs=10)
             self.writer.add_text("config", f"```yaml\n{dump(config)}\n```")
             self._add_hparams(config)
         self.run_start = time.monotonic()
         self.epochs_here = 0.0  # trained by this process; the first may have begun in the middle
+        self.scoring_s = 0.0  # of one state, in the last validation
         self.n_pictures = 0
 
     def _add_hparams(self, config: Config) -> None:
@@ -91,24 +99,42 @@ class Monitor:
         n_left = max(n_images - n_trained, 0)  # the last batch may be smaller than the others
         self.share_here = n_left / n_images
         self.epoch_start = self.saved = time.monotonic()
-        self.meter = Meter(f"{self.label} epoch {epoch + 1}/{n_epochs}", n_left)
+        number = f"{epoch + 1}/{n_epochs}"
+        self.meter = Meter(f"{self.label} epoch {number}", n_left, short=f"{self.label} {number}")
 
     def step(self, n_images: int, losses: Callable[[], dict[str, float]]) -> None:
         """`losses` gives the running means of the epoch; it is called only when a line is shown."""
 
-        def note() -> str:
-            left = clock(self._run_left_s())
-            return f"{left} left for the run, loss {sum(losses().values()):.3f}, {memory_gib():.1f} GiB"
+        def notes() -> list[Part]:
+            left = f"{self.whole} {clock(self._left_s(self.n_epochs - self.epoch - 1, self._epoch_left_s()))}"
+            loss = f"loss {sum(losses().values()):.3f}"
+            return [Part(left), Part(f"{memory_gib():.1f} GiB", MEMORY), Part(loss, LOSS)]
 
-        self.meter.update(n_images, note)
+        self.meter.update(n_images, notes)
 
-    def _run_left_s(self) -> float:
-        """From the mean epoch so far; during the first from its own rate, which knows nothing of validation yet."""
-        image_s = self.meter.seconds / self.meter.done
-        epoch_s = image_s * self.meter.total / self.share_here
+    @property
+    def whole(self) -> str:
+        """What the time left is of."""
+        return "training" if self.after is None else "job"
+
+    def _epoch_left_s(self) -> float:
+        """Without the validation."""
+        return self.meter.seconds / self.meter.done * (self.meter.total - self.meter.done)
+
+    def _left_s(self, n_epochs: int, epoch_left_s: float = 0.0) -> float:
+        """Seconds until the job ends, or this training, where no job is known; of it, n_epochs are to begin yet.
+
+        An epoch takes the mean of those so far; during the first, what its rate says, which knows nothing of validation
+        yet. A QAT training that follows takes QAT_EPOCH times that an epoch. A file takes as long to score as a state
+        of the network in the last validation. What ptq, export and report take is left out.
+        """
         if self.epochs_here:
             epoch_s = (self.epoch_start - self.run_start) / self.epochs_here
-        return image_s * (self.meter.total - self.meter.done) + epoch_s * (self.n_epochs - self.epoch - 1)
+        else:
+            epoch_s = self.meter.seconds / self.meter.done * self.meter.total / self.share_here
+        after = self.after or After()
+        after_s = after.qat_epochs * QAT_EPOCH * epoch_s + after.files * self.scoring_s
+        return epoch_left_s + n_epochs * epoch_s + after_s
 
     def save_due(self, every_s: float) -> bool:
         """Whether so many seconds have passed since the epoch's start or since this was last true."""
@@ -118,7 +144,7 @@ class Monitor:
 
     def end_train_pass(self) -> None:
         self.meter.close()
-        self.train_s = self.meter.seconds
+        self.train_s, self.train_end = self.meter.seconds, time.monotonic()
 
     def epoch_facts(self) -> dict[str, float]:
         """Seconds and images/s of the epoch so far, validation included in time/epoch_s."""
@@ -142,21 +168,22 @@ class Monitor:
         for name, value in scalars(row).items():
             self.writer.add_scalar(name, value, n_done)
         if is_validated(row):
+            self.scoring_s = (time.monotonic() - self.train_end) / len(STATES)
             self._add_pictures(rows, validator, n_done)
         self.epochs_here += self.share_here
-        left = "?"
-        if self.epochs_here:
-            epoch_s = (time.monotonic() - self.run_start) / self.epochs_here
-            left = clock(epoch_s * (self.n_epochs - n_done))
+        self.epoch_start = time.monotonic()
+        left = clock(self._left_s(self.n_epochs - n_done)) if self.epochs_here else "?"
         aps = "no AP"
         if is_validated(row):
             aps = "AP raw {AP/raw:.3f}, EMA {AP/ema:.3f}, EMA+BN {AP/ema_bn:.3f}".format(**row)
         best = "" if best_ap is None else f" (best {best_ap:.3f} at {best_epoch})"
         best += ", quant warm-up" if row.get(WARM_UP) else ""
         log.info(
-            "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left",
-            self.label, n_done, self.n_epochs, train_loss(row), aps, best, row["time/images_per_s"], left,
+            "%s epoch %d/%d: loss %.3f, %s%s, %.0f images/s, %s left for the %s",
+            self.label, n_done, self.n_epochs, train_loss(row), aps, best, row["time/images_per_s"], left, self.whole,
         )  # fmt: skip
+        if is_validated(row) and not any(map(is_validated, rows[:-1])):
+            log.info("%s", ABOUT_AP)
 
     def _add_pictures(self, rows: Rows, validator: Any, n_done: int) -> None:
         """The same val batch every time, its ground truth once, and the curves so far."""

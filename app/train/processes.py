@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from app.core.answers import left_to_children
 from app.core.environment import launched_as
 from app.train.guard import GuardStop
 from app.train.interrupt import Interrupted, PeerLost
@@ -219,8 +221,11 @@ def launch(n: int, arguments: list[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir, redirects=Std.OUT),  # gloo writes to stdout, we to stderr
         )  # fmt: skip
         try:
-            elastic_launch(config, sys.executable)("-m", "app", *arguments)
+            with left_to_children():
+                elastic_launch(config, sys.executable)("-m", "app", *arguments)
         except SignalException as stop:
+            for rank in psutil.Process().children():  # there is one where a second signal came: it ends at once
+                rank.send_signal(stop.sigval)
             return 128 + stop.sigval
         except ChildFailedError as error:
             return _exit_code(error, n)

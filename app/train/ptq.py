@@ -11,8 +11,8 @@ from ultralytics.nn.tasks import DetectionModel
 
 from app.core.config import Config, UserError
 from app.core.environment import utc_now
-from app.core.files import read_json, sha256, write_json
-from app.core.labels import FP16, Label
+from app.core.files import sha256, write_json
+from app.core.labels import FP16
 from app.core.run import RunRoot, record_stage
 from app.data.prepare import prepared
 from app.quant.batchnorm import reestimate_batchnorm
@@ -21,6 +21,7 @@ from app.quant.model import cpu_state_dict, load_scored, save_checkpoint
 from app.quant.schemes import quantize
 from app.train.bn_images import BnImages
 from app.train.device import check_devices
+from app.train.done import is_quantized, ptq_labels
 from app.train.loader import CocoDataset, dataset_of
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,13 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     quant_config = quantize(model, quant)
     quantized = trained.model_copy(update={"variant": "qat", "quant": quant})
     facts = {"epoch": checkpoint["epoch"], "source_sha256": sha256(source)}
-    for label in (Label("ptq", quant.scheme), Label("ptq", quant.scheme, bn=True)):
-        if not force and is_done(run, label, facts["source_sha256"]):
+    for label in ptq_labels(quant):
+        if not force and is_quantized(run, label, facts["source_sha256"]):
             log.info("ptq %s: done already (%s)", label, run.best(label))
             continue
         if label.bn:
             machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
+            log.info("ptq %s: re-estimating BatchNorm on train images", label)
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         folder = run.variant_dir(label)
         write_json(folder / "quant_config.json", quant_config)
@@ -58,20 +60,6 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
         write_json(folder / "done.json", {**done, "time_utc": utc_now()})
         record_stage(run, f"ptq {label}", done)
         log.info("ptq %s: %s, for 'make export'", label, run.best(label))
-
-
-def is_done(run: RunRoot, label: Label, source_sha256: str) -> bool:
-    """Whether the checkpoint is there and was made of this baseline.
-
-    Raises:
-        UserError: it was made of another baseline: a finished result is not overwritten unasked.
-    """
-    done_json = run.variant_dir(label) / "done.json"
-    if not done_json.exists() or not run.best(label).exists():
-        return False
-    if read_json(done_json, "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
-        raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
-    return True
 
 
 def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) -> None:

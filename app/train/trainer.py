@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds
 
 from app.core.config import Config
 from app.core.files import read_json, write_json
+from app.core.progress import Meter, counted
 from app.core.run import VIEW_SHAPE, RunRoot
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.model import build
@@ -94,7 +94,7 @@ class Trainer(DetectionTrainer):
         n_images, title = self.provenance["splits"]["train"]["n_images"], self.provenance["title"]
         precision = "FP16 autocast" if train.amp and self.device.type == "cuda" else "float32"
         return (
-            f"{Path(self.config.model).stem} from random weights, {n_images:,} images of {title}, "
+            f"{self.config.model_name} from random weights, {n_images:,} images of {title}, "
             f"{train.epochs} epochs, batch {train.batch}, {train.imgsz} px, {precision}, "
             + (f"{n} processes, {self.device.type}" if n > 1 else str(self.device))
         )
@@ -150,16 +150,22 @@ class Trainer(DetectionTrainer):
         zero = torch.zeros((), device=self.device)
         names = [f"{term}{AT}{name}" for term in loss_names for name in held_out.set_names]
         self.loss_items = dict.fromkeys(names, zero)  # what validation counts from
-        with without_one2many(held_out.model) if is_installed(held_out) else nullcontext():
-            return self.validator(self)
+        meter = Meter(f"{self.config.label} validation", len(self.test_loader), "batches")
+        self.validator.callbacks["on_val_batch_end"] = [lambda validator: meter.update()]
+        try:
+            with without_one2many(held_out.model) if is_installed(held_out) else nullcontext():
+                return self.validator(self)
+        finally:
+            meter.close()
 
-    def reestimate(self, model: nn.Module, images: Iterable[torch.Tensor]) -> None:
+    def reestimate(self, model: nn.Module, images: list[torch.Tensor]) -> None:
         """Re-estimates BatchNorm's statistics of a model, in place.
 
         Args:
             images: batches as a loader gives them, uint8 [N,3,H,W].
         """
-        inputs = (self.preprocess_batch({"img": batch})["img"] for batch in images)
+        batches = counted(images, Meter(f"{self.config.label} BatchNorm", len(images), "batches"))
+        inputs = (self.preprocess_batch({"img": batch})["img"] for batch in batches)
         if self.device.type == "cuda":  # cuDNN's layout: the first convolution would copy its output, the largest map
             inputs = (batch.contiguous(memory_format=torch.channels_last) for batch in inputs)
         with autocast(self.amp, device=self.device.type):

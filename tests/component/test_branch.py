@@ -11,7 +11,8 @@ import torch
 from app.core.config import UserError, validate
 from app.core.files import read_json
 from app.quant.model import load_checkpoint, save_checkpoint
-from app.train.train import check_snapshot, train
+from app.train.done import check_snapshot
+from app.train.train import train
 from tests.support.scripted import read_table
 from tests.support.settle import settle
 from tests.support.tiny import tiny_network

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 
 from app.core.config import flatten, load
-from app.train.monitor import Monitor
+from app.train.done import After
+from app.train.monitor import ABOUT_AP, Monitor
 
 ROW = {"train/box_loss": 1.0, "val_loss/ema_bn": 2.0, "time/images_per_s": 5.0}
 APS = {f"AP/{state}": 0.25 for state in ("raw", "ema", "ema_bn")}
@@ -79,18 +80,52 @@ def test_time_left_for_the_run(tmp_path: Path, hand_clock: Clock, caplog: pytest
         monitor.start_epoch(0, 4, 100, 50)
         hand_clock.now_s += 25 * 4
         monitor.step(25, dict)
-        assert "1:40 left, 21:40 left for the run" in caplog.messages[-1]  # 25 * 4 s + 3 epochs of 100 * 4 s
+        assert "1:40 left, training 21:40," in caplog.messages[-1]  # 25 * 4 s + 3 epochs of 100 * 4 s
         hand_clock.now_s += 25 * 4
         monitor.step(25, dict)
         monitor.end_train_pass()
         hand_clock.now_s += 40
         monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), 0.25, 1)
-        assert caplog.messages[-1].endswith("24:00 left")  # half an epoch took 240 s: 3 epochs of 480 s
+        assert caplog.messages[-2].endswith("24:00 left for the training")  # half an epoch took 240 s: 3 of 480 s
         monitor.start_epoch(1, 4, 100, 0)
         hand_clock.now_s += 50 * 4
         monitor.step(50, dict)
-        assert "3:20 left, 19:20 left for the run" in caplog.messages[-1]  # 50 * 4 s + 2 epochs of 480 s
+        assert "3:20 left, training 19:20," in caplog.messages[-1]  # 50 * 4 s + 2 epochs of 480 s
     monitor.close()
+
+
+def test_time_left_for_a_job(tmp_path: Path, hand_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """Two epochs of 100 images, then four of QAT and six files. An image takes 4 s, a validation 30 s."""
+    monitor = Monitor(tmp_path, load("fp16"), After(qat_epochs=4, files=6))
+    with caplog.at_level("INFO"):
+        monitor.start_epoch(0, 2, 100, 0)
+        hand_clock.now_s += 50 * 4
+        monitor.step(50, dict)
+        assert "3:20 left, job 37:28," in caplog.messages[-1]  # 200 s + 400 s + 4 * 1.03 * 400 s
+        hand_clock.now_s += 50 * 4
+        monitor.step(50, dict)
+        monitor.end_train_pass()
+        hand_clock.now_s += 30
+        monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), 0.25, 1)
+        assert caplog.messages[-2].endswith("37:42 left for the job")  # 430 s + 4 * 1.03 * 430 s + 6 * 10 s
+    monitor.close()
+
+
+def test_why_two_of_three_aps_may_be_0_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At the first validation, here that of epoch 2; a training that continues after it says it no more."""
+    rows = [{"epoch": 1.0, **ROW}, {"epoch": 2.0, **ROW, **APS}, {"epoch": 3.0, **ROW, **APS}]
+    monitor = Monitor(tmp_path, load("fp16"))
+    said = []
+    for epoch in range(3):
+        caplog.clear()
+        monitor.start_epoch(epoch, 3, 10, 0)
+        monitor.step(10, dict)
+        monitor.end_train_pass()
+        with caplog.at_level("INFO"):
+            monitor.end_epoch(rows[: epoch + 1], validator(), 0.25, 1)
+        said.append(ABOUT_AP in caplog.messages)
+    monitor.close()
+    assert said == [False, True, False]
 
 
 def test_an_epoch_that_was_trained_before_is_no_division_by_zero(tmp_path: Path, caplog: Any) -> None:

@@ -13,8 +13,10 @@ from app.core.config import UserError
 from app.core.files import read_json, sha256
 from app.core.run import RunRoot
 from app.eval.evaluate import exported_files
+from app.export.done import is_exported
 from app.export.export import export
 from app.quant.model import load_checkpoint, load_scored
+from app.train.done import is_ptq_done
 from app.train.ptq import ptq
 from tests.support.export_run import TINY, TINY_SETS, config_of, copy_of, network
 
@@ -71,6 +73,26 @@ def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> No
     _, config, _ = load_scored(run.variant_dir(LABELS[0]) / "weights" / "best.pt")
     assert config.quant is not None
     assert config.quant.scheme == "w4a16-mixed"
+
+
+def test_both_stages_are_done_and_say_so_in_a_line(
+    run: RunRoot, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The question of the whole job has the stage's answer, also where a file has changed or settings have."""
+    caplog.set_level("INFO")
+    config, mine = config_of(run, "qat", *SETS, "export.contracts=[raw,end2end]"), copy_of(run, tmp_path)
+    assert is_ptq_done(config, mine) and is_exported(config, mine)
+    assert caplog.messages[0] == "ptq w4a16-mixed: done already (2 checkpoints)"
+    assert caplog.messages[-1] == f"export: done already (6 files in {mine.onnx_dir})"
+    assert not is_exported(config_of(run, "qat", *SETS, "export.opset=16"), mine)
+    onnx = mine.onnx_dir / "yolov10n-w4a16-mixed-qcdq-ptq.onnx"
+    content = onnx.read_bytes()
+    onnx.write_bytes(content[:-1] + b"?")
+    assert not is_exported(config, mine)
+    onnx.write_bytes(content)
+    assert is_exported(config, mine)
+    mine.best("ptq-w4a16-mixed").write_bytes(b"damaged")
+    assert is_ptq_done(config, mine) and not is_exported(config, mine)
 
 
 def test_second_time_leaves_everything_and_another_baseline_is_refused(run: RunRoot) -> None:

@@ -23,7 +23,7 @@ from app.report.evidence import gather
 from app.report.html import page, picture
 from app.report.publish import publish
 from app.report.report import report
-from app.train.train import make_ready
+from app.train.done import make_ready
 from tests.support.drawn import kept_figures
 from tests.support.report_fixtures import build_run, copy_run, edit
 

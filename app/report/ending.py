@@ -1,0 +1,54 @@
+"""What the report stage, and with it a whole job, says at its end: table, verdict, page, what to do next."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from app.coco.dataset import BUILTIN_TITLE
+from app.core.run import RunRoot
+from app.report.evidence import Evidence
+from app.report.findings import Findings
+from app.report.page_files import PageFiles
+from app.report.summary import tables
+from app.report.verdict import verdict
+
+FIRST_SENTENCE = re.compile(r".*?\.(?= [A-Z]|$)", re.DOTALL)  # a number has no blank behind its point
+log = logging.getLogger(__name__)
+
+
+def show(files: PageFiles, evidence: Evidence, findings: Findings) -> None:
+    """Logs the end of a job, whose page `files` are."""
+    for line in [*tables(evidence.scored, findings), ""]:
+        log.info("%s", line)
+    for line in findings["missing"]:
+        log.info("missing: %s", line)
+    for paragraph in verdict(findings):
+        log.info("verdict: %s", first_sentence(paragraph))
+    log.info("report: %s, the same as Markdown: %s", files.html, files.markdown)
+    log.info("next: %s", next_step(files.run, evidence, findings))
+
+
+def first_sentence(paragraph: str) -> str:
+    """The first sentence of a paragraph of the page, without its Markdown."""
+    text = paragraph.replace("**", "").replace("\\|", "|").replace("`", "")
+    match = FIRST_SENTENCE.match(text)
+    return match.group() if match else text
+
+
+def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
+    """What a user does after this report."""
+    if findings["missing"]:
+        return "each line 'missing' names its command; 'make report' then writes the page anew"
+    if evidence.provenance and evidence.provenance["title"] == BUILTIN_TITLE:
+        return (
+            "open the page in a browser, 'make tensorboard' for the curves; COCO itself: 'make all COCO_DIR=path' "
+            "(README, 'The full run')"
+        )
+    if findings["seeds"] is None:
+        return (
+            f"open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: 'make all "
+            f'RUN={run.name}-seed1 ARGS="--set train.seed=1"\' and \'make report RUN={run.name} ARGS="--runs '
+            f"{run.name}-seed1\"'"
+        )
+    return f"open the page in a browser; 'make publish RUN={run.name}' keeps it in runs/reports"

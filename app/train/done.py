@@ -1,0 +1,155 @@
+"""Whether a training, or PTQ, is done already: read from the run's files, without importing PyTorch."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.core.config import (
+    WITHOUT_EFFECT,
+    Config,
+    Quant,
+    UserError,
+    difference,
+    dump,
+    read_yaml,
+    shown,
+    validate,
+)
+from app.core.files import read_json, sha256, write_text
+from app.core.labels import FP16, Label
+from app.core.results import read_rows
+from app.core.run import VIEW_SHAPE, RunRoot
+from app.core.shapes import Count, Number, Shape
+from app.data.prepare import prepare
+
+OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
+DONE_SHAPE: Shape = {"epochs": Count, "best_ap": Number}
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class After:
+    """What a job has to do after a training: epochs of a QAT training, and ONNX files to score."""
+
+    qat_epochs: int = 0
+    files: int = 0
+
+
+def is_trained(config: Config, run: RunRoot) -> bool:
+    """Whether the variant's training is done on the dataset as it is now; logs that it is.
+
+    Raises:
+        UserError: the folder holds a training of another configuration, or the dataset cannot be used or is another.
+    """
+    if not done_json(config, run).exists():
+        return False
+    prepare(config, run, force=False, says_done=False)
+    return is_finished(config, run)
+
+
+def is_finished(config: Config, run: RunRoot) -> bool:
+    """As `is_trained`, whatever became of the dataset."""
+    check_snapshot(config, run.variant_dir(config.label) / "config.yaml")
+    if not done_json(config, run).exists():
+        return False
+    done = read_json(done_json(config, run), "train", DONE_SHAPE)
+    log.info("train %s: done already (%d epochs, best AP %.3f)", config.label, done["epochs"], done["best_ap"])
+    return True
+
+
+def done_json(config: Config, run: RunRoot) -> Path:
+    return run.variant_dir(config.label) / "done.json"
+
+
+def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
+    """Makes the variant's folder; False where its training is done already.
+
+    Raises:
+        UserError: the folder holds a training of another configuration, or no dataset was prepared.
+    """
+    out_dir = run.variant_dir(config.label)
+    if force and out_dir.exists():
+        shutil.rmtree(out_dir)
+    if is_finished(config, run):
+        return False
+    read_json(run.provenance, "data", VIEW_SHAPE)
+    # Ultralytics deletes results.csv too, in every process at once (engine/trainer.py __init__, 8.4.190).
+    (out_dir / "results.csv").unlink(missing_ok=True)
+    write_text(out_dir / "config.yaml", dump(config))
+    return True
+
+
+def check_snapshot(config: Config, snapshot: Path) -> None:
+    """Compares with the configuration that a folder was trained with, as far as training depends on it.
+
+    What ended before its first checkpoint was not trained.
+
+    Raises:
+        UserError: another configuration, or one that another version of this program has written.
+    """
+    if not snapshot.exists() or not any((snapshot.parent / "weights").glob("last*.pt")):
+        return
+    try:
+        trained_with = validate(read_yaml(snapshot))
+    except UserError as error:
+        raise UserError(
+            f"{snapshot.parent} was trained by another version of this program ({error}): go on with that version, "
+            f"{OTHER_RUN}"
+        ) from error
+    if differences := difference(trained_with, config, ignore=tuple(WITHOUT_EFFECT)):
+        raise UserError(f"{snapshot.parent} was trained with another configuration ({shown(differences)}): {OTHER_RUN}")
+
+
+def epochs_left(config: Config, run: RunRoot) -> int:
+    """How many epochs of a training are still to come, by its files; what cannot be read counts as not begun."""
+    if done_json(config, run).exists():
+        return 0
+    try:
+        rows = read_rows(run.variant_dir(config.label) / "results.csv")
+    except (OSError, ValueError):
+        rows = []
+    return max(config.train.epochs - len(rows), 0)
+
+
+# --- PTQ -------------------------------------------------------------------------------------------------------------
+
+
+def ptq_labels(quant: Quant) -> tuple[Label, Label]:
+    """The two checkpoints of PTQ: as it is, and with BatchNorm re-estimated."""
+    return Label("ptq", quant.scheme), Label("ptq", quant.scheme, bn=True)
+
+
+def is_quantized(run: RunRoot, label: Label, source_sha256: str) -> bool:
+    """Whether the checkpoint of a label of PTQ is there and was made of this baseline.
+
+    Raises:
+        UserError: it was made of another baseline: a finished result is not overwritten unasked.
+    """
+    done_json = run.variant_dir(label) / "done.json"
+    if not done_json.exists() or not run.best(label).exists():
+        return False
+    if read_json(done_json, "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
+        raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
+    return True
+
+
+def is_ptq_done(config: Config, run: RunRoot) -> bool:
+    """Whether all that PTQ makes of the baseline is there; logs that it is.
+
+    What is wrong with a file is no error here: the stage says it, after it has read the baseline.
+    """
+    source = run.best(FP16)
+    if config.quant is None or not source.exists():
+        return False
+    labels = ptq_labels(config.quant)
+    source_sha256 = sha256(source)
+    try:
+        done = all(is_quantized(run, label, source_sha256) for label in labels)
+    except UserError:
+        return False
+    if done:
+        log.info("ptq %s: done already (%d checkpoints)", config.quant.scheme, len(labels))
+    return done

@@ -109,7 +109,9 @@ class Hyp(Section):
 
 
 class Quant(Section):
-    scheme: Literal["w4a16", "w4a16-mixed", "w8a16", "w4a16-dfl", "w4a16-per-tensor", "w4a16-decoupled"]
+    scheme: Literal[
+        "w4a16", "w4a16-mixed", "w8a16", "w4a16-mixed-dw", "w4a16-dfl", "w4a16-per-tensor", "w4a16-decoupled"
+    ]
     fast_path: bool
     learned_scale: bool
     warmup_share: float = Field(ge=0, lt=1)

@@ -74,11 +74,20 @@ class Rule:
 DFL = Rule("model.*.dfl.conv", None, "not a learned weight: the fixed integral 0..15 over the box distribution")
 FIRST = Rule("model.0.conv", 8, "first convolution: sees the image")
 LAST = Rule("model.*cv[23].[0-9].2", 8, "last convolution of a head branch: its outputs are boxes and class scores")
+# SCDown's second half, the position encoding of attention, CIB's three, the class branch's: in every size of YOLOv10.
+DEPTHWISE = tuple(
+    Rule(pattern, 8, "depthwise convolution: 9 to 49 weights a channel, nothing averages their rounding")
+    for pattern in (
+        "model.[57].cv2.conv", "model.20.cv2.conv", "model.*.attn.pe.conv",
+        "model.*.m.*.cv1.[024].conv*", "model.*cv3.[0-9].[01].0.conv",
+    )
+)  # fmt: skip
 
 SCHEMES: dict[str, tuple[Rule, ...]] = {
     "w4a16": (DFL, Rule("*", 4, "every learned convolution")),
     "w4a16-mixed": (DFL, FIRST, LAST, Rule("*", 4, "every other learned convolution")),
     "w8a16": (DFL, Rule("*", 8, "every learned convolution")),
+    "w4a16-mixed-dw": (DFL, FIRST, LAST, *DEPTHWISE, Rule("*", 4, "every other learned convolution")),
     # Ablations for the stability bench: w4a16 with DFL quantized too, and w4a16 with one scale per tensor.
     "w4a16-dfl": (Rule("*", 4, "every convolution, DFL too"),),
     "w4a16-per-tensor": (DFL, Rule("*", 4, "every learned convolution", Int4WeightPerTensor)),

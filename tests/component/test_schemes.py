@@ -56,6 +56,22 @@ def test_mixed_keeps_first_and_last_convolutions_at_8_bits(size: str) -> None:
     assert 0.9 < quant_config["share_of_learned_weights"]["4"] < 1.0
 
 
+@pytest.mark.parametrize("size", tuple("nsmblx"))
+def test_mixed_dw_keeps_every_depthwise_convolution_at_8_bits_too(size: str) -> None:
+    model, quant_config = build(config("qat", size, "quant.scheme=w4a16-mixed-dw"))
+    assert quant_config is not None
+    depthwise = set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            assert layer.groups == layer.in_channels
+            depthwise.add(name)
+    names = [layer["name"] for layer in quant_config["layers"]]
+    mixed = {name for name, rule in assign(names, "w4a16-mixed").items() if rule.bits == 8}
+    eight = {layer["name"] for layer in quant_config["layers"] if layer["bits"] == 8}
+    assert eight == mixed | depthwise
+    assert not mixed & depthwise
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
 def test_weights_take_at_most_2_to_the_bits_minus_1_values_a_channel(scheme: str) -> None:
     model, _ = build(config("qat", "n", f"quant.scheme={scheme}"))

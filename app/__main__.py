@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from app.bench import command as benches
 from app.core.command_line import Parser, not_empty
+from app.schemes import command as schemes
 
 if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
     from app.core.config import Config
@@ -34,6 +35,7 @@ def stages() -> dict[str, Stage]:
         "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
+        "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "download-coco": Stage("fetch the official COCO 2017 archives", download_arguments, download),
     }
@@ -128,7 +130,7 @@ def train_arguments(stage: argparse.ArgumentParser) -> None:
 
 def ptq_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
-    stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
+    stage.add_argument("--scheme", dest="set", action="append", type="quant.scheme={}".format, help="quant.scheme")
 
 
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
@@ -194,7 +196,7 @@ def set_up(args: argparse.Namespace, variant: str = "qat", *sets: str, lock: boo
     from app.core.run import hold, open_run
 
     run = open_run(args.run, args.runs_dir)
-    config = load(variant, args.conf, [*args.set, *sets])
+    config = load(variant, args.conf, [*args.set, *sets], run.root)
     isolate_libraries(run.cache_dir)
     with hold(run, args.stage) if lock else contextlib.nullcontext():
         yield Job(config, run)
@@ -257,8 +259,7 @@ def launch_train(n: int, job: Job, force: bool) -> None:
 
 
 def ptq(args: argparse.Namespace) -> None:
-    sets = [f"quant.scheme={args.scheme}"] if args.scheme else []
-    with set_up(args, "qat", *sets) as job:
+    with set_up(args) as job:
         from app.train.ptq import ptq
 
         ptq(job.config, job.run, args.force)
@@ -331,18 +332,17 @@ def download(args: argparse.Namespace) -> None:
 
 def whole_job(args: argparse.Namespace) -> None:
     """Runs every stage in a process of its own; the first that fails ends the job with its exit code."""
-    common = ["--run", args.run, "--runs-dir", str(args.runs_dir)]
-    for file in args.conf:
-        common += ["--conf", str(file)]
-    for setting in args.set:
-        common += ["--set", setting]
-    common += ["--force"] if args.force else []
-    from app.core.child import run_stage
+    common = ["--run", args.run, "--runs-dir", str(args.runs_dir), *(["--force"] if args.force else [])]
+    for option, words in (("--conf", args.conf), ("--set", args.set)):
+        for word in words:
+            common += [option, str(word)]
+    with set_up(args, lock=False) as job:  # a wrong setting is refused before the first stage, a wrong scheme too
+        from app.core.child import run_stage
+        from app.quant.model import check_scheme
 
-    with set_up(args, lock=False):  # a wrong setting is refused before the first stage
+        check_scheme(job.config)
         for stage in ORDER:
-            code = run_stage(stage, common)
-            if code:
+            if code := run_stage(stage, common):
                 sys.exit(code)
 
 

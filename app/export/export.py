@@ -24,7 +24,7 @@ from app.core.labels import Label
 from app.core.run import RunRoot, record_stage
 from app.data.prepare import prepared
 from app.export.gates import Truth, check_codes, check_file, check_half, check_parity, check_same_output
-from app.export.graphs import optimize, set_facts, tidy, to_half, to_int4
+from app.export.graphs import PACKED_BITS, optimize, set_facts, tidy, to_half, to_int4
 from app.export.trace import parity_images, torch_truth, traced_graph
 from app.quant.model import load_scored
 
@@ -94,13 +94,13 @@ def load_trained(run: RunRoot, label: Label) -> Trained:
 def labels_of_files(trained: Trained, settings: Export) -> list[Label]:
     """Labels of the files of a checkpoint; a repacked file comes after its source.
 
-    A scheme without a 4-bit layer has no INT4 file. A PTQ checkpoint has only the QCDQ file of the raw contract: it is
-    scored for the comparison with QAT, and its other files would have the same score.
+    A scheme without a layer of 2 to 4 bits has no INT4 file. A PTQ checkpoint has only the QCDQ file of the raw
+    contract: it is scored for the comparison with QAT, and its other files would have the same score.
     """
     if trained.label.method == "ptq":
         return [trained.label]
     packed = "int4" if trained.label.is_quantized else "fp16"
-    has_packed = not trained.label.is_quantized or 4 in trained.truth.layers_by_bits
+    has_packed = not trained.label.is_quantized or any(bits <= PACKED_BITS for bits in trained.truth.layers_by_bits)
     labels = []
     for contract in settings.contracts:
         traced = replace(trained.label.traced, contract=contract)
@@ -191,7 +191,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
     return {
         "label": str(label),
         "variant": trained.label.method,
-        "scheme": config.quant.scheme if config.quant else None,
+        "scheme": config.quant.scheme.name if config.quant else None,
         "precision": label.precision,
         "model": trained.model_name,
         "contract": label.contract,

@@ -14,6 +14,7 @@ from app.core.environment import utc_now
 from app.core.files import read_json, sha256, write_json
 from app.core.labels import FP16, Label
 from app.core.run import RunRoot, record_stage
+from app.core.scheme import Scheme, changed_rules, keep_scheme, kept_scheme
 from app.data.prepare import prepared
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.health import signal_to_noise
@@ -33,7 +34,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     and ptq-<scheme>-bn with BatchNorm re-estimated afterwards. Export makes ONNX files of them.
 
     Raises:
-        UserError: no trained FP16 baseline, or a result of another baseline without `force`.
+        UserError: no trained FP16 baseline, or a result of another baseline or scheme without `force`.
     """
     if config.quant is None:
         raise UserError("ptq takes the scheme from quant.scheme: give it the configuration of a qat variant")
@@ -43,14 +44,15 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     quant_config = quantize(model, quant)
     quantized = trained.model_copy(update={"variant": "qat", "quant": quant})
     facts = {"epoch": checkpoint["epoch"], "source_sha256": sha256(source)}
-    for label in (Label("ptq", quant.scheme), Label("ptq", quant.scheme, bn=True)):
-        if not force and is_done(run, label, facts["source_sha256"]):
+    for label in (Label("ptq", quant.scheme.name), Label("ptq", quant.scheme.name, bn=True)):
+        if not force and is_done(run, label, facts["source_sha256"], quant.scheme):
             log.info("ptq %s: done already (%s)", label, run.best(label))
             continue
         if label.bn:
             machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         folder = run.variant_dir(label)
+        keep_scheme(quant.scheme, folder)
         write_json(folder / "quant_config.json", quant_config)
         write_json(folder / "health.json", {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)})
         save_checkpoint(run.best(label), quantized, {"scored": cpu_state_dict(model), **facts})
@@ -60,17 +62,19 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
         log.info("ptq %s: %s, for 'make export'", label, run.best(label))
 
 
-def is_done(run: RunRoot, label: Label, source_sha256: str) -> bool:
-    """Whether the checkpoint is there and was made of this baseline.
+def is_done(run: RunRoot, label: Label, source_sha256: str, scheme: Scheme) -> bool:
+    """Whether the checkpoint is there and was made of this baseline with this scheme.
 
     Raises:
-        UserError: it was made of another baseline: a finished result is not overwritten unasked.
+        UserError: it was made of another baseline or another scheme: a finished result is not overwritten unasked.
     """
     done_json = run.variant_dir(label) / "done.json"
     if not done_json.exists() or not run.best(label).exists():
         return False
     if read_json(done_json, "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
         raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
+    if rules := changed_rules(kept_scheme(run.variant_dir(label), scheme.name), scheme):
+        raise UserError(f"{run.best(label)} was made with {rules[0]}, now it is {rules[1]}: overwrite it with --force")
     return True
 
 

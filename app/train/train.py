@@ -22,6 +22,7 @@ from app.core.curves import write_loss_curve
 from app.core.environment import environment, utc_now
 from app.core.files import read_json, sha256, write_json, write_text
 from app.core.run import VIEW_SHAPE, RunRoot, record_stage
+from app.core.scheme import keep_scheme
 from app.core.shapes import Count, Number, Shape
 from app.train.device import check_devices
 from app.train.loop import Loop
@@ -78,6 +79,8 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
     # Ultralytics deletes results.csv too, in every process at once (engine/trainer.py __init__, 8.4.190).
     (out_dir / "results.csv").unlink(missing_ok=True)
     write_text(out_dir / "config.yaml", dump(config))
+    if config.quant:
+        keep_scheme(config.quant.scheme, out_dir)
     return True
 
 

@@ -35,6 +35,7 @@ report: ; $(job) ## runs/RUN/summary.md and .html (ARGS="--runs B C": summary-wi
 compare: ; $(job) ## A=runs/a B=runs/b, two runs or scored folders: AP by class, images that differ -> runs/compare
 publish: ; $(job) ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
 all: ; $(job) ## data, both trainings, ptq, export, eval, report
+schemes: ; $(job) ## bits, share and bytes of the layers (ARGS="--scheme my.yaml"), without training
 bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it

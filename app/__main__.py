@@ -14,6 +14,7 @@ from pathlib import Path
 from app.bench import command as benches
 from app.core.command_line import Parser, not_empty
 from app.job import Job, after_training, is_done, set_up
+from app.schemes import command as schemes
 
 ORDER = ("data", "train --variant fp16", "train --variant qat", "ptq", "export", "eval", "report")
 
@@ -30,6 +31,7 @@ def stages() -> dict[str, Stage]:
         "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
+        "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "download-coco": Stage("fetch the official COCO 2017 archives", download_arguments, download),
     }
@@ -135,7 +137,7 @@ def train_arguments(stage: argparse.ArgumentParser) -> None:
 
 def ptq_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
-    stage.add_argument("--scheme", help="the same as --set quant.scheme=...")
+    stage.add_argument("--scheme", dest="set", action="append", type="quant.scheme={}".format, help="quant.scheme")
 
 
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
@@ -322,18 +324,22 @@ def download(args: argparse.Namespace) -> None:
 
 def whole_job(args: argparse.Namespace) -> None:
     """Runs every stage that is not done, each in a process of its own; one that fails ends the job with its code."""
-    common = ["--run", args.run, "--runs-dir", str(args.runs_dir)]
-    for file in args.conf:
-        common += ["--conf", str(file)]
-    for setting in args.set:
-        common += ["--set", setting]
-    common += ["--force"] if args.force else []
+    common = ["--run", args.run, "--runs-dir", str(args.runs_dir), *(["--force"] if args.force else [])]
+    for option, words in (("--conf", args.conf), ("--set", args.set)):
+        for word in words:
+            common += [option, str(word)]
     from app.core.child import run_stage
 
     with set_up(args, lock=False) as job:  # a wrong setting is refused before the first stage
+        is_checked = False
         for command in ORDER:
             if is_done(parse([*command.split(), *common])):
                 continue
+            if not is_checked:  # so is a scheme that does not fit the network, before hours of training
+                from app.quant.model import check_scheme
+
+                check_scheme(job.config)
+                is_checked = True
             own = [*(["--yes"] if args.yes else []), *after_training(job, command)] if "train" in command else []
             if code := run_stage(command, [*own, *common]):
                 sys.exit(code)

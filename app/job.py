@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # imported when a stage runs: --help answers without them
     from app.core.config import Config
     from app.core.run import RunRoot
 
-OPTION_KEYS = {"scheme": "quant.scheme", "max_images": "eval.max_images"}  # options of a stage that are settings
+OPTION_KEYS = {"max_images": "eval.max_images"}  # options of a stage that are settings
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def set_up(args: argparse.Namespace, lock: bool = True) -> Iterator[Job]:
     run = open_run(args.run, args.runs_dir)
     options = vars(args)
     sets = [f"{key}={options[name]}" for name, key in OPTION_KEYS.items() if options.get(name) is not None]
-    config = load(options.get("variant", "qat"), args.conf, [*args.set, *sets])
+    config = load(options.get("variant", "qat"), args.conf, [*args.set, *sets], run.root)
     isolate_libraries(run.cache_dir)
     with hold(run, args.stage) if lock else contextlib.nullcontext():
         yield Job(config, run)
@@ -78,6 +78,6 @@ def after_training(job: Job, command: str) -> list[str]:
         return []
     n_epochs = epochs_left(job.config, job.run) if "fp16" in command else 0
     n_files = 0
-    for label in (FP16, Label("qat", quant.scheme), *ptq_labels(quant)):
-        n_files += len(labels_of_files(label, job.config.export, has_four_bits=True))
+    for label in (FP16, Label("qat", quant.scheme.name), *ptq_labels(quant)):
+        n_files += len(labels_of_files(label, job.config.export, has_packed_bits=True))
     return ["--then", str(n_epochs), str(n_files)]

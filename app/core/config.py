@@ -18,12 +18,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from app.core import values
 from app.core.errors import UserError, describe
 from app.core.labels import FP16, Label
+from app.core.scheme import Scheme, changed_rules, find_scheme, scheme_in, with_kept_scheme
 from app.core.yaml_files import merge, parse_yaml, read_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 MAX_SEED = 2**32 - 1  # NumPy's largest
+SCHEME = "quant.scheme"
 # Keys and whole sections that do not change what a training computes, each with the reason. They are left out of
 # `config_hash`, and an unfinished training can be resumed with other values of them.
 WITHOUT_EFFECT = {
@@ -109,7 +111,7 @@ class Hyp(Section):
 
 
 class Quant(Section):
-    scheme: Literal["w4a16", "w4a16-mixed", "w8a16", "w4a16-dfl", "w4a16-per-tensor", "w4a16-decoupled"]
+    scheme: Annotated[Scheme, values.IsPath(), BeforeValidator(find_scheme)]
     fast_path: bool
     learned_scale: bool
     warmup_share: float = Field(ge=0, lt=1)
@@ -130,7 +132,7 @@ class Quant(Section):
 
     @model_validator(mode="after")
     def _only_decoupled_scales_are_left_out(self) -> Quant:
-        if not self.averaged_scales and self.scheme != "w4a16-decoupled":
+        if not self.averaged_scales and not self.scheme.has_trained_scales:
             raise ValueError(
                 "averaged_scales=false is for scheme w4a16-decoupled: no other has trained scales to leave out"
             )
@@ -199,7 +201,7 @@ class Config(Section):
     @property
     def label(self) -> str:
         """Name of the variant's folder in the run root: fp16 or qat-<scheme>."""
-        return str(Label("qat", self.quant.scheme) if self.quant else FP16)
+        return str(Label("qat", self.quant.scheme.name) if self.quant else FP16)
 
     @property
     def model_name(self) -> str:
@@ -220,13 +222,16 @@ class Config(Section):
 SECTIONS = (Data, Train, Hyp, Quant, Guard, Export, Eval, Report)
 
 
-def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | None = None) -> Config:
+def load(
+    variant: str, overlays: list[Path] | None = None, sets: list[str] | None = None, run_root: Path | None = None
+) -> Config:
     """Resolves the configuration of one variant.
 
     Args:
         variant: 'fp16' or 'qat'.
         overlays: YAML files that override the defaults, in this order.
         sets: 'key=value' strings with dotted keys and YAML values, applied last.
+        run_root: folder of the run, whose copy of a scheme file is taken where the file is gone.
 
     Raises:
         UserError: an unknown key, a wrong value or an unreadable file; the message lists every problem.
@@ -241,7 +246,7 @@ def load(variant: str, overlays: list[Path] | None = None, sets: list[str] | Non
         tree = merge(tree, parse_set(item))
     if tree["variant"] != variant:
         raise UserError(f"variant={tree['variant']}: this is no setting, the stage or --variant {variant} says it")
-    config = validate(tree)
+    config = validate(with_kept_scheme(tree, run_root))
     return config.model_copy(update={"quant": None}) if variant == "fp16" else config
 
 
@@ -290,27 +295,38 @@ def known_keys() -> set[str]:
 
 
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """Plain values by dotted key, for differences and tables; `quant` of fp16 is one key with the value None."""
+    """Plain values by dotted key, for tables: a scheme by its label; `quant` of fp16 is one key, with None."""
     flat: dict[str, Any] = {}
-    tree = config if isinstance(config, dict) else config.model_dump(mode="json")
-    for name, value in tree.items():
+    for name, value in _tree(config).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             flat[name] = value
+    if isinstance(flat.get(SCHEME), dict):
+        flat[SCHEME] = flat[SCHEME].get("name")
     return flat
+
+
+def _tree(config: Config | dict[str, Any]) -> dict[str, Any]:
+    return config if isinstance(config, dict) else config.model_dump(mode="json")
 
 
 def difference(
     old: Config | dict[str, Any], new: Config | dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> dict[str, tuple[Any, Any]]:
-    """(old value, new value) by dotted key, where the two differ; `ignore` names keys and whole sections."""
+    """(old value, new value) by dotted key, where the two differ; `ignore` names keys and whole sections.
+
+    Of two schemes with the same label the values are the rules that differ.
+    """
     before, after = flatten(old), flatten(new)
-    differences = {}
+    differences: dict[str, tuple[Any, Any]] = {}
     for key in sorted(before | after):
         old_value, new_value = before.get(key), after.get(key)
         if old_value != new_value and not _is_named(key, ignore):
             differences[key] = (old_value, new_value)
+    rules = changed_rules(scheme_in(_tree(old)), scheme_in(_tree(new)))
+    if rules and SCHEME not in differences and not _is_named(SCHEME, ignore):
+        differences[SCHEME] = rules
     return differences
 
 
@@ -327,6 +343,8 @@ def shown(differences: dict[str, tuple[Any, Any]]) -> str:
 def config_hash(config: Config) -> str:
     """SHA-256 (first 16 hex digits) over every key that changes what a training computes: all but WITHOUT_EFFECT."""
     flat = {key: value for key, value in flatten(config).items() if not _is_named(key, WITHOUT_EFFECT)}
+    if config.quant:
+        flat[SCHEME] = config.quant.scheme.sha256  # of its content, whatever the file's name and place
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
 

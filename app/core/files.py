@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from app.core.config import UserError
+from app.core.errors import UserError
 from app.core.shapes import Shape, misfits
 
 NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # a rename to a folder that is not empty; POSIX allows both

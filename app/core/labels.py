@@ -15,6 +15,7 @@ _TODAY = {  # what files and scores were called in older runs -> what they are c
     "fp16-end2end": "baseline-end2end", "fp16-half-end2end": "baseline-fp16-end2end",
     "baseline-half": "baseline-fp16", "baseline-half-end2end": "baseline-fp16-end2end",
 }  # fmt: skip
+PACKED_BITS = 4  # codes of up to so many bits are stored two a byte in an INT4 file
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from app.core.config import UserError
+from app.core.errors import UserError
 from app.core.mounts import in_container, only_seen
 
 log = logging.getLogger(__name__)

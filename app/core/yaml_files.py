@@ -18,15 +18,24 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not YAML, gives a key twice, or does not hold a mapping.
     """
+    tree = load_yaml(file)
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} must be a mapping of sections, see conf/base.yaml")
+    return tree
+
+
+def load_yaml(file: Path) -> Any:
+    """Reads a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or gives a key twice.
+    """
     try:
-        tree = parse_yaml(file.read_text(encoding="utf-8"))
+        return parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration file {file}: {error}") from error
     except ValueError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} must be a mapping of sections, see conf/base.yaml")
-    return tree
 
 
 class _Loader(yaml.SafeLoader):

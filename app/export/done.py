@@ -9,7 +9,7 @@ from typing import Any
 
 from app.core.config import Config, Export, UserError
 from app.core.files import read_json, sha256
-from app.core.labels import Label
+from app.core.labels import PACKED_BITS, Label
 from app.core.run import RunRoot
 from app.core.shapes import Shape
 from app.data.prepare import prepared
@@ -35,7 +35,7 @@ def is_exported(config: Config, run: RunRoot) -> bool:
     try:
         for label in labels:
             wanted = wanted_facts(sha256(run.best(label)), source_of(run, label), config.export)
-            for file_label in labels_of_files(label, config.export, has_four_bits(run, label)):
+            for file_label in labels_of_files(label, config.export, has_packed_bits(run, label)):
                 if not is_done(run.onnx_dir / file_label.file_name(config.model_name), wanted):
                     return False
                 n_files += 1
@@ -52,24 +52,25 @@ def source_of(run: RunRoot, label: Label) -> str | None:
     return read_json(run.variant_dir(label) / "done.json", "ptq", SOURCE_SHAPE)["source_sha256"]
 
 
-def has_four_bits(run: RunRoot, label: Label) -> bool:
-    """Whether a checkpoint has a layer of 4 bits, by its quant_config.json."""
+def has_packed_bits(run: RunRoot, label: Label) -> bool:
+    """Whether a checkpoint has a layer of so few bits that two codes share a byte, by its quant_config.json."""
     if not label.is_quantized:
         return False
     quant_config = read_json(run.variant_dir(label) / "quant_config.json", "train", QUANT_CONFIG_SHAPE)
-    return any(layer.get("bits") == 4 for layer in quant_config["layers"])
+    bits = [layer.get("bits") for layer in quant_config["layers"]]
+    return any(isinstance(number, int) and number <= PACKED_BITS for number in bits)
 
 
-def labels_of_files(label: Label, settings: Export, has_four_bits: bool) -> list[Label]:
+def labels_of_files(label: Label, settings: Export, has_packed_bits: bool) -> list[Label]:
     """Labels of the files of a checkpoint; a repacked file comes after its source.
 
-    A scheme without a 4-bit layer has no INT4 file. A PTQ checkpoint has only the QCDQ file of the raw contract: it is
-    scored for the comparison with QAT, and its other files would have the same score.
+    A scheme without a layer of 2 to 4 bits has no INT4 file. A PTQ checkpoint has only the QCDQ file of the raw
+    contract: it is scored for the comparison with QAT, and its other files would have the same score.
     """
     if label.method == "ptq":
         return [label]
     packed = "int4" if label.is_quantized else "fp16"
-    has_packed = not label.is_quantized or has_four_bits
+    has_packed = not label.is_quantized or has_packed_bits
     labels = []
     for contract in settings.contracts:
         traced = replace(label.traced, contract=contract)

@@ -20,7 +20,7 @@ from app.coco.annotations import NAMES
 from app.core.config import Config, Export, UserError, config_hash
 from app.core.environment import code_version
 from app.core.files import sha256, write_atomic, write_json
-from app.core.labels import Label
+from app.core.labels import PACKED_BITS, Label
 from app.core.run import RunRoot, record_stage
 from app.data.prepare import prepared
 from app.export.done import file_settings, is_done, labels_of_files, wanted_facts
@@ -68,8 +68,8 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
     for checkpoint_label in labels:
         log.info("export %s: computing with PyTorch what its files must give", checkpoint_label)
         trained = load_trained(run, checkpoint_label)
-        has_four_bits = 4 in trained.truth.layers_by_bits
-        for label in labels_of_files(checkpoint_label, config.export, has_four_bits):
+        has_packed_bits = any(bits <= PACKED_BITS for bits in trained.truth.layers_by_bits)
+        for label in labels_of_files(checkpoint_label, config.export, has_packed_bits):
             export_file(config.export, run, trained, label, force)
 
 
@@ -144,7 +144,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
     return {
         "label": str(label),
         "variant": trained.label.method,
-        "scheme": config.quant.scheme if config.quant else None,
+        "scheme": config.quant.scheme.name if config.quant else None,
         "precision": label.precision,
         "model": trained.config.model_name,
         "contract": label.contract,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,20 @@ import onnx
 import onnxslim
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
+from app.core.labels import PACKED_BITS
+
 INT4_OPSET, INT4_IR = 21, 10  # the first versions with the INT4 type
+DESCRIBED_RANGE = re.compile(r"codes (?P<low>-?[0-9]+)\.\.(?P<high>-?[0-9]+)")
 FLOAT_INPUTS_OF_RESIZE = (1, 2)  # roi and scales are float32 for data of any type
 
 
 @dataclass(frozen=True)
 class QuantWeight:
-    """A quantized weight: its integer codes [out, in, h, w], their range low..high in the file, and its nodes."""
+    """A quantized weight: its integer codes [out, in, h, w], their range low..high in the file, and its nodes.
+
+    The range is that of the Clip before the codes are dequantized. A packed weight has none; its range is in the
+    description of its tensor.
+    """
 
     name: str
     codes: np.ndarray
@@ -137,13 +145,23 @@ def quant_weights(model: ModelProto) -> Iterator[QuantWeight]:
             low = int(numpy_helper.to_array(tensors[clip.input[1]]))
             high = int(numpy_helper.to_array(tensors[clip.input[2]]))
         else:
-            low, high = (-7, 7) if tensor.data_type == TensorProto.INT4 else (-127, 127)
+            low, high = range_of(tensor)
         codes = numpy_helper.to_array(tensor).astype(np.int32)
         yield QuantWeight(tensor.name, codes, low, high, node, clip)
 
 
+def range_of(tensor: TensorProto) -> tuple[int, int]:
+    """Lowest and highest code of a weight without a Clip: as described, or else the narrow range of its type."""
+    if match := DESCRIBED_RANGE.fullmatch(tensor.doc_string):
+        return int(match["low"]), int(match["high"])
+    return (-7, 7) if tensor.data_type == TensorProto.INT4 else (-127, 127)
+
+
 def to_int4(model: ModelProto) -> ModelProto:
-    """QCDQ -> the same graph with 4-bit codes stored two a byte; layers with other bits are not changed.
+    """QCDQ -> the same graph with codes of 2, 3 and 4 bits stored two a byte; layers of more bits are not changed.
+
+    The range of codes of 2 and 3 bits is written into the description of their tensor. (ONNX has no type of 3 bits, and
+    its INT2 needs a newer opset than ONNX Runtime runs on every device.)
 
     The Clip is removed: it has no INT4 kernel, and by the gate on the codes it changes no code. The zero point is
     removed too: without one it is 0.
@@ -152,12 +170,14 @@ def to_int4(model: ModelProto) -> ModelProto:
     packed.ir_version = INT4_IR
     tensors = {tensor.name: tensor for tensor in packed.graph.initializer}
     for weight in list(quant_weights(packed)):
-        if weight.bits != 4 or weight.clip is None:
+        if weight.bits > PACKED_BITS or weight.clip is None:
             continue
         node = weight.dequantize
         if len(node.input) > 2 and numpy_helper.to_array(tensors[node.input[2]]).any():
             raise RuntimeError(f"{node.name}: its zero point is not 0, which native INT4 files here do not hold")
         codes = numpy_helper.from_array(weight.codes.astype(ml_dtypes.int4), weight.name)
+        if weight.bits < PACKED_BITS:
+            codes.doc_string = f"codes {weight.low}..{weight.high}"
         tensors[weight.name].CopyFrom(codes)
         inputs = [weight.name, node.input[1]]
         del node.input[:]

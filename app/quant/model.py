@@ -15,7 +15,7 @@ from app.coco.annotations import NAMES
 from app.core.config import Config, UserError, validate
 from app.core.files import write_atomic
 from app.core.shapes import Count, Shape, misfits
-from app.quant.schemes import quantize
+from app.quant.schemes import assign, convolutions, quantize
 
 CHECKPOINT_FORMAT = 2
 # A checkpoint is torch's ZIP, then the seal and 64 hex digits; torch.load reads the ZIP and ignores what follows it.
@@ -37,6 +37,22 @@ def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
     model = DetectionModel(config.model, ch=3, nc=len(NAMES), verbose=False)
     model.names = dict(enumerate(NAMES))
     return model, quantize(model, config.quant) if config.quant else None
+
+
+def float_network(config: Config) -> DetectionModel:
+    """The network before any layer is quantized, with random weights."""
+    model, _ = build(config.model_copy(update={"quant": None}))
+    return model
+
+
+def check_scheme(config: Config) -> None:
+    """Checks that the patterns of quant.scheme fit the model.
+
+    Raises:
+        UserError: a layer without a pattern, or a pattern without a layer.
+    """
+    if config.quant:
+        assign(list(convolutions(float_network(config))), config.quant.scheme)
 
 
 def cpu_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

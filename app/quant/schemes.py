@@ -1,8 +1,8 @@
-"""Schemes: tables that give each layer its number of bits by its name, and their application with Brevitas' layers."""
+"""Schemes on a network: which rule each layer gets, and its application with Brevitas' layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -13,23 +13,12 @@ from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChann
 from torch import nn
 
 from app.core.config import Quant, UserError
+from app.core.scheme import BITS, FLOAT, Rule, Scheme
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
 
 # By default load_state_dict builds every quantizer anew, and the optimizer goes on with scales that no layer uses.
 brevitas_config.REINIT_ON_STATE_DICT_LOAD = False
-
-
-class Int4WeightPerChannel(Int8WeightPerChannelFloat):
-    """Symmetric, narrow (-7..7), one scale per output channel = abs-max / 7 of the weights at every forward."""
-
-    bit_width = 4
-
-
-class Int4WeightPerTensor(Int8WeightPerTensorFloat):
-    """Int4WeightPerChannel with one scale for the whole layer."""
-
-    bit_width = 4
 
 
 class LearnedInt8WeightPerChannel(Int8WeightPerChannelFloat):
@@ -46,67 +35,59 @@ class LearnedInt8WeightPerChannel(Int8WeightPerChannelFloat):
     restrict_threshold_impl = FloatRestrictValue
 
 
-class LearnedInt4WeightPerChannel(LearnedInt8WeightPerChannel):
-    """LearnedInt8WeightPerChannel with codes -7..7."""
+def _by_bits(quantizer: Any, name: str) -> dict[int, Any]:
+    """The same quantizer for each number of bits, symmetric and narrow: -1..1 at 2 bits, -7..7 at 4, -127..127 at 8."""
+    others = {bits: type(quantizer)(name.format(bits), (quantizer,), {"bit_width": bits}) for bits in BITS[:-1]}
+    return {**others, BITS[-1]: quantizer}
 
-    bit_width = 4
 
-
-QUANTIZERS: dict[int, Any] = {4: Int4WeightPerChannel, 8: Int8WeightPerChannelFloat}
-LEARNED: dict[int, Any] = {4: LearnedInt4WeightPerChannel, 8: LearnedInt8WeightPerChannel}
+# One scale for each output channel, or for the layer: abs-max over the largest code, from the weights at every forward.
+QUANTIZERS = _by_bits(Int8WeightPerChannelFloat, "Int{}WeightPerChannel")
+PER_TENSOR = _by_bits(Int8WeightPerTensorFloat, "Int{}WeightPerTensor")
+LEARNED = _by_bits(LearnedInt8WeightPerChannel, "LearnedInt{}WeightPerChannel")
 # What a quantized layer takes over from the convolution that it replaces, besides weight and bias.
 GEOMETRY = "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split()
+# Comes before the rules of every scheme that does not name DFL itself.
+DFL = Rule(
+    pattern="model.*.dfl.conv",
+    bits="float",
+    why="not a learned weight: the fixed integral 0..15 over the box distribution",
+)
+N_NEAREST, MIN_SIMILARITY = 3, 0.4  # of the names that an error shows
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Layers whose name matches `pattern` (fnmatch) get `bits`; with None they stay in float. The first match wins.
-
-    `quantizer` replaces the usual quantizer of these bits, in the schemes that differ by their quantizer.
-    """
-
-    pattern: str
-    bits: int | None
-    why: str
-    quantizer: Any = None
-
-
-DFL = Rule("model.*.dfl.conv", None, "not a learned weight: the fixed integral 0..15 over the box distribution")
-FIRST = Rule("model.0.conv", 8, "first convolution: sees the image")
-LAST = Rule("model.*cv[23].[0-9].2", 8, "last convolution of a head branch: its outputs are boxes and class scores")
-
-SCHEMES: dict[str, tuple[Rule, ...]] = {
-    "w4a16": (DFL, Rule("*", 4, "every learned convolution")),
-    "w4a16-mixed": (DFL, FIRST, LAST, Rule("*", 4, "every other learned convolution")),
-    "w8a16": (DFL, Rule("*", 8, "every learned convolution")),
-    # Ablations for the stability bench: w4a16 with DFL quantized too, and w4a16 with one scale per tensor.
-    "w4a16-dfl": (Rule("*", 4, "every convolution, DFL too"),),
-    "w4a16-per-tensor": (DFL, Rule("*", 4, "every learned convolution", Int4WeightPerTensor)),
-    # A negative example, the recipe before this one: one learned scale per tensor, and DFL quantized too.
-    "w4a16-decoupled": (Rule("*", 4, "every convolution, DFL too", Int4WeightPerTensorFloatDecoupled),),
-}
-
-
-def assign(names: list[str], scheme: str) -> dict[str, Rule]:
+def assign(names: list[str], scheme: Scheme) -> dict[str, Rule]:
     """Gives each layer the first rule that matches its name.
 
     Raises:
-        UserError: unknown scheme, a layer without a rule, or a rule that no layer uses.
+        UserError: a layer without a rule, or a rule that no layer uses; names what is nearest.
     """
-    if scheme not in SCHEMES:
-        raise UserError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
-    chosen = {}
+    exemption = [] if any("dfl" in rule.pattern for rule in scheme.rules) else [DFL]
+    rules = [*exemption, *scheme.rules]
+    chosen: dict[str, int] = {}
     for name in names:
-        matching = [rule for rule in SCHEMES[scheme] if fnmatchcase(name, rule.pattern)]
+        matching = [place for place, rule in enumerate(rules) if fnmatchcase(name, rule.pattern)]
         if not matching:
-            raise UserError(f"scheme {scheme} has no rule for layer {name}: mend the table in app/quant/schemes.py")
+            nearest = _nearest(name, [rule.pattern for rule in scheme.rules])
+            raise UserError(f"scheme {scheme}: no pattern matches layer {name}; nearest: {nearest}; '*' matches all")
         chosen[name] = matching[0]
-    for rule in SCHEMES[scheme]:
-        if rule not in chosen.values():
-            raise UserError(
-                f"scheme {scheme}: pattern '{rule.pattern}' matches no layer; mend the table in app/quant/schemes.py"
-            )
-    return chosen
+    for place, rule in enumerate(rules):
+        if place not in chosen.values() and rule is not DFL:
+            raise UserError(f"scheme {scheme}: pattern '{rule.pattern}' {_unused(rule, names)}")
+    return {name: rules[place] for name, place in chosen.items()}
+
+
+def _unused(rule: Rule, names: list[str]) -> str:
+    """Why no layer uses a rule, and the remedy."""
+    taken = [name for name in names if fnmatchcase(name, rule.pattern)]
+    if taken:
+        return f"comes too late, entries above it take all its layers ({', '.join(taken[:N_NEAREST])}): move it up"
+    return f"matches no layer; nearest: {_nearest(rule.pattern, names)}"
+
+
+def _nearest(text: str, candidates: list[str]) -> str:
+    close = difflib.get_close_matches(text, candidates, N_NEAREST, MIN_SIMILARITY)
+    return ", ".join(close) or "none, make schemes ARGS='--scheme w4a16' lists all layers"
 
 
 def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
@@ -116,7 +97,7 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
         the content of quant_config.json: scheme, share of weights by bits, and per layer bits, granularity, quantizer
         and reason.
     """
-    convs = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    convs = convolutions(model)
     rules = assign(list(convs), quant.scheme)
     quantizers = {name: _quantizer(rule, quant) for name, rule in rules.items()}
     layer_class = FastQuantConv2d if quant.fast_path else QuantConv2d
@@ -127,8 +108,9 @@ def quantize(model: nn.Module, quant: Quant) -> dict[str, Any]:
     if quant.fast_path:
         attach(model)
     return {
-        "scheme": quant.scheme,
-        "share_of_learned_weights": _shares(convs, rules),
+        "scheme": quant.scheme.name,
+        "scheme_sha256": quant.scheme.sha256,
+        "share_of_learned_weights": shares(convs, rules),
         "layers": [_describe(name, convs[name], rule, quantizers[name]) for name, rule in rules.items()],
     }
 
@@ -139,19 +121,20 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
     Raises:
         UserError: an option of `quant` that does not work with the quantizer of the scheme.
     """
-    if rule.bits is None:
+    if rule.bits == FLOAT:
         return None
-    if rule.quantizer is None:
-        return (LEARNED if quant.learned_scale else QUANTIZERS)[rule.bits]
+    bits = cast(int, rule.bits)
+    if rule.granularity == "channel":
+        return (LEARNED if quant.learned_scale else QUANTIZERS)[bits]
     unfit_options = ["learned_scale"]
-    if rule.quantizer is Int4WeightPerTensorFloatDecoupled:
+    if rule.granularity == "decoupled":
         # A decoupled code is not round(weight / scale), and float weights give a decoupled scale no gradient.
         unfit_options += ["warmup_share", "dampening", "freeze_threshold"]
     for option in unfit_options:
         if getattr(quant, option):
             message = f"scheme {quant.scheme}: quant.{option} is not for this scheme, choose w4a16 or w4a16-mixed"
             raise UserError(message)
-    return rule.quantizer
+    return Int4WeightPerTensorFloatDecoupled if rule.granularity == "decoupled" else PER_TENSOR[bits]
 
 
 def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer_class: type[QuantConv2d]) -> QuantConv2d:
@@ -167,29 +150,38 @@ def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer_class: type[QuantConv2d])
     return quantized
 
 
-def _shares(convs: dict[str, nn.Conv2d], rules: dict[str, Rule]) -> dict[str, float]:
-    """Share of learned convolution weights by bits, e.g. {'4': 0.98, '8': 0.02}."""
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+
+
+def shares(convs: dict[str, nn.Conv2d], rules: dict[str, Rule]) -> dict[str, float]:
+    """Share of learned convolution weights by bits, e.g. {'4': 0.98, '8': 0.02}; those in float come last."""
     total = 0
-    n_weights: dict[int, int] = {}
+    n_weights: dict[str, int] = {}
     for name, rule in rules.items():
-        if rule is DFL:
+        if not is_learned(name, rule):
             continue
         n = convs[name].weight.numel()
         total += n
-        if rule.bits is not None:
-            n_weights[rule.bits] = n_weights.get(rule.bits, 0) + n
-    return {str(bits): n_weights[bits] / total for bits in sorted(n_weights)}
+        n_weights[str(rule.bits)] = n_weights.get(str(rule.bits), 0) + n
+    return {bits: n_weights[bits] / total for bits in sorted(n_weights)}
+
+
+def is_learned(name: str, rule: Rule) -> bool:
+    """Whether a layer counts as learned: all but DFL, unless a scheme quantizes it."""
+    return rule.bits != FLOAT or not fnmatchcase(name, DFL.pattern)
 
 
 def _describe(name: str, conv: nn.Conv2d, rule: Rule, quantizer: Any) -> dict[str, Any]:
     """The entry of one layer in quant_config.json."""
-    granularity = "per output channel" if rule.quantizer is None else "per tensor"
+    is_exempt = rule.bits == FLOAT
+    granularity = "per output channel" if rule.granularity == "channel" else "per tensor"
     return {
         "name": name,
         "shape": list(conv.weight.shape),
-        "bits": rule.bits,
-        "granularity": granularity if rule.bits else None,
+        "bits": None if is_exempt else rule.bits,
+        "granularity": None if is_exempt else granularity,
         "quantizer": None if quantizer is None else quantizer.__name__,
-        "exempt": rule.bits is None,
+        "exempt": is_exempt,
         "why": rule.why,
     }

@@ -85,20 +85,23 @@ def training_table(evidence: Evidence, findings: Findings) -> list[str]:
 
 
 def quantization_lines(evidence: Evidence) -> list[str]:
-    """Layers by number of bits, in training (both heads) and in the file (one head); every exempt layer with why."""
+    """Layers by bits, in training (both heads) and in the file (one head); the schemes; every exempt layer with why."""
     cells = [["variant", "bits", "layers in training", "in the ONNX file", "weights", "quantizer"]]
     in_file = {}
     for record in evidence.records:
         if "codes" in record["gates"]:
             in_file[record["label"]] = record["gates"]["codes"]["layers"]
-    exempt = []
+    notes = []
     for label, quant_config in evidence.quantized.items():
         cells += _layer_rows(label, quant_config, in_file.get(label))
+        if "scheme_sha256" in quant_config:
+            digest = plain(quant_config["scheme_sha256"][:N_HASH])
+            notes.append(f"- {plain(label)}: the rules of its scheme have the sha256 `{digest}`")
         for layer in quant_config["layers"]:
             if layer["exempt"]:
-                exempt.append(f"- {plain(label)}: `{layer['name']}` is not quantized: {plain(layer['why'])}")
+                notes.append(f"- {plain(label)}: `{layer['name']}` is not quantized: {plain(layer['why'])}")
     note = [HEADS, ""] if in_file else []
-    return [*markdown_table(cells), "", *note, *exempt] if len(cells) > 1 else []
+    return [*markdown_table(cells), "", *note, *notes] if len(cells) > 1 else []
 
 
 def _layer_rows(label: str, quant_config: dict[str, Any], in_file: dict[str, int] | None) -> list[list[str]]:

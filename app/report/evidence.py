@@ -50,7 +50,9 @@ LAYER = TypedDict(  # noqa: UP013  of pydantic, for Python 3.11
         "granularity": str | None,
     },
 )
-QUANT_CONFIG_SHAPE: Shape = {"scheme": str, "layers": list[LAYER], "share_of_learned_weights": dict[str, Number]}
+QUANT_CONFIG_SHAPE: Shape = {
+    "scheme": str, "scheme_sha256?": str, "layers": list[LAYER], "share_of_learned_weights": dict[str, Number],
+}  # fmt: skip
 HEALTH_SHAPE: Shape = {"epoch": Count, "snr_db": dict[str, Number]}
 DONE_SHAPE: Shape = {"best_sha256": str}
 RECORD_SHAPE: Shape = {

@@ -69,16 +69,19 @@ def layer_figure(variants: dict[str, dict[str, Any]]) -> Figure:
     noise, bits = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.1))
     colours = palette_of(variants)
     middle = (len(variants) - 1) / 2
+    used = {4, 8}
     for i, (label, quantized) in enumerate(variants.items()):
         marker, colour = MARKERS[i % len(MARKERS)], colours[label]
         draw_noise(noise, quantized, marker, label, colour)
         levels = [FLOAT if layer["exempt"] else layer["bits"] for layer in quantized["layers"]]
+        used.update(levels)
         shift = (i - middle) * 0.35  # variants of the same bits stay apart
         shifted = [level + shift for level in levels]
         bits.plot(range(len(shifted)), shifted, marker, ms=3, color=colour)
     noise.set_ylabel("SNR of quantization in dB")
-    bits.set(ylabel="bits", xlabel="layer, by the number of its block", ylim=(2.5, FLOAT + 1.5))
-    bits.set_yticks([4, 8, FLOAT], ["4", "8", "float"])
+    bits.set(ylabel="bits", xlabel="layer, by the number of its block", ylim=(min(used) - 1.5, FLOAT + 1.5))
+    ticks = sorted(used - {FLOAT})
+    bits.set_yticks([*ticks, FLOAT], [*map(str, ticks), "float"])
     for axes in (noise, bits):
         axes.grid(axis="y", alpha=0.3)
     first = next(iter(variants.values()))

@@ -29,7 +29,7 @@ KEPT = (
     "run.json", "dataset/provenance.json", "figures/*.json", "onnx/*.json",
     f"*{SCORES_ENDING}/metrics.json",
     "*/config.yaml", "*/args.yaml", "*/results.csv", "*/loss_curve.csv", "*/loss_curve.png",
-    "*/env.json", "*/done.json", "*/quant_config.json", "*/health.json",
+    "*/env.json", "*/done.json", "*/quant_config.json", "*/health.json", "*/scheme/*.yaml",
 )  # fmt: skip
 TEXT_FILES = (".json", ".yaml", ".csv")
 LINK = re.compile(r"\[([^\]\n]+)\]\(([^)#\s][^)\s]*)\)")  # to a file, not to a heading

@@ -22,6 +22,7 @@ from app.core.files import read_json, sha256, write_text
 from app.core.labels import FP16, Label
 from app.core.results import read_rows
 from app.core.run import VIEW_SHAPE, RunRoot
+from app.core.scheme import Scheme, changed_rules, keep_scheme, kept_scheme
 from app.core.shapes import Count, Number, Shape
 from app.data.prepare import prepare
 
@@ -79,6 +80,8 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
     # Ultralytics deletes results.csv too, in every process at once (engine/trainer.py __init__, 8.4.190).
     (out_dir / "results.csv").unlink(missing_ok=True)
     write_text(out_dir / "config.yaml", dump(config))
+    if config.quant:
+        keep_scheme(config.quant.scheme, out_dir)
     return True
 
 
@@ -119,20 +122,22 @@ def epochs_left(config: Config, run: RunRoot) -> int:
 
 def ptq_labels(quant: Quant) -> tuple[Label, Label]:
     """The two checkpoints of PTQ: as it is, and with BatchNorm re-estimated."""
-    return Label("ptq", quant.scheme), Label("ptq", quant.scheme, bn=True)
+    return Label("ptq", quant.scheme.name), Label("ptq", quant.scheme.name, bn=True)
 
 
-def is_quantized(run: RunRoot, label: Label, source_sha256: str) -> bool:
-    """Whether the checkpoint of a label of PTQ is there and was made of this baseline.
+def is_quantized(run: RunRoot, label: Label, source_sha256: str, scheme: Scheme) -> bool:
+    """Whether the checkpoint of a label of PTQ is there and was made of this baseline with this scheme.
 
     Raises:
-        UserError: it was made of another baseline: a finished result is not overwritten unasked.
+        UserError: it was made of another baseline or another scheme: a finished result is not overwritten unasked.
     """
     done_json = run.variant_dir(label) / "done.json"
     if not done_json.exists() or not run.best(label).exists():
         return False
     if read_json(done_json, "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
         raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
+    if rules := changed_rules(kept_scheme(run.variant_dir(label), scheme.name), scheme):
+        raise UserError(f"{run.best(label)} was made with {rules[0]}, now it is {rules[1]}: overwrite it with --force")
     return True
 
 
@@ -147,7 +152,7 @@ def is_ptq_done(config: Config, run: RunRoot) -> bool:
     labels = ptq_labels(config.quant)
     source_sha256 = sha256(source)
     try:
-        done = all(is_quantized(run, label, source_sha256) for label in labels)
+        done = all(is_quantized(run, label, source_sha256, config.quant.scheme) for label in labels)
     except UserError:
         return False
     if done:

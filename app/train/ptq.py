@@ -14,6 +14,7 @@ from app.core.environment import utc_now
 from app.core.files import sha256, write_json
 from app.core.labels import FP16
 from app.core.run import RunRoot, record_stage
+from app.core.scheme import keep_scheme
 from app.data.prepare import prepared
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.health import signal_to_noise
@@ -34,7 +35,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     and ptq-<scheme>-bn with BatchNorm re-estimated afterwards. Export makes ONNX files of them.
 
     Raises:
-        UserError: no trained FP16 baseline, or a result of another baseline without `force`.
+        UserError: no trained FP16 baseline, or a result of another baseline or scheme without `force`.
     """
     if config.quant is None:
         raise UserError("ptq takes the scheme from quant.scheme: give it the configuration of a qat variant")
@@ -45,7 +46,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     quantized = trained.model_copy(update={"variant": "qat", "quant": quant})
     facts = {"epoch": checkpoint["epoch"], "source_sha256": sha256(source)}
     for label in ptq_labels(quant):
-        if not force and is_quantized(run, label, facts["source_sha256"]):
+        if not force and is_quantized(run, label, facts["source_sha256"], quant.scheme):
             log.info("ptq %s: done already (%s)", label, run.best(label))
             continue
         if label.bn:
@@ -53,6 +54,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
             log.info("ptq %s: re-estimating BatchNorm on train images", label)
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         folder = run.variant_dir(label)
+        keep_scheme(quant.scheme, folder)
         write_json(folder / "quant_config.json", quant_config)
         write_json(folder / "health.json", {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)})
         save_checkpoint(run.best(label), quantized, {"scored": cpu_state_dict(model), **facts})

@@ -11,17 +11,11 @@ from torch import nn
 from app.core.config import UserError, load
 from app.quant import schemes
 from app.quant.model import build
-from app.quant.schemes import Rule
 from app.train.correction import _corrections, correct
 
 # Float32 in another order of operations: BatchNorm of scaled numbers against BatchNorm with scaled weights.
 FOLD_TOLERANCE = 1e-5
 YOLO_TOLERANCE = 1e-3  # the same through 100 layers, on outputs of size 1 to 10
-
-
-@pytest.fixture(autouse=True)
-def toy_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schemes.SCHEMES, "w8a16", (Rule("*", 4, "all"),))
 
 
 def toy() -> nn.Sequential:
@@ -30,7 +24,7 @@ def toy() -> nn.Sequential:
     norm: Any = model[1]
     norm.running_mean.uniform_(-1, 1)
     norm.running_var.uniform_(0.5, 2)
-    quant = load("qat", [], ["quant.scheme=w8a16"]).quant
+    quant = load("qat", [], ["quant.scheme=w4a16"]).quant
     assert quant is not None
     schemes.quantize(model, quant)
     return model.eval()
@@ -102,7 +96,7 @@ def test_yolov10n_folds_into_every_layer() -> None:
 
 def test_layer_that_nothing_can_be_folded_into_is_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
-    quant = load("qat", [], ["quant.scheme=w8a16"]).quant
+    quant = load("qat", [], ["quant.scheme=w4a16"]).quant
     assert quant is not None
     schemes.quantize(model, quant)
     with pytest.raises(UserError, match="neither BatchNorm nor bias"):

@@ -20,8 +20,6 @@ from app.export.export import export, load_trained, write_file
 from app.export.gates import run_file
 from app.export.graphs import quant_weights
 from app.export.trace import parity_images
-from app.quant import schemes
-from app.quant.schemes import Rule
 from tests.support.export_run import (
     EVERY_BLOCK,
     IMGSZ,
@@ -34,6 +32,7 @@ from tests.support.export_run import (
     network,
     write_checkpoint,
 )
+from tests.support.scheme_files import built_in
 
 BOTH = "export.contracts=[raw,end2end]"
 STEMS = ["yolov10n-baseline-fp32", "yolov10n-baseline-fp16", "yolov10n-w4a16-qcdq-qat", "yolov10n-w4a16-int4-qat"]
@@ -101,13 +100,13 @@ def test_a_network_that_magnifies_rounding_is_named(
     assert "this one magnifies rounding" in caplog.text
 
 
-def test_dynamic_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dynamic_batch(tmp_path: Path) -> None:
     """Of every kind of block: what a trace fixes, such as the sizes that an attention reads, would fix the batch.
 
     The attention is quantized; Brevitas takes long for each layer.
     """
-    monkeypatch.setitem(schemes.SCHEMES, "w4a16", (Rule("model.7.*", 4, "attention"), Rule("*", None, "the rest")))
-    with network(EVERY_BLOCK):
+    only_attention = (("model.7.*", 4), ("*", "float"))
+    with network(EVERY_BLOCK), built_in(tmp_path / "schemes", "w4a16", *only_attention):
         run = make_run(tmp_path, "export.dynamic=true", BOTH)
         export(config_of(run, "qat", "export.dynamic=true", BOTH), run, force=False)
     images = parity_images(run, IMGSZ)

@@ -22,7 +22,8 @@ from app.core.config import UserError
 from app.quant.codes import read_codes
 from app.quant.fused import FastQuantConv2d, attach, detach
 from app.quant.learned import reset_scales, scale_parameter
-from app.quant.schemes import LEARNED
+from app.quant.schemes import LEARNED, PER_TENSOR
+from app.quant.schemes import QUANTIZERS as PER_CHANNEL
 from tests.support.hand_layers import exactly, small_weights
 
 PX = 64
@@ -119,6 +120,37 @@ def test_ties_dead_channels_and_channels_last_equal_brevitas(quantizer: str) -> 
     assert model()[0].is_contiguous(memory_format=torch.channels_last)
     model.layers[0].weight.data.zero_()
     compare(model)
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(2, 1), (3, 3), (4, 7), (5, 15), (6, 31), (7, 63), (8, 127)])
+@pytest.mark.parametrize("of_bits", [PER_CHANNEL, PER_TENSOR, LEARNED], ids=["channel", "tensor", "learned"])
+def test_every_number_of_bits_equals_brevitas(of_bits: dict[int, Any], bits: int, largest: int) -> None:
+    torch.manual_seed(0)
+    model: Any = Weights([*small_weights(), torch.randn(3, 40, 3, 3)], of_bits[bits])
+    compare(model)
+    compare(model.to(memory_format=torch.channels_last))
+    with torch.autocast("cpu", torch.float16):
+        compare(model, torch.float16)
+    for codes in read_codes(model):
+        assert codes.largest == codes.codes.abs().max() == largest
+
+
+def test_layers_of_different_bits_and_scales_in_one_model_equal_brevitas() -> None:
+    torch.manual_seed(0)
+    quantizers = [*PER_CHANNEL.values(), *PER_TENSOR.values()]
+    model, plain = (
+        nn.Sequential(*(layer(4, 4, 3, padding=1, bias=False, weight_quant=quantizer) for quantizer in quantizers))
+        for layer in (FastQuantConv2d, QuantConv2d)
+    )
+    plain.load_state_dict(model.state_dict())
+    attach(model)
+    batch = torch.rand(2, 4, 6, 6)
+    results = []
+    for net in (model, plain):
+        out = net(batch)
+        out.square().sum().backward()
+        results.append((out.detach(), [parameter.grad for parameter in net.parameters()]))
+    exactly(*results)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)

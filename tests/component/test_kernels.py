@@ -21,6 +21,8 @@ from tests.support.hand_layers import exactly, small_weights
 # The kernel adds up the scale's gradient in another order than torch. The sum of up to 1,100 terms of size 1 / scale
 # cancels partly; it reaches only the elements that are the absmax.
 SUM_RTOL = 1e-5
+# The largest code of each of the five weights.
+AT_4_AND_8_BITS, AT_OTHER_BITS = (7, 127, 7, 127, 7), (1, 3, 15, 31, 63)
 
 
 def test_kernels_equal_the_torch_version_in_the_interpreter() -> None:
@@ -29,12 +31,12 @@ def test_kernels_equal_the_torch_version_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def compare_kernels() -> None:
+def compare_kernels(largest_codes: tuple[int, ...]) -> None:
     """Forward and straight-through gradients are equal; where |w| is the absmax, up to the order of one sum."""
     bad = torch.randn(4, 2, 3, 3)
     bad[0, 0, 0, 0], bad[1, 1, 1, 1], bad[2] = float("nan"), float("inf"), 1e30
     more_than_a_block = torch.randn(2, 1100, 1, 1)
-    specs = [Spec(largest, per_tensor) for per_tensor in (False, True) for largest in (7, 127, 7, 127, 7)]
+    specs = [Spec(largest, per_tensor) for per_tensor in (False, True) for largest in largest_codes]
     for order in (torch.contiguous_format, torch.channels_last):
         one_scale_kind = [w.to(memory_format=order) for w in (*small_weights(), more_than_a_block, bad)]
         weights = [w.clone().requires_grad_() for w in one_scale_kind * 2]
@@ -53,7 +55,7 @@ def compare_kernels() -> None:
             compare_gradients(weights, *gradients)
 
 
-def compare_learned(kind: Kind) -> None:
+def compare_learned(kind: Kind, largest_codes: tuple[int, ...]) -> None:
     """As compare_kernels, for learned scales: the gradients of steps and scales are equal up to the order of a sum."""
     is_decoupled = kind == "decoupled"
     bad = torch.randn(4, 2, 3, 3)
@@ -61,7 +63,7 @@ def compare_learned(kind: Kind) -> None:
     more_than_a_block = torch.randn(2, 1100, 1, 1)
     for order in (torch.contiguous_format, torch.channels_last):
         weights = [w.to(memory_format=order).requires_grad_() for w in (*small_weights(), more_than_a_block, bad)]
-        layout = Layout([w.detach() for w in weights], [Spec(n, is_decoupled, kind) for n in (7, 127, 7, 127, 7)])
+        layout = Layout([w.detach() for w in weights], [Spec(n, is_decoupled, kind) for n in largest_codes])
         dims = (0, 1, 2, 3) if is_decoupled else (1, 2, 3)
         clipped = [w.detach().abs().nan_to_num(1.0, 1.0).clamp_max(9.0).amax(dims).flatten() * 0.6 for w in weights]
         steps = (torch.cat(clipped).clamp_min(1e-10) / layout.largest).requires_grad_()
@@ -89,6 +91,7 @@ def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> No
 
 
 if __name__ == "__main__":
-    compare_kernels()
-    compare_learned("lsq")
-    compare_learned("decoupled")
+    for codes in (AT_4_AND_8_BITS, AT_OTHER_BITS):
+        compare_kernels(codes)
+        compare_learned("lsq", codes)
+    compare_learned("decoupled", AT_4_AND_8_BITS)

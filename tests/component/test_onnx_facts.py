@@ -22,11 +22,10 @@ from app.core.labels import BASELINE, FP16
 from app.core.run import RunRoot
 from app.export.export import export, load_trained, write_file
 from app.export.trace import parity_images
-from app.quant import schemes
 from app.quant.model import build, load_checkpoint, save_checkpoint
-from app.quant.schemes import Rule
 from app.train.ptq import ptq
 from tests.support.export_run import IMGSZ, N_TINY, TINY, config_of, make_run, network
+from tests.support.scheme_files import built_in
 from tests.support.stand_in_session import OFF
 
 SCHEME = "w4a16-mixed"
@@ -35,11 +34,11 @@ SETS = (f"quant.scheme={SCHEME}", "train.batch=2", "train.bn_batches=2", "data.n
 N_IMAGES = 4
 # Three quantized layers of the branch that is exported, and one of the other branch, which no file may count.
 RULES = (
-    Rule("model.0.conv", 8, "first"),
-    Rule("model.1.conv", 4, "second"),
-    Rule("model.5.one2one_cv2.0.2", 4, "one of the head"),
-    Rule("model.5.cv2.0.2", 4, "its counterpart"),
-    Rule("*", None, "left in float"),
+    ("model.0.conv", 8),
+    ("model.1.conv", 4),
+    ("model.5.one2one_cv2.0.2", 4),
+    ("model.5.cv2.0.2", 4),
+    ("*", "float"),
 )
 LAST_EPOCHS = {"fp16": 6, f"qat-{SCHEME}": 3}  # in checkpoints counted from 0
 STRIDES = (8, 16, 32)
@@ -79,8 +78,7 @@ EVERY_FILE = pytest.mark.parametrize("stem", FILES)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRoot]:
-    with network(TINY), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(schemes.SCHEMES, SCHEME, RULES)
+    with network(TINY), built_in(tmp_path_factory.mktemp("schemes"), SCHEME, *RULES):
         yield exported(tmp_path_factory.mktemp("runs"))
 
 

@@ -72,7 +72,7 @@ def test_onnx_files_are_ready_for_eval_and_say_what_they_are(run: RunRoot) -> No
         assert {"codes", "parity"} <= record["gates"].keys()
     _, config, _ = load_scored(run.variant_dir(LABELS[0]) / "weights" / "best.pt")
     assert config.quant is not None
-    assert config.quant.scheme == "w4a16-mixed"
+    assert config.quant.scheme.name == "w4a16-mixed"
 
 
 def test_both_stages_are_done_and_say_so_in_a_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 
 from app.core.config import UserError, load
+from app.core.scheme import find_scheme
+from app.quant.codes import read_codes
 from app.quant.learned import learned_layers
-from app.quant.model import build, cpu_state_dict, load_scored, save_checkpoint
-from app.quant.schemes import DFL, SCHEMES, Rule, assign, quantize
+from app.quant.model import build, cpu_state_dict, float_network, load_scored, save_checkpoint
+from app.quant.schemes import assign, convolutions, quantize
 from tests.support.export_run import EVERY_BLOCK, network
+from tests.support.scheme_files import scheme_of
 
 SIZES = ["n", "m"]
 LOG_ROUNDING = 2e-6  # 2**log2(x) in float32, for x down to 1e-3
@@ -54,6 +58,25 @@ def test_mixed_keeps_first_and_last_convolutions_at_8_bits(size: str) -> None:
     branches = [f"model.23.{head}.{level}.2" for head in heads for level in range(3)]
     assert eight == {"model.0.conv", *branches}
     assert 0.9 < quant_config["share_of_learned_weights"]["4"] < 1.0
+
+
+@pytest.mark.parametrize("size", tuple("nsmblx"))
+def test_mixed_dw_keeps_every_depthwise_convolution_at_8_bits_too(size: str) -> None:
+    convs = convolutions(float_network(config("qat", size)))
+    depthwise = set()
+    for name, layer in convs.items():
+        if layer.groups > 1:
+            assert layer.groups == layer.in_channels
+            depthwise.add(name)
+    mixed, found = (at_8_bits(convs, scheme) for scheme in ("w4a16-mixed", "w4a16-mixed-dw"))
+    assert found == mixed | depthwise
+    assert not mixed & depthwise
+
+
+def at_8_bits(names: Iterable[str], scheme: str) -> set[str]:
+    rules = assign(list(names), find_scheme(scheme))
+    assert {rule.bits for rule in rules.values()} == {4, 8, "float"}
+    return {name for name, rule in rules.items() if rule.bits == 8}
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16"])
@@ -115,11 +138,9 @@ def test_learned_scales_start_as_abs_max_and_survive_a_checkpoint(tmp_path: Path
 def test_learned_scales_export_to_qcdq(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
-    quant = config("qat", "n", "quant.learned_scale=true", "quant.scheme=w8a16").quant
+    quant = config("qat", "n", "quant.learned_scale=true").quant
     assert quant is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SCHEMES, "w8a16", (Rule("*", 4, "all"),))
-        quantize(model, quant)
+    quantize(model, quant)
     for layer in learned_layers(model).values():
         scaled: Any = layer
         scaled.weight_quant.tensor_quant.scaling_impl.value.data.sub_(0.7)  # many weights are clipped
@@ -132,18 +153,73 @@ def test_learned_scales_export_to_qcdq(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=SUM_TOLERANCE, atol=SUM_TOLERANCE)
 
 
-def test_pattern_that_matches_no_layer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCHEMES, "w4a16", (DFL, Rule("model.99.conv", 8, "typo"), Rule("*", 4, "rest")))
-    with pytest.raises(UserError, match=r"pattern 'model\.99\.conv' matches no layer"):
-        assign(["model.0.conv", "model.23.dfl.conv"], "w4a16")
+NAMES = ["model.0.conv", "model.10.conv", "model.23.cv2.0.2", "model.23.dfl.conv"]
 
 
-def test_layer_without_a_rule_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCHEMES, "w4a16", (DFL,))
-    with pytest.raises(UserError, match=r"no rule for layer model\.0\.conv"):
-        assign(["model.0.conv", "model.23.dfl.conv"], "w4a16")
+def test_the_first_rule_that_matches_wins_and_dfl_is_exempt_unless_it_is_named() -> None:
+    rules = assign(NAMES, scheme_of(("model.0.conv", 8), ("model.1*", "float"), ("*", 3, "tensor")))
+    assert [(rule.bits, rule.granularity) for rule in rules.values()] == [
+        (8, "channel"), ("float", None), (3, "tensor"), ("float", None)
+    ]  # fmt: skip
+    assert rules["model.23.dfl.conv"].why.startswith("not a learned weight")
+    named = assign(NAMES, scheme_of(("*.dfl.conv", 5), ("*", 4)))
+    assert [rule.bits for rule in named.values()] == [4, 4, 4, 5]
 
 
-def test_unknown_scheme_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match="w4a16, w4a16-mixed, w8a16"):
-        assign(["model.0.conv"], "w2a2")
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        (
+            [("model.0.cnov", 8), ("*", 4)],
+            "scheme toy: pattern 'model.0.cnov' matches no layer; nearest: model.0.conv, model.10.conv, ",
+        ),
+        ([("xyz", 8), ("*", 4)], "'xyz' matches no layer; nearest: none, make schemes ARGS='--scheme w4a16' lists all"),
+        (
+            [("model.0.conv", 8), ("model.1?.conv", 4)],
+            "scheme toy: no pattern matches layer model.23.cv2.0.2; nearest: model.1?.conv, model.0.conv; '*' m",
+        ),
+        (
+            [("*", 4), ("model.?.conv", 8)],
+            "pattern 'model.?.conv' comes too late, entries above it take all its layers (model.0.conv): move it up",
+        ),
+        ([("*", 4), ("*", 4)], "pattern '*' comes too late, entries above it take all its layers (model.0.conv, "),
+    ],
+)  # fmt: skip
+def test_a_pattern_without_a_layer_and_a_layer_without_a_pattern(rules: list[Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        assign(NAMES, scheme_of(*rules))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_quant_config_of_every_number_of_bits_by_hand() -> None:
+    """Layers 0 to 7 with 1, 2, ... 8 of 36 weights, at 2 to 8 bits and in float; even ones have one scale."""
+    model = nn.Sequential(*(nn.Conv2d(n, 1, 1) for n in range(1, 9)))
+    granularity = ["tensor", "channel"]
+    rules: list[Any] = [(str(place), place + 2, granularity[place % 2]) for place in range(7)]
+    quant = config("qat", "n").quant
+    assert quant is not None
+    found = quantize(model, quant.model_copy(update={"scheme": scheme_of(*rules, ("7", "float"))}))
+    assert found["scheme"] == "toy"
+    shares = {str(bits): (bits - 1) / 36 for bits in range(2, 9)}
+    assert found["share_of_learned_weights"] == pytest.approx({**shares, "float": 8 / 36})
+    assert [layer["bits"] for layer in found["layers"]] == [2, 3, 4, 5, 6, 7, 8, None]
+    assert [layer["granularity"] for layer in found["layers"]] == [
+        *["per tensor", "per output channel"] * 3,
+        "per tensor",
+        None,
+    ]
+    assert [layer["quantizer"] for layer in found["layers"]] == [
+        "Int2WeightPerTensor", "Int3WeightPerChannel", "Int4WeightPerTensor", "Int5WeightPerChannel",
+        "Int6WeightPerTensor", "Int7WeightPerChannel", "Int8WeightPerTensorFloat", None,
+    ]  # fmt: skip
+    assert (found["layers"][7]["exempt"], found["layers"][7]["why"]) == (True, "a test's 7")
+    largest = [int(codes.largest) for codes in read_codes(model)]
+    assert largest == [1, 3, 7, 15, 31, 63, 127]
+
+
+def test_a_trained_scale_for_a_layer_of_one_scale_is_refused() -> None:
+    quant = config("qat", "n", "quant.learned_scale=true").quant
+    assert quant is not None
+    with pytest.raises(UserError, match=r"scheme toy: quant\.learned_scale is not for this scheme"):
+        quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), quant.model_copy(update={"scheme": scheme_of(("*", 4, "tensor"))}))

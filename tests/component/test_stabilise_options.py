@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -18,16 +19,18 @@ from app.quant.fused import attach
 from app.quant.health import scale_ratios
 from app.quant.learned import learned_layers, scale_parameter
 from app.quant.options import Freezing, Stabiliser, exempt_scales_from_decay, stabilisers
-from app.quant.schemes import Rule
+from tests.support.scheme_files import built_in
 
 FLOAT_WARMUP = ["warmup_share=0.25", "warmup_bits=float"]  # one of four epochs
 PATHS = ["fast_path=true", "fast_path=false"]
 
 
 @pytest.fixture(autouse=True)
-def toy_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """w4a16 for networks that have no DFL."""
-    monkeypatch.setitem(schemes.SCHEMES, "w4a16", (Rule("*", 4, "all"),))
+def toy_schemes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """w4a16 and w4a16-decoupled for networks that have no DFL."""
+    folder = tmp_path_factory.mktemp("schemes")
+    with built_in(folder, "w4a16", ("*", 4)), built_in(folder, "w4a16-decoupled", ("*", 4, "decoupled")):
+        yield
 
 
 def config_of(*sets: str) -> Config:

@@ -94,7 +94,10 @@ def test_full_run_is_the_scratch_recipe() -> None:
         ("train.epochs=0", "train.epochs = 0"),
         ("train.epochs=many", "train.epochs = 'many'"),
         ("train.imgsz=100", "multiple of 32"),
-        ("quant.scheme=w3a16", "'w4a16', 'w4a16-mixed', 'w8a16'"),
+        (
+            "quant.scheme=w3a16",
+            "quant.scheme = 'w3a16': choose one of w4a16, w4a16-decoupled, w4a16-dfl, w4a16-mixed, ",
+        ),
         ("train.device=gpu", "train.device = 'gpu'"),
         ("train.device=0,cpu", "train.device = '0,cpu'"),
         ("model=yolov8m.yaml", "model = 'yolov8m.yaml'"),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.config import Quant, load
+from app.core.config import load
 from app.core.labels import BASELINE, FOREIGN, FP16, Label, by_label, scored_name, today
+from app.core.scheme import builtin_names
 
-SCHEMES = (*get_args(Quant.model_fields["scheme"].annotation), "w4a16-mixed-dw")
+SCHEMES = builtin_names()
 CONTRACTS = ("raw", "end2end")
 FLOAT = [
     Label("baseline", packing=packing, contract=contract) for packing, contract in product(("", "fp16"), CONTRACTS)
@@ -133,7 +133,7 @@ def test_order_is_the_baseline_then_each_scheme_with_ptq_before_qat_then_foreign
     assert sorted(shuffled, key=by_label) == ordered
 
 
-@pytest.mark.parametrize("scheme", get_args(Quant.model_fields["scheme"].annotation))
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_configurations_have_the_labels_of_their_checkpoints(scheme: str) -> None:
     assert load("fp16").label == str(FP16)
     assert Label.parse(load("qat", sets=[f"quant.scheme={scheme}"]).label) == Label("qat", scheme)

@@ -155,6 +155,20 @@ def test_the_container_gets_the_words_of_args_and_conf(tmp_path: Path) -> None:
     assert f"<{conf}:/conf/0/it's a.yaml:ro>" in mounts
 
 
+@pytest.mark.parametrize(
+    "args", ["--set 'quant.scheme={}'", "'--set=quant.scheme={}'", "--scheme '{}'", "'--scheme={}'"]
+)
+def test_the_container_sees_a_scheme_file_under_its_own_name(tmp_path: Path, args: str) -> None:
+    file = tmp_path / "its own.yaml"
+    file.touch()
+    given = f"--set train.epochs=1 {args.format(file)} --set quant.scheme=w4a16"
+    result = make("ptq", f"ARGS={given}", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    said, mounts = result.stdout.partition(", ARGS: ")[2].split("\n", 1)
+    assert shlex.split(said) == shlex.split(given.replace(str(file), f"/host{file}"))
+    assert f"<{file}:/host{file}:ro>" in mounts
+
+
 def test_stop_finds_a_folder_with_a_blank() -> None:
     assert '"label=com.docker.compose.project.working_dir=$(pwd -P)"' in make("-n", "stop").stdout
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TextIO
+
+from tqdm import tqdm
 
 from app.core.files import printable
 from app.core.mounts import as_known
@@ -23,6 +26,14 @@ class Printable(logging.Formatter):
         return "\n".join(map(printable, lines))
 
 
+class AboveBars(logging.StreamHandler[TextIO]):
+    """Writes a record on lines of its own, above a progress line that is on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def set_up_terminal() -> None:
     """Shows our own lines, and of the libraries only warnings; a training's log.txt has everything.
 
@@ -30,7 +41,7 @@ def set_up_terminal() -> None:
     """
     rank_text = os.environ.get("RANK", "")
     rank = int(rank_text) if rank_text.isascii() and rank_text.isdigit() else 0
-    handler = logging.StreamHandler(sys.stderr)
+    handler = AboveBars(sys.stderr)
     handler.setFormatter(Printable(f"process {rank + 1}: %(message)s" if rank else "%(message)s"))
     handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
     logging.basicConfig(handlers=[handler])

@@ -11,6 +11,7 @@ import pytest
 
 from app.core import progress
 from app.core.progress import COUNT, LOSS, MEMORY, NAME, RATE, Meter, Part, clock, fitted, line_format
+from app.core.terminal import AboveBars
 
 FP16 = Part("fp16 epoch 3/10", NAME, "fp16 3/10")
 LONG = Part("qat-w4a16-mixed epoch 123/300", NAME, "qat-w4a16-mixed 123/300")
@@ -72,6 +73,20 @@ def test_braces_of_a_name_are_no_format(monkeypatch: pytest.MonkeyPatch) -> None
     shown = re.split("[\r\n]", terminal.getvalue())
     assert any(line.startswith("checking {0} ") and "2/4, " in line for line in shown), shown
     assert max(map(len, shown)) <= 80
+
+
+def test_a_log_record_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The progress line is blanked first: a carriage return and blanks, and drawn again below."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    logging.getLogger("app").setLevel(logging.INFO)
+    meter = Meter("fp16 epoch 3/10", 4)
+    AboveBars(terminal).emit(logging.makeLogRecord({"msg": "stopping"}))
+    before, after = terminal.getvalue().split("stopping\n")
+    meter.close()
+    assert re.search(r"fp16 epoch 3/10 *\r +\r$", before), before
+    assert after.strip() == "fp16 epoch 3/10"
 
 
 def test_a_log_line_has_80_columns_at_most(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

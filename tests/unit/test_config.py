@@ -36,7 +36,7 @@ CHANGED = {
     "data.strict": True,
     "train.epochs": 7, "train.batch": 7, "train.imgsz": 32, "train.seed": 1, "train.deterministic": False,
     "train.amp": False, "train.workers": 7, "train.device": "cpu", "train.cache": True,
-    "train.graph": False, "train.bn_batches": 7,
+    "train.graph": False, "train.kernels": False, "train.bn_batches": 7,
     "train.val_every": 7, "train.save_every_s": 7.0, "train.save_period": 7, "train.ema_decay": 0.7,
     "train.ema_tau": 7.0,
     "hyp.optimizer": "AdamW", "hyp.perspective": 0.0007, "hyp.close_mosaic": 7, "hyp.nbs": 7,

@@ -51,4 +51,6 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
             f'RUN={run.name}-seed1 ARGS="--set train.seed=1"\' and \'make report RUN={run.name} ARGS="--runs '
             f"{run.name}-seed1\"'"
         )
-    return f"open the page in a browser; 'make publish RUN={run.name}' keeps it in runs/reports"
+    others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])
+    publish = f"make publish RUN={run.name} ARGS=\"--runs {others}\""
+    return f"open the page in a browser; '{publish}' keeps it in runs/reports"

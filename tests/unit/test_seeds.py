@@ -117,10 +117,14 @@ def test_the_own_page_of_a_run_is_not_overwritten(config: Config, runs: list[Run
     assert {"report", "report-with-b-c"} <= set(json.loads(runs[0].run_json.read_text())["stages"])
 
 
-def test_own_and_merged_page_are_published_apart(config: Config, runs: list[RunRoot]) -> None:
+def test_own_and_merged_page_are_published_apart(
+    config: Config, runs: list[RunRoot], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "app")
     with kept_figures():
         report(config, runs[0])
         report(config, runs[0], runs[1:])
+    assert "'make publish RUN=a ARGS=\"--runs b c\"' keeps it in runs/reports" in caplog.text
     publish(runs[0], None, force=False)
     publish(runs[0], None, False, runs[1:])
     reports_dir = runs[0].runs_dir / "reports"

@@ -194,7 +194,7 @@ def test_any_json_of_a_run_is_reported_and_published_or_refused(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_stage, "make_figures", lambda *args: [])
         patch.setenv("APP_REVISION", "0")  # git takes longer than all the rest
-        allowed(report, load("qat"), run, False)
+        allowed(report, load("qat"), run)
         allowed(publish, run, None, True)
         allowed(make_ready, load("fp16"), run, False)
         allowed(record_stage, run, "x", {})

@@ -13,6 +13,7 @@ from app.core.config import load
 from app.core.environment import REPO_DIR
 from app.core.run import RunRoot
 from app.report import spread
+from app.report.page_files import page_of
 from app.report.report import report
 from app.report.spread import seed_spread, telling_of_means
 from tests.support.drawn import kept_figures
@@ -41,7 +42,7 @@ def top(run: RunRoot, *others: RunRoot) -> str:
     """The page down to its first section."""
     with kept_figures():
         report(load("qat"), run, others)
-    return run.summary.read_text().partition("\n## ")[0]
+    return page_of(run, others).markdown.read_text().partition("\n## ")[0]
 
 
 def box(run: RunRoot) -> str:

@@ -42,10 +42,11 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
     chosen = choose(old["f1_by_image"], new["f1_by_image"], settings.gallery_images, settings.gallery_seed)
     rows = [{"image_id": int(image_id), "why": why, "f1_difference": change} for image_id, why, change in chosen]
     new["gallery"] = rows
+    names = {number: category["name"] for number, category in truth.cats.items()}
     columns: dict[str, Any] = {
         "ground truth": truth.imgToAnns,
-        name_of(base): detections(Path(base["path"]), old["best_score"]),
-        name_of(other): detections(Path(other["path"]), new["best_score"]),
+        name_of(base): detections(Path(base["path"]), old["best_score"], names),
+        name_of(other): detections(Path(other["path"]), new["best_score"], names),
     }
     text = (
         f"**Val images, {plain(name_of(base))} and {plain(name_of(other))}.** Each shows its boxes from the score at "
@@ -54,7 +55,6 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
         f"{settings.gallery_seed})."
     )
     images = image_paths(base, rows, truth)
-    names = {number: category["name"] for number, category in truth.cats.items()}
     file = f"gallery-{other['dir']}.jpg"
     return draw(run.figures_dir, file, text, lambda: gallery_figure(rows, images, columns, names))
 
@@ -70,12 +70,15 @@ def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> di
     return paths
 
 
-def detections(folder: Path, min_score: float) -> dict[int, list[dict[str, Any]]]:
-    """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top)."""
+def detections(folder: Path, min_score: float, names: dict[int, str]) -> dict[int, list[dict[str, Any]]]:
+    """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top).
+
+    `names` are those of the categories that the annotations list: COCOeval scores no others, and none is drawn.
+    """
     boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
     rows = detection_rows(folder / "detections.json")
     for row in sorted(rows, key=lambda row: row["score"]):
-        if row["score"] >= min_score:
+        if row["score"] >= min_score and row["category_id"] in names:
             boxes[row["image_id"]].append(row)
     return boxes
 

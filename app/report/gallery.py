@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from pycocotools.coco import COCO
 
+from app.coco.dataset import source_at
 from app.coco.detail import Metrics, choose
 from app.coco.images import read_image
 from app.coco.score import detection_rows
@@ -21,7 +22,7 @@ from app.core.config import Report
 from app.core.curves import COLOURS
 from app.core.run import RunRoot
 from app.report.evidence import name_of
-from app.report.figures import draw
+from app.report.figures import draw, literal
 from app.report.tables import plain
 
 PANEL_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1])  # ground truth, baseline, quantized
@@ -62,7 +63,7 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
 def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> dict[int, Path]:
     """Image id -> the file of every image that the gallery shows."""
     dataset = metrics["dataset"]
-    folder = Path(dataset["coco_dir"]) / dataset["split"]
+    folder = source_at(Path(dataset["coco_dir"]), dataset["split"], dataset).images_dir
     paths = {}
     for row in rows:
         image_id = row["image_id"]
@@ -123,7 +124,7 @@ def draw_boxes(axes: Axes, boxes: list[dict[str, Any]], names: dict[int, str], c
         patch = Rectangle((x, y), width, height, fill=False, color=colour, lw=1.6, ls="--" if is_crowd else "-")
         patch.set_path_effects([withStroke(linewidth=3, foreground="white")])  # seen on any background
         axes.add_patch(patch)
-        text = names[box["category_id"]]
+        text = literal(names[box["category_id"]])
         if "score" in box:
             text += f" {box['score']:.2f}"
         elif is_crowd:

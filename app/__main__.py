@@ -144,7 +144,7 @@ def eval_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
     stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
     stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder (default: data.coco_dir)")
-    stage.add_argument("--split", default="val2017", help="with --onnx (default: %(default)s)")
+    stage.add_argument("--split", help="with --onnx: a folder of images (default: val2017, or what the layout has)")
     stage.add_argument("--out", type=Path, help="with --onnx: folder of the scores (default: RUNS_DIR/eval/NAME)")
     stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
     stage.add_argument(
@@ -278,7 +278,7 @@ def evaluate(args: argparse.Namespace) -> None:
         said = Said(args.contract, read_names(args.names) if args.names else None, args.imgsz)
         out_dir = args.out or scores_folder(args.onnx, args.runs_dir, args.force)
         coco_dir = args.coco_dir or find(job.config.data.coco_dir, job.run.cache_dir)
-        dataset = standalone_dataset(coco_dir, args.split, job.config.data.skip_broken)
+        dataset = standalone_dataset(coco_dir, args.split, job.config.data.skip_broken, job.config.data)
         evaluate_standalone(job.config, args.onnx, dataset, out_dir, said)
 
 

@@ -21,8 +21,9 @@ from pycocotools.coco import COCO
 from app.bench.eval_tables import OURS, SESSION, STOCK, show
 from app.bench.explain import explain
 from app.bench.train import stock_dataset
+from app.coco.categories import ids_by_name
 from app.coco.dataset import SPLITS, annotation_path
-from app.coco.score import ImageFile, image_files, load_truth, usable_ids
+from app.coco.score import ImageFile, image_files, truth_of, usable_ids
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
@@ -80,7 +81,8 @@ def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: P
     config = load("qat", overlays, sets)
     prepare(config, run, force=False)
     given = set_up(config, run, onnx_path or exported_files(run)[str(BASELINE)].path)
-    model = open_model(given.onnx_path, given.settings.provider)
+    categories = ids_by_name(given.truth.dataset["categories"])
+    model = open_model(given.onnx_path, given.settings.provider, categories=categories)
     recorded = run_stock(given, model, record=True)  # untimed: it warms the caches of both sides and keeps detections
     warm = run_ours(given, 1)
     explained = explain(given.truth, [image.id for image in given.images], warm["out_dir"], recorded)
@@ -124,7 +126,7 @@ def set_up(config: Config, run: RunRoot, onnx_path: Path) -> Given:
         raise UserError(f"{onnx_path} is missing: give --onnx a file, or run 'make export' first")
     folder = run.root / "bench-eval"
     dataset, _ = dataset_of_run(config, run)
-    truth = load_truth(dataset.annotation_file)
+    truth = truth_of(dataset)
     images = image_files(truth, dataset, usable_ids(truth, dataset))
     shutil.rmtree(folder, ignore_errors=True)
     stock_dataset(run, folder)
@@ -190,7 +192,10 @@ def run_stock(given: Given, model: Model, record: bool) -> dict[str, Any]:
         "conf": given.settings.conf, "max_det": given.settings.max_det, "imgsz": model.imgsz, "workers": 0,
         "batch": model.batch or given.settings.batch, "device": "cpu" if model.provider == CPU else "0",
     }  # fmt: skip
-    facts = {"onnx": str(given.onnx_path), "arguments": arguments, "record": record, "n_images": len(given.images)}
+    facts = {
+        "onnx": str(given.onnx_path), "arguments": arguments, "record": record, "n_images": len(given.images),
+        "category_ids": list(model.category_ids),
+    }  # fmt: skip
     write_json(given.folder / "val.json", facts)
     measured = run_measured([sys.executable, "-m", "app.bench.stock_val", str(given.folder)])
     return measured | read_json(given.folder / "val-result.json", "bench")

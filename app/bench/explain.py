@@ -12,7 +12,6 @@ from pycocotools.coco import COCO
 from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils.metrics import ap_per_class, box_iou
 
-from app.coco.annotations import CLASS_INDEX
 from app.coco.score import quiet, score, with_annotations
 from app.core.files import read_json, write_json
 from app.eval.evaluate import DETECTIONS
@@ -79,12 +78,11 @@ def without_crowds(annotations: list[Any]) -> Rows:
 
 
 def by_image(rows: Rows, ids: list[int]) -> dict[int, np.ndarray]:
-    """Image id -> [n,6] x1,y1,x2,y2 (px), score (of objects 1), class index, in their order."""
+    """Image id -> [n,6] x1,y1,x2,y2 (px), score (of objects 1), category id, in their order."""
     lists: dict[int, list[list[float]]] = {image_id: [] for image_id in ids}
     for row in rows:
         x, y, width, height = row["bbox"]
-        class_index = CLASS_INDEX[row["category_id"]]
-        lists[row["image_id"]].append([x, y, x + width, y + height, row.get("score", 1.0), class_index])
+        lists[row["image_id"]].append([x, y, x + width, y + height, row.get("score", 1.0), row["category_id"]])
     return {image_id: np.array(values).reshape(-1, 6) for image_id, values in lists.items()}
 
 

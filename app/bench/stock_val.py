@@ -15,7 +15,6 @@ import torch
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionValidator
 
-from app.coco.annotations import CATEGORY_IDS
 from app.core.files import write_json
 
 
@@ -23,6 +22,7 @@ class Recorder(DetectionValidator):
     """Keeps every detection as a row of COCO's results, unrounded, with the file name in place of the image id."""
 
     rows: list[dict[str, Any]]
+    category_ids: list[int]  # of the classes
 
     def init_metrics(self, model: torch.nn.Module) -> None:
         super().init_metrics(model)
@@ -38,7 +38,12 @@ class Recorder(DetectionValidator):
             boxes = torch.cat([corners[:, :2], sizes], 1).tolist()
             scores, classes = scaled["conf"].tolist(), scaled["cls"].int().tolist()
             for box, score, class_index in zip(boxes, scores, classes, strict=True):
-                row = {"file": file_name, "category_id": CATEGORY_IDS[class_index], "bbox": box, "score": score}
+                row = {
+                    "file": file_name,
+                    "category_id": Recorder.category_ids[class_index],
+                    "bbox": box,
+                    "score": score,
+                }
                 Recorder.rows.append(row)
 
 
@@ -47,6 +52,7 @@ def main(folder: Path) -> None:
     given = json.loads((folder / "val.json").read_text(encoding="utf-8"))
     arguments = given["arguments"] | {"data": str(folder / "coco.yaml"), "project": str(folder), "exist_ok": True}
     model = YOLO(given["onnx"], task="detect")
+    Recorder.category_ids = given["category_ids"]
     validator = Recorder if given["record"] else None
     start = time.perf_counter()
     metrics: Any = model.val(validator=validator, plots=False, verbose=False, **arguments)

@@ -1,16 +1,19 @@
-"""A dataset in COCO's layout: the paths of its files, its title in reports, and `Dataset`."""
+"""A dataset in COCO's format: where the files of a split lie, its title in reports, and `Dataset`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from app.coco.categories import NAMES
 from app.core.config import UserError
 from app.core.files import sha256
+from app.core.shapes import PathText, Shape
 
-SPLITS = {"train": "train2017", "val": "val2017"}  # role in a run -> folder of the images
+SPLITS = {"train": "train2017", "val": "val2017"}  # role in a run -> folder of the images, as COCO has them
 ANNOTATIONS = "annotations"
 LAYOUT = f"{SPLITS['train']}/, {SPLITS['val']}/ and {ANNOTATIONS}/"
 OFFICIAL_SIZES = {"train2017": 118_287, "val2017": 5_000}  # images that COCO 2017 lists
@@ -18,37 +21,83 @@ OFFICIAL_SIZES = {"train2017": 118_287, "val2017": 5_000}  # images that COCO 20
 COCO_2017 = "COCO 2017"
 OTHER_COCO = f"a COCO-format dataset, not {COCO_2017}"
 BUILTIN_TITLE = "drawn shapes (not COCO)"
+PLACE_SHAPE: Shape = {"images?": PathText, "annotations?": PathText, "part?": str | None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the images and annotations of a split lie.
+
+    `part` is 'train' or 'val' where the annotation file lists the images of both, see app.coco.parts.
+    """
+
+    name: str
+    images_dir: Path
+    annotation_file: Path
+    part: str | None = None
+
+    def place(self, coco_dir: Path) -> dict[str, Any]:
+        """JSON of the source: paths relative to the dataset's folder where they lie in it."""
+        return {
+            "images": _relative(self.images_dir, coco_dir),
+            "annotations": _relative(self.annotation_file, coco_dir),
+            "part": self.part,
+        }
+
+
+Sources = Mapping[str, Source]  # by 'train' and 'val'
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def official(coco_dir: Path, split: str) -> Source:
+    """The split where COCO 2017 has it."""
+    return Source(split, coco_dir / split, annotation_path(coco_dir, split))
+
+
+def source_at(coco_dir: Path, name: str, facts: Mapping[str, Any]) -> Source:
+    """The split of a JSON that has the entries of `Source.place`; one of an earlier version lies where COCO has it."""
+    if "images" not in facts:
+        return official(coco_dir, name)
+    return Source(name, coco_dir / facts["images"], coco_dir / facts["annotations"], facts["part"])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and annotations of one split; `image_ids` None means all images that the annotation file lists."""
+    """Images and annotations of one split; `image_ids` None means all images that the annotation file lists.
+
+    `at` says where its files lie; None: where COCO has them.
+    """
 
     coco_dir: Path
     split: str
     image_ids: list[int] | None
     title: str
+    at: Source | None = None
+
+    @property
+    def source(self) -> Source:
+        return self.at or official(self.coco_dir, self.split)
 
     @property
     def images_dir(self) -> Path:
-        return self.coco_dir / self.split
+        return self.source.images_dir
 
     @property
     def annotation_file(self) -> Path:
-        return annotation_path(self.coco_dir, self.split)
+        return self.source.annotation_file
 
 
-def open_dataset(
-    coco_dir: Path, split: str, image_ids: list[int] | None, title: str, annotation_sha256: str | None = None
-) -> Dataset:
-    """The split of a COCO folder. With `annotation_sha256` the annotation file must have this hash.
+def check_unchanged(dataset: Dataset, annotation_sha256: str) -> Dataset:
+    """The dataset, whose annotation file must have this hash.
 
     Raises:
         UserError: the annotation file is missing or has another hash.
     """
-    dataset = Dataset(coco_dir, split, image_ids, title)
     file = dataset.annotation_file
-    if annotation_sha256 is not None and (not file.is_file() or sha256(file) != annotation_sha256):
+    if not file.is_file() or sha256(file) != annotation_sha256:
         raise UserError(
             f"{file} is missing or has changed: run 'make data ARGS=--force'; "
             "if it is only not to be seen from here, as in a container, give the COCO_DIR=path that 'make data' had"
@@ -62,8 +111,29 @@ def annotation_path(coco_dir: Path, split: str) -> Path:
 
 def coco_title(n_listed: dict[str, int]) -> str:
     """COCO_2017 if every split (train2017, val2017) lists as many images as the official one, else OTHER_COCO."""
-    official = all(OFFICIAL_SIZES.get(split) == n_images for split, n_images in n_listed.items())
-    return COCO_2017 if official else OTHER_COCO
+    is_official = all(OFFICIAL_SIZES.get(split) == n_images for split, n_images in n_listed.items())
+    return COCO_2017 if is_official else OTHER_COCO
+
+
+def own_title(names: list[str]) -> str:
+    """The title of a dataset with classes of its own; '' for those of COCO."""
+    if names == NAMES:
+        return ""
+    return f"own dataset, {len(names):,} class{'es' if len(names) > 1 else ''}"
+
+
+def mended_in(split: Mapping[str, Any]) -> dict[str, int]:
+    """What a split's annotations had that was mended or left out, with how many, for a message.
+
+    `split` is that of provenance.json; one of an earlier version says nothing of it.
+    """
+    counts = {
+        "boxes clipped at the border": split.get("n_clipped", 0),
+        "boxes dropped, less than a pixel inside": split.get("n_dropped", 0),
+        "annotations of unlisted images left out": split.get("n_unlisted", 0),
+        **split.get("notes", {}),
+    }
+    return {what: n for what, n in counts.items() if n}
 
 
 def hash_ids(image_ids: Iterable[int]) -> str:

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from app.coco.dataset import Dataset, hash_ids
-from app.coco.score import first_of, load_results, load_truth, quiet, usable_ids
+from app.coco.score import first_of, load_results, quiet, truth_of, usable_ids
 from app.core.config import UserError
 
 Metrics = dict[str, Any]  # the content of a metrics.json, with `dir` and `path` of its folder
@@ -33,7 +33,7 @@ def analyse(dataset: Dataset, group: list[Metrics]) -> tuple[dict[str, Any], COC
     Raises:
         UserError: detections are gone, or they or the images are not those of metrics.json; the message is the reason.
     """
-    truth = load_truth(dataset.annotation_file)
+    truth = truth_of(dataset)
     ids = first_of(usable_ids(truth, dataset), group[0]["dataset"]["n_images"])
     if hash_ids(ids) != group[0]["dataset"]["image_ids_sha256"]:
         raise UserError("the images of metrics.json are not those of the dataset")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
-from app.coco.annotations import CATEGORY_IDS, NAMES
+from app.coco.categories import CATEGORY_IDS, NAMES
 from app.coco.images import Placement, undo
 from app.core.config import Eval, UserError
 
@@ -18,13 +19,14 @@ SLACK = 0.01  # by which a quantized sigmoid may leave 0..1
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of huge boxes; what is then not finite is refused
-def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
+def select(output: np.ndarray, contract: str, settings: Eval, n_classes: int = len(NAMES)) -> np.ndarray:
     """One image's output -> detections [n,6] x1,y1,x2,y2 (input px), score, class; best first, scores above conf.
 
     Args:
-        output: raw and nms [84,A] or end2end [K,6], as the contract says.
+        output: raw and nms [4+nc,A] or end2end [K,6], as the contract says.
         contract: 'raw', 'end2end' or 'nms'.
         settings: scores up to `conf` are dropped, at most `max_det` rows are kept.
+        n_classes: of the network.
 
     Raises:
         UserError: the output holds NaN or infinite values, scores that are no probabilities, or classes that are none.
@@ -41,7 +43,7 @@ def select(output: np.ndarray, contract: str, settings: Eval) -> np.ndarray:
     order = order[rows[order, 4] > settings.conf]
     rows = rows[order]
     if contract == "end2end":
-        _check_rows(rows, order)
+        _check_rows(rows, order, n_classes)
     return rows
 
 
@@ -54,18 +56,18 @@ def _not_finite(output: np.ndarray) -> str:
     return f"the model puts out values that are not finite ({where}): it is damaged or its precision overflows"
 
 
-def _check_rows(rows: np.ndarray, numbers: np.ndarray) -> None:
+def _check_rows(rows: np.ndarray, numbers: np.ndarray, n_classes: int) -> None:
     """Refuses end2end rows that are no detections; `numbers` are their places in the output. Padding is not among them.
 
     Raises:
-        UserError: a class is not a whole number from 0 to 79, or a score is above 1.
+        UserError: a class is not a whole number below `n_classes`, or a score is above 1.
     """
     scores, classes = rows[:, 4], rows[:, 5]
-    is_class = (classes >= 0) & (classes < len(NAMES)) & (classes == np.floor(classes))
+    is_class = (classes >= 0) & (classes < n_classes) & (classes == np.floor(classes))
     for number, index in zip(numbers[~is_class], classes[~is_class], strict=True):
         raise UserError(
             f"row {number} of the end2end output has the class {index:g}, not a whole number from 0 to "
-            f"{len(NAMES) - 1}: the columns must be x1, y1, x2, y2, score, class of COCO"
+            f"{n_classes - 1}: the columns must be x1, y1, x2, y2, score, class"
         )
     for number, value in zip(numbers[scores > 1 + SLACK], scores[scores > 1 + SLACK], strict=True):
         raise UserError(
@@ -88,7 +90,7 @@ def _check_scores(low: float, high: float) -> None:
 
 
 def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
-    """raw layout [84,A] of a one2many head -> rows [n,6] after non-maximum suppression (NMS) within each class.
+    """raw layout [4+nc,A] of a one2many head -> rows [n,6] after non-maximum suppression (NMS) within each class.
 
     An anchor counts once for every class above `conf`, as in `yolo val` (multi_label).
     """
@@ -111,7 +113,7 @@ def suppressed_rows(output: np.ndarray, conf: float) -> np.ndarray:
 
 
 def raw_rows(output: np.ndarray, max_det: int) -> np.ndarray:
-    """raw [84,A] -> the max_det best rows [n,6], in no order; NaN counts as best, so that `select` sees it.
+    """raw [4+nc,A] -> the max_det best rows [n,6], in no order; NaN counts as best, so that `select` sees it.
 
     The choice is that of the end2end graph (ultralytics/nn/modules/head.py Detect.get_topk_index, 8.4.190): the
     anchors with the best class score, then the best anchor-class pairs of those. So one anchor can give two classes.
@@ -143,8 +145,13 @@ def top(values: np.ndarray, n: int) -> np.ndarray:
     return np.argpartition(values, n_rest)[n_rest:]
 
 
-def results(image_id: int, detections: np.ndarray, placement: Placement) -> list[dict[str, Any]]:
-    """Detections [n,6] of `select` -> rows of COCO's results format.
+def results(
+    image_id: int,
+    detections: np.ndarray,
+    placement: Placement,
+    category_ids: Sequence[int | None] = tuple(CATEGORY_IDS),
+) -> list[dict[str, Any]]:
+    """Detections [n,6] of `select` -> rows of COCO's results format, without those of classes that have no category.
 
     Boxes are rounded to 3 decimals of a pixel; scores keep every bit, as rounding would make ties and move the AP.
     """
@@ -153,6 +160,7 @@ def results(image_id: int, detections: np.ndarray, placement: Placement) -> list
     classes = detections[:, 5].astype(int).tolist()
     rows = []
     for box, score, index in zip(boxes, scores, classes, strict=True):
-        row = {"image_id": image_id, "category_id": CATEGORY_IDS[index], "bbox": box, "score": score}
-        rows.append(row)
+        category_id = category_ids[index]
+        if category_id is not None:
+            rows.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
     return rows

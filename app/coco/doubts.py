@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from app.coco.annotations import Split
+from app.coco.split import Split
 
 # A few such boxes stand in good datasets too; a mistake in the making of a file hits many.
 LEAST_SHARE = 0.01
@@ -32,6 +32,12 @@ def doubts(split: Split) -> list[str]:
         lines.append(
             f"{sum(in_shares.values()):,} of {n_boxes:,} boxes have no number above 1 (first: "
             f"{_first(split, in_shares)}): COCO's are x, y, w, h in px, not shares of the image; multiply them"
+        )
+    over = {image_id: split.n_clipped[image_id] + split.n_dropped[image_id] for image_id in split.boxes}
+    if _are_many(over, n_boxes):
+        lines.append(
+            f"{sum(over.values()):,} of {n_annotations:,} boxes reach over the border of their image (first: "
+            f"{_first(split, over)}) and were clipped to it: check that they are x, y, width, height in px of this size"
         )
     repeated = _counts(split, n_repeated)
     if _are_many(repeated, n_boxes):

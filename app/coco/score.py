@@ -16,20 +16,22 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from app.coco.annotations import read_instances
+from app.coco.annotations import parse_instances, read_source
+from app.coco.categories import without_placeholder
 from app.coco.dataset import (
     COCO_2017,
     OFFICIAL_SIZES,
+    OTHER_COCO,
     SPLITS,
     Dataset,
-    annotation_path,
     coco_title,
     hash_ids,
-    open_dataset,
+    own_title,
 )
-from app.core.config import UserError
+from app.coco.layout import describe_source, find_split
+from app.coco.split import Split, unlisted_line
+from app.core.config import Data, UserError
 from app.core.files import read_json, sha256
-from app.core.mounts import only_seen
 
 STATS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -48,22 +50,30 @@ class ImageFile:
     height: int
 
 
-def standalone_dataset(coco_dir: Path, split: str, skip_broken: bool = False) -> Dataset:
-    """All images of a split of a COCO folder, for an evaluation without a run; reads and checks its annotations.
+def standalone_dataset(
+    coco_dir: Path, split: str | None, skip_broken: bool = False, data: Data | None = None
+) -> Dataset:
+    """All images of a split of a dataset, for an evaluation without a run; reads and checks its annotations.
 
     Args:
-        skip_broken: leaves out the images whose annotations cannot be used, instead of refusing the whole.
+        coco_dir: its folder, in a layout that app.coco.layout knows.
+        split: the name of a folder of images; None: that of val.
+        skip_broken: leaves out what cannot be used of the annotations, instead of refusing the whole.
+        data: where the files of val lie, if data.val_images says it.
 
     Raises:
         UserError: the folder is missing, or `make data` would refuse the annotations.
     """
-    images_dir = coco_dir / split
-    if not images_dir.is_dir():
-        raise UserError(
-            f"{images_dir} is no folder: COCO_DIR=path or --coco-dir must hold {split}/ and annotations/{only_seen()}"
-        )
-    listed = read_instances(annotation_path(coco_dir, split))
+    source = find_split(coco_dir, split, data)
+    listed = read_source(source)
+    if source.name != SPLITS["val"]:
+        log.info("eval: %s: %s", coco_dir, describe_source(source, coco_dir))
     image_ids = None
+    if listed.unlisted:
+        line = unlisted_line(listed.file, len(listed.unlisted), listed.unlisted[0])
+        if not skip_broken:
+            raise UserError(line)
+        log.warning("%s: %d annotations of unlisted images left out", listed.file, len(listed.unlisted))
     if listed.problems:
         image_id, problem = next(iter(listed.problems.items()))
         first = f"image id {image_id}: {problem}"
@@ -72,18 +82,30 @@ def standalone_dataset(coco_dir: Path, split: str, skip_broken: bool = False) ->
             raise UserError(f"{listed.file}: {first}: {remedy}")
         log.warning("%s: %d images left out, the first: %s", listed.file, len(listed.problems), first)
         image_ids = [image["id"] for image in listed.images if image["id"] not in listed.problems]
-    return open_dataset(coco_dir, split, image_ids, coco_title({split: len(listed.images)}))
+    return Dataset(coco_dir, source.name, image_ids, standalone_title(source.name, listed), source)
 
 
-def load_truth(annotation_file: Path) -> COCO:
-    """Reads an annotation file for COCOeval.
+def standalone_title(name: str, split: Split) -> str:
+    names = [category["name"] for category in without_placeholder(split.categories, split.used)]
+    return own_title(names) or (coco_title({name: len(split.images)}) if split.is_official else OTHER_COCO)
+
+
+def load_truth(annotation_file: Path, images_dir: Path | None = None, part: str | None = None) -> COCO:
+    """Reads an annotation file for COCOeval, mended as training sees it; arguments as for `read_instances`.
 
     Raises:
         UserError: the file does not hold COCO instances, or COCOeval would silently compute wrong numbers from it.
     """
-    read_instances(annotation_file)
+    truth: Any = COCO()
+    truth.dataset = parse_instances(annotation_file, images_dir, part).tree
     with quiet():
-        return COCO(str(annotation_file))
+        truth.createIndex()
+    return truth
+
+
+def truth_of(dataset: Dataset) -> COCO:
+    """`load_truth` of a dataset."""
+    return load_truth(dataset.annotation_file, dataset.images_dir, dataset.source.part)
 
 
 def usable_ids(truth: COCO, dataset: Dataset) -> list[int]:
@@ -122,6 +144,7 @@ def describe_dataset(truth: COCO, dataset: Dataset, image_ids: list[int]) -> dic
         "title": dataset.title,
         "coco_dir": str(dataset.coco_dir),
         "split": dataset.split,
+        **dataset.source.place(dataset.coco_dir),
         "annotation_sha256": sha256(dataset.annotation_file),
         "n_images": len(image_ids),
         "n_images_listed": n_listed,

@@ -30,6 +30,10 @@ SCHEME = "quant.scheme"
 # `config_hash`, and an unfinished training can be resumed with other values of them.
 WITHOUT_EFFECT = {
     "data.coco_dir": "The hashes of its annotations and of the list of images say which dataset it is, not its place.",
+    **dict.fromkeys(
+        ("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
+        "As of data.coco_dir: the hashes say which images and annotations these are.",
+    ),
     "data.strict": "It says whether a doubtful annotation file is refused.",
     "train.workers": "It chooses mosaic's partners, at random as before; a training may resume with another number.",
     "train.device": "It says where a training runs; a training may continue on other hardware, to within rounding.",
@@ -47,6 +51,9 @@ WITHOUT_EFFECT = {
 MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # all but the sections: how a training is computed
 
 
+PathOrNone = Annotated[str | None, values.IsPath(), BeforeValidator(values.path_or_none)]
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, and a key that is not a field is an error."""
 
@@ -55,6 +62,10 @@ class Section(BaseModel):
 
 class Data(Section):
     coco_dir: Annotated[str, values.IsPath(), BeforeValidator(values.path)]
+    train_images: PathOrNone
+    train_annotations: PathOrNone
+    val_images: PathOrNone
+    val_annotations: PathOrNone
     n_train: int | None = Field(gt=0)
     n_val: int | None = Field(gt=0)
     seed: int = Field(ge=0, le=MAX_SEED)
@@ -116,7 +127,7 @@ class Quant(Section):
     learned_scale: bool
     warmup_share: float = Field(ge=0, lt=1)
     warmup_bits: Literal["float", 8]
-    warmup_from: Annotated[str | None, values.IsPath(), BeforeValidator(values.path_or_none)]
+    warmup_from: PathOrNone
     averaged_scales: bool
     dampening: float = Field(ge=0)
     freeze_threshold: float = Field(ge=0, lt=1)

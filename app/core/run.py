@@ -24,13 +24,14 @@ MAX_NAME = 100  # characters: file names are made of it
 SPLIT_SHAPE = {
     "name": FolderName, "annotation_sha256": str, "image_ids_sha256": str, "image_ids": list[Id] | None,
     "subset": bool, "n_images": Count, "n_listed": Count, "n_broken": Count, "n_annotations": Count, "n_crowd": Count,
-    "n_without_objects": Count,
+    "n_without_objects": Count, "images?": PathText, "annotations?": PathText, "part?": str | None,
+    "n_clipped?": Count, "n_dropped?": Count, "n_unlisted?": Count, "notes?": dict[str, Count],
 }  # fmt: skip
 PROVENANCE_SHAPE: Shape = {
-    "title": str, "coco_dir": PathText, "seed": Count,
+    "title": str, "coco_dir": PathText, "seed": Count, "names?": list[str],
     **{f"splits.{split}.{key}": kind for split in ("train", "val") for key, kind in SPLIT_SHAPE.items()},
 }  # fmt: skip
-VIEW_SHAPE: Shape = {**PROVENANCE_SHAPE, "view_dir": PathText}
+VIEW_SHAPE: Shape = {**PROVENANCE_SHAPE, "view_dir": PathText, "names": list[str]}
 RECORD_SHAPE: Shape = {"stages": dict[str, dict[str, Any]]}
 
 

@@ -21,7 +21,7 @@ def path(value: Any) -> Any:
 
 def path_or_none(value: Any) -> Any:
     """The word null means no file, from --set too."""
-    return None if value == "null" else value
+    return None if value == "null" else path(value)
 
 
 def device(value: Any) -> str:

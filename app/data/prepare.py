@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from app.coco.annotations import NAMES
-from app.coco.dataset import ANNOTATIONS, COCO_2017, LAYOUT, SPLITS, annotation_path
-from app.coco.images import dead_link
+from app.coco.categories import listed_names
+from app.coco.dataset import COCO_2017, Sources
+from app.coco.layout import describe_layout, find_sources
 from app.core.config import BUILTIN_DATASET, WITHOUT_EFFECT, Config, Data, UserError, difference, shown
 from app.core.files import read_json, sha256, write_json, write_text
 from app.core.os_errors import explain_os_errors
@@ -22,6 +22,10 @@ from app.data.view import Indices, build_view, chosen, make_current, read_indice
 
 log = logging.getLogger(__name__)
 SHAPE = {**PROVENANCE_SHAPE, "settings": dict[str, Any], "settings.coco_dir": str}
+# What runs of earlier versions have not recorded.
+NOT_YET: dict[str, Any] = {
+    "strict": False, "train_images": None, "train_annotations": None, "val_images": None, "val_annotations": None
+}  # fmt: skip
 OTHER_RUN = "take another RUN=name, or start the run over with ARGS=--force"
 
 
@@ -52,7 +56,7 @@ def prepared(run: RunRoot) -> dict[str, Any]:
     """
     recorded = read_json(run.provenance, "data", SHAPE)
     try:
-        data = Data.model_validate({"strict": False, **recorded["settings"]})
+        data = Data.model_validate({**NOT_YET, **recorded["settings"]})
     except ValidationError as error:
         raise UserError(f"{run.provenance} was written by another version of this program: {OTHER_RUN}") from error
     if data.coco_dir != BUILTIN_DATASET:
@@ -68,13 +72,16 @@ def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force:
     run.cache_dir.mkdir(parents=True, exist_ok=True)
     with explain_os_errors(run.cache_dir, "the labels of all of COCO take about 1 GiB in 123,000 files; make room"):
         coco_dir = find(data.coco_dir, run.cache_dir)
-        digests = hash_annotations(coco_dir)
-        view = view_dir(run.cache_dir.resolve(), coco_dir, digests)
+        sources = find_sources(coco_dir, data)
+        digests = hash_annotations(sources)
+        view = view_dir(run.cache_dir.resolve(), sources, digests)
         if force:
-            build_view(view, coco_dir, digests)
-        indices = read_indices(view) if force else make_current(view, coco_dir, digests)
+            build_view(view, sources, digests)
+        indices = read_indices(view, sources) if force else make_current(view, sources, digests)
         tell_doubts(indices, data.strict, is_new=recorded is None)
-        provenance = assemble(data, coco_dir, indices, digests) | {"view_dir": str(view)}
+        provenance = assemble(data, coco_dir, sources, indices, digests) | {"view_dir": str(view)}
+        if recorded is None and not provenance["builtin"]:
+            tell_layout(sources, coco_dir, provenance)
         if recorded:
             check_same_images(run, recorded, provenance)
             provenance = carried_over(recorded, provenance)
@@ -136,6 +143,16 @@ def carried_over(recorded: dict[str, Any], provenance: dict[str, Any]) -> dict[s
     return provenance | {"settings": settings, "earlier_coco_dirs": earlier}
 
 
+def tell_layout(sources: Sources, coco_dir: Path, provenance: dict[str, Any]) -> None:
+    """Says once where the dataset's files were found, and which classes they have."""
+    log.info("data: %s: %s", coco_dir, describe_layout(sources, coco_dir))
+    if provenance["title"] != COCO_2017:
+        names = provenance["names"]
+        log.info("data: %d classes: %s", len(names), listed_names(names))
+    for name in provenance["left_out"]:
+        log.info("data: category 0, '%s', is the unused supercategory of all others: left out", name)
+
+
 def tell_doubts(indices: Indices, strict: bool, is_new: bool) -> None:
     """Warns of what is doubtful in the annotations, for a new run; with data.strict it is an error.
 
@@ -149,37 +166,16 @@ def tell_doubts(indices: Indices, strict: bool, is_new: bool) -> None:
         log.warning("warning: %s", line)
 
 
-def hash_annotations(coco_dir: Path) -> dict[str, str]:
-    """SHA-256 of the annotation files, by the name of the split (train2017, val2017).
+def hash_annotations(sources: Sources) -> dict[str, str]:
+    """SHA-256 of the annotation files, by 'train' and 'val'.
 
     Raises:
-        UserError: the folder does not have COCO's layout, or an annotation file may not be read.
+        UserError: an annotation file may not be read.
     """
-    check_layout(coco_dir)
     try:
-        return {name: sha256(annotation_path(coco_dir, name)) for name in SPLITS.values()}
+        return {role: sha256(source.annotation_file) for role, source in sources.items()}
     except PermissionError as error:
         raise UserError(f"{error.filename} may not be read by this user: change its permissions") from error
-
-
-def check_layout(coco_dir: Path) -> None:
-    """Raises a UserError if a folder of COCO's layout or an annotation file is missing."""
-    if not coco_dir.is_dir():
-        raise UserError(f"no COCO folder at {coco_dir}: give COCO_DIR=path, or run 'make download-coco'")
-    for name in (*SPLITS.values(), ANNOTATIONS):
-        if reason := dead_link(coco_dir / name):
-            raise UserError(f"{coco_dir / name} {reason}: make the link anew, or give another COCO_DIR=path")
-        if not (coco_dir / name).is_dir():
-            raise UserError(
-                f"{coco_dir} has no {name}/: it must hold {LAYOUT} as {COCO_2017} does; "
-                "give COCO_DIR=path, or run 'make download-coco'"
-            )
-    for name in SPLITS.values():
-        path = annotation_path(coco_dir, name)
-        if reason := dead_link(path):
-            raise UserError(f"{path} {reason}: make the link anew, or give another COCO_DIR=path")
-        if not path.is_file():
-            raise UserError(f"{path} is missing: unpack annotations_trainval2017.zip into {coco_dir}")
 
 
 def write_dataset_files(run: RunRoot, view: Path, indices: Indices, provenance: dict[str, Any]) -> None:
@@ -192,7 +188,7 @@ def write_dataset_files(run: RunRoot, view: Path, indices: Indices, provenance: 
         path = (run.provenance.parent / f"{split}.txt").resolve()
         texts[path] = "".join(f"{image_dir}/{entry['file']}\n" for entry in entries)
         dataset[split] = str(path)
-    dataset["names"] = dict(enumerate(NAMES))
+    dataset["names"] = dict(enumerate(provenance["names"]))
     texts[run.dataset_yaml] = yaml.safe_dump(dataset, sort_keys=False)
     for path, text in texts.items():
         if not path.is_file() or path.read_bytes() != text.encode():

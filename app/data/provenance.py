@@ -6,7 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import BUILTIN_TITLE, SPLITS, annotation_path, coco_title, hash_ids
+from app.coco.dataset import BUILTIN_TITLE, OTHER_COCO, Sources, coco_title, hash_ids, mended_in, own_title
+from app.coco.split import unlisted_line
 from app.core.config import BUILTIN_DATASET, Data, UserError
 from app.data.view import Entries, Indices
 
@@ -14,34 +15,42 @@ N_SHOWN_FAULTS = 5
 N_SHOWN_CHARACTERS = 255  # of a file name
 
 
-def assemble(data: Data, coco_dir: Path, indices: Indices, digests: dict[str, str]) -> dict[str, Any]:
+def assemble(data: Data, coco_dir: Path, sources: Sources, indices: Indices, digests: dict[str, str]) -> dict[str, Any]:
     """The content of provenance.json: what the dataset is, and which of its images the run uses.
 
     Raises:
-        UserError: broken images without data.skip_broken, more images asked for than there are, or no object to score.
+        UserError: broken images, or annotations of images that are not listed, without data.skip_broken; more images
+            asked for than there are, or no object to score.
     """
     n_wanted = {"train": data.n_train, "val": data.n_val}
     splits = {}
-    for split, name in SPLITS.items():
-        entries = indices[split]["images"]
+    for split, source in sources.items():
+        index, entries = indices[split], indices[split]["images"]
         broken = [entry for entry in entries if entry["fault"]]
+        if index["unlisted"] and not data.skip_broken:
+            raise UserError(unlisted_line(source.annotation_file, index["n_unlisted"], index["unlisted"][0]))
         if broken and not data.skip_broken:
             raise UserError(
-                f"{len(broken):,} of {len(entries):,} images in {coco_dir / name} cannot be used: "
+                f"{len(broken):,} of {len(entries):,} images in {source.images_dir} cannot be used: "
                 f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
             )
         sound = [entry for entry in entries if not entry["fault"]]
-        used = choose(sound, n_wanted[split], split, data.seed)
+        used = choose(sound, n_wanted[split], (split, source.name), data.seed)
         if split == "val":
-            check_scorable(used, coco_dir / name)
+            check_scorable(used, source.images_dir)
         splits[split] = {
-            "name": name,
-            "annotation_file": str(annotation_path(coco_dir, name)),
-            "annotation_sha256": digests[name],
+            "name": source.name,
+            "annotation_file": str(source.annotation_file),
+            "annotation_sha256": digests[split],
+            **source.place(coco_dir),
             **count(entries, broken, used),
+            "n_unlisted": index["n_unlisted"],
+            "notes": index["notes"],
         }
     return {
-        "title": title(data, splits),
+        "title": title(data, splits, indices),
+        "names": indices["train"]["names"],
+        "left_out": indices["train"]["left_out"],
         "coco_dir": str(coco_dir),
         "earlier_coco_dirs": [],
         "builtin": data.coco_dir == BUILTIN_DATASET,
@@ -52,20 +61,21 @@ def assemble(data: Data, coco_dir: Path, indices: Indices, digests: dict[str, st
     }
 
 
-def choose(sound: Entries, n_wanted: int | None, split: str, seed: int) -> Entries:
+def choose(sound: Entries, n_wanted: int | None, of: tuple[str, str], seed: int) -> Entries:
     """A seeded choice of `n_wanted` usable images, or all of them for None, in the order of their ids.
+
+    `of` are role and name of the split, for messages.
 
     Raises:
         UserError: fewer images are usable than wanted, or none.
     """
+    role, name = of
     if not sound:
-        raise UserError(f"no image of {SPLITS[split]} can be used: repair the dataset")
+        raise UserError(f"no image of {name} can be used: repair the dataset")
     if n_wanted is None:
         return sound
     if n_wanted > len(sound):
-        raise UserError(
-            f"data.n_{split}={n_wanted}: {SPLITS[split]} has {len(sound):,} usable images; ask for at most as many"
-        )
+        raise UserError(f"data.n_{role}={n_wanted}: {name} has {len(sound):,} usable images; ask for at most as many")
     all_ids = [entry["id"] for entry in sound]
     chosen = set(random.Random(seed).sample(all_ids, n_wanted))  # noqa: S311 - a reproducible choice, no secret
     return [entry for entry in sound if entry["id"] in chosen]
@@ -97,6 +107,8 @@ def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
         "n_annotations": total(used, "n_annotations"),
         "n_crowd": total(used, "n_crowd"),
         "n_degenerate_boxes": total(used, "n_degenerate"),
+        "n_clipped": total(used, "n_clipped"),
+        "n_dropped": total(used, "n_dropped"),
         "n_without_objects": n_without_objects,
         "subset": len(used) < len(entries) - len(broken),
         "image_ids_sha256": hash_ids(ids),
@@ -116,22 +128,27 @@ def name_faults(broken: Entries) -> str:
     return "; ".join(faults)
 
 
-def title(data: Data, splits: dict[str, Any]) -> str:
+def title(data: Data, splits: dict[str, Any], indices: Indices) -> str:
     """The name of the dataset in a report; `splits` are those of provenance.json."""
     if data.coco_dir == BUILTIN_DATASET:
         return BUILTIN_TITLE
     n_listed = {facts["name"]: facts["n_listed"] for facts in splits.values()}
-    return coco_title(n_listed)
+    is_official = all(index["is_official"] for index in indices.values())
+    return own_title(indices["train"]["names"]) or (coco_title(n_listed) if is_official else OTHER_COCO)
 
 
 def describe(provenance: dict[str, Any]) -> str:
-    """One line for the log: 'COCO 2017, train2017: 118,287 images, 860,001 annotations (10,777 crowd); val2017: ...'"""
+    """One line for the log: 'COCO 2017, train2017: 118,287 images, 860,001 annotations (10,777 crowd); val2017: ...'
+
+    What was mended in the annotations stands behind its split.
+    """
     parts = []
     for split in provenance["splits"].values():
         seeded = f" of {split['n_listed']:,}, seed {provenance['seed']}" if split["subset"] else ""
         skipped = f", {split['n_broken']} broken ones skipped" if split["n_broken"] else ""
+        mended = "".join(f", {n:,} {what}" for what, n in mended_in(split).items())
         parts.append(
             f"{split['name']}: {split['n_images']:,} images{seeded}, {split['n_annotations']:,} annotations "
-            f"({split['n_crowd']:,} crowd), {split['n_without_objects']:,} without objects{skipped}"
+            f"({split['n_crowd']:,} crowd), {split['n_without_objects']:,} without objects{skipped}{mended}"
         )
     return f"{provenance['title']}, " + "; ".join(parts)

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from app.coco.annotations import CATEGORIES
+from app.coco.categories import CATEGORIES
 from app.coco.dataset import SPLITS, annotation_path
 from app.core.files import new_folder
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from app.coco.annotations import CLASS_INDEX, Split, read_instances
-from app.coco.dataset import SPLITS, annotation_path
+from app.coco.annotations import read_source
+from app.coco.dataset import Source, Sources
 from app.coco.doubts import doubts
 from app.coco.images import fault
+from app.coco.split import Split, agreed_names
 from app.core.config import UserError
 from app.core.files import new_folder, write_text
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
-VIEW_VERSION = 4
+VIEW_VERSION = 5
 N_THREADS = min(8, os.cpu_count() or 1)
 STAMPS_AT_ONCE = 1000
 Entries = list[dict[str, Any]]  # entries of a view's index, one an image
@@ -43,59 +44,94 @@ class Image:
     labels: np.ndarray
 
 
-def view_dir(cache_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> Path:
-    """Folder of the view; its name depends on the place of the dataset and the content of its annotations."""
-    key = json.dumps([VIEW_VERSION, str(coco_dir), annotation_sha256], sort_keys=True)
+def view_dir(cache_dir: Path, sources: Sources, digests: dict[str, str]) -> Path:
+    """Folder of the view; its name depends on the place of the dataset and the content of its annotations.
+
+    `digests` are the SHA-256 of the annotation files, by 'train' and 'val'.
+    """
+    places = [[str(source.images_dir), source.part] for source in sources.values()]
+    key = json.dumps([VIEW_VERSION, places, digests], sort_keys=True)
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def make_current(view: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> Indices:
+def make_current(view: Path, sources: Sources, digests: dict[str, str]) -> Indices:
     """Builds the view if it is not whole, else checks again every image whose file has changed since its last check."""
-    indices = _whole_indices(view)
+    indices = _whole_indices(view, sources)
     if indices is None:
-        build_view(view, coco_dir, annotation_sha256)
-        return read_indices(view)
-    for split, name in SPLITS.items():
-        _check_changed(view, coco_dir, name, indices[split])
+        build_view(view, sources, digests)
+        return read_indices(view, sources)
+    for split, source in sources.items():
+        _check_changed(view, source, indices[split])
     return indices
 
 
-def _whole_indices(view: Path) -> Indices | None:
+def _whole_indices(view: Path, sources: Sources) -> Indices | None:
     """The view's indices; None if it was deleted or spoiled, as can be seen without a look at every label file."""
     try:
-        indices = read_indices(view)
+        indices = read_indices(view, sources)
         listed = [bool(index["images"]) for index in indices.values()]
     except (OSError, ValueError):
         return None
-    folders = [view / kind / name for kind in ("images", "labels") for name in SPLITS.values()]
+    folders = [view / kind / source.name for kind in ("images", "labels") for source in sources.values()]
     return indices if all(listed) and all(map(Path.is_dir, folders)) else None
 
 
-def build_view(target_dir: Path, coco_dir: Path, annotation_sha256: dict[str, str]) -> None:
+def build_view(target_dir: Path, sources: Sources, digests: dict[str, str]) -> None:
     """Checks every image once and writes links, labels and index; an existing view is replaced.
 
     Damaged images are recorded in the index and raise no error: each run decides whether to go on without them.
+
+    Raises:
+        UserError: an annotation file as a whole cannot be used, or train and val have other categories.
     """
     with new_folder(target_dir, replace=True) as root:
         (root / "images").mkdir()
-        for name in SPLITS.values():
-            _build_split(root, coco_dir, name, annotation_sha256[name])
+        splits = {}
+        for role, source in sources.items():
+            log.info("data: reading the annotations of %s, writing its labels", source.name)
+            splits[role] = read_source(source)
+        names = agreed_names(splits["train"], splits["val"])
+        for role, source in sources.items():
+            index = _build_split(root, source, splits[role], names)
+            _index_path(root, source.name).write_text(
+                json.dumps({"annotation_sha256": digests[role], **index}), encoding="utf-8"
+            )
 
 
-def _build_split(root: Path, coco_dir: Path, name: str, annotation_sha256: str) -> None:
-    log.info("data: reading the annotations of %s, writing its labels", name)
-    split = read_instances(annotation_path(coco_dir, name))
-    (root / "images" / name).symlink_to(coco_dir / name)
-    label_dir = root / "labels" / name
+def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> dict[str, Any]:
+    """Links the images, writes the labels and checks every image; returns the index of the split.
+
+    `names` are the classes of the network in their order.
+    """
+    (root / "images" / source.name).symlink_to(source.images_dir)
+    label_dir = root / "labels" / source.name
     label_dir.mkdir(parents=True)
-    entries = [_enter(label_dir, split, image) for image in split.images]
+    ids = {category["name"]: category["id"] for category in split.categories}
+    class_index = {ids[name]: index for index, name in enumerate(names)}
+    entries = [_enter(label_dir, split, image, class_index) for image in split.images]
     to_check = [entry for entry in entries if not entry["problem"]]
-    _check(to_check, coco_dir / name, f"checking {name}")
-    index = {"annotation_sha256": annotation_sha256, "doubts": doubts(split), "images": entries}
-    _index_path(root, name).write_text(json.dumps(index), encoding="utf-8")
+    _check(to_check, source.images_dir, f"checking {source.name}")
+    return {
+        "names": names,
+        "left_out": left_out(split, names),
+        "is_official": split.is_official,
+        "notes": dict(split.notes),
+        "n_unlisted": len(split.unlisted),
+        "unlisted": split.unlisted[:1],
+        "doubts": doubts(split),
+        "images": entries,
+    }
 
 
-def _enter(label_dir: Path, split: Split, image: dict[str, Any]) -> dict[str, Any]:
+def left_out(split: Split, names: list[str]) -> list[str]:
+    """Names of listed categories that are no class: Roboflow's, which stands for the supercategory of all others."""
+    listed = [category["name"] for category in split.categories]
+    for name in names:
+        listed.remove(name)
+    return listed
+
+
+def _enter(label_dir: Path, split: Split, image: dict[str, Any], class_index: dict[int, int]) -> dict[str, Any]:
     """Writes the label file of an image whose annotations can be used; returns its entry, without a look at its file.
 
     `problem` is what is wrong with the annotations; the file is not opened then, as its name may lead out of the
@@ -107,7 +143,7 @@ def _enter(label_dir: Path, split: Split, image: dict[str, Any]) -> dict[str, An
     if problem is None:
         path = _label_path(label_dir, file_name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yolo_rows(image, boxes), encoding="utf-8")
+        path.write_text(yolo_rows(image, boxes, class_index), encoding="utf-8")
     return {
         "id": image_id,
         "file": file_name,
@@ -116,6 +152,8 @@ def _enter(label_dir: Path, split: Split, image: dict[str, Any]) -> dict[str, An
         "n_annotations": split.n_annotations[image_id],
         "n_crowd": split.n_crowd[image_id],
         "n_degenerate": split.n_degenerate[image_id],
+        "n_clipped": split.n_clipped[image_id],
+        "n_dropped": split.n_dropped[image_id],
         "n_boxes": len(boxes),
         "problem": problem,
         "fault": problem,
@@ -142,9 +180,9 @@ def _check(entries: Entries, image_dir: Path, title: str) -> None:
         pool.shutdown(cancel_futures=True)  # without it an interrupted check goes on with all queued images
 
 
-def _check_changed(view: Path, coco_dir: Path, name: str, index: dict[str, Any]) -> None:
+def _check_changed(view: Path, source: Source, index: dict[str, Any]) -> None:
     """Checks the images of a split again whose size or time of change is another than in `index`, and enters them."""
-    image_dir = coco_dir / name
+    image_dir, name = source.images_dir, source.name
     entries = [entry for entry in index["images"] if not entry["problem"]]
 
     def changed_among(start: int) -> Entries:
@@ -178,26 +216,29 @@ def _label_path(label_dir: Path, file_name: str) -> Path:
     return (label_dir / file_name).with_suffix(".txt")
 
 
-def yolo_rows(image: dict[str, Any], boxes: list[list[float]]) -> str:
-    """COCO boxes [category_id, x, y, w, h] in px -> lines 'class cx cy w h', centre and size as shares of the image."""
+def yolo_rows(image: dict[str, Any], boxes: list[list[float]], class_index: dict[int, int]) -> str:
+    """COCO boxes [category_id, x, y, w, h] in px -> lines 'class cx cy w h', centre and size as shares of the image.
+
+    `class_index` says which class of the network a category is.
+    """
     width, height = image["width"], image["height"]
     lines = []
     for category_id, x, y, w, h in boxes:
         centre_x = (x + w / 2) / width
         centre_y = (y + h / 2) / height
-        class_index = CLASS_INDEX[int(category_id)]
-        lines.append(f"{class_index} {centre_x:.6f} {centre_y:.6f} {w / width:.6f} {h / height:.6f}\n")
+        index = class_index[int(category_id)]
+        lines.append(f"{index} {centre_x:.6f} {centre_y:.6f} {w / width:.6f} {h / height:.6f}\n")
     return "".join(lines)
 
 
 def read_index(view: Path, name: str) -> dict[str, Any]:
-    """The index of a split (train2017, val2017): `doubts`, lines about its annotations, and `images`, its Entries of
-    all listed images, broken ones too, in the order of their ids."""
+    """The index of a split (train2017, val2017), as `_build_split` makes it; `images` are its Entries of all listed
+    images, broken ones too, in the order of their ids."""
     return json.loads(_index_path(view, name).read_text(encoding="utf-8"))
 
 
-def read_indices(view: Path) -> Indices:
-    return {split: read_index(view, name) for split, name in SPLITS.items()}
+def read_indices(view: Path, sources: Sources) -> Indices:
+    return {split: read_index(view, source.name) for split, source in sources.items()}
 
 
 def chosen(entries: Entries, image_ids: list[int] | None) -> Entries:
@@ -211,9 +252,9 @@ def chosen(entries: Entries, image_ids: list[int] | None) -> Entries:
 def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
     """The images of a run's 'train' or 'val' with their labels, in the order of their ids; see prepare.prepared."""
     view = Path(provenance["view_dir"])
-    image_dir = view / "images" / SPLITS[split]
-    label_dir = view / "labels" / SPLITS[split]
-    entries = chosen(read_index(view, SPLITS[split])["images"], provenance["splits"][split]["image_ids"])
+    name, image_ids = provenance["splits"][split]["name"], provenance["splits"][split]["image_ids"]
+    image_dir, label_dir = view / "images" / name, view / "labels" / name
+    entries = chosen(read_index(view, name)["images"], image_ids)
     label_paths = [_label_path(label_dir, entry["file"]) for entry in entries]
     images = []
     with ThreadPoolExecutor(N_THREADS) as pool:

@@ -1,4 +1,4 @@
-"""The interface of an ONNX file of ours, of Ultralytics or of others: contract, input, class names."""
+"""The interface of an ONNX file of ours, of Ultralytics or of others: contract and input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from app.coco.annotations import NAMES
 from app.core.config import UserError
-from app.eval.metadata import names_of, shortened, size_of
+from app.eval.metadata import shortened, size_of
 
-N_CLASSES = len(NAMES)
 # nms: Ultralytics' export of the one2many head, in the layout of raw; its detections need non-maximum suppression.
 CONTRACTS = ("raw", "end2end", "nms")
 INPUT_TYPES: dict[str, Any] = {
@@ -26,13 +24,21 @@ INPUT_TYPES: dict[str, Any] = {
     "tensor(double)": np.float64,
     "tensor(uint8)": np.uint8,  # 0..255 instead of 0..1
 }
+N_BOX_ROWS = 4  # of raw and nms: centre, width and height; below them a row for every class
 OUTPUT_TYPES = ("tensor(float)", "tensor(float16)", "tensor(double)")
 LARGEST_INPUT = 2**29  # numbers in a batch: 2 GiB in float32
 SAY_CONTRACT = (
     "say what its output is with --contract: raw (scores of a head that needs no suppression), "
     "nms (that needs non-maximum suppression) or end2end ([N,K,6])"
 )
-SAY_NAMES = "if its classes are COCO's 80 in their order all the same, say so with --names conf/coco.names"
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output of a file: its contract, and the number of classes that its shape shows (None: it shows none)."""
+
+    contract: str
+    n_classes: int | None
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,8 @@ def read_input(path: Path, inputs: Sequence[Any], metadata: Mapping[str, str], s
 
 def read_contract(
     path: Path, outputs: Sequence[Any], true_shape: Callable[[], list[int]], metadata: Mapping[str, str], said: Said
-) -> str:
-    """'raw', 'end2end' or 'nms' of an open session, as its user, our metadata, its shape or Ultralytics' metadata say.
+) -> Output:
+    """The output of an open session: its contract as its user, our metadata, its shape or Ultralytics' metadata say.
 
     The authors of YOLOv10 and Ultralytics 8.2.38 to 8.3 write no `end2end` into the metadata; the shape [N,K,6] says it
     for all files.
@@ -157,7 +163,7 @@ def read_contract(
         true_shape: the shape for one image, which costs a run; it is asked where the file declares a free one.
 
     Raises:
-        UserError: the output differs from the contract, none of them says it, or the classes are not COCO's.
+        UserError: the output differs from the contract, or none of them says it.
     """
     shapes = [output.shape for output in outputs]
     types = ", ".join(output.type for output in outputs)
@@ -166,10 +172,9 @@ def read_contract(
     if is_free:
         shapes = [true_shape()]
     contract = _contract(path, shapes, metadata, said)
-    check_names(path, metadata, said)
     if not is_one or not shape_fits(contract, shapes[0]):
         raise UserError(f"{path}: outputs are {shortened(shapes)} {types}, {wanted_shape(contract)}")
-    return contract
+    return Output(contract, None if contract == "end2end" else shapes[0][1] - N_BOX_ROWS)
 
 
 def _contract(path: Path, shapes: list[Any], metadata: Mapping[str, str], said: Said) -> str:
@@ -187,34 +192,6 @@ def _contract(path: Path, shapes: list[Any], metadata: Mapping[str, str], said: 
         f"{path}: metadata 'contract' is {shortened(stated)}, and output {shortened(shapes)} does not say it: "
         f"{SAY_CONTRACT}"
     )
-
-
-def check_names(path: Path, metadata: Mapping[str, str], said: Said) -> None:
-    """Refuses a file whose classes are not COCO's; what its user says outweighs its metadata.
-
-    Raises:
-        UserError: other classes, or names that cannot be read; or a file that keeps to no contract of ours has none.
-    """
-    try:
-        names = said.names or names_of(metadata)
-    except UserError as error:
-        raise UserError(f"{path}: metadata 'names' cannot be read ({error}): {SAY_NAMES}") from error
-    source = "--names" if said.names else "metadata 'names'"
-    if names is None and "contract" not in metadata:
-        raise UserError(f"{path}: its metadata name no classes: {SAY_NAMES}")
-    if names is not None and names != NAMES:
-        raise UserError(
-            f"{path}: {source} are not the {N_CLASSES} COCO classes in their order ({_difference(names)}): "
-            f"another model; {SAY_NAMES}"
-        )
-
-
-def _difference(names: list[str]) -> str:
-    """The first class in which names differ from COCO's."""
-    for number, (name, official) in enumerate(zip(names, NAMES, strict=False)):
-        if name != official:
-            return f"class {number} is {shortened(name)}, in COCO {official}"
-    return f"there are {len(names):,}"
 
 
 def read_shape(
@@ -244,13 +221,18 @@ def read_shape(
     return batch, (sides[0], sides[1])
 
 
-def shape_fits(contract: str, shape: list[Any]) -> bool:
-    """Whether an output of this shape is the contract's."""
-    axis, size = (2, 6) if contract == "end2end" else (1, 4 + N_CLASSES)
-    return len(shape) == 3 and shape[axis] == size
+def shape_fits(contract: str, shape: list[Any], n_classes: int | None = None) -> bool:
+    """Whether an output of this shape is the contract's; `n_classes` None: of any number of classes."""
+    if len(shape) != 3:
+        return False
+    if contract == "end2end":
+        return shape[2] == 6
+    n_rows = shape[1]
+    return isinstance(n_rows, int) and (n_rows > N_BOX_ROWS if n_classes is None else n_rows == N_BOX_ROWS + n_classes)
 
 
-def wanted_shape(contract: str) -> str:
+def wanted_shape(contract: str, n_classes: int | None = None) -> str:
     """The second half of a message about an output that does not fit."""
-    shape = "[N,300,6]" if contract == "end2end" else f"[N,{4 + N_CLASSES},A]"
+    n_rows = "4+classes" if n_classes is None else N_BOX_ROWS + n_classes
+    shape = "[N,300,6]" if contract == "end2end" else f"[N,{n_rows},A]"
     return f"the contract '{contract}' is one float output {shape}: a model of other classes or another task"

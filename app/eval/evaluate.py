@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import Dataset, hash_ids, open_dataset
+from app.coco.categories import ids_by_name
+from app.coco.dataset import Dataset, check_unchanged, hash_ids, source_at
 from app.coco.score import (
     ImageFile,
     describe_dataset,
     first_of,
     image_files,
-    load_truth,
     score,
+    truth_of,
     usable_ids,
 )
 from app.core.config import Config, Eval, UserError, load
@@ -127,7 +128,7 @@ def without_broken(dataset: Dataset) -> Dataset:
     Raises:
         UserError: no image is left.
     """
-    truth = load_truth(dataset.annotation_file)
+    truth = truth_of(dataset)
     images = image_files(truth, dataset, usable_ids(truth, dataset))
     usable, faults = [], []
     for image in track(images, "eval: checking images", len(images)):
@@ -154,8 +155,8 @@ def evaluate_file(
     Raises:
         UserError: the model, the annotations or an image cannot be used; no half-written file is left.
     """
-    model = open_model(onnx_path, settings.provider, said)
-    truth = load_truth(dataset.annotation_file)
+    truth = truth_of(dataset)
+    model = open_model(onnx_path, settings.provider, said, ids_by_name(truth.dataset["categories"]))
     all_ids = usable_ids(truth, dataset)
     ids = first_of(all_ids, settings.max_images)
     images = image_files(truth, dataset, ids)
@@ -248,8 +249,9 @@ def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
             "or make eval ONNX=FILE COCO_DIR=%s", provenance["coco_dir"], asked, asked
         )  # fmt: skip
     split = provenance["splits"]["val"]
-    coco_dir, annotation_sha256 = Path(provenance["coco_dir"]), split["annotation_sha256"]
-    dataset = open_dataset(coco_dir, split["name"], split["image_ids"], provenance["title"], annotation_sha256)
+    coco_dir, name = Path(provenance["coco_dir"]), split["name"]
+    dataset = Dataset(coco_dir, name, split["image_ids"], provenance["title"], source_at(coco_dir, name, split))
+    check_unchanged(dataset, split["annotation_sha256"])
     return dataset, settings_hash(config.eval, split["image_ids_sha256"], split["annotation_sha256"])
 
 

@@ -65,8 +65,8 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
             outputs = model.run(inputs if model.batch else inputs[: len(batch)])
             end = time.perf_counter()
             for image, output in zip(batch, outputs, strict=False):
-                detections = select(output, model.contract, settings)
-                rows = results(image.image_id, detections, image.placement)
+                detections = select(output, model.contract, settings, len(model.category_ids))
+                rows = results(image.image_id, detections, image.placement, model.category_ids)
                 farthest = max(farthest, detections[:, :4].max(initial=0.0))
                 if rows:
                     file.write(separator + json.dumps(rows)[1:-1])
@@ -146,8 +146,8 @@ def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str,
         start = time.perf_counter()
         output = model.run(inputs)[0]
         end = time.perf_counter()
-        detections = select(output, model.contract, settings)
-        results(image.id, detections, loaded.placement)
+        detections = select(output, model.contract, settings, len(model.category_ids))
+        results(image.id, detections, loaded.placement, model.category_ids)
         whole_ms.append((time.perf_counter() - begin) * 1e3)
         session_ms.append((end - start) * 1e3)
     clocks_after = clocks(model.provider != CPU)

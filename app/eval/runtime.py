@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore - compiled, without stubs
 
+from app.coco.categories import CATEGORY_IDS, OFFICIAL_IDS
 from app.core.config import UserError
 from app.core.files import printable
 from app.core.mounts import only_seen
+from app.eval.classes import category_ids, without_unlisted
 from app.eval.contract import (
     Input,
     Said,
@@ -57,6 +60,7 @@ class Model:
     input: Input
     contract: str  # raw, end2end or nms
     metadata: dict[str, str]
+    category_ids: Sequence[int | None] = tuple(CATEGORY_IDS)  # of its classes; None: the annotations list no such class
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,17 +99,16 @@ class Model:
         return self.session.get_providers()[0]
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """images float32 [N,3,*size] RGB 0..1 -> float32 raw [N,84,A] or end2end [N,K,6].
+        """images float32 [N,3,*size] RGB 0..1 -> float32 raw [N,4+nc,A] or end2end [N,K,6].
 
         Raises:
             UserError: ONNX Runtime fails, or the shape of the output is not that of the contract.
         """
         output = self._output(images)
         if not self._fits(output, len(images)):
-            raise UserError(
-                f"{self.path}: {self.contract} output has the shape {list(output.shape)}, {wanted_shape(self.contract)}"
-            )
-        return output
+            wanted = wanted_shape(self.contract, len(self.category_ids))
+            raise UserError(f"{self.path}: {self.contract} output has the shape {list(output.shape)}, {wanted}")
+        return without_unlisted(output, self.contract, self.category_ids)
 
     def takes_batches(self) -> bool:
         """Whether two images in one run give what each gives alone; a Reshape to a batch of 1 may lie in the graph.
@@ -131,7 +134,7 @@ class Model:
         return bool((np.abs(output - other) <= tolerance).all())
 
     def _fits(self, output: np.ndarray, n_images: int) -> bool:
-        return len(output) == n_images and shape_fits(self.contract, list(output.shape))
+        return len(output) == n_images and shape_fits(self.contract, list(output.shape), len(self.category_ids))
 
     def _output(self, images: np.ndarray) -> np.ndarray:
         return run(self.path, self.session, self.input, images)
@@ -154,13 +157,16 @@ def run(path: Path, session: Any, port: Input, images: np.ndarray) -> np.ndarray
         return np.asarray(outputs[0]).astype(np.float32, copy=False)
 
 
-def open_model(path: Path, provider: str, said: Said | None = None) -> Model:
+def open_model(
+    path: Path, provider: str, said: Said | None = None, categories: Mapping[str, int] = OFFICIAL_IDS
+) -> Model:
     """Opens an ONNX file and checks that its interface is that of a known contract.
 
     Args:
         path: the file, of ours, of Ultralytics' exporter or of another.
         provider: 'auto', 'cpu' or 'cuda'.
         said: what the user says of the file.
+        categories: name -> id of the annotations that it is scored on, in the order of the classes.
 
     Raises:
         UserError: the file is missing or not ONNX, has another contract or class list, or the provider is unusable.
@@ -171,7 +177,7 @@ def open_model(path: Path, provider: str, said: Said | None = None) -> Model:
             f"{path} {what}: give the path of an ONNX file; 'make export' makes those of a run{only_seen()}"
         )
     try:
-        model = _open(path, choose_provider(provider), said or Said())
+        model = _open(path, choose_provider(provider), said or Said(), categories)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a name or text in it is no UTF-8 ({reason(error)}): download it again") from error
     if model.batch is None and not model.takes_batches():
@@ -182,16 +188,17 @@ def open_model(path: Path, provider: str, said: Said | None = None) -> Model:
     return model
 
 
-def _open(path: Path, provider: str, said: Said) -> Model:
+def _open(path: Path, provider: str, said: Said, categories: Mapping[str, int]) -> Model:
     refuse_foreign_data(path)
     session = open_session(path, provider, ort.SessionOptions())
     metadata = dict(session.get_modelmeta().custom_metadata_map)
     port = read_input(path, session.get_inputs(), metadata, said)
     one_batch = np.zeros((port.batch or 1, 3, *port.size), np.float32)
-    contract = read_contract(
+    output = read_contract(
         path, session.get_outputs(), lambda: list(run(path, session, port, one_batch).shape), metadata, said
     )
-    return Model(path, session, port, contract, metadata)
+    ids = category_ids(path, output, metadata, said, categories)
+    return Model(path, session, port, output.contract, metadata, ids)
 
 
 def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:

@@ -16,7 +16,6 @@ import onnx
 from onnx import ModelProto
 from ultralytics.nn.tasks import DetectionModel
 
-from app.coco.annotations import NAMES
 from app.core.config import Config, Export, UserError, config_hash
 from app.core.environment import code_version
 from app.core.files import sha256, write_atomic, write_json
@@ -121,7 +120,7 @@ def write_file(settings: Export, run: RunRoot, trained: Trained, label: Label) -
         log.info("export %s: %s", label, "packing the weights" if label.packing else "tracing the network")
         model = make_graph(settings, run, trained, label)
         metadata = {key: record[key] for key in METADATA}
-        set_facts(model, metadata | {"names": NAMES})
+        set_facts(model, metadata | {"names": list(trained.truth.names)})
         onnx.save(model, part)
         log.info("export %s: comparing the file with PyTorch on %d images", label, len(trained.truth.images))
         record["gates"] = check(part, run, trained, label)
@@ -150,7 +149,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
         "contract": label.contract,
         "input": {"name": "images", "layout": "NCHW", "type": "float32", "color": "RGB", "range": [0, 1], "pad": 114},
         "imgsz": config.train.imgsz,
-        "n_classes": len(NAMES),
+        "n_classes": len(trained.truth.names),
         "config_hash": config_hash(config),
         "code_version": code_version(),
         "checkpoint_sha256": trained.checkpoint_sha256,

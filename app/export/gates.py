@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,13 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, numpy_helper
 
-from app.coco.annotations import NAMES
+from app.coco.categories import NAMES
 from app.coco.detections import raw_rows
 from app.core.labels import Label
 from app.export.graphs import QuantWeight, learned_convolutions, quant_weights
 
 LEVELS = {"off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL, "on": ort.GraphOptimizationLevel.ORT_ENABLE_ALL}
-ROW_NAMES = ("cx", "cy", "w", "h", *NAMES)
+BOX_ROWS = ("cx", "cy", "w", "h")
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,17 @@ TIMES_ROUNDING = {FLOAT32: 10, FLOAT16: 2**13}
 
 @dataclass(frozen=True)
 class Truth:
-    """What torch computes: for `images` float32 [N,3,S,S] the raw output `raw` [N,84,A].
+    """What torch computes: for `images` float32 [N,3,S,S] the raw output `raw` [N,4+nc,A].
 
-    `layers_by_bits` is the number of quantized layers by bits; `rounding` is how much rounding changes `raw`.
+    `layers_by_bits` is the number of quantized layers by bits; `rounding` is how much rounding changes `raw`; `names`
+    are those of the nc classes.
     """
 
     images: np.ndarray
     raw: np.ndarray
     layers_by_bits: dict[int, int]
     rounding: Tolerance
+    names: Sequence[str] = tuple(NAMES)
 
     def allowed(self, precision: str) -> Tolerance:
         """Largest allowed difference of a file of this precision from `raw`."""
@@ -118,7 +121,7 @@ def check_parity(path: Path, truth: Truth, label: Label) -> dict[str, Any]:
     for level in LEVELS:
         for outputs in run_file(path, truth.images, level):
             for image, (output, raw) in enumerate(zip(outputs, truth.raw, strict=True)):
-                off = measure(output, raw, allowed)
+                off = measure(output, raw, allowed, truth.names)
                 max_box_px = max(max_box_px, off.box_px)
                 max_score = max(max_score, off.score)
                 if not (off.box_px <= allowed.box_px and off.score <= allowed.score):  # so that NaN is refused too
@@ -138,18 +141,18 @@ def check_parity(path: Path, truth: Truth, label: Label) -> dict[str, Any]:
     }
 
 
-def off_raw(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> Off:
-    """Compares a raw output [84,A] with torch's; the worst place is the one with most of its tolerance used up."""
+def off_raw(output: np.ndarray, raw: np.ndarray, allowed: Tolerance, names: Sequence[str] = NAMES) -> Off:
+    """Compares a raw output [4+nc,A] with torch's; the worst place is the one with most of its tolerance used up."""
     off = np.abs(output - raw)
-    allowed_by_row = np.array([allowed.box_px] * 4 + [allowed.score] * len(NAMES))
+    allowed_by_row = np.array([allowed.box_px] * 4 + [allowed.score] * len(names))
     shares = np.nan_to_num(off / allowed_by_row[:, None], nan=np.inf)
     row, anchor = np.unravel_index(shares.argmax(), off.shape)
-    where = f"output {ROW_NAMES[row]} of anchor {anchor}"
+    where = f"output {(*BOX_ROWS, *names)[row]} of anchor {anchor}"
     return Off(float(off[:4].max()), float(off[4:].max()), where)
 
 
-def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> Off:
-    """Compares an end2end output [K,6] with torch's raw output [84,A].
+def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance, names: Sequence[str] = NAMES) -> Off:
+    """Compares an end2end output [K,6] with torch's raw output [4+nc,A].
 
     Detections of equal scores may come in any order. So each is compared with the anchor that is closest to it, and the
     sorted list of scores with the K best of raw.
@@ -167,7 +170,7 @@ def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance) -> Off:
     box_px = box_off[rows, anchors]
     score = score_off[rows, anchors]
     worst = int(np.maximum(box_px / allowed.box_px, score / allowed.score).argmax())
-    where = f"detection {worst} ({NAMES[classes[worst]]})"
+    where = f"detection {worst} ({names[classes[worst]]})"
     return Off(float(box_px.max()), float(max(score.max(), rank_off.max())), where)
 
 

@@ -54,7 +54,7 @@ def torch_truth(model: DetectionModel, images: np.ndarray) -> Truth:
     from_brighter = outputs(raw_model, np.nextafter(images, np.float32(2)))
     off = np.maximum(np.abs(raw - without_onednn), np.abs(raw - from_brighter))
     rounding = Tolerance(float(off[:, :4].max()), float(off[:, 4:].max()))
-    return Truth(images, raw, dict(layers_by_bits), rounding)
+    return Truth(images, raw, dict(layers_by_bits), rounding, list(model.names.values()))
 
 
 def outputs(model: DetectionModel, images: np.ndarray, onednn: bool = True) -> np.ndarray:
@@ -70,7 +70,7 @@ def quantized_layers(model: nn.Module) -> list[Any]:
 def one_head(model: DetectionModel, contract: str) -> DetectionModel:
     """A copy of the model whose head has only the one2one branch.
 
-    Its output is for 'raw' [N,84,A], cx,cy,w,h in px and 80 probabilities; for 'end2end' [N,K,6], x1,y1,x2,y2 in px,
+    Its output is for 'raw' [N,4+nc,A], cx,cy,w,h in px and nc probabilities; for 'end2end' [N,K,6], x1,y1,x2,y2 in px,
     score and class. Published YOLOv10 numbers, the validation in training and the evaluator all use this branch.
 
     v10Detect decodes cv2 and cv3 to xywh without top-k if it has no one2one branch, and it decodes the one2one branch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
-from app.coco.annotations import NAMES
+from app.coco.categories import NAMES
 from app.core.config import Config, UserError, validate
 from app.core.files import write_atomic
 from app.core.shapes import Count, Shape, misfits
@@ -19,14 +20,14 @@ from app.quant.schemes import assign, convolutions, quantize
 
 CHECKPOINT_FORMAT = 2
 # A checkpoint is torch's ZIP, then the seal and 64 hex digits; torch.load reads the ZIP and ignores what follows it.
-SCORED_SHAPE: Shape = {"scored": dict[str, Any], "epoch": Count}
+SCORED_SHAPE: Shape = {"scored": dict[str, Any], "epoch": Count, "names?": list[str]}
 SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how a ZIP without a seal ends
 
 
-def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
-    """Builds the network of one variant with random weights.
+def build(config: Config, names: Sequence[str] = NAMES) -> tuple[DetectionModel, dict[str, Any] | None]:
+    """Builds the network of one variant with random weights, for the classes `names`.
 
     The weights are drawn from train.seed before any layer is replaced, so fp16 and qat start from the same numbers.
 
@@ -34,8 +35,8 @@ def build(config: Config) -> tuple[DetectionModel, dict[str, Any] | None]:
         the model in training mode on the CPU, and the content of quant_config.json (None for fp16).
     """
     torch.manual_seed(config.train.seed)
-    model = DetectionModel(config.model, ch=3, nc=len(NAMES), verbose=False)
-    model.names = dict(enumerate(NAMES))
+    model = DetectionModel(config.model, ch=3, nc=len(names), verbose=False)
+    model.names = dict(enumerate(names))
     return model, quantize(model, config.quant) if config.quant else None
 
 
@@ -131,6 +132,11 @@ def config_of(checkpoint: dict[str, Any], path: Path) -> Config:
         raise UserError(f"{path} was written by another version of this program, or is damaged: {error}") from error
 
 
+def names_of(checkpoint: dict[str, Any]) -> list[str]:
+    """The classes of a checkpoint's network; one without names is of COCO's."""
+    return checkpoint.get("names", NAMES)
+
+
 def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
     """Rebuilds the evaluated model (EMA weights, re-estimated BatchNorm) from a checkpoint file alone.
 
@@ -143,7 +149,7 @@ def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
     checkpoint = load_checkpoint(path, SCORED_SHAPE)
     config = config_of(checkpoint, path)
     plain = config.quant.model_copy(update={"fast_path": False}) if config.quant else None
-    model, _ = build(config.model_copy(update={"quant": plain}))
+    model, _ = build(config.model_copy(update={"quant": plain}), names_of(checkpoint))
     try:
         model.load_state_dict(checkpoint["scored"])
     except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:

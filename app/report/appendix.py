@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from app.coco.categories import NAMES
+from app.coco.dataset import mended_in
 from app.core.config import difference, flatten
 from app.core.labels import scored_name
 from app.core.mounts import as_known
@@ -32,6 +34,7 @@ HEADS = (
     "A training has more layers than its file: it has both heads of YOLOv10, one2many, which only helps to train, and "
     "one2one, which is scored. The file has one2one alone."
 )
+MAX_CLASSES = 100  # whose names the page lists
 FILES_OF_TRAINING = (
     "results.csv", "loss_curve.csv", "loss_curve.png", "config.yaml", "args.yaml", "env.json", "log.txt", "health.json",
     "quant_config.json",
@@ -132,7 +135,27 @@ def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
     if any(split["subset"] for split in splits):
         choice = f" A seeded choice (seed {provenance['seed']}); the ids are in dataset/provenance.json."
     place = as_known(provenance["coco_dir"])
-    return [f"{plain(provenance['title'])} in `{place}`.{choice}", "", *markdown_table(cells)]
+    title = f"{plain(provenance['title'])} in `{place}`.{choice}{_classes(provenance)}"
+    return [title, "", *markdown_table(cells), *_mended(provenance)]
+
+
+def _classes(provenance: dict[str, Any]) -> str:
+    """The classes of a dataset that has its own."""
+    names = provenance.get("names", NAMES)
+    if names == NAMES:
+        return ""
+    more = ", ..." if len(names) > MAX_CLASSES else ""
+    return f" {len(names):,} classes: {', '.join(map(plain, names[:MAX_CLASSES]))}{more}."
+
+
+def _mended(provenance: dict[str, Any]) -> list[str]:
+    """A line for every split whose annotations were mended before they were used."""
+    lines = []
+    for split in provenance["splits"].values():
+        if counts := mended_in(split):
+            told = ", ".join(f"{n:,} {plain(what)}" for what, n in counts.items())
+            lines.append(f"- {split['name']}: {told}")
+    return ["", *lines] if lines else []
 
 
 def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import Dataset, annotation_path, open_dataset
+from app.coco.dataset import Dataset, check_unchanged, source_at
 from app.coco.detail import Metrics, analyse
 from app.coco.score import STATS
 from app.core.config import Report, UserError
@@ -149,7 +149,7 @@ def found(metrics: Metrics, places: list[Path]) -> Metrics:
     recorded, split = Path(metrics["dataset"]["coco_dir"]), metrics["dataset"]["split"]
     in_places = [folder for place in places for folder in (place, place / recorded.name)]
     for folder in [recorded, *in_places]:
-        if annotation_path(folder, split).is_file():
+        if source_at(folder, split, metrics["dataset"]).annotation_file.is_file():
             return {**metrics, "dataset": {**metrics["dataset"], "coco_dir": str(folder)}}
     return metrics
 
@@ -157,8 +157,9 @@ def found(metrics: Metrics, places: list[Path]) -> Metrics:
 def scored_dataset(metrics: Metrics) -> Dataset:
     """The images and annotations as metrics.json names them; `analyse` holds the images against its hash."""
     facts = metrics["dataset"]
-    coco_dir, sha256 = Path(facts["coco_dir"]), facts["annotation_sha256"]
-    return open_dataset(coco_dir, facts["split"], facts["image_ids"], facts["title"], sha256)
+    coco_dir, name = Path(facts["coco_dir"]), facts["split"]
+    dataset = Dataset(coco_dir, name, facts["image_ids"], facts["title"], source_at(coco_dir, name, facts))
+    return check_unchanged(dataset, facts["annotation_sha256"])
 
 
 def table(pairs: list[Pair]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import annotation_path
+from app.coco.dataset import source_at
 from app.core.config import Report, UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
@@ -55,5 +55,6 @@ def val_annotations(run: RunRoot) -> list[Path]:
         provenance = read_json(run.provenance, "data", PROVENANCE_SHAPE)
     except UserError:
         return []
-    path = annotation_path(Path(provenance["coco_dir"]), provenance["splits"]["val"]["name"])
+    split = provenance["splits"]["val"]
+    path = source_at(Path(provenance["coco_dir"]), split["name"], split).annotation_file
     return [path] if path.is_file() else []

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from app.coco.dataset import BUILTIN_TITLE
+from app.coco.dataset import BUILTIN_TITLE, PLACE_SHAPE
 from app.coco.detail import Metrics
 from app.coco.score import STATS
 from app.core.config import UserError, read_yaml
@@ -25,6 +25,7 @@ METRICS_SHAPE: Shape = {
     "model.imgsz": Count | str, "dataset.title": str, "dataset.split": FolderName, "dataset.annotation_sha256": str,
     "dataset.n_images": Count, "dataset.n_images_listed": Count, "dataset.subset": bool,
     "dataset.image_ids_sha256": str, "dataset.complete_coco_val": bool,
+    **{f"dataset.{key}": kind for key, kind in PLACE_SHAPE.items()},
     **{f"coco.{name}": NumberOrNone for name in STATS},
     "settings.conf": Number, "settings.max_det": Count, "settings.evaluator": str,
     **{f"latency_ms.{name}": Number for name in ("p50", "p90", "p99")},

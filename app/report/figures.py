@@ -6,6 +6,7 @@ Those about the quantized layers are in app/report/layer_figures.py, the photos 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def themed(name: str, theme: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    write_atomic(path, lambda part: figure.savefig(part, format=path.suffix[1:], dpi=120))
+    with warnings.catch_warnings():  # names of classes in scripts that the font lacks: the tables have them too
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
+        write_atomic(path, lambda part: figure.savefig(part, format=path.suffix[1:], dpi=120))
 
 
 def style(paper: str, ink: str) -> dict[Any, Any]:
@@ -87,6 +90,11 @@ def is_whole_coco(provenance: dict[str, Any]) -> bool:
     """Whether every image that COCO 2017 lists was used: neither chosen from nor skipped as broken."""
     splits = provenance["splits"].values()
     return provenance["title"] == COCO_2017 and all(split["n_images"] == split["n_listed"] for split in splits)
+
+
+def literal(name: str) -> str:
+    """The name of a class for a figure, where Matplotlib would take what stands between two $ for a formula."""
+    return name.replace("$", r"\$")
 
 
 def by_size(group: list[Metrics], figures_dir: Path) -> str:
@@ -192,7 +200,7 @@ def class_figure(changes: dict[str, float], old: dict[str, float], base_name: st
     values = list(changes.values())
     colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in values]
     texts = [f"{value:+.3f}" for value in values]
-    names = [f"{category} ({old[category]:.3f})" for category in changes]
+    names = [f"{literal(category)} ({old[category]:.3f})" for category in changes]
     bars = axes.barh(range(n), values, color=colours)
     axes.bar_label(bars, texts, padding=3, fontsize=8)
     axes.set_yticks(range(n), names, fontsize=9)

@@ -14,6 +14,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from pycocotools.coco import COCO
 
+from app.coco.dataset import source_at
 from app.coco.detail import Metrics, choose
 from app.coco.images import read_image
 from app.coco.score import detection_rows
@@ -21,7 +22,7 @@ from app.core.config import Report
 from app.core.curves import COLOURS
 from app.core.run import RunRoot
 from app.report.evidence import name_of
-from app.report.figures import draw
+from app.report.figures import draw, literal
 from app.report.tables import plain
 
 PANEL_COLOURS = (COLOURS[2], COLOURS[0], COLOURS[1])  # ground truth, baseline, quantized
@@ -42,10 +43,11 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
     chosen = choose(old["f1_by_image"], new["f1_by_image"], settings.gallery_images, settings.gallery_seed)
     rows = [{"image_id": int(image_id), "why": why, "f1_difference": change} for image_id, why, change in chosen]
     new["gallery"] = rows
+    names = {number: category["name"] for number, category in truth.cats.items()}
     columns: dict[str, Any] = {
         "ground truth": truth.imgToAnns,
-        name_of(base): detections(Path(base["path"]), old["best_score"]),
-        name_of(other): detections(Path(other["path"]), new["best_score"]),
+        name_of(base): detections(Path(base["path"]), old["best_score"], names),
+        name_of(other): detections(Path(other["path"]), new["best_score"], names),
     }
     text = (
         f"**Val images, {plain(name_of(base))} and {plain(name_of(other))}.** Each shows its boxes from the score at "
@@ -54,7 +56,6 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
         f"{settings.gallery_seed})."
     )
     images = image_paths(base, rows, truth)
-    names = {number: category["name"] for number, category in truth.cats.items()}
     file = f"gallery-{other['dir']}.jpg"
     return draw(run.figures_dir, file, text, lambda: gallery_figure(rows, images, columns, names))
 
@@ -62,7 +63,7 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
 def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> dict[int, Path]:
     """Image id -> the file of every image that the gallery shows."""
     dataset = metrics["dataset"]
-    folder = Path(dataset["coco_dir"]) / dataset["split"]
+    folder = source_at(Path(dataset["coco_dir"]), dataset["split"], dataset).images_dir
     paths = {}
     for row in rows:
         image_id = row["image_id"]
@@ -70,12 +71,15 @@ def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> di
     return paths
 
 
-def detections(folder: Path, min_score: float) -> dict[int, list[dict[str, Any]]]:
-    """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top)."""
+def detections(folder: Path, min_score: float, names: dict[int, str]) -> dict[int, list[dict[str, Any]]]:
+    """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top).
+
+    `names` are those of the categories that the annotations list: COCOeval scores no others, and none is drawn.
+    """
     boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
     rows = detection_rows(folder / "detections.json")
     for row in sorted(rows, key=lambda row: row["score"]):
-        if row["score"] >= min_score:
+        if row["score"] >= min_score and row["category_id"] in names:
             boxes[row["image_id"]].append(row)
     return boxes
 
@@ -120,7 +124,7 @@ def draw_boxes(axes: Axes, boxes: list[dict[str, Any]], names: dict[int, str], c
         patch = Rectangle((x, y), width, height, fill=False, color=colour, lw=1.6, ls="--" if is_crowd else "-")
         patch.set_path_effects([withStroke(linewidth=3, foreground="white")])  # seen on any background
         axes.add_patch(patch)
-        text = names[box["category_id"]]
+        text = literal(names[box["category_id"]])
         if "score" in box:
             text += f" {box['score']:.2f}"
         elif is_crowd:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from app.coco.dataset import Dataset, annotation_path, open_dataset
+from app.coco.dataset import Dataset, check_unchanged, source_at
 from app.coco.detail import Metrics, analyse
 from app.core.config import Config, Report, UserError
 from app.core.files import write_json, write_text
@@ -119,10 +119,11 @@ def scored_dataset(evidence: Evidence, metrics: Metrics) -> Dataset:
         raise UserError("dataset/provenance.json is not there")
     split, coco_dir = evidence.provenance["splits"]["val"], Path(evidence.provenance["coco_dir"])
     name, title = split["name"], evidence.provenance["title"]
+    dataset = Dataset(coco_dir, name, split["image_ids"], title, source_at(coco_dir, name, split))
     try:
-        return open_dataset(coco_dir, name, split["image_ids"], title, metrics["dataset"]["annotation_sha256"])
+        return check_unchanged(dataset, metrics["dataset"]["annotation_sha256"])
     except UserError as error:
-        file_name = annotation_path(coco_dir, name).name
+        file_name = dataset.annotation_file.name
         raise UserError(f"the scored annotations ({file_name}) are not on this machine, or have changed") from error
 
 

@@ -21,7 +21,6 @@ from torch.utils.data import Sampler, default_collate, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
-from app.coco.annotations import NAMES
 from app.coco.dataset import SPLITS
 from app.coco.images import place, read_image
 from app.core.config import UserError
@@ -58,12 +57,12 @@ BEGINNING = Place(0, 0)
 WHOLE = Part(0, 1)
 
 
-def dataset_of(folder: Path) -> dict[str, Any]:
+def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:
     """What Ultralytics' trainer and dataset know of a dataset, as its check_det_dataset gives it of a coco.yaml.
 
     `folder` is the run's dataset/; the lists of images there are only named: their images come from the view.
     """
-    names = dict(enumerate(NAMES))
+    names = dict(enumerate(classes))
     lists = {split: str(folder / f"{split}.txt") for split in SPLITS}
     return {"path": folder, **lists, "names": names, "nc": len(names), "channels": 3}
 

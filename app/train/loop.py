@@ -239,7 +239,8 @@ class Loop:
         if state.epoch < self.config.n_quant_warmup_epochs:
             columns[WARM_UP] = 1
         elif state.best_fitness is None or fitness > state.best_fitness:
-            entries = {"scored": state.scored, "epoch": state.epoch, "fitness": fitness}
+            names = self.trainer.provenance["names"]
+            entries = {"scored": state.scored, "epoch": state.epoch, "fitness": fitness, "names": names}
             save_checkpoint(self.trainer.best, self.config, entries)
             state.best_fitness, state.best_epoch = fitness, state.epoch + 1
         return columns

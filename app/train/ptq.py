@@ -18,7 +18,7 @@ from app.core.scheme import keep_scheme
 from app.data.prepare import prepared
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.health import signal_to_noise
-from app.quant.model import cpu_state_dict, load_scored, save_checkpoint
+from app.quant.model import cpu_state_dict, load_scored, names_of, save_checkpoint
 from app.quant.schemes import quantize
 from app.train.bn_images import BnImages
 from app.train.device import check_devices
@@ -45,7 +45,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     quant = config.quant.without_options()
     quant_config = quantize(model, quant)
     quantized = trained.model_copy(update={"variant": "qat", "quant": quant})
-    facts = {"epoch": checkpoint["epoch"], "source_sha256": sha256(source)}
+    facts = {"epoch": checkpoint["epoch"], "source_sha256": sha256(source), "names": names_of(checkpoint)}
     for label in ptq_labels(quant):
         if not force and is_quantized(run, label, facts["source_sha256"], quant.scheme):
             log.info("ptq %s: done already (%s)", label, run.best(label))
@@ -83,7 +83,7 @@ def reestimate(model: DetectionModel, config: Config, run: RunRoot, epoch: int) 
 def bn_images(config: Config, run: RunRoot, workers: int) -> BnImages:
     """The images that a training of `config` on the run's data re-estimates BatchNorm on."""
     provenance = prepared(run)
-    train, data = config.train, dataset_of(run.dataset_yaml.parent.resolve())
+    train, data = config.train, dataset_of(run.dataset_yaml.parent.resolve(), provenance["names"])
     hyp = cast(Any, get_cfg(overrides={**config.hyp.model_dump(), "workers": workers}))
     dataset = CocoDataset(
         "train", data, provenance, train.seed, imgsz=train.imgsz, batch_size=train.batch, hyp=hyp, cache=None

@@ -101,7 +101,7 @@ class Trainer(DetectionTrainer):
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Quantization happens here, before the optimizer and the EMA copy are made."""
-        model, quant_config = build(self.config)
+        model, quant_config = build(self.config, self.provenance["names"])
         if quant_config and self.ranks.is_main:
             write_json(self.save_dir / "quant_config.json", quant_config)
         if self.device.type == "cuda" and self.config.train.kernels:
@@ -110,7 +110,7 @@ class Trainer(DetectionTrainer):
 
     def get_dataset(self) -> dict[str, Any]:
         """Made from what is known. Ultralytics' own reads coco.yaml, and executes what its `download:` says."""
-        return dataset_of(self.dataset_dir)
+        return dataset_of(self.dataset_dir, self.provenance["names"])
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         """For training this rank's parts of the batches; for validation all images, in batches of a part's size."""

@@ -12,7 +12,7 @@ import pytest
 from brevitas.nn import QuantConv2d
 from onnx import TensorProto, numpy_helper
 
-from app.coco.annotations import NAMES
+from app.coco.categories import NAMES
 from app.coco.detections import select
 from app.core.config import load
 from app.core.files import read_json, sha256

@@ -16,7 +16,7 @@ from ultralytics import YOLO
 from app.bench import stock_val
 from app.bench.explain import by_image, n_same, with_ids
 from app.bench.train import stock_dataset
-from app.coco.annotations import CATEGORY_IDS, NAMES
+from app.coco.categories import CATEGORY_IDS, NAMES
 from app.coco.detections import results, select
 from app.coco.score import image_files, load_truth, score, standalone_dataset
 from app.core.files import read_json, write_json
@@ -83,10 +83,10 @@ def annotate_with_detections(run: RunRoot) -> None:
     for entry in tree["images"][:5] + tree["images"][6:]:
         rows = found[entry["id"]]
         large = rows[(rows[:, 2:4] - rows[:, :2]).min(axis=1) > 4]
-        for x1, y1, x2, y2, _, index in large[:: max(1, len(large) // N_TRUE)]:
+        for x1, y1, x2, y2, _, category in large[:: max(1, len(large) // N_TRUE)]:
             x, y, w, h = np.array([x1, y1, x2 - x1, y2 - y1]) * rng.uniform(0.9, 1, 4)
             box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0, "segmentation": []}
-            kept.append(box | {"image_id": entry["id"], "category_id": CATEGORY_IDS[int(index)]})
+            kept.append(box | {"image_id": entry["id"], "category_id": int(category)})
     tree["annotations"] = [a | {"id": number} for number, a in enumerate(kept, 1)]
     file.write_text(json.dumps(tree))
 
@@ -145,6 +145,7 @@ def test_ultralytics_export_gives_the_detections_of_its_validator(
     settings = config_of(run, "qat").eval
     arguments = {"conf": settings.conf, "max_det": settings.max_det, "imgsz": IMGSZ, "workers": 0, "device": "cpu"}
     given = {"onnx": str(stock_files[contract]), "arguments": arguments, "record": True, "n_images": 8}
+    given["category_ids"] = CATEGORY_IDS
     write_json(tmp_path / "stock" / "val.json", given)
     stock_val.main(tmp_path / "stock")
     theirs = with_ids(truth, read_json(tmp_path / "stock" / "val-result.json", "bench")["rows"])

@@ -85,7 +85,54 @@ def unusable(reason: str, file_name: str = "000000000001.jpg") -> str:
     return f"1 of 2 images in COCO/train2017 cannot be used: {file_name} {reason}; {REPAIR}"
 
 
+def corners(coco_dir: Path) -> None:
+    """Writes ten boxes as x1, y1, x2, y2."""
+
+    def change(found: dict[str, Any]) -> None:
+        box = found["annotations"][0]
+        found["annotations"] = [box | {"id": number, "bbox": [number, 3, 28 + number, 25]} for number in range(1, 11)]
+
+    edit(coco_dir, change)
+
+
+def only_annotations(coco_dir: Path) -> None:
+    for name in ("train2017", "val2017"):
+        shutil.rmtree(coco_dir / name)
+        annotation_file(coco_dir, name).unlink()
+
+
+def as_roboflow(coco_dir: Path) -> None:
+    """Leaves train/ as Roboflow has it, and nothing of val."""
+    (coco_dir / "train2017").rename(coco_dir / "train")
+    annotation_file(coco_dir).rename(coco_dir / "train" / "_annotations.coco.json")
+    shutil.rmtree(coco_dir / "val2017")
+    shutil.rmtree(coco_dir / "annotations")
+
+
+KNOWN = (
+    "train2017/, val2017/ and annotations/ as COCO 2017 does, train/ and valid/ with _annotations.coco.json "
+    "(Roboflow), or train/ and val/ with annotations/instances_default.json (CVAT)"
+)
+SAY = "say where they are with data.train_images, data.train_annotations, data.val_images and data.val_annotations"
 FOLDER = [
+    Case(
+        "another layout", only_annotations,
+        f"COCO holds no dataset in a known layout: it must hold {KNOWN}; {SAY}, give another COCO_DIR=path, or run "
+        "'make download-coco'",
+    ),
+    Case(
+        "train images without val images", as_roboflow,
+        "COCO has train images (train/ with train/_annotations.coco.json) and no val images: export them too, or "
+        f"{SAY}",
+    ),
+    Case(
+        "images without annotations", nothing,
+        "data.train_images is given without data.train_annotations: give both", ("data.train_images=train2017",),
+    ),
+    Case(
+        "annotations that are not there", nothing, "COCO/no.json is missing: it must list the images of val",
+        ("data.val_images=val2017", "data.val_annotations=no.json"),
+    ),
     Case("no COCO folder", shutil.rmtree, "no COCO folder at COCO: give COCO_DIR=path, or run 'make download-coco'"),
     Case("no train2017/", lambda coco: shutil.rmtree(coco / "train2017"), f"COCO has no train2017/: {LAYOUT}"),
     Case("no val2017/", lambda coco: shutil.rmtree(coco / "val2017"), f"COCO has no val2017/: {LAYOUT}"),
@@ -148,11 +195,16 @@ FILES = [
     ),
 ]  # fmt: skip
 
-BOXES = [
+CORNERS = [
     Case(
-        "box outside its image", first("annotations", bbox=[30, 3, 20, 6]),
-        unusable("annotation 1: bbox [30, 3, 20, 6] lies outside its image of 40 x 30"),
+        "boxes that are corners",
+        corners,
+        f"{TRAIN_JSON}: 4 of 10 boxes reach over the border of their images, and all could be x1, y1, x2, y2: COCO's "
+        "are x, y, width, height in px, write them so",
     ),
+]
+
+BOXES = [
     Case(
         "box of negative width", first("annotations", bbox=[4, 3, -2, 6]),
         unusable("annotation 1: bbox [4, 3, -2, 6] has a negative size"),
@@ -185,17 +237,16 @@ BOXES = [
         "box of text", first("annotations", bbox=["4", 3, 10, 6]),
         unusable("annotation 1: bbox ['4', 3, 10, 6] is not four finite numbers"),
     ),
-    Case(
-        "box of a crowd outside its image", lambda coco: edit(
-            coco, lambda found: found["annotations"][2].update(bbox=[-9, 0, 24, 8])
-        ),
-        unusable("annotation 3: bbox [-9, 0, 24, 8] lies outside its image of 24 x 32", "000000000002.jpg"),
-    ),
 ]  # fmt: skip
 
 GO_ON = "to go on all the same, give --set data.strict=false"
 STRICT = ("data.strict=true",)
 DOUBTS = [
+    Case(
+        "box over the border", first("annotations", bbox=[30, 3, 20, 6]),
+        f"{TRAIN_JSON}: 1 of 4 boxes reach over the border of their image (first: 000000000001.jpg) and were clipped "
+        f"to it: check that they are x, y, width, height in px of this size; {GO_ON}", STRICT,
+    ),
     Case(
         "boxes in shares of the image", lambda coco: edit(coco, in_shares),
         f"{TRAIN_JSON}: 3 of 3 boxes have no number above 1 (first: 000000000001.jpg): COCO's are x, y, w, h in px, "
@@ -311,4 +362,4 @@ ARGUMENTS = [
     ),
 ]  # fmt: skip
 
-CASES = [*FOLDER, *JSON, *CATEGORIES, *IDS, *FILES, *BOXES, *DOUBTS, *SETTINGS]
+CASES = [*FOLDER, *JSON, *CATEGORIES, *IDS, *CORNERS, *FILES, *BOXES, *DOUBTS, *SETTINGS]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from app.core.environment import REPO_DIR
 from app.core.files import write_text
 from tests.support.bad_annotation_cases import CATEGORIES, IDS, JSON, Case
-from tests.support.bad_input_cases import ARGUMENTS, BOXES, DOUBTS, FILES, FOLDER, SETTINGS, Argument
+from tests.support.bad_input_cases import ARGUMENTS, BOXES, CORNERS, DOUBTS, FILES, FOLDER, SETTINGS, Argument
 
 DOC = REPO_DIR / "docs" / "bad-input.md"
 HEAD = """# What a bad input says
@@ -18,6 +18,7 @@ cases that `tests/unit/test_bad_input.py` runs: `PYTHONPATH=. python tests/suppo
 """
 PARTS = {
     "The folder": FOLDER, "The annotation file": JSON, "Categories": CATEGORIES, "Ids and entries": IDS,
+    "All boxes": CORNERS,
     "Image files (`data.skip_broken=true` goes on without them)": FILES,
     "Boxes (`data.skip_broken=true` goes on without their images)": BOXES,
     "Doubtful annotations (a warning; an error with `data.strict=true`)": DOUBTS,

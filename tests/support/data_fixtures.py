@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from app.coco.annotations import CATEGORIES
+from app.coco.categories import CATEGORIES
 from app.core.config import CONF_DIR, Config, load
 from app.core.run import RunRoot
 from app.data.prepare import prepare

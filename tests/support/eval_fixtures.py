@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from app.coco.annotations import CATEGORIES, NAMES
+from app.coco.categories import CATEGORIES, NAMES
 from app.core.config import Eval
 
 IMGSZ = 32

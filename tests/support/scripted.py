@@ -16,7 +16,7 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from app.coco.annotations import CATEGORIES
+from app.coco.categories import CATEGORIES
 from app.quant.model import load_checkpoint
 from app.train.nonfinite import Watch
 from app.train.validator import Validator

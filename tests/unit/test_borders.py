@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from app.coco.annotations import CATEGORY_IDS
+from app.coco.categories import CATEGORY_IDS
 from app.coco.dataset import Dataset, annotation_path
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run

@@ -99,13 +99,29 @@ def test_no_detections_is_zero_and_no_objects_is_null(tmp_path: Path) -> None:
     assert scored(tmp_path, [], [found(1, [10, 10, 40, 40], 0.9)]) == dict.fromkeys(STATS)
 
 
-@pytest.mark.parametrize("numbers", [(0, 1), (3, 3)])
-def test_ids_that_would_falsify_the_score_are_refused(tmp_path: Path, numbers: tuple[int, int]) -> None:
-    """pycocotools takes the match with annotation 0 for none, and would look up the wrong one of two equal ids."""
-    path = write_annotations(tmp_path / "instances.json", SIZES, [truth_box(1, [1, 1, 9, 9])] * 2)
+def with_ids(tmp_path: Path, truth: list[dict[str, Any]], numbers: list[Any]) -> Path:
+    """An annotation file whose annotations have these ids."""
+    path = write_annotations(tmp_path / "instances.json", SIZES, truth)
     tree = json.loads(path.read_text())
     for annotation, number in zip(tree["annotations"], numbers, strict=True):
         annotation["id"] = number
     path.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=r"number (them|the annotations) from 1"):
-        load_truth(path)
+    return path
+
+
+def test_ids_that_would_falsify_the_score_are_refused(tmp_path: Path) -> None:
+    """pycocotools would look up the wrong one of two equal ids."""
+    with pytest.raises(UserError, match="number the annotations from 1"):
+        load_truth(with_ids(tmp_path, [truth_box(1, [1, 1, 9, 9])] * 2, [3, 3]))
+
+
+@pytest.mark.parametrize("numbers", [[0, 1], ["a7", "b"], [2.0, 0], [-1, 2**60]])
+def test_ids_of_annotations_make_no_difference(tmp_path: Path, numbers: list[Any]) -> None:
+    """pycocotools takes a match with annotation 0 for none: recall, and with it AP, would be 0.5."""
+    truth = [truth_box(1, [10, 10, 40, 40]), truth_box(1, [60, 60, 30, 30])]
+    detections = [found(1, box["bbox"], 0.9) for box in truth]
+    path = with_ids(tmp_path, truth, numbers)
+    (tmp_path / "detections.json").write_text(json.dumps(detections))
+    loaded = load_truth(path)
+    assert sorted(loaded.anns) == [1, 2]
+    assert score(loaded, tmp_path / "detections.json", [1])["AP"] == pytest.approx(1.0, abs=EXACT)

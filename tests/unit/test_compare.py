@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from app.core.config import Report, UserError, load
+from app.coco.dataset import Dataset
+from app.core.config import Config, Report, UserError, load
+from app.core.files import sha256
 from app.core.run import RunRoot
 from app.report.compare import compare, pair_up
+from app.report.report import report
 from tests.support.drawn import kept_figures
-from tests.support.report_fixtures import add_dataset, build_run
+from tests.support.report_fixtures import add_dataset, build_run, edit, score_detections
 
 
 @pytest.fixture
@@ -22,8 +25,12 @@ def run(tmp_path: Path) -> RunRoot:
     return run
 
 
+def settings_of_all() -> Config:
+    return load("qat", sets=["report.gallery_images=1"])
+
+
 def settings() -> Report:
-    return load("qat", sets=["report.gallery_images=1"]).report
+    return settings_of_all().report
 
 
 def row(text: str, first: str) -> list[str]:
@@ -126,3 +133,23 @@ def test_what_is_not_there_is_named(run: RunRoot, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"lacks latency_ms\.p50"):
         compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", settings())
+
+
+def test_detections_of_a_category_that_is_not_listed_are_not_drawn(run: RunRoot, tmp_path: Path) -> None:
+    """A network of 80 classes on annotations that list two of them: what is not scored is not drawn either."""
+    file = tmp_path / "coco/annotations/instances_val2017.json"
+    tree = json.loads(file.read_text())
+    tree["categories"] = [category for category in tree["categories"] if category["id"] in (1, 3)]
+    file.write_text(json.dumps(tree))
+    dog = {"image_id": 1, "category_id": 18, "bbox": [1, 2, 3, 4], "score": 0.99}
+    for name in ("baseline-coco", "qat-w4a16-coco"):
+        folder = run.root / name
+        rows = json.loads((folder / "detections.json").read_text())
+        score_detections(folder, [*rows, dog], Dataset(tmp_path / "coco", "val2017", None, "small set"))
+    with kept_figures() as figures:
+        compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", settings())
+    texts = [text.get_text() for axes in figures["gallery-qat-w4a16-coco.jpg"].axes for text in axes.texts]
+    assert sorted(set(texts)) == ["car", "car 0.62", "person", "person 0.56", "person 0.75"]
+    edit(run.provenance, "splits.val.annotation_sha256", sha256(file))
+    report(settings_of_all(), run)
+    assert "Left out" not in run.summary.read_text()

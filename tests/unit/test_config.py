@@ -33,7 +33,8 @@ OTHER_HYP = ("optimizer", "perspective", "close_mosaic", "nbs")  # keys of hyp t
 CHANGED = {
     "variant": "fp16", "model": "yolov10n.yaml",
     "data.coco_dir": "elsewhere", "data.n_train": 7, "data.n_val": 7, "data.seed": 1, "data.skip_broken": True,
-    "data.strict": True,
+    "data.strict": True, "data.train_images": "a", "data.train_annotations": "b", "data.val_images": "c",
+    "data.val_annotations": "d",
     "train.epochs": 7, "train.batch": 7, "train.imgsz": 32, "train.seed": 1, "train.deterministic": False,
     "train.amp": False, "train.workers": 7, "train.device": "cpu", "train.cache": True,
     "train.graph": False, "train.kernels": False, "train.bn_batches": 7,

@@ -17,7 +17,7 @@ import yaml
 
 import app.data.prepare
 import app.data.view
-from app.coco.annotations import CATEGORIES, NAMES
+from app.coco.categories import CATEGORIES, NAMES
 from app.core.config import UserError
 from app.core.files import read_json
 from app.core.run import RunRoot, open_run
@@ -363,10 +363,14 @@ def test_links_inside_the_dataset_and_a_linked_split_work(coco_dir: Path, run: R
 
 
 def test_only_the_categories_in_use_may_be_listed(coco_dir: Path, run: RunRoot) -> None:
-    in_use = [category for category in CATEGORIES if category["id"] in (1, 3, 90)]
-    edit(coco_dir, lambda tree: tree.update(categories=in_use))
+    in_use = [category for category in CATEGORIES if category["id"] in (1, 3, 59, 90)]
+    for split in ("train2017", "val2017"):
+        edit(coco_dir, lambda tree: tree.update(categories=in_use), split)
     run_data(run, coco_dir)
     assert provenance_of(run)["splits"]["train"]["n_annotations"] == 4
+    assert provenance_of(run)["names"] == ["person", "car", "pizza", "toothbrush"]
+    assert read_split(provenance_of(run), "train")[0].labels[:, 0].tolist() == [0, 3]  # a class is a place in the list
+    assert read_split(provenance_of(run), "val")[0].labels[:, 0].tolist() == [2]
 
 
 def full_disk(*args: object) -> None:

@@ -6,13 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from app.coco.dataset import BUILTIN_TITLE, COCO_2017, OTHER_COCO, annotation_path, coco_title, hash_ids, open_dataset
+from app.coco.dataset import (
+    BUILTIN_TITLE,
+    COCO_2017,
+    OTHER_COCO,
+    Dataset,
+    annotation_path,
+    check_unchanged,
+    coco_title,
+    hash_ids,
+)
 from app.core.config import UserError
 from app.core.files import sha256
 
 
 def test_files_lie_where_coco_has_them() -> None:
-    dataset = open_dataset(Path("/coco"), "val2017", [2, 1], "a title")
+    dataset = Dataset(Path("/coco"), "val2017", [2, 1], "a title")
     assert dataset.images_dir == Path("/coco/val2017")
     assert dataset.annotation_file == Path("/coco/annotations/instances_val2017.json")
 
@@ -22,14 +31,15 @@ def test_other_annotations_are_refused(tmp_path: Path) -> None:
     file.parent.mkdir()
     file.write_text("{}")
     expected = sha256(file)
-    assert open_dataset(tmp_path, "val2017", None, "a title", expected).annotation_file == file
+    dataset = Dataset(tmp_path, "val2017", None, "a title")
+    assert check_unchanged(dataset, expected).annotation_file == file
     message = r"instances_val2017\.json is missing or has changed: run 'make data ARGS=--force'"
     file.write_text("[]")
     with pytest.raises(UserError, match=message):
-        open_dataset(tmp_path, "val2017", None, "a title", expected)
+        check_unchanged(dataset, expected)
     file.unlink()
     with pytest.raises(UserError, match=message):
-        open_dataset(tmp_path, "val2017", None, "a title", expected)
+        check_unchanged(dataset, expected)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_missing_image_is_named_and_nothing_is_left(tmp_path: Path, coco_dir: Pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["detections.json"]
 
 
-def test_image_of_another_size_or_name_is_refused(tmp_path: Path, coco_dir: Path) -> None:
+def test_image_of_another_size_is_refused_and_any_name_is_taken(tmp_path: Path, coco_dir: Path) -> None:
     onnx_path = write_model(tmp_path / "m.onnx", raw_output(HIT))
     annotation_file = dataset(coco_dir).annotation_file
     tree = json.loads(annotation_file.read_text())
@@ -212,10 +212,13 @@ def test_image_of_another_size_or_name_is_refused(tmp_path: Path, coco_dir: Path
     annotation_file.write_text(json.dumps(tree))
     with pytest.raises(UserError, match="64 x 48 px, its annotations say 65 x 48"):
         evaluate_file(onnx_path, dataset(coco_dir), tmp_path / "out", SETTINGS)
-    tree["images"][2] |= {"width": 64, "file_name": "000000000006.png"}
+    tree["images"][2] |= {"width": 64, "file_name": "000000000006.png"}  # of image id 5: the number is only a name
     annotation_file.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match="image id 5 has the file name 000000000006"):
-        evaluate_file(onnx_path, dataset(coco_dir), tmp_path / "out", SETTINGS)
+    (coco_dir / "val2017" / "000000000005.png").rename(coco_dir / "val2017" / "000000000006.png")
+    evaluate_file(onnx_path, dataset(coco_dir), tmp_path / "out", SETTINGS)
+    ids = {row["image_id"] for row in json.loads((tmp_path / "out" / "detections.json").read_text())}
+    assert 5 in ids
+    assert 6 not in ids
 
 
 @pytest.fixture

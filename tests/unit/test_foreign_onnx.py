@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from app.__main__ import evaluate
 from app.__main__ import parse as parse_arguments
-from app.coco.annotations import NAMES
+from app.coco.categories import NAMES
 from app.coco.score import standalone_dataset
 from app.core.config import CONF_DIR, UserError, load
 from app.core.files import read_json
@@ -246,7 +246,7 @@ def test_skip_broken_leaves_out_what_cannot_be_used(coco_dir: Path, caplog: pyte
     (coco_dir / "val2017" / "000000000002.png").write_bytes(b"text")
     annotation_file = coco_dir / "annotations" / "instances_val2017.json"
     tree = json.loads(annotation_file.read_text())
-    tree["annotations"][2]["bbox"] = [-99, 0, 1, 1]
+    tree["annotations"][2]["bbox"] = [9, 0, -1, 1]
     annotation_file.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"image id 3: .* --set data\.skip_broken=true"):
         standalone_dataset(coco_dir, "val2017")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from app.coco.annotations import CATEGORY_IDS, NAMES
+from app.coco.categories import CATEGORY_IDS, NAMES
 from app.coco.detections import results, select
 from app.coco.images import place
 from app.core.config import UserError

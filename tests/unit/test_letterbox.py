@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from app.coco.annotations import CATEGORY_IDS
+from app.coco.categories import CATEGORY_IDS
 from app.coco.detections import results, select
 from app.coco.images import Placement, letterbox, place, read_image, undo
 from app.core.config import UserError

@@ -13,7 +13,7 @@ from faster_coco_eval import COCOeval_faster
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from app.coco.annotations import CATEGORY_IDS
+from app.coco.categories import CATEGORY_IDS
 from app.coco.score import STATS, load_truth, quiet, read_results, score
 from app.core.config import UserError
 from tests.support.eval_fixtures import truth_box, write_annotations

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
-from app.coco.annotations import CATEGORIES, read_instances
+from app.coco.annotations import read_instances
+from app.coco.categories import CATEGORIES
 from app.data import synthetic
 from app.data.synthetic import draw_coco_subset
 

@@ -1,0 +1,144 @@
+"""Checks images and annotations of an annotation file, and mends in place what is only written otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from app.coco.values import NOT_COCO, is_number, shown, whole
+from app.core.config import UserError
+
+IMAGE_KEYS = ("id", "file_name", "width", "height")
+ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox")
+BOX_TOLERANCE_PX = 1.0  # rounding may put an annotated box over the border of its image
+LEAST_SIDE_PX = 1.0  # of what is left of a box that reaches farther
+LEAST_SHARE = 1e-6  # of the image's side; smaller ones are 0 in a label file, which has six decimals
+MAX_NAME_BYTES = 255  # of a file, and of the label file that is named after it
+MAX_PATH_BYTES = 2000  # of a file name with its folders, which is put below the dataset's path and the view's
+Box = list[float]  # x, y, width, height in px
+
+
+def check_image(file: Path, image: Any) -> dict[str, Any]:
+    """The entry, with whole numbers for its id and size.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if not isinstance(image, dict) or not set(IMAGE_KEYS) <= set(image):
+        raise UserError(f"{file}: an image entry lacks id, file_name, width or height: {shown(image)}")
+    image_id = whole(image["id"])
+    if image_id is None:
+        raise UserError(f"{file}: image id {shown(image['id'])} is not a whole number from 0 to 2^53: {NOT_COCO}")
+    name = image["file_name"]
+    if not isinstance(name, str) or not name.isprintable() or not PurePosixPath(name).name:
+        raise UserError(f"{file}: image id {image_id} has file name {shown(name)}: {NOT_COCO}")
+    width, height = whole(image["width"]), whole(image["height"])
+    if not width or not height:
+        size = f"{shown(image['width'])} x {shown(image['height'])}"
+        raise UserError(f"{file}: image {name} has size {size}: mend the annotations")
+    image |= {"id": image_id, "width": width, "height": height}
+    return image
+
+
+def is_named_by_its_id(image: dict[str, Any]) -> bool:
+    """Whether a file name that is a number is the image's id, as it is in COCO."""
+    stem = PurePosixPath(image["file_name"]).stem
+    return not stem.isdecimal() or (stem.lstrip("0") or "0") == str(image["id"])
+
+
+def label_name(file_name: str) -> PurePosixPath:
+    """The name of the label file of an image, in the folder of labels."""
+    return PurePosixPath(file_name).with_suffix(".txt")
+
+
+def name_fault(file_name: str) -> str:
+    """Why no file of this name is looked for; '' if it is."""
+    path = PurePosixPath(file_name)
+    if path.is_absolute() or ".." in path.parts:
+        return "its file name leaves the image folder"
+    lengths = [len(part.encode()) for part in (*path.parts, label_name(file_name).name)]
+    if max(lengths) > MAX_NAME_BYTES or sum(lengths) > MAX_PATH_BYTES:
+        return "its file name is too long"
+    return ""
+
+
+def check_annotation(file: Path, annotation: Any, number: int) -> dict[str, Any]:
+    """The entry, with an id that is an int or a text, and with iscrowd.
+
+    `number` is its position in the file, for the message about an annotation that has no id.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if not isinstance(annotation, dict) or not set(ANNOTATION_KEYS) <= set(annotation):
+        raise UserError(f"{file}: annotation {number} lacks one of {', '.join(ANNOTATION_KEYS)}: {NOT_COCO}")
+    key = annotation["id"]
+    if isinstance(key, float) and key.is_integer():
+        key = int(key)
+    if isinstance(key, bool) or not isinstance(key, int | str):
+        raise UserError(f"{file}: annotation id {shown(key)} is neither a whole number nor a text: number them from 1")
+    annotation["id"] = key
+    if annotation.get("iscrowd") is None:
+        annotation["iscrowd"] = 0
+    if annotation["iscrowd"] not in (0, 1):
+        raise UserError(
+            f"{file}: annotation {shown(key)} has iscrowd {shown(annotation['iscrowd'])}, not 0 or 1: {NOT_COCO}"
+        )
+    return annotation
+
+
+def box_fault(bbox: Any, area: Any) -> str:
+    """What is wrong with an annotation's box x,y,w,h in px or its area in px^2 (None: not given); '' if nothing is."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_number, bbox)):
+        return f"bbox {shown(bbox)} is not four finite numbers"
+    if area is not None and (not is_number(area) or area < 0):
+        return f"area {shown(area)} is not a finite number from 0 on"
+    if bbox[2] < 0 or bbox[3] < 0:
+        return f"bbox {shown(bbox)} has a negative size"
+    return ""
+
+
+def reaches_over(bbox: Box, image: dict[str, Any]) -> bool:
+    """Whether a box reaches over the border of its image by more than rounding."""
+    x, y, w, h = bbox
+    least, width, height = -BOX_TOLERANCE_PX, image["width"], image["height"]
+    return min(x, y) < least or x + w > width - least or y + h > height - least
+
+
+def could_be_corners(bbox: Box, image: dict[str, Any]) -> bool:
+    """Whether the numbers could be x1, y1, x2, y2 of a box inside the image."""
+    x1, y1, x2, y2 = bbox
+    return x1 < x2 <= image["width"] + BOX_TOLERANCE_PX and y1 < y2 <= image["height"] + BOX_TOLERANCE_PX
+
+
+def inside(bbox: Box, image: dict[str, Any]) -> Box:
+    """The part of a box that lies in its image; its width or height is not above 0 where none does."""
+    x, y, w, h = map(float, bbox)
+    left, top = max(x, 0.0), max(y, 0.0)
+    right, bottom = min(x + w, image["width"]), min(y + h, image["height"])
+    return [left, top, right - left, bottom - top]
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A box that reached over the border, and the area that is left of the annotation's; None: nothing is left."""
+
+    bbox: Box
+    area: float
+
+
+def mend_box(annotation: dict[str, Any], image: dict[str, Any]) -> Mended | None:
+    """What an annotation over the border becomes; the part of it in the image must be a pixel wide and high."""
+    bbox = inside(annotation["bbox"], image)
+    if min(bbox[2:]) < LEAST_SIDE_PX:
+        return None
+    return Mended(bbox, min(annotation["area"], bbox[2] * bbox[3]))
+
+
+def labelled(bbox: Box, image: dict[str, Any]) -> Box | None:
+    """The part of a box inside its image, for a label file; None if that part has no area, or next to none."""
+    clipped = inside(bbox, image)
+    if clipped[2] < LEAST_SHARE * image["width"] or clipped[3] < LEAST_SHARE * image["height"]:
+        return None
+    return clipped

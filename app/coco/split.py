@@ -1,0 +1,75 @@
+"""A checked annotation file, and what train and val have to agree on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.coco.categories import CATEGORIES, Categories, listed_names, without_placeholder
+from app.coco.entries import is_named_by_its_id
+from app.core.config import UserError
+
+Image = dict[str, Any]  # an entry of `images`
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checked annotation file. `images` are its image entries in the order of their ids.
+
+    `boxes`, the counts and `problems` are dicts by image id: `boxes` are rows [category_id, x, y, w, h] in px without
+    crowds, `n_degenerate` counts boxes without area, `n_clipped` and `n_dropped` those that reached over the border,
+    `problems` says why an image cannot be used. Of the whole file: `used` are the category ids of its annotations,
+    `notes` counts what was written otherwise than in COCO, `unlisted` names annotations of images that it lacks.
+    """
+
+    file: Path
+    images: list[Image]
+    categories: Categories
+    boxes: dict[int, list[list[float]]]
+    n_annotations: dict[int, int]
+    n_crowd: dict[int, int]
+    n_degenerate: dict[int, int]
+    n_clipped: dict[int, int]
+    n_dropped: dict[int, int]
+    problems: dict[int, str]
+    used: set[int] = field(default_factory=set)
+    notes: Counter[str] = field(default_factory=Counter)
+    unlisted: list[str] = field(default_factory=list)
+
+    @property
+    def is_official(self) -> bool:
+        """Whether everything but the number of images is as in COCO 2017: categories, ids, and nothing to mend."""
+        is_as_written = not (
+            self.notes or self.unlisted or any(self.n_clipped.values()) or any(self.n_dropped.values())
+        )
+        return is_as_written and self.categories == CATEGORIES and all(map(is_named_by_its_id, self.images))
+
+
+def agreed_names(train: Split, val: Split) -> list[str]:
+    """The names of the classes, in the order of the ids in `train`; ids may differ between the two.
+
+    Raises:
+        UserError: the two do not list the same names.
+    """
+    used = train.used | val.used
+    names = [category["name"] for category in without_placeholder(train.categories, used)]
+    others = [category["name"] for category in without_placeholder(val.categories, used)]
+    differences = []
+    for split, mine, theirs in ((train, names, others), (val, others, names)):
+        if only := [name for name in mine if name not in theirs]:
+            differences.append(f"only {split.file.parent.name}/{split.file.name} has {listed_names(only)}")
+    if differences:
+        raise UserError(
+            f"{train.file} and {val.file} list different categories ({'; '.join(differences)}): list the same in both"
+        )
+    return names
+
+
+def unlisted_line(file: Path, n: int, first: str) -> str:
+    """The message about annotations of images that the file does not list."""
+    return (
+        f"{file}: {n:,} annotations are of images that it does not list (first: {first}): list them, or go on without "
+        "these annotations with --set data.skip_broken=true"
+    )

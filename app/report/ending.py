@@ -52,5 +52,5 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
             f"{run.name}-seed1\"'"
         )
     others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])
-    publish = f"make publish RUN={run.name} ARGS=\"--runs {others}\""
+    publish = f'make publish RUN={run.name} ARGS="--runs {others}"'
     return f"open the page in a browser; '{publish}' keeps it in runs/reports"

@@ -16,7 +16,8 @@ from app.core.command_line import Parser, not_empty
 from app.job import Job, after_training, is_done, set_up
 from app.schemes import command as schemes
 
-ORDER = ("data", "train --variant fp16", "train --variant qat", "ptq", "export", "eval", "report")
+FP16_TRAINING = "train --variant fp16"
+ORDER = ("data", FP16_TRAINING, "train --variant qat", "ptq", "export", "eval", "report")
 
 
 def stages() -> dict[str, Stage]:
@@ -331,15 +332,13 @@ def whole_job(args: argparse.Namespace) -> None:
     from app.core.child import run_stage
 
     with set_up(args, lock=False) as job:  # a wrong setting is refused before the first stage
-        is_checked = False
         for command in ORDER:
             if is_done(parse([*command.split(), *common])):
                 continue
-            if not is_checked:  # so is a scheme that does not fit the network, before hours of training
+            if command == FP16_TRAINING:  # so is a scheme that does not fit the network, before hours of training
                 from app.quant.model import check_scheme
 
                 check_scheme(job.config)
-                is_checked = True
             own = [*(["--yes"] if args.yes else []), *after_training(job, command)] if "train" in command else []
             if code := run_stage(command, [*own, *common]):
                 sys.exit(code)

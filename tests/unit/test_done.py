@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,13 +184,20 @@ def started(monkeypatch: pytest.MonkeyPatch, done: set[str], arguments: list[str
 
 
 def test_the_job_starts_what_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """--yes and what comes after are told to trainings alone: 300 epochs of QAT and 6 files, then the files."""
+    """--yes and what comes after are told to trainings alone: 300 epochs of QAT and 6 files, then the files.
+
+    The scheme is checked, which takes PyTorch, before the first training; not where that is done.
+    """
+    checked: list[Config] = []
+    monkeypatch.setitem(sys.modules, "app.quant.model", SimpleNamespace(check_scheme=checked.append))
     common = ["--run", "r", "--runs-dir", str(tmp_path)]
     calls = started(monkeypatch, {"train fp16", "export"}, [*common, "--yes"])
     assert [stage for stage, _ in calls] == ["data", "train --variant qat", "ptq", "eval", "report"]
     assert calls[1][1] == ["--yes", "--then", "0", "6", *common]
     assert all(words == common for stage, words in calls if not stage.startswith("train"))
+    assert not checked
     assert started(monkeypatch, set(), common)[1][1] == ["--then", "300", "6", *common]
+    assert len(checked) == 1
     everything = {"train fp16", "train qat", "ptq", "export", "eval", "report"}
     assert [stage for stage, _ in started(monkeypatch, everything, common)] == ["data"]
 

@@ -198,7 +198,9 @@ def test_roboflow_supercategory_is_a_class_where_an_annotation_is_of_it(
 
 
 def test_evaluation_of_a_split_that_is_not_there(sets: Path) -> None:
-    with pytest.raises(UserError, match=r"holiday is no folder: --coco-dir must hold holiday/ and annotations/"):
+    with pytest.raises(
+        UserError, match=r"holiday is no folder: COCO_DIR=path or --coco-dir must hold holiday/ and annotations/"
+    ):
         standalone_dataset(sets / "roboflow", "holiday")
     with pytest.raises(UserError, match="has no val split in a known layout"):
         standalone_dataset(sets / "roboflow" / "test", None)

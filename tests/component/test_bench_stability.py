@@ -55,7 +55,8 @@ def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> No
     assert len(roots) == len(ARMS)
     for arm in ARMS:
         config = training_of(RunRoot(tmp_path, "stability"), arm, 0, [], ["model=yolov10n.yaml"]).config
-        with network(TINY):
+        is_tiny_enough = arm != "w4a16-mixed-dw"  # its patterns fit the depthwise convolutions of a whole YOLOv10
+        with network(TINY) if is_tiny_enough else contextlib.nullcontext():
             _, quant_config = build(config)
         assert (quant_config is None) == (config.variant == "fp16")
 

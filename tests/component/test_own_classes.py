@@ -117,7 +117,7 @@ def test_every_stage_takes_the_network(runs: dict[str, RunRoot], tmp_path: Path)
         compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", config.report)
     publish(run, "own classes", force=False)
     assert {path.parent.name for path in run.root.glob("*-coco/metrics.json")} == {
-        "baseline-coco", "baseline-half-coco", "qat-w4a16-coco", "qat-w4a16-int4-coco",
+        "baseline-coco", "baseline-fp16-coco", "qat-w4a16-coco", "qat-w4a16-int4-coco",
     }  # fmt: skip
     page = run.summary.read_text(encoding="utf-8")
     assert "own dataset, 5 classes" in page

@@ -23,6 +23,7 @@ from app.quant.model import load_checkpoint, load_scored
 from app.report.compare import compare
 from app.report.publish import publish
 from app.report.report import report
+from app.report.tables import plain
 from app.train.ptq import bn_images
 from app.train.train import train
 from tests.support.drawn import kept_figures
@@ -117,16 +118,18 @@ def test_every_stage_takes_the_network(runs: dict[str, RunRoot], tmp_path: Path)
         compare(run.root / "baseline-coco", run.root / "qat-w4a16-coco", tmp_path / "out", config.report)
     publish(run, "own classes", force=False)
     assert {path.parent.name for path in run.root.glob("*-coco/metrics.json")} == {
-        "baseline-coco", "baseline-half-coco", "qat-w4a16-coco", "qat-w4a16-int4-coco",
+        "baseline-coco", "baseline-fp16-coco", "qat-w4a16-coco", "qat-w4a16-int4-coco",
     }  # fmt: skip
     page = run.summary.read_text(encoding="utf-8")
     assert "own dataset, 5 classes" in page
     assert "5 classes: hex bolt, nut, washer &lt;b>\\|$M_5$, Öse 中, o-ring." in page
     assert "Left out: precision over recall" not in page
     analysis = read_json(run.figures_dir / "analysis.json", "report")
-    assert set(analysis["variants"]["baseline-coco"]["ap_by_class"]) <= set(NAMES)
+    scored = analysis["variants"]["baseline-coco"]["ap_by_class"].keys()
+    assert scored
+    assert scored <= set(NAMES)
     table = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
-    assert "hex bolt" in table
+    assert all(f"| {plain(name)} " in table for name in scored)
     assert "person" not in page + table
     gallery = figures["gallery-qat-w4a16-coco.jpg"]
     drawn = {text.get_text().rpartition(" 0.")[0] or text.get_text() for axes in gallery.axes for text in axes.texts}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from app.core.answers import FIRST, SECOND
 
+BUSY_S, POLL_S = 0.1, 0.01
 PROGRAM = """
 import hashlib, logging, os, signal, time
 from app.core.answers import answered, left_to_children
@@ -47,9 +50,18 @@ def start(body: str) -> tuple[subprocess.Popen[str], str]:
     return process, process.stdout.readline()
 
 
+def wait_until_busy(process: subprocess.Popen[str]) -> None:
+    """Waits until it has computed for so long that it is in the call: the way there from "ready" takes microseconds."""
+    cpu = psutil.Process(process.pid).cpu_times
+    start_s = cpu().user
+    while cpu().user < start_s + BUSY_S:
+        time.sleep(POLL_S)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_answer_does_not_wait_for_the_call_and_a_second_signal_ends_it(number: signal.Signals) -> None:
     process, _ = start(BUSY_IN_C)
+    wait_until_busy(process)
     assert process.stderr
     process.send_signal(number)
     assert process.stderr.readline() == FIRST + "\n"

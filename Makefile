@@ -40,6 +40,7 @@ bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it
 download-coco: ; $(job) ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
+draw: ; $(job) ## draw a dataset of COCO's size and layout into COCO_DIR (20 GB), to rehearse a full run
 tensorboard: ; $(job) ## every run, live, on http://localhost:6006 (TENSORBOARD_PORT=6007: another port)
 build: ; $(job) ## build the image (RUNNER=local: the .venv)
 lint: ; $(job) ## ruff, pyright, import-linter

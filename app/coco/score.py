@@ -20,6 +20,7 @@ from app.coco.annotations import parse_instances, read_source
 from app.coco.categories import without_placeholder
 from app.coco.dataset import (
     COCO_2017,
+    DRAWN_TITLE,
     OFFICIAL_SIZES,
     OTHER_COCO,
     SPLITS,
@@ -86,6 +87,8 @@ def standalone_dataset(
 
 
 def standalone_title(name: str, split: Split) -> str:
+    if split.is_drawn:
+        return DRAWN_TITLE
     names = [category["name"] for category in without_placeholder(split.categories, split.used)]
     return own_title(names) or (coco_title({name: len(split.images)}) if split.is_official else OTHER_COCO)
 

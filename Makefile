@@ -52,7 +52,7 @@ test-container: ## tests of the image, from outside (needs a Docker engine)
 	@scripts/uv venv --quiet --allow-existing .build/tools
 	@scripts/uv pip install --quiet --python .build/tools --only-binary :all: --require-hashes -r .ci/tools.lock
 	@.build/tools/bin/hadolint Dockerfile
-	@.build/tools/bin/shellcheck -x .ci/run $(wildcard scripts/*)
+	@.build/tools/bin/shellcheck -x .ci/run docs/cluster/slurm.sh $(wildcard scripts/*)
 
 lock: ## resolve requirements.in into requirements.lock
 	@scripts/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \

@@ -19,7 +19,7 @@ import yaml
 
 from app.coco.annotations import read_instances
 from app.coco.categories import CATEGORY_IDS
-from app.coco.dataset import DRAWN_TITLE, Dataset, annotation_path, official
+from app.coco.dataset import DRAWN_TITLE, Dataset, annotation_path
 from app.coco.detail import matched
 from app.coco.score import describe_dataset, load_truth, read_results
 from app.core.config import load
@@ -47,7 +47,7 @@ class Quality:
 def build(runs_dir: Path, coco_dir: Path, n_detections: int = 300, n_epochs: int = N_EPOCHS) -> RunRoot:
     """Baseline and four schemes, trained, exported and scored on val2017 of `coco_dir`."""
     run = RunRoot(runs_dir, "rehearsal")
-    dataset = Dataset(coco_dir, "val2017", None, DRAWN_TITLE, official(coco_dir, "val2017"))
+    dataset = Dataset(coco_dir, "val2017", None, DRAWN_TITLE)
     write(run.run_json, {"name": run.name, "stages": {}})
     write(run.provenance, provenance(dataset))
     for number, label in enumerate(LABELS):

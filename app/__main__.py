@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.bench import command as benches
 from app.core.command_line import Parser, not_empty
+from app.data import command as datasets
 from app.job import Job, after_training, is_done, set_up
 from app.schemes import command as schemes
 
@@ -34,8 +35,8 @@ def stages() -> dict[str, Stage]:
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
-        "draw": Stage("draw a dataset of any size in COCO's layout, for a rehearsal", draw_arguments, draw),
-        "download-coco": Stage("fetch the official COCO 2017 archives", download_arguments, download),
+        "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
+        "download-coco": Stage("fetch the official COCO 2017 archives", datasets.download_arguments, datasets.download),
     }
 
 
@@ -184,24 +185,6 @@ def bench_arguments(stage: argparse.ArgumentParser) -> None:
     benches.add_arguments(stage)
 
 
-def draw_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--to", type=Path, default=Path("data/drawn"), help="target folder (default: %(default)s)")
-    stage.add_argument("--n-train", type=int, default=118_287, help="train images (default: COCO's %(default)s)")
-    stage.add_argument("--n-val", type=int, default=5_000, help="val images (default: COCO's %(default)s)")
-    stage.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    stage.add_argument(
-        "--scene", choices=("coco", "coco-subset"), default="coco",
-        help="COCO's sizes of images and boxes, or the large shapes of the smoke (default: %(default)s)",
-    )  # fmt: skip
-    stage.add_argument("--size", type=int, metavar="PX", help="scene coco: long side of most images (default: 640)")
-    stage.add_argument("--classes", type=int, metavar="N", help="scene coco: the first N of COCO's 80 (default: 80)")
-
-
-def download_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--to", type=Path, default=Path("data/coco"), help="target folder (default: %(default)s)")
-    stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
-
-
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -329,18 +312,6 @@ def compare(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     with set_up(args, lock=False) as job:
         benches.run(args, job.run)
-
-
-def download(args: argparse.Namespace) -> None:
-    from app.data.download import download_coco
-
-    download_coco(args.to, args.keep_archives)
-
-
-def draw(args: argparse.Namespace) -> None:
-    from app.data.draw import Wanted, draw
-
-    draw(args.to, Wanted(args.scene, args.n_train, args.n_val, args.seed, args.size, args.classes))
 
 
 def whole_job(args: argparse.Namespace) -> None:

@@ -39,6 +39,7 @@ schemes: ; $(job) ## bits, share and bytes of the layers (ARGS="--scheme my.yaml
 bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it
+estimate: ; $(job) ## hours, memory and disk that the whole job takes on this machine
 download-coco: ; $(job) ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
 draw: ; $(job) ## draw a dataset of COCO's size and layout into COCO_DIR (20 GB), to rehearse a full run
 tensorboard: ; $(job) ## every run, live, on http://localhost:6006 (TENSORBOARD_PORT=6007: another port)

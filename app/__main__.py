@@ -35,6 +35,7 @@ def stages() -> dict[str, Stage]:
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
+        "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
         "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
         "download-coco": Stage("fetch the official COCO 2017 archives", datasets.download_arguments, datasets.download),
     }
@@ -312,6 +313,13 @@ def compare(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     with set_up(args, lock=False) as job:
         benches.run(args, job.run)
+
+
+def estimate(args: argparse.Namespace) -> None:
+    with set_up(args, lock=False) as job:
+        from app.estimate.estimate import Command, estimate
+
+        estimate(Command(args.conf, args.set), job.run)
 
 
 def whole_job(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from app.coco.dataset import ANNOTATIONS, SPLITS, annotation_path
 from app.core.config import BUILTIN_DATASET, UserError, difference, shown
 from app.core.files import read_json, write_json
 from app.core.os_errors import explain_os_errors, free_bytes, only_one
-from app.core.progress import Meter, progress_line
+from app.core.progress import Meter, clock
 from app.data.coco_like import BASE_PX, SIDES_PX, CocoLike
 from app.data.shards import Drawing, Scene, Shard, draw_image, draw_shard, encode, is_drawn, join, shards
 from app.data.synthetic import CocoSubset
@@ -130,7 +130,8 @@ def fill(root: Path, drawing: Drawing, n_processes: int) -> None:
         draw_all(root, drawing, missing, n_processes, meter)
     finally:
         meter.close()
-    log.info("%s", progress_line(meter))
+    rate = meter.done / max(meter.seconds, 0.001)
+    log.info("drawing: %s images, %.0f images/s, in %s", f"{meter.done:,}", rate, clock(meter.seconds))
     join(root, drawing)
 
 

@@ -16,6 +16,7 @@ from app.core.config import Config, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
 from app.core.labels import SCORES_ENDING
+from app.core.memory import available_bytes
 from app.core.os_errors import free_bytes
 from app.core.progress import clock
 from app.core.results import read_rows
@@ -74,7 +75,7 @@ def estimate(command: Command, run: RunRoot) -> None:
         full_took = took["train fp16"]
         facts = summary(pilot, seconds, full_took)
         ram = Peaks(half.batch, half_took.peak_bytes, pilot.batch, full_took.peak_bytes)
-        facts["ram"] = memory(ram, pilot.config.train.batch, total_ram())
+        facts["ram"] = memory(ram, pilot.config.train.batch, available_bytes())
         if full_took.gpu_total_bytes:
             gpu = Peaks(half.batch, half_took.gpu_peak_bytes, pilot.batch, full_took.gpu_peak_bytes)
             facts["gpu"] = memory(gpu, pilot.config.train.batch, full_took.gpu_total_bytes)
@@ -171,14 +172,10 @@ def sees_gpu() -> bool:
     return shutil.which("nvidia-smi") is not None and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
-def total_ram() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def memory(peaks: Peaks, batch: int, total: int) -> dict[str, Any]:
     return {
         "peak_gib": peaks.at(batch) / GIB,
-        "total_gib": total / GIB,
+        "available_gib": total / GIB,
         "largest_batch": peaks.largest_batch(total, MEMORY_SHARE),
     }
 
@@ -203,7 +200,7 @@ def shown(facts: dict[str, Any]) -> list[str]:
     for name in ("ram", "gpu"):
         if of := facts.get(name):
             largest = f", largest batch {of['largest_batch']}" if of["largest_batch"] is not None else ""
-            lines.append(f"{name}: {of['peak_gib']:.1f} of {of['total_gib']:.1f} GiB{largest}")
+            lines.append(f"{name}: {of['peak_gib']:.1f} of {of['available_gib']:.1f} GiB{largest}")
     needed, free = facts["disk"]["needed_gib"], facts["disk"]["free_gib"]
     lines.append(f"disk: {needed:.1f} GiB needed, {free:.0f} GiB free" + (": make room" if needed > free else ""))
     lines.append(f"limited by: {facts['limit']['part']}; to set: {facts['limit']['set']}")

@@ -94,7 +94,7 @@ def fake_stage(words: list[str], log_path: Path) -> Took:
         facts: dict[str, Any] = {"annotation_sha256": "", "image_ids_sha256": "", "image_ids": None, "subset": False}
         train = {**counts, **facts, "name": "train2017", "n_images": 1000}
         splits = {"train": train, "val": {**train, "name": "val2017", "n_images": 100}}
-        tree = {"title": "", "coco_dir": "/", "seed": 0, "splits": splits, "view_dir": "/"}
+        tree = {"title": "", "names": ["a"], "coco_dir": "/", "seed": 0, "splits": splits, "view_dir": "/"}
         write(root / "dataset" / "provenance.json", tree)
     if words[0] == "train":
         folder = root / ("fp16" if "fp16" in words else "qat-w4a16")

@@ -39,7 +39,9 @@ schemes: ; $(job) ## bits, share and bytes of the layers (ARGS="--scheme my.yaml
 bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it
+estimate: ; $(job) ## hours, memory and disk that the whole job takes on this machine
 download-coco: ; $(job) ## fetch COCO 2017 into COCO_DIR (20 GB on the wire, 45 GB while unpacking)
+draw: ; $(job) ## draw a dataset of COCO's size and layout into COCO_DIR (20 GB), to rehearse a full run
 tensorboard: ; $(job) ## every run, live, on http://localhost:6006 (TENSORBOARD_PORT=6007: another port)
 build: ; $(job) ## build the image (RUNNER=local: the .venv)
 lint: ; $(job) ## ruff, pyright, import-linter
@@ -51,7 +53,7 @@ test-container: ## tests of the image, from outside (needs a Docker engine)
 	@scripts/uv venv --quiet --allow-existing .build/tools
 	@scripts/uv pip install --quiet --python .build/tools --only-binary :all: --require-hashes -r .ci/tools.lock
 	@.build/tools/bin/hadolint Dockerfile
-	@.build/tools/bin/shellcheck -x .ci/run $(wildcard scripts/*)
+	@.build/tools/bin/shellcheck -x .ci/run docs/cluster/slurm.sh $(wildcard scripts/*)
 
 lock: ## resolve requirements.in into requirements.lock
 	@scripts/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \

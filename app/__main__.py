@@ -13,6 +13,7 @@ from pathlib import Path
 
 from app.bench import command as benches
 from app.core.command_line import Parser, not_empty
+from app.data import command as datasets
 from app.job import Job, after_training, is_done, set_up
 from app.schemes import command as schemes
 
@@ -34,7 +35,9 @@ def stages() -> dict[str, Stage]:
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
-        "download-coco": Stage("fetch the official COCO 2017 archives", download_arguments, download),
+        "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
+        "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
+        "download-coco": Stage("fetch the official COCO 2017 archives", datasets.download_arguments, datasets.download),
     }
 
 
@@ -183,11 +186,6 @@ def bench_arguments(stage: argparse.ArgumentParser) -> None:
     benches.add_arguments(stage)
 
 
-def download_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--to", type=Path, default=Path("data/coco"), help="target folder (default: %(default)s)")
-    stage.add_argument("--keep-archives", action="store_true", help="leave the ZIP files there")
-
-
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
@@ -317,10 +315,11 @@ def bench(args: argparse.Namespace) -> None:
         benches.run(args, job.run)
 
 
-def download(args: argparse.Namespace) -> None:
-    from app.data.download import download_coco
+def estimate(args: argparse.Namespace) -> None:
+    with set_up(args, lock=False) as job:
+        from app.estimate.estimate import Command, estimate
 
-    download_coco(args.to, args.keep_archives)
+        estimate(Command(args.conf, args.set), job.run)
 
 
 def whole_job(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from app.coco.categories import check_categories, check_names, without_placeholder
-from app.coco.dataset import LAYOUT, Source
+from app.coco.dataset import DRAWN, LAYOUT, Source
 from app.coco.entries import (
     box_fault,
     check_annotation,
@@ -72,7 +72,8 @@ def parse_instances(file: Path, images_dir: Path | None = None, part: str | None
     if not kept:
         raise UserError(f"{file} lists no images of {part}: give data.{part}_images and data.{part}_annotations")
     zeros = [dict.fromkeys(kept, 0) for _ in range(5)]
-    split = Split(file, [images[image_id] for image_id in kept], categories, {i: [] for i in kept}, *zeros, problems={})
+    listed, boxes = [images[image_id] for image_id in kept], {image_id: [] for image_id in kept}
+    split = Split(file, listed, categories, boxes, *zeros, problems={}, is_drawn=_is_drawn(tree))
     if n_changed:
         split.notes[NAMES_CUT] = n_changed
     for image in split.images:
@@ -103,6 +104,11 @@ def _read_json(file: Path) -> Tree:
     if not tree["images"]:
         raise UserError(f"{file} lists no images: {NOT_COCO}")
     return tree
+
+
+def _is_drawn(tree: Tree) -> bool:
+    info = tree.get("info")
+    return isinstance(info, dict) and str(info.get("description")).startswith(f"{DRAWN} ")
 
 
 def _by_id(file: Path, entries: list[Image]) -> dict[int, Image]:

@@ -21,6 +21,8 @@ OFFICIAL_SIZES = {"train2017": 118_287, "val2017": 5_000}  # images that COCO 20
 COCO_2017 = "COCO 2017"
 OTHER_COCO = f"a COCO-format dataset, not {COCO_2017}"
 BUILTIN_TITLE = "drawn shapes (not COCO)"
+DRAWN_TITLE = "drawn images (not COCO)"
+DRAWN = "drawn"  # first word of info.description in an annotation file that this program has drawn images for
 PLACE_SHAPE: Shape = {"images?": PathText, "annotations?": PathText, "part?": str | None}
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import Params
 
 from app.coco.dataset import Dataset, hash_ids
-from app.coco.score import first_of, load_results, quiet, truth_of, usable_ids
+from app.coco.score import class_matcher, first_of, quiet, read_results, truth_of, usable_ids
 from app.core.config import UserError
 
 Metrics = dict[str, Any]  # the content of a metrics.json, with `dir` and `path` of its folder
 PR_IOUS = (0.5, 0.75)
+N_RECALLS = 101
 F1_IOU = 0.5
 AP_TOLERANCE = 1e-6  # the same code on the same file: only the order of additions may differ
 ALL_SIZES = [[0.0, 1e10]]  # range of areas in px^2
@@ -40,7 +42,7 @@ def analyse(dataset: Dataset, group: list[Metrics]) -> tuple[dict[str, Any], COC
     variants = {}
     for metrics in group:
         variants[metrics["dir"]] = detail(truth, Path(metrics["path"]), ids, metrics["coco"]["AP"])
-    recalls = np.linspace(0, 1, 101).round(2).tolist()
+    recalls = np.linspace(0, 1, N_RECALLS).round(2).tolist()
     return {"iou_of_f1": F1_IOU, "recalls": recalls, "variants": variants}, truth
 
 
@@ -49,40 +51,42 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
     path = folder / "detections.json"
     if not path.exists():
         raise UserError(f"{folder.name}/{path.name} is not there")
-    scorer = evaluated(truth, path, ids)
-    names, precision = precision_by_class(truth, scorer)
-    ap = float(precision.mean()) if names else None
+    detections = read_results(path)
+    by_class, parts = {}, []
+    for category_id in sorted(truth.getCatIds()):
+        matcher = matched(truth, detections, category_id, ids)
+        precision = matcher.eval["precision"][:, :, 0, 0, 0]
+        if (precision > -1).any():  # COCOeval gives -1 where a class has no object
+            by_class[truth.cats[category_id]["name"]] = precision
+        parts.append(hits_of(matcher.evalImgs))
+    ap = float(np.mean(list(by_class.values()))) if by_class else None
     if not is_same_ap(ap, expected_ap):
         raise UserError(f"{folder.name}/{path.name} does not give the AP of metrics.json")
-    over_recall = {}
-    for iou in PR_IOUS:
-        nearest = int(np.argmin(abs(scorer.params.iouThrs - iou)))
-        over_recall[str(iou)] = precision[nearest].mean(axis=1).tolist() if names else [None] * precision.shape[1]
-    aps = precision.mean(axis=(0, 1)).tolist()
-    ap_by_class = dict(zip(names, aps, strict=True))
-    return {"ap_by_class": ap_by_class, "precision": over_recall, **f1(scorer, ids)}
+    aps = {name: float(precision.mean()) for name, precision in by_class.items()}
+    return {"ap_by_class": aps, "precision": over_recall(by_class), **f1(parts, ids)}
 
 
-def precision_by_class(truth: COCO, scorer: COCOeval) -> tuple[list[str], np.ndarray]:
-    """Names of the classes that have objects, and their precision [IoU, recall, class]."""
-    precision = scorer.eval["precision"][:, :, :, 0, 0]
-    present = (precision > -1).any(axis=(0, 1))  # COCOeval gives -1 where a class has no object
-    category_ids = np.array(scorer.params.catIds)[present]
-    names = [truth.cats[category_id]["name"] for category_id in category_ids]
-    return names, precision[:, :, present]
-
-
-def evaluated(truth: COCO, detections_path: Path, ids: list[int]) -> COCOeval:
-    """COCOeval over objects of all sizes and at most 100 detections an image, as its AP has them."""
+def matched(truth: COCO, detections: np.ndarray, category_id: int, ids: list[int]) -> Any:
+    """COCOeval of one class over objects of all sizes and at most 100 detections an image, as its AP has them."""
     with quiet():
-        scorer = COCOeval(truth, load_results(truth, detections_path), "bbox")
-        scorer.params.imgIds = ids
-        scorer.params.areaRng = ALL_SIZES
-        scorer.params.areaRngLbl = ["all"]
-        scorer.params.maxDets = [MAX_DETECTIONS]
-        scorer.evaluate()
-        scorer.accumulate()
-    return scorer
+        matcher = class_matcher(truth, detections, category_id, ids)
+        matcher.params.areaRng = ALL_SIZES
+        matcher.params.areaRngLbl = ["all"]
+        matcher.params.maxDets = [MAX_DETECTIONS]
+        matcher.evaluate()
+        matcher.accumulate()
+    return matcher
+
+
+def over_recall(by_class: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Precision at 101 recalls, the mean over classes, by IoU; `by_class` has [IoU, recall] of every class."""
+    curves: dict[str, list[float | None]] = {}
+    ious = Params(iouType="bbox").iouThrs
+    for iou in PR_IOUS:
+        nearest = int(np.argmin(abs(ious - iou)))
+        of_classes = [precision[nearest] for precision in by_class.values()]
+        curves[str(iou)] = np.mean(of_classes, axis=0).tolist() if by_class else [None] * N_RECALLS
+    return curves
 
 
 def is_same_ap(ap: float | None, expected: float | None) -> bool:
@@ -92,17 +96,52 @@ def is_same_ap(ap: float | None, expected: float | None) -> bool:
     return abs(ap - expected) <= AP_TOLERANCE
 
 
-def f1(scorer: COCOeval, ids: list[int]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Hits:
+    """Detections of one class that count: `rows` [n,3] of image id, score and 1 if correct at IoU 0.5.
+
+    `n_objects` maps image id -> objects of the class. Crowds, and detections that match a crowd, do not count.
+    """
+
+    rows: np.ndarray
+    n_objects: dict[int, int]
+
+
+def hits_of(cells: list[Any]) -> Hits:
+    """From COCOeval's evalImgs: a cell an image, None where it has neither object nor detection."""
+    present = [cell for cell in cells if cell is not None]
+    n_objects = {}
+    columns: list[tuple[np.ndarray, ...]] = []
+    for cell in present:
+        if len(cell["gtIgnore"]):
+            n_objects[cell["image_id"]] = len(cell["gtIgnore"]) - int(np.sum(cell["gtIgnore"]))
+        scores = np.asarray(cell["dtScores"], float)
+        # Row 0 is IoU 0.5.
+        columns.append((np.full(len(scores), cell["image_id"]), scores, cell["dtMatches"][0] > 0, cell["dtIgnore"][0]))
+    if not columns:
+        return Hits(np.zeros((0, 3)), {})
+    images, scores, correct, ignored = map(np.concatenate, zip(*columns, strict=True))
+    return Hits(np.stack([images, scores, correct], axis=1)[~ignored.astype(bool)], n_objects)
+
+
+def f1(parts: list[Hits], ids: list[int]) -> dict[str, Any]:
     """The score threshold of the best F1 over all images and classes at IoU 0.5, and every image's F1 there.
 
-    F1 = 2 TP / (2 TP + FP + FN). Crowds, and detections that match a crowd, do not count. An image with
-    nothing to find and nothing found has F1 1.
+    F1 = 2 TP / (2 TP + FP + FN). An image with nothing to find and nothing found has F1 1.
     """
-    hits, n_objects = matches(scorer.evalImgs, ids)
-    best_f1, threshold = best_threshold(np.concatenate(list(hits.values())), sum(n_objects.values()))
+    rows = np.concatenate([np.zeros((0, 3)), *(part.rows for part in parts)])
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    n_objects: Counter[int] = Counter()
+    for part in parts:
+        n_objects.update(part.n_objects)
+    best_f1, threshold = best_threshold(rows[:, 1:], n_objects.total())
+    shown = rows[rows[:, 1] >= threshold]
+    n_shown = Counter(shown[:, 0].tolist())
+    n_correct = Counter(shown[shown[:, 2] > 0, 0].tolist())
     by_image = {}
     for image_id in ids:
-        by_image[str(image_id)] = _image_f1(hits[image_id], n_objects[image_id], threshold)
+        total = n_shown[image_id] + n_objects[image_id]
+        by_image[str(image_id)] = 2 * n_correct[image_id] / total if total else 1.0
     return {"best_f1": best_f1, "best_score": threshold, "f1_by_image": by_image}
 
 
@@ -117,31 +156,6 @@ def best_threshold(hits: np.ndarray, n_objects: int) -> tuple[float, float]:
     curve = 2 * n_correct / (n_shown + n_objects)
     best = int(curve.argmax())
     return float(curve[best]), float(scores[best])
-
-
-def matches(cells: Iterable[Any], ids: list[int]) -> tuple[dict[int, np.ndarray], dict[int, int]]:
-    """COCOeval's evalImgs -> per image: rows [score, 1 if correct else 0] [n,2], and the number of objects."""
-    hits: dict[int, np.ndarray] = {image_id: np.zeros((0, 2)) for image_id in ids}
-    n_objects = dict.fromkeys(ids, 0)
-    for cell in cells:
-        if cell is None:
-            continue
-        image_id = cell["image_id"]
-        is_object = np.asarray(cell["gtIgnore"]) == 0
-        n_objects[image_id] += int(is_object.sum())
-        counted = ~np.asarray(cell["dtIgnore"][0], bool)  # row 0 is IoU 0.5
-        correct = np.asarray(cell["dtMatches"][0])[counted] > 0
-        scores = np.asarray(cell["dtScores"], float)[counted]
-        rows = np.stack([scores, correct], axis=1)
-        hits[image_id] = np.concatenate([hits[image_id], rows])
-    return hits, n_objects
-
-
-def _image_f1(hits: np.ndarray, n_objects: int, threshold: float) -> float:
-    """F1 of one image over the detections from the threshold on; 1 where there is nothing to find and nothing found."""
-    shown = hits[hits[:, 0] >= threshold]
-    total = len(shown) + n_objects
-    return float(2 * shown[:, 1].sum() / total) if total else 1.0
 
 
 def choose(base: dict[str, float], other: dict[str, float], n_each: int, seed: int) -> list[tuple[str, str, float]]:

@@ -7,7 +7,8 @@ import io
 import json
 import logging
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from app.coco.annotations import parse_instances, read_source
 from app.coco.categories import without_placeholder
 from app.coco.dataset import (
     COCO_2017,
+    DRAWN_TITLE,
     OFFICIAL_SIZES,
     OTHER_COCO,
     SPLITS,
@@ -29,9 +31,10 @@ from app.coco.dataset import (
     own_title,
 )
 from app.coco.layout import describe_source, find_split
+from app.coco.matching import Matcher
 from app.coco.split import Split, unlisted_line
 from app.core.config import Data, UserError
-from app.core.files import read_json, sha256
+from app.core.files import sha256
 
 STATS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -86,6 +89,8 @@ def standalone_dataset(
 
 
 def standalone_title(name: str, split: Split) -> str:
+    if split.is_drawn:
+        return DRAWN_TITLE
     names = [category["name"] for category in without_placeholder(split.categories, split.used)]
     return own_title(names) or (coco_title({name: len(split.images)}) if split.is_official else OTHER_COCO)
 
@@ -168,9 +173,11 @@ def score(truth: COCO, detections_path: Path, image_ids: list[int]) -> dict[str,
     precision, recall = [], []
     with quiet():
         for category_id in sorted(truth.getCatIds()):
-            result = score_class(truth, detections, category_id, image_ids)
-            precision.append(result["precision"])  # [IoU, recall, class, size, detections]
-            recall.append(result["recall"])  # [IoU, class, size, detections]
+            matcher = class_matcher(truth, detections, category_id, image_ids)
+            matcher.evaluate()
+            matcher.accumulate()
+            precision.append(matcher.eval["precision"])  # [IoU, recall, class, size, detections]
+            recall.append(matcher.eval["recall"])  # [IoU, class, size, detections]
         evaluation: Any = COCOeval(iouType="bbox")
         evaluation.eval = {"precision": np.concatenate(precision, axis=2), "recall": np.concatenate(recall, axis=1)}
         evaluation.summarize()
@@ -178,46 +185,47 @@ def score(truth: COCO, detections_path: Path, image_ids: list[int]) -> dict[str,
     return {name: None if number == -1 else number for name, number in numbers}
 
 
-def read_results(detections_path: Path) -> np.ndarray:
+def read_results(detections_path: Path, image_ids: Collection[int] | None = None) -> np.ndarray:
     """COCO results -> [n,7]: image id, category id, x, y, w, h (px), score.
+
+    Args:
+        image_ids: the rows of these images alone; None: of all.
 
     Raises:
         UserError: the file is missing or does not hold COCO results.
     """
     try:
         try:
-            parts = read_lines(detections_path)
+            parts = read_lines(detections_path, image_ids)
         except ValueError:  # another program wrote the file, with rows that spread over several lines
             parts = [as_array(json.loads(detections_path.read_text(encoding="utf-8")))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        rows = np.concatenate([np.zeros((0, 7)), *parts])
+        check_finite(rows)
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{detections_path} is missing or no COCO results: run 'make eval ARGS=--force'") from error
-    return np.concatenate([np.zeros((0, 7)), *parts])
+    return rows if image_ids is None else rows[np.isin(rows[:, 0], list(image_ids))]
 
 
-def read_lines(detections_path: Path) -> list[np.ndarray]:
-    """Reads results as our evaluator writes them, with whole rows on each line, so one line at a time is parsed."""
+def read_lines(detections_path: Path, image_ids: Collection[int] | None) -> list[np.ndarray]:
+    """Reads results as our evaluator writes them, with whole rows on each line, so one line at a time is parsed.
+
+    Lines that name none of `image_ids` are not parsed.
+    """
+    numbers = "|".join(map(str, image_ids or []))
+    wanted = re.compile("" if image_ids is None else rf'"image_id"\s*:\s*(?:{numbers})\b')
     parts = []
     with open(detections_path, encoding="utf-8") as file:
         for line in file:
-            rows = line.strip().strip("[],")
-            parts.append(as_array(json.loads(f"[{rows}]")))
+            if wanted.search(line):
+                rows = line.strip().strip("[],")
+                parts.append(as_array(json.loads(f"[{rows}]")))
     return parts
 
 
-def detection_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a detections.json, which may come from somebody else.
-
-    Raises:
-        UserError: the file is missing, or is not in COCO's results format.
-    """
-    rows = read_json(path, "eval")
-    try:
-        is_sound = isinstance(rows, list) and bool(np.isfinite(as_array(rows)).all())
-    except (TypeError, KeyError, ValueError, OverflowError):
-        is_sound = False
-    if not is_sound:
-        raise UserError(f"{path} is not what 'make eval' writes: run 'make eval ARGS=--force'")
-    return rows
+def check_finite(rows: np.ndarray) -> None:
+    """Raises a ValueError for NaN and Infinity, which Python's JSON reader takes."""
+    if not np.isfinite(rows).all():
+        raise ValueError("a number is not finite")
 
 
 def as_array(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -226,25 +234,17 @@ def as_array(rows: list[dict[str, Any]]) -> np.ndarray:
     return np.array(values, float).reshape(-1, 7)
 
 
-def score_class(truth: COCO, detections: np.ndarray, category_id: int, image_ids: list[int]) -> Any:
-    """COCOeval's result for one class, a dict with precision and recall; `detections` come from read_results."""
+def class_matcher(truth: COCO, detections: np.ndarray, category_id: int, image_ids: list[int]) -> Any:
+    """COCOeval for one class, which has computed nothing yet; `detections` come from read_results."""
     annotations = []
     rows = detections[detections[:, 1] == category_id].tolist()
     for number, (image_id, _, x, y, w, h, confidence) in enumerate(rows, start=1):
         annotation = {"id": number, "image_id": int(image_id), "category_id": category_id}
         annotation |= {"bbox": [x, y, w, h], "area": w * h, "score": confidence}
         annotations.append(annotation)
-    scorer: Any = COCOeval(truth, with_annotations(truth, annotations), "bbox")
-    scorer.params.imgIds, scorer.params.catIds = image_ids, [category_id]
-    scorer.evaluate()
-    scorer.accumulate()
-    return scorer.eval
-
-
-def load_results(truth: COCO, detections_path: Path) -> COCO:
-    """COCO.loadRes, but also for a file without detections, on which that of pycocotools 2.0.11 fails."""
-    rows: Any = detection_rows(detections_path)  # the stubs know only paths
-    return truth.loadRes(rows) if rows else with_annotations(truth, [])
+    matcher: Any = Matcher(truth, with_annotations(truth, annotations), "bbox")
+    matcher.params.imgIds, matcher.params.catIds = image_ids, [category_id]
+    return matcher
 
 
 def with_annotations(truth: COCO, annotations: list[dict[str, Any]]) -> COCO:

@@ -21,7 +21,8 @@ class Split:
     `boxes`, the counts and `problems` are dicts by image id: `boxes` are rows [category_id, x, y, w, h] in px without
     crowds, `n_degenerate` counts boxes without area, `n_clipped` and `n_dropped` those that reached over the border,
     `problems` says why an image cannot be used. Of the whole file: `used` are the category ids of its annotations,
-    `notes` counts what was written otherwise than in COCO, `unlisted` names annotations of images that it lacks.
+    `notes` counts what was written otherwise than in COCO, `unlisted` names annotations of images that it lacks,
+    `is_drawn` says that the draw stage made the images.
     """
 
     file: Path
@@ -34,6 +35,7 @@ class Split:
     n_clipped: dict[int, int]
     n_dropped: dict[int, int]
     problems: dict[int, str]
+    is_drawn: bool = False
     used: set[int] = field(default_factory=set)
     notes: Counter[str] = field(default_factory=Counter)
     unlisted: list[str] = field(default_factory=list)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from app.core.errors import UserError
 from app.core.shapes import Shape, misfits
 
+ABANDONED_S = 2 * 24 * 3600.0
 NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # a rename to a folder that is not empty; POSIX allows both
 NO_SYNC_ERRNOS = (
     errno.EINVAL,
@@ -56,7 +59,7 @@ def new_folder(path: Path, replace: bool = False, alone: bool = False) -> Iterat
     """
     mark = f".{path.name}" if alone else f".{path.name}.{os.getpid()}"
     part, old = path.with_name(f"{mark}.part"), path.with_name(f"{mark}.old")
-    for folder in (part, old):
+    for folder in (part, old, *_left_behind(path)):
         shutil.rmtree(folder, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -72,6 +75,18 @@ def new_folder(path: Path, replace: bool = False, alone: bool = False) -> Iterat
     finally:
         for folder in (part, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left_behind(path: Path) -> list[Path]:
+    """Half-filled folders for `path` of processes that were killed: no process works on one for so long."""
+    newest = time.time() - ABANDONED_S
+    name = glob.escape(path.name)
+    folders = []
+    for folder in [*path.parent.glob(f".{name}.*.part"), *path.parent.glob(f".{name}.*.old")]:
+        with contextlib.suppress(FileNotFoundError):  # another process has cleared it away
+            if folder.is_dir() and folder.stat().st_mtime < newest:
+                folders.append(folder)
+    return folders
 
 
 def flush(path: Path) -> None:

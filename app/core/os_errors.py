@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +84,36 @@ def lock(file: IO[Any], take: Callable[[IO[Any], int], object] = fcntl.lockf) ->
         log.warning("%s: its file system has no locks; see to it that no other process works there", file.name)
         return False
     return True
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, work: str) -> Iterator[None]:
+    """Makes the folder and holds a lock on it, because two processes would write to the same files.
+
+    Args:
+        work: a noun for the message and the lock's name, such as download.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # O_NOFOLLOW: a link that somebody has put there leads to a file that is not ours.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.fdopen(os.open(folder / f".{work}.lock", flags, 0o644), "w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): give a folder of yours with --to DIR") from error
+    with file:
+        try:
+            lock(file, fcntl.flock)
+        except BlockingIOError as error:
+            raise UserError(f"another {work} into {folder} is running: let it finish, or stop it") from error
+        yield
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of a folder, which need not be there yet."""
+    return shutil.disk_usage(_nearest(folder.resolve())).free
 
 
 def explanation(error: OSError, folder: Path, need: str) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import http.client
 import itertools
@@ -16,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -24,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from app.coco.dataset import ANNOTATIONS, OFFICIAL_SIZES, SPLITS
 from app.core.config import UserError
 from app.core.files import new_folder
-from app.core.os_errors import FULL_DISK_ERRNOS, explain_os_errors, lock
+from app.core.os_errors import FULL_DISK_ERRNOS, explain_os_errors, free_bytes, only_one
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
@@ -90,7 +87,7 @@ def download_coco(target_dir: Path, keep_archives: bool = False, archives: tuple
     if not missing:
         return
     check_space(missing, target_dir, keep_archives)
-    with _only_one(target_dir), explain_os_errors(target_dir, DISK_REMEDY):
+    with only_one(target_dir, "download"), explain_os_errors(target_dir, DISK_REMEDY):
         for archive in missing:
             zip_path = fetch(archive, target_dir)
             unpack(zip_path, target_dir / archive.folder)
@@ -115,8 +112,7 @@ def check_space(missing: list[Archive], target_dir: Path, keep_archives: bool) -
         peak = max(peak, used)
         if not keep_archives:
             used -= archive.n_bytes
-    existing = next(folder for folder in (target_dir, *target_dir.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(target_dir)
     if free < peak:
         names = ", ".join(archive.name for archive in missing)
         raise UserError(
@@ -131,26 +127,6 @@ def _size(path: Path) -> int:
 
 def _part(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
-
-
-@contextlib.contextmanager
-def _only_one(target_dir: Path) -> Iterator[None]:
-    """Holds a lock on the folder, because two downloads would write to the same files."""
-    try:
-        target_dir.mkdir(parents=True, exist_ok=True)
-        # O_NOFOLLOW: a link that somebody has put there leads to a file that is not ours.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = os.fdopen(os.open(target_dir / ".download.lock", flags, 0o644), "w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {target_dir} ({error.strerror}): give a folder of yours with --to DIR"
-        ) from error
-    with file:
-        try:
-            lock(file, fcntl.flock)
-        except BlockingIOError as error:
-            raise UserError(f"another download into {target_dir} is running: let it finish, or stop it") from error
-        yield
 
 
 def fetch(archive: Archive, target_dir: Path) -> Path:

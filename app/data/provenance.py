@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import BUILTIN_TITLE, OTHER_COCO, Sources, coco_title, hash_ids, mended_in, own_title
+from app.coco.dataset import BUILTIN_TITLE, DRAWN_TITLE, OTHER_COCO, Sources, coco_title, hash_ids, mended_in, own_title
 from app.coco.split import unlisted_line
 from app.core.config import BUILTIN_DATASET, Data, UserError
 from app.data.view import Entries, Indices
@@ -132,6 +132,8 @@ def title(data: Data, splits: dict[str, Any], indices: Indices) -> str:
     """The name of the dataset in a report; `splits` are those of provenance.json."""
     if data.coco_dir == BUILTIN_DATASET:
         return BUILTIN_TITLE
+    if any(index["drawn"] for index in indices.values()):
+        return DRAWN_TITLE
     n_listed = {facts["name"]: facts["n_listed"] for facts in splits.values()}
     is_official = all(index["is_official"] for index in indices.values())
     return own_title(indices["train"]["names"]) or (coco_title(n_listed) if is_official else OTHER_COCO)

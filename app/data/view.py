@@ -24,7 +24,7 @@ from app.core.files import new_folder, write_text
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
-VIEW_VERSION = 5
+VIEW_VERSION = 6
 N_THREADS = min(8, os.cpu_count() or 1)
 STAMPS_AT_ONCE = 1000
 Entries = list[dict[str, Any]]  # entries of a view's index, one an image
@@ -113,6 +113,7 @@ def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> 
     _check(to_check, source.images_dir, f"checking {source.name}")
     return {
         "names": names,
+        "drawn": split.is_drawn,
         "left_out": left_out(split, names),
         "is_official": split.is_official,
         "notes": dict(split.notes),

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from app.coco.dataset import source_at
 from app.coco.detail import Metrics, choose
 from app.coco.images import read_image
-from app.coco.score import detection_rows
+from app.coco.score import read_results
 from app.core.config import Report
 from app.core.curves import COLOURS
 from app.core.run import RunRoot
@@ -44,10 +44,11 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
     rows = [{"image_id": int(image_id), "why": why, "f1_difference": change} for image_id, why, change in chosen]
     new["gallery"] = rows
     names = {number: category["name"] for number, category in truth.cats.items()}
+    ids = {row["image_id"] for row in rows}
     columns: dict[str, Any] = {
         "ground truth": truth.imgToAnns,
-        name_of(base): detections(Path(base["path"]), old["best_score"], names),
-        name_of(other): detections(Path(other["path"]), new["best_score"], names),
+        name_of(base): detections(Path(base["path"]), old["best_score"], ids, names),
+        name_of(other): detections(Path(other["path"]), new["best_score"], ids, names),
     }
     text = (
         f"**Val images, {plain(name_of(base))} and {plain(name_of(other))}.** Each shows its boxes from the score at "
@@ -71,16 +72,18 @@ def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> di
     return paths
 
 
-def detections(folder: Path, min_score: float, names: dict[int, str]) -> dict[int, list[dict[str, Any]]]:
+def detections(
+    folder: Path, min_score: float, image_ids: set[int], names: dict[int, str]
+) -> dict[int, list[dict[str, Any]]]:
     """Image id -> the boxes of detections.json with at least that score, the best last (drawn on top).
 
     `names` are those of the categories that the annotations list: COCOeval scores no others, and none is drawn.
     """
+    rows = read_results(folder / "detections.json", image_ids)
+    shown = rows[(rows[:, 6] >= min_score) & np.isin(rows[:, 1], list(names))]
     boxes: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    rows = detection_rows(folder / "detections.json")
-    for row in sorted(rows, key=lambda row: row["score"]):
-        if row["score"] >= min_score and row["category_id"] in names:
-            boxes[row["image_id"]].append(row)
+    for image_id, category_id, *box, score in shown[np.argsort(shown[:, 6], kind="stable")].tolist():
+        boxes[int(image_id)].append({"category_id": int(category_id), "bbox": box, "score": score})
     return boxes
 
 

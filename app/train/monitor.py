@@ -78,7 +78,6 @@ class Monitor:
         self.run_start = time.monotonic()
         self.epochs_here = 0.0  # trained by this process; the first may have begun in the middle
         self.scoring_s = 0.0  # of one state, in the last validation
-        self.n_pictures = 0
 
     def _add_hparams(self, config: Config) -> None:
         """Into the events of the scalars; SummaryWriter.add_hparams would make a folder, thus a run, of its own.
@@ -186,15 +185,22 @@ class Monitor:
             log.info("%s", ABOUT_AP)
 
     def _add_pictures(self, rows: Rows, validator: Any, n_done: int) -> None:
-        """The same val batch every time, its ground truth once, and the curves so far."""
-        every = max(self.n_epochs // N_PICTURES, 1)
-        if self.n_pictures and n_done // every <= self.n_pictures and n_done < self.n_epochs:
+        """The same val batch every time, its ground truth once, and the curves so far; N_PICTURES times in all.
+
+        Earlier processes of a resumed training have drawn too: the rows say when.
+        """
+        validated = [row for row in rows[:-1] if is_validated(row)]
+        if validated and self._period(n_done) == self._period(validated[-1]["epoch"]) and n_done < self.n_epochs:
             return
-        if not self.n_pictures:
+        if not validated:
             self.writer.add_image("val/labels", draw_batch(validator, validator.first_batch[1]), 0, dataformats="HWC")
-        self.n_pictures = max(n_done // every, 1)
         self.writer.add_image("val/predictions", draw_predictions(validator), n_done, dataformats="HWC")
         self.writer.add_figure("loss_curve", curve_figure(rows), n_done)
+
+    def _period(self, n_done: float) -> int:
+        """Number of the part of the training, one of N_PICTURES, in which an epoch lies."""
+        n_epochs = max(self.n_epochs // N_PICTURES, 1)
+        return max(int(n_done) // n_epochs, 1)
 
     def close(self) -> None:
         self.writer.close()

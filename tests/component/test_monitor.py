@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -54,6 +55,28 @@ def test_hparams_scalars_and_pictures_are_events_of_one_run(tmp_path: Path, vari
     assert start.hparams["quant.scheme"].string_value == ("none" if variant == "fp16" else "w4a16")
     quant = {key for key in start.hparams if key.startswith("quant.")}
     assert quant == ({"quant.scheme"} if variant == "fp16" else {key for key in flatten(config) if "quant." in key})
+
+
+def test_pictures_are_as_many_however_often_the_training_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.train.monitor.curve_figure", lambda rows: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("app.train.monitor.draw_batch", lambda *_: torch.zeros(2, 2, 3).numpy())
+    n_epochs = 60
+    rows = [{"epoch": float(i + 1), **ROW, **APS} for i in range(n_epochs)]
+    for epoch in range(n_epochs):
+        if epoch % 5 == 0:
+            monitor = Monitor(tmp_path, load("fp16"))
+        monitor.start_epoch(epoch, n_epochs, 10, 0)
+        monitor.step(10, dict)
+        monitor.end_train_pass()
+        monitor.end_epoch(rows[: epoch + 1], validator(), 0.25, 1)
+        monitor.writer.flush()
+    # Files of one second are read in any order, which must drop nothing.
+    read = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}, purge_orphaned_data=False).Reload()
+    steps = [event.step for event in read.Images("val/predictions")]
+    assert sorted(steps) == [1, *range(6, 61, 3)]
+    assert len(read.Images("val/labels")) == 1
 
 
 class Clock:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from app.core.config import UserError
+from app.core.os_errors import only_one
 from app.data import download
 from app.data.download import ARCHIVES, Archive, download_coco
 from tests.support.download_server import Server
@@ -292,7 +293,7 @@ def test_disk_that_fills_up_is_one_line(server: Server, tmp_path: Path, monkeypa
 
 
 def test_second_download_into_a_folder_is_refused(server: Server, tmp_path: Path) -> None:
-    with download._only_one(tmp_path), pytest.raises(UserError, match=r"another download into .* is running"):
+    with only_one(tmp_path, "download"), pytest.raises(UserError, match=r"another download into .* is running"):
         download_coco(tmp_path, archives=(serve(server, "val2017", VAL),))
     assert server.ranges == []
 

@@ -17,9 +17,10 @@ REPO_DIR = Path(__file__).resolve().parents[2]
 STAND_INS_DIR = Path(__file__).resolve().parent / "stand_ins"
 TARGETS = re.findall(r"^([a-z0-9-]+):.*## ", (REPO_DIR / "Makefile").read_text(), re.MULTILINE)
 PROMISED = (
-    "smoke test train-fp16 train-qat export ptq eval report all data download-coco tensorboard bench build lint stop"
+    "smoke test train-fp16 train-qat export ptq eval report all data draw download-coco "
+    "tensorboard bench build lint stop"
 )
-GPU_JOBS = {"train-fp16", "train-qat", "export", "ptq", "eval", "all", "bench", "smoke"}
+GPU_JOBS = {"train-fp16", "train-qat", "export", "ptq", "eval", "all", "bench", "estimate", "smoke"}
 # What `make test` without a container hands down to the tests.
 OF_A_MAKE_AROUND = "RUNNER ACCEL RUN GPUS CONF COCO_DIR ARGS MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
 CHECKS = REPO_DIR / "scripts" / "checks"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,15 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     fill(tmp_path / "made", "new", replace=True, alone=True)
     assert names(tmp_path / "made") == ["file"]
     assert names(tmp_path) == ["made"]
+
+
+def test_what_processes_of_earlier_days_left_is_cleared_away_and_nobody_elses(tmp_path: Path) -> None:
+    for name, age_s in ((".made.17.part", 3 * 86_400), (".made.18.old", 3 * 86_400), (".made.19.part", 3_600)):
+        (tmp_path / name).mkdir()
+        stamp = time.time() - age_s
+        os.utime(tmp_path / name, (stamp, stamp))
+    fill(tmp_path / "made", "new")
+    assert names(tmp_path) == [".made.19.part", "made"]
 
 
 def test_a_name_that_is_taken_by_a_file_is_an_error(tmp_path: Path) -> None:

@@ -93,10 +93,10 @@ def test_finished_drawing_is_left_alone_and_a_broken_off_one_has_no_name(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic.json, "dumps", fail)
+        patch.setattr(json, "dumps", fail)
         with pytest.raises(OSError, match="No space"):
             draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)
     assert list(tmp_path.iterdir()) == []
     draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)
-    monkeypatch.setattr(synthetic, "_draw_split", fail)
+    monkeypatch.setattr(synthetic, "draw_shard", fail)
     draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)

@@ -1,0 +1,183 @@
+"""The draw stage: a dataset of any size in COCO's layout, to rehearse a full run. The same bytes each time."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app.coco.categories import CATEGORIES
+from app.coco.dataset import ANNOTATIONS, SPLITS, annotation_path
+from app.core.config import BUILTIN_DATASET, UserError, difference, shown
+from app.core.files import read_json, write_json
+from app.core.os_errors import explain_os_errors, free_bytes, only_one
+from app.core.progress import Meter, clock
+from app.data.coco_like import BASE_PX, SIDES_PX, CocoLike
+from app.data.shards import Drawing, Scene, Shard, draw_image, draw_shard, encode, is_drawn, join, shards
+from app.data.synthetic import CocoSubset
+
+log = logging.getLogger(__name__)
+RECORD = "draw.json"  # in the dataset's folder: what is drawn there
+WORK = ".draw"  # there too, until all is drawn
+FOLDERS = (*SPLITS.values(), ANNOTATIONS)  # the last one says that all is drawn
+SHAPE = {"scene": dict[str, Any], "n_train": int, "n_val": int, "seed": int}
+REMEDY = "make room and start the same command again, it goes on from there"
+N_SAMPLES = 16  # images that are drawn to know how large all of them will be
+ROOM = 1.1  # for what the samples do not show
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for; the same values give the same bytes, with the locked OpenCV.
+
+    The scene coco-subset has a size and classes of its own, and takes None for both.
+    """
+
+    scene: str
+    n_train: int
+    n_val: int
+    seed: int
+    size_px: int | None
+    n_classes: int | None
+
+
+def draw(target_dir: Path, wanted: Wanted, n_processes: int | None = None) -> None:
+    """Fills `target_dir` with train2017/, val2017/ and annotations/; goes on where a killed drawing has stopped.
+
+    The folders get their names when all is drawn. A dataset that was drawn with the same values is left alone.
+
+    Args:
+        n_processes: None for one on each core that this process may use.
+
+    Raises:
+        UserError: wrong values, no space, another dataset in the folder, or another process that draws there.
+    """
+    drawing = Drawing(scene_of(wanted), wanted.n_train, wanted.n_val, wanted.seed)
+    check_numbers(drawing)
+    with only_one(target_dir, "drawing"), explain_os_errors(target_dir, REMEDY):
+        claim(target_dir, drawing)
+        if (target_dir / ANNOTATIONS).is_dir():
+            log.info("%s is drawn already", target_dir)
+        else:
+            fill(target_dir / WORK, drawing, n_processes or len(os.sched_getaffinity(0)))
+            name_folders(target_dir)
+        shutil.rmtree(target_dir / WORK, ignore_errors=True)
+
+
+def scene_of(wanted: Wanted) -> Scene:
+    size_px, n_classes = wanted.size_px, wanted.n_classes
+    if wanted.scene == BUILTIN_DATASET:
+        if size_px is not None or n_classes is not None:
+            raise UserError(f"--size and --classes are for --scene coco: {BUILTIN_DATASET} has its own")
+        return CocoSubset()
+    size_px = BASE_PX if size_px is None else size_px
+    n_classes = len(CATEGORIES) if n_classes is None else n_classes
+    if size_px not in SIDES_PX:
+        raise UserError(f"--size {size_px}: choose {SIDES_PX.start} to {SIDES_PX.stop - 1} px")
+    if not 1 <= n_classes <= len(CATEGORIES):
+        raise UserError(f"--classes {n_classes}: choose 1 to {len(CATEGORIES)}, the first ones of COCO's categories")
+    return CocoLike(size_px, n_classes)
+
+
+def check_numbers(drawing: Drawing) -> None:
+    for option, number in (("--n-train", drawing.n_train), ("--n-val", drawing.n_val)):
+        if number < 1:
+            raise UserError(f"{option} {number}: a dataset needs at least one image in each split")
+    if drawing.seed < 0:
+        raise UserError(f"--seed {drawing.seed}: choose a whole number from 0 on")
+
+
+def claim(target_dir: Path, drawing: Drawing) -> None:
+    """Records what is drawn in a folder.
+
+    Raises:
+        UserError: another drawing, or a dataset that was not drawn, is there.
+    """
+    path = target_dir / RECORD
+    if path.exists():
+        differences = difference(read_json(path, "draw", SHAPE), asdict(drawing))
+        if differences:
+            raise UserError(
+                f"{target_dir} holds another drawing ({shown(differences)}): "
+                "give another folder with --to DIR, or delete that one"
+            )
+        return
+    there = [name for name in FOLDERS if (target_dir / name).exists()]
+    if there:
+        raise UserError(
+            f"{target_dir} has a {there[0]}/ that was not drawn, and is kept: give another folder with --to DIR"
+        )
+    write_json(path, asdict(drawing))
+
+
+def fill(root: Path, drawing: Drawing, n_processes: int) -> None:
+    """Draws the shards that are missing, then writes the annotation files; `root` then holds the whole dataset."""
+    if all(annotation_path(root, split).exists() for split in SPLITS.values()):
+        return  # killed while the folders got their names
+    missing = [shard for shard in shards(drawing, *SPLITS.values()) if not is_drawn(root, shard)]
+    n_missing = sum(len(shard.image_ids) for shard in missing)
+    check_space(root, drawing, n_missing)
+    meter = Meter("drawing", n_missing)
+    try:
+        draw_all(root, drawing, missing, n_processes, meter)
+    finally:
+        meter.close()
+    rate = meter.done / max(meter.seconds, 0.001)
+    log.info("drawing: %s images, %.0f images/s, in %s", f"{meter.done:,}", rate, clock(meter.seconds))
+    join(root, drawing)
+
+
+def name_folders(target_dir: Path) -> None:
+    os.sync()  # after a power failure no folder that has its name may lack what was in it
+    for folder in FOLDERS:
+        if (target_dir / WORK / folder).is_dir():
+            (target_dir / WORK / folder).rename(target_dir / folder)
+
+
+def draw_all(root: Path, drawing: Drawing, missing: list[Shard], n_processes: int, meter: Meter) -> None:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(n_processes, context, start_worker)
+    try:
+        for n_images in pool.map(partial(draw_shard, root, drawing), missing):
+            meter.update(n_images)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """In a process of the pool: Ctrl-C reaches it too, and is for the main process; without that one it ends."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+    os._exit(1)  # a killed main process closes no pool, and its workers would wait for work for ever
+
+
+def check_space(root: Path, drawing: Drawing, n_images: int) -> None:
+    """Raises a UserError if the images would not fit on the disk, by the mean size of the first ones."""
+    sizes = []
+    for position in range(N_SAMPLES):
+        pixels, _ = draw_image(drawing, 1 + position, position)
+        sizes.append(len(encode(pixels, drawing.scene.jpeg_quality)))
+    needed = n_images * sum(sizes) / N_SAMPLES * ROOM
+    free = free_bytes(root)
+    if free < needed:
+        raise UserError(
+            f"not enough space for {n_images:,} images in {root.parent}: {needed / 2**30:,.1f} GiB needed, "
+            f"{free / 2**30:,.1f} GiB free: make room, draw fewer (--n-train), or give another folder with --to DIR"
+        )

@@ -22,7 +22,7 @@ from app.core.config import load
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
 from app.quant.model import build
-from app.quant.schemes import LearnedInt4WeightPerChannel
+from app.quant.schemes import LEARNED
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +49,7 @@ class Int4PerTensor(Int8WeightPerTensorFloat):
 
 
 KINDS = [
-    Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat, LearnedInt4WeightPerChannel,
+    Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat, LEARNED[4],
     Int4WeightPerTensorFloatDecoupled,
 ]  # fmt: skip
 

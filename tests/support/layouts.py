@@ -22,13 +22,14 @@ Tree = dict[str, Any]
 
 
 def draw_base(folder: Path, n_train: int, n_val: int) -> Path:
-    """The dataset in COCO's layout with ids that have gaps, names that pages trip on and no crowds."""
+    """The dataset in COCO's layout with ids that have gaps, names that pages trip on and no word that it is drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synthetic, "KINDS", KINDS)
         synthetic.draw_coco_subset(folder, n_train=n_train, n_val=n_val)
     names = dict(zip(KINDS, NAMES, strict=True))
     for file in (folder / "annotations").iterdir():
         tree = json.loads(file.read_text())
+        del tree["info"]
         tree["categories"] = [{"id": key, "name": name, "supercategory": "part"} for key, name in names.items()]
         file.write_text(json.dumps(tree))
     return folder

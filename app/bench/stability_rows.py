@@ -7,7 +7,8 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
-from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, flatten, load, read_yaml, shown
+from app.core.config import Config, UserError, load, read_yaml
+from app.core.differences import WITHOUT_EFFECT, difference, flatten, shown
 from app.core.files import read_json, write_text
 from app.core.results import (
     AP,

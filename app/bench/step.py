@@ -101,7 +101,7 @@ class Ours:
             scaler=GradScaler("cuda", enabled=amp), stabilisers=[], ranks=ALONE,
         )  # fmt: skip
         self.amp = amp
-        self.graph = StepGraph(self.state, n_images, amp, config.train.graph and config.train.kernels)
+        self.graph = StepGraph(self.state, n_images, amp, config.train)
 
     def step(self, batch: Batch) -> None:
         state = self.state

@@ -16,7 +16,8 @@ from typing import Any
 
 from app.coco.categories import CATEGORIES
 from app.coco.dataset import ANNOTATIONS, SPLITS, annotation_path
-from app.core.config import BUILTIN_DATASET, UserError, difference, shown
+from app.core.config import BUILTIN_DATASET, UserError
+from app.core.differences import difference, shown
 from app.core.files import read_json, write_json
 from app.core.os_errors import explain_os_errors, free_bytes, only_one
 from app.core.progress import Meter, clock

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from app.coco.categories import listed_names
 from app.coco.dataset import COCO_2017, Sources
 from app.coco.layout import describe_layout, find_sources
-from app.core.config import BUILTIN_DATASET, WITHOUT_EFFECT, Config, Data, UserError, difference, shown
+from app.core.config import BUILTIN_DATASET, Config, Data, UserError
+from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import read_json, sha256, write_json, write_text
 from app.core.os_errors import explain_os_errors
 from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage

@@ -16,7 +16,8 @@ import onnx
 from onnx import ModelProto
 from ultralytics.nn.tasks import DetectionModel
 
-from app.core.config import Config, Export, UserError, config_hash
+from app.core.config import Config, Export, UserError
+from app.core.differences import config_hash
 from app.core.environment import code_version
 from app.core.files import sha256, write_atomic, write_json
 from app.core.labels import PACKED_BITS, Label

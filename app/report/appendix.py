@@ -8,7 +8,7 @@ import yaml
 
 from app.coco.categories import NAMES
 from app.coco.dataset import mended_in
-from app.core.config import difference, flatten
+from app.core.differences import difference, flatten
 from app.core.labels import scored_name
 from app.core.mounts import as_known
 from app.report.evidence import Evidence

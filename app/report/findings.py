@@ -8,7 +8,8 @@ from itertools import chain, combinations
 from typing import Any
 
 from app.coco.detail import Metrics
-from app.core.config import MACHINE_KEYS, Report, UserError, difference, flatten, shown
+from app.core.config import Report, UserError
+from app.core.differences import MACHINE_KEYS, difference, flatten, shown
 from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
 from app.report.evidence import Evidence, Training

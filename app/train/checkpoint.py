@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from app.core.config import WITHOUT_EFFECT, Config, UserError, difference, shown
+from app.core.config import Config, UserError
+from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import keep
 from app.core.results import WARM_UP, Rows, is_validated
 from app.core.shapes import Count, Shape, misfits

@@ -7,17 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.core.config import (
-    WITHOUT_EFFECT,
-    Config,
-    Quant,
-    UserError,
-    difference,
-    dump,
-    read_yaml,
-    shown,
-    validate,
-)
+from app.core.config import Config, Quant, UserError, dump, read_yaml, validate
+from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import read_json, sha256, write_text
 from app.core.labels import FP16, Label
 from app.core.results import read_rows

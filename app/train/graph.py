@@ -15,6 +15,7 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.func import functional_call
 
+from app.core.config import Train
 from app.train.assign_kernels import COLUMNS
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
@@ -122,13 +123,13 @@ class StepGraph:
         state: of the training.
         n_images: of this rank's part of a full batch.
         amp: whether the forward runs under FP16 autocast.
-        enabled: train.graph and train.kernels; without a GPU there is never a graph.
+        train: section of the configuration; a graph takes train.graph, train.kernels and a GPU.
     """
 
-    def __init__(self, state: State, n_images: int, amp: bool, enabled: bool) -> None:
+    def __init__(self, state: State, n_images: int, amp: bool, train: Train) -> None:
         self.state, self.n_images, self.amp = state, n_images, amp
         self.device = next(state.net.parameters()).device
-        self.enabled = enabled and self.device.type == "cuda"
+        self.enabled = train.graph and train.kernels and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.quantizer: Any = None  # that of the captured network
 

@@ -16,8 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from ultralytics.utils import LOGGER, ops
 from ultralytics.utils.plotting import plot_images
 
-from app.core.config import Config, dump, flatten
+from app.core.config import Config, dump
 from app.core.curves import curve_figure
+from app.core.differences import flatten
 from app.core.progress import LOSS, MEMORY, Meter, Part, clock
 from app.core.results import STATES, WARM_UP, Row, Rows, is_validated, train_loss, write_rows
 from app.core.terminal import Printable

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from app.core.config import Config, UserError, config_hash
+from app.core.config import Config, UserError
 from app.core.curves import write_loss_curve
+from app.core.differences import config_hash
 from app.core.environment import environment, utc_now
 from app.core.files import sha256, write_json
 from app.core.run import RunRoot, record_stage

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
 
-from app.core.config import flatten, load
+from app.core.config import load
+from app.core.differences import flatten
 from app.train.done import After
 from app.train.monitor import ABOUT_AP, Monitor
 

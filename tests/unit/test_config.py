@@ -10,22 +10,19 @@ import yaml
 
 from app.core.config import (
     CONF_DIR,
-    WITHOUT_EFFECT,
     Config,
     Hyp,
     Quant,
     Section,
     UserError,
-    config_hash,
-    difference,
     dump,
-    flatten,
     load,
     merge,
     parse_set,
     read_yaml,
     validate,
 )
+from app.core.differences import WITHOUT_EFFECT, config_hash, difference, flatten
 
 OVERLAYS = sorted(set(CONF_DIR.glob("*.yaml")) - {CONF_DIR / "base.yaml"})
 OTHER_HYP = ("optimizer", "perspective", "close_mosaic", "nbs")  # keys of hyp that cannot be 0.77

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.config import UserError, config_hash, difference, dump, flatten, load, shown, validate
+from app.core.config import UserError, dump, load, validate
+from app.core.differences import config_hash, difference, flatten, shown
 from app.core.labels import Label
 from app.core.run import RunRoot
 from app.core.scheme import Scheme, builtin_names, find_scheme, keep_scheme, kept_scheme, read_scheme

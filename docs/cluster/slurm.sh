@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 export PATH=$PWD/.venv/bin:$PATH RUN=${RUN:-full}
 common=(--run "$RUN" --set "data.coco_dir=${COCO_DIR:?name the COCO folder}")
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((29500 + SLURM_JOB_ID % 1000))
 export MASTER_ADDR MASTER_PORT
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1 # the trainings get TERM and save

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,8 @@ SETS = ["raw", "ema"]
 
 
 def new_validator(kind: type[Validator]) -> Any:
-    validator: Any = kind(SimpleNamespace(dataset=[]), args=get_cfg(overrides={"plots": False, "conf": CONFIDENCE}))
+    args = get_cfg(overrides={"plots": False, "conf": CONFIDENCE})
+    validator: Any = kind(SimpleNamespace(dataset=[]), save_dir=Path(tempfile.gettempdir()), args=args)
     validator.device, validator.data = torch.device("cpu"), {}
     validator.init_metrics(SimpleNamespace(names=NAMES, set_names=SETS, end2end=True))
     return validator

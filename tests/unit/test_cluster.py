@@ -14,33 +14,13 @@ from app.__main__ import ORDER, parse
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 CLUSTER_DIR = REPO_DIR / "docs" / "cluster"
-# Each prints its name, its rank in the job, and its words, one call a line.
-STAND_IN = '#!/bin/sh\necho "$(basename "$0")|${WORLD_SIZE-}|$*" >> "$CALLS"\n'
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do [[ $1 != --nodes=1 ]] || alone=yes; shift; done
-nodes="0 1"
-[ -z "${alone-}" ] || nodes=0
-for SLURM_NODEID in $nodes; do export SLURM_NODEID SLURM_NNODES=2 SLURM_GPUS_ON_NODE=8; "$@" || exit; done
-"""
+STAND_INS = Path(__file__).with_name("stand_ins_cluster")  # in the repository: a container's /tmp executes nothing
 
 
-@pytest.fixture
-def bin_dir(tmp_path: Path) -> Path:
-    """Stand-ins of SLURM and torchrun, before all others on the PATH."""
-    folder = tmp_path / ".venv" / "bin"
-    folder.mkdir(parents=True)
-    scontrol = '#!/bin/sh\n[ "$1" = show ] && printf "node-a\\nnode-b\\n"\n'
-    for name, text in {"torchrun": STAND_IN, "python": STAND_IN, "srun": SRUN, "scontrol": scontrol}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    return folder
-
-
-def calls(bin_dir: Path, command: list[str], **variables: str) -> list[list[str]]:
-    """Runs a script; returns the calls of torchrun and python: name, WORLD_SIZE, words."""
-    file = bin_dir / "calls"
+def calls(file: Path, command: list[str], **variables: str) -> list[list[str]]:
+    """Runs a script; returns the calls of torchrun and python, noted in `file`: name, WORLD_SIZE, words."""
     file.write_text("")
-    env = {"PATH": f"{bin_dir}:{os.environ['PATH']}", "CALLS": str(file), **variables}
+    env = {"PATH": f"{STAND_INS}:{os.environ['PATH']}", "CALLS": str(file), **variables}
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return [line.split("|", 2) for line in file.read_text().splitlines()]
@@ -62,13 +42,13 @@ def torchrun_words(node: int, port: int, address: str) -> str:
     return f"--nnodes=2 --nproc-per-node=8 {place} -m -- app train "
 
 
-def test_slurm_runs_every_stage_and_a_training_on_each_node(bin_dir: Path) -> None:
+def test_slurm_runs_every_stage_and_a_training_on_each_node(tmp_path: Path) -> None:
     variables = {
-        "SLURM_SUBMIT_DIR": str(bin_dir.parents[1]),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "4217",
         "SLURM_JOB_NODELIST": "node-[a-b]",
     }
-    made = calls(bin_dir, ["bash", str(CLUSTER_DIR / "slurm.sh")], COCO_DIR="/data/coco", **variables)
+    made = calls(tmp_path / "calls", ["bash", str(CLUSTER_DIR / "slurm.sh")], COCO_DIR="/data/coco", **variables)
     trainings = [words for name, _, words in made if name == "torchrun"]
     for number, words in enumerate(trainings):
         assert words.startswith(torchrun_words(number % 2, 29717, "node-a"))
@@ -78,8 +58,8 @@ def test_slurm_runs_every_stage_and_a_training_on_each_node(bin_dir: Path) -> No
     assert stages([words for _, _, words in made])[0] == "data"
 
 
-def test_a_slurm_job_without_a_dataset_says_so(bin_dir: Path) -> None:
-    env = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(bin_dir)}
+def test_a_slurm_job_without_a_dataset_says_so(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
     result = subprocess.run(
         ["bash", str(CLUSTER_DIR / "slurm.sh")], env=env, capture_output=True, text=True, check=False
     )
@@ -92,11 +72,11 @@ def pytorchjob() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_pod_trains_and_the_master_does_the_rest_alone(bin_dir: Path, rank: int) -> None:
+def test_a_pod_trains_and_the_master_does_the_rest_alone(tmp_path: Path, rank: int) -> None:
     spec = pytorchjob()["spec"]["pytorchReplicaSpecs"]["Worker" if rank else "Master"]
     container = spec["template"]["spec"]["containers"][0]
     variables = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "w4a16-master-0", "MASTER_PORT": "23456"}
-    made = calls(bin_dir, [*container["command"], *container["args"]], **variables)
+    made = calls(tmp_path / "calls", [*container["command"], *container["args"]], **variables)
     trainings, rest = made[:2], made[2:]
     assert all(words.startswith(torchrun_words(rank, 23456, "w4a16-master-0")) for _, _, words in trainings)
     done = stages([words for _, _, words in made])

@@ -6,6 +6,7 @@ current: <link folder>/smoke/fp16 -> runs/smoke/fp16/tensorboard.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -40,6 +41,7 @@ def main() -> int:
     set_up_terminal()
     for number in STOPPING:
         signal.signal(number, stop)
+    atexit.register(ignore_signals)
     try:
         with served(args.runs_dir, args.host, args.port):
             log.info("http://localhost:%d", args.told_port or args.port)
@@ -55,6 +57,12 @@ def stop(number: int, _frame: object) -> None:
     for other in STOPPING:
         signal.signal(other, lambda *_: None)
     sys.exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """For the end of the process: Python takes handlers away before that, and then a signal would kill it."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from app.core.config import Report, UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.core.run import PROVENANCE_SHAPE, RECORD_SHAPE, RunRoot
+from app.report.spread import ROWS
 
 APART = ("run.json",)  # the record itself, which has what `state` gives
 
@@ -34,9 +35,9 @@ def state(run: RunRoot, settings: Report) -> str:
 
 
 def program() -> str:
-    """SHA-256 over the source of this program and the versions of its packages."""
+    """SHA-256 over the source of this program, the versions of its packages and the spread of seeds that it knows."""
     digest = hashlib.sha256()
-    for path in [*sorted((REPO_DIR / "app").rglob("*.py")), REPO_DIR / "requirements.lock"]:
+    for path in [*sorted((REPO_DIR / "app").rglob("*.py")), REPO_DIR / "requirements.lock", ROWS]:
         if path.exists():
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -79,12 +79,14 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
 def check_snapshot(config: Config, snapshot: Path) -> None:
     """Compares with the configuration that a folder was trained with, as far as training depends on it.
 
-    What ended before its first checkpoint was not trained.
+    What ended before its first checkpoint was not trained. A finished training may lack last.pt, which may be deleted.
 
     Raises:
         UserError: another configuration, or one that another version of this program has written.
     """
-    if not snapshot.exists() or not any((snapshot.parent / "weights").glob("last*.pt")):
+    folder = snapshot.parent
+    is_trained = (folder / "done.json").exists() or any((folder / "weights").glob("last*.pt"))
+    if not snapshot.exists() or not is_trained:
         return
     try:
         trained_with = validate(read_yaml(snapshot))

@@ -55,6 +55,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
             log.info("ptq %s: re-estimating BatchNorm on train images", label)
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         folder = run.variant_dir(label)
+        (folder / "done.json").unlink(missing_ok=True)  # until all that it speaks for is written
         keep_scheme(quant.scheme, folder)
         write_json(folder / "quant_config.json", quant_config)
         write_json(folder / "health.json", {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)})

@@ -71,6 +71,9 @@ def test_another_configuration_is_refused_as_by_the_stage(
     tree[section][key] = int(value)
     with pytest.raises(UserError, match=fault):
         is_trained(Config.model_validate(tree), run)
+    (run.variant_dir("fp16") / "weights" / "last.pt").unlink()  # nobody needs it when a training is done
+    with pytest.raises(UserError, match=fault):
+        is_trained(Config.model_validate(tree), run)
 
 
 def test_epochs_left_by_the_files(trained: tuple[Config, RunRoot]) -> None:

@@ -47,9 +47,9 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
         )
     if findings["seeds"] is None:
         return (
-            f"open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: 'make all "
-            f'RUN={run.name}-seed1 ARGS="--set train.seed=1"\' and \'make report RUN={run.name} ARGS="--runs '
-            f"{run.name}-seed1\"'"
+            "open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: the commands "
+            f"of this run with RUN={run.name}-seed1 and '--set train.seed=1' added to ARGS, then 'make report "
+            f'RUN={run.name} ARGS="--runs {run.name}-seed1"\''
         )
     others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])
     publish = f'make publish RUN={run.name} ARGS="--runs {others}"'

@@ -47,8 +47,8 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
         )
     if findings["seeds"] is None:
         return (
-            "open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: the commands "
-            f"of this run with RUN={run.name}-seed1 and '--set train.seed=1' added to ARGS, then 'make report "
+            "open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: the "
+            f"commands of this run with RUN={run.name}-seed1 and '--set train.seed=1' added to ARGS, then 'make report "
             f'RUN={run.name} ARGS="--runs {run.name}-seed1"\''
         )
     others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])

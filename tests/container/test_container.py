@@ -215,7 +215,7 @@ class Image(unittest.TestCase):
         result = docker(*self.run, "data", "data", "--run", "t", "--set", "data.coco_dir=/data/coco", env=self.env)
         self.assertEqual(result.returncode, 2)
         said = result.stderr + result.stdout
-        self.assertIn(f"error: {self.folder}/coco has no train2017/", said)
+        self.assertIn(f"error: {self.folder}/coco holds no dataset in a known layout: ", said)
         self.assertNotIn("/data/coco", said.replace(f"{self.folder}/coco", ""))
 
     @unittest.skipUnless(os.getuid() == 0, "only root gives a folder to another user")

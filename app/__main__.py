@@ -324,12 +324,9 @@ def estimate(args: argparse.Namespace) -> None:
 
 def whole_job(args: argparse.Namespace) -> None:
     """Runs every stage that is not done, each in a process of its own; one that fails ends the job with its code."""
-    common = ["--run", args.run, "--runs-dir", str(args.runs_dir), *(["--force"] if args.force else [])]
-    for option, words in (("--conf", args.conf), ("--set", args.set)):
-        for word in words:
-            common += [option, str(word)]
-    from app.core.child import run_stage
+    from app.core.child import job_words, run_stage
 
+    common = [*job_words(args.run, args.runs_dir, args.conf, args.set), *(["--force"] if args.force else [])]
     with set_up(args, lock=False) as job:  # a wrong setting is refused before the first stage
         for command in ORDER:
             if is_done(parse([*command.split(), *common])):

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from app.bench.train import train_command
-from app.core.config import Config, UserError, load, validate
+from app.bench.train import check_ended, train_command
+from app.core.config import Config, load, validate
 from app.core.environment import environment
 from app.core.files import read_json, write_json, write_text
 from app.core.results import read_rows, train_loss
@@ -95,9 +95,7 @@ def train_arms(run: RunRoot, config: Config, overlays: list[Path], sets: list[st
     processes = {arm: subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for arm, command in commands.items()}
     for arm, process in processes.items():
         _, said = process.communicate()
-        if process.returncode:
-            last = (said.strip().splitlines() or ["it said nothing"])[-1]
-            raise UserError(f"the training '{arm}' of this bench ended with exit code {process.returncode}: {last}")
+        check_ended(f"the training '{arm}'", process.returncode, said)
     return {arm: read_trained(roots[arm].variant_dir(config.label)) for arm in commands}
 
 

@@ -21,6 +21,7 @@ from app.coco.dataset import OFFICIAL_SIZES, SPLITS
 from app.core.config import Config, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
+from app.core.results import STATES
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.report.tables import markdown_table
@@ -34,7 +35,6 @@ from app.train.validator import LABELS, HeldOut
 log = logging.getLogger(__name__)
 N_WARM_UPS = 3  # steps before any clock starts: kernels are compiled, the graph is captured
 N_STEPS = 20  # of the step alone, and at least of the loop
-SCORED_STATES = 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class EpochCost:
         n_batches = -(-n_train // self.batch)
         return {
             "steps": n_batches * self.loop_s,
-            f"validation of {SCORED_STATES} states": SCORED_STATES * n_val * self.score_s,
+            f"validation of {len(STATES)} states": len(STATES) * n_val * self.score_s,
             "BatchNorm re-estimation": self.reestimate_s,
             "copies for both": self.copy_s,
             "health": self.examine_s,
@@ -144,7 +144,7 @@ def measure(config: Config, run: RunRoot) -> EpochCost:
     n_val = read_json(run.provenance, "data")["splits"]["val"]["n_images"]
     return EpochCost(
         config.train.batch, n_val, seconds["loader"][0] / n_batches, seconds["step"][0] / N_STEPS,
-        seconds["loop"][0] / n_batches, score_s / SCORED_STATES / n_val, reestimate_s,
+        seconds["loop"][0] / n_batches, score_s / len(STATES) / n_val, reestimate_s,
         seconds["validate"][0] - score_s - reestimate_s, seconds["examine"][0], seconds["save"][0],
     )  # fmt: skip
 

@@ -97,7 +97,7 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        return (self.out_dir / "done.json").exists()
+        return self.root.done(self.config.label).exists()
 
     @property
     def can_start(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.coco.dataset import SPLITS
+from app.core.child import job_words
 from app.core.config import Config, UserError, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json, write_text
@@ -82,12 +83,7 @@ def measure(run: RunRoot, arm: str, overlays: list[Path], sets: list[str]) -> li
 def train_command(run: RunRoot, variant: str, overlays: list[Path], sets: list[str]) -> list[str]:
     """The train stage as a command."""
     command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", variant]
-    command += ["--run", run.name, "--runs-dir", str(run.runs_dir)]
-    for path in overlays:
-        command += ["--conf", str(path)]
-    for item in sets:
-        command += ["--set", item]
-    return command
+    return [*command, *job_words(run.name, run.runs_dir, overlays, sets)]
 
 
 def run_child(command: list[str]) -> None:
@@ -97,9 +93,14 @@ def run_child(command: list[str]) -> None:
         UserError: it failed, with its last line.
     """
     result = subprocess.run(command, check=False, capture_output=True, text=True)
-    if result.returncode:
-        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"a training of this bench ended with exit code {result.returncode}: {last}")
+    check_ended("a training", result.returncode, result.stderr)
+
+
+def check_ended(training: str, code: int, said: str) -> None:
+    """Raises a UserError with the last line that a training of a bench said, if it failed."""
+    if code:
+        last = (said.strip().splitlines() or ["it said nothing"])[-1]
+        raise UserError(f"{training} of this bench ended with exit code {code}: {last}")
 
 
 def measure_stock(run: RunRoot, config: Config, compiles: bool) -> list[float]:

@@ -8,11 +8,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from app.core.answers import left_to_children
 
 log = logging.getLogger(__name__)
 SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGBUS)  # what the kernel sends where memory or shared memory is short
+
+
+def job_words(run: str, runs_dir: Path, overlays: list[Path], sets: list[str]) -> list[str]:
+    """What a stage needs on its command line to read the same run and configuration as this process."""
+    words = ["--run", run, "--runs-dir", str(runs_dir)]
+    for path in overlays:
+        words += ["--conf", str(path)]
+    for setting in sets:
+        words += ["--set", setting]
+    return words
 
 
 def run_stage(stage: str, arguments: list[str]) -> int:

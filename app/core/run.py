@@ -105,6 +105,10 @@ class RunRoot:
         """The checkpoint that is exported."""
         return self.variant_dir(label) / "weights" / "best.pt"
 
+    def done(self, label: Label | str) -> Path:
+        """What says that a training, or PTQ, is finished: written last."""
+        return self.variant_dir(label) / "done.json"
+
     def finished_labels(self) -> list[Label]:
         """Labels of the finished checkpoints: fp16, the other trainings, then PTQ."""
         labels = [Label.parse(path.parent.name) for path in self.root.glob("*/done.json")]

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.core.child import job_words
 from app.core.config import Config, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
+from app.core.images import Images, images_of
 from app.core.labels import SCORES_ENDING
 from app.core.memory import available_bytes
 from app.core.os_errors import free_bytes
 from app.core.progress import clock
 from app.core.results import read_rows
-from app.core.run import VIEW_SHAPE, RunRoot
-from app.estimate.price import Images, Peaks, eval_seconds, limit, training_parts, training_seconds
+from app.core.run import RunRoot
+from app.estimate.price import Peaks, eval_seconds, limit, training_parts, training_seconds
 from app.estimate.watch import Took, run_watched
 
 CPU_BATCH_PX = 850_000  # of the pilot's batch on a CPU: two images of 640 px, all of the smoke's
@@ -46,12 +48,7 @@ class Command:
     sets: list[str]
 
     def words(self, stage: str, run: RunRoot, *sets: str) -> list[str]:
-        words = [*stage.split(), "--run", run.name, "--runs-dir", str(run.runs_dir)]
-        for file in self.overlays:
-            words += ["--conf", str(file)]
-        for setting in (*self.sets, *sets):
-            words += ["--set", setting]
-        return words
+        return [*stage.split(), *job_words(run.name, run.runs_dir, self.overlays, [*self.sets, *sets])]
 
     def config(self, variant: str, *sets: str) -> Config:
         return load(variant, self.overlays, [*self.sets, *sets])
@@ -100,11 +97,6 @@ def scratch(run: RunRoot, what: str) -> Iterator[RunRoot]:
 def watched(command: Command, stage: str, run: RunRoot, *sets: str) -> Took:
     log.info("estimate: %s", stage)
     return run_watched(command.words(stage, run, *sets), run.root / "said.txt")
-
-
-def images_of(run: RunRoot) -> Images:
-    splits = read_json(run.provenance, "data", VIEW_SHAPE)["splits"]
-    return Images(splits["train"]["n_images"], splits["val"]["n_images"])
 
 
 class Pilot:

@@ -13,21 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.config import Config
+from app.core.images import Images, n_bn_images
 from app.core.results import Rows
 
 BN_TIME = "time/bn_reestimation_s"  # a column of results.csv
-
-
-@dataclass(frozen=True)
-class Images:
-    """How many images a job uses."""
-
-    train: int
-    val: int
-
-
-def n_bn_images(config: Config, images: Images) -> int:
-    return min(config.train.bn_batches * config.train.batch, images.train)
 
 
 def training_parts(pilot: Config, seen: Images, wall_s: float, rows: Rows) -> dict[str, float]:

@@ -49,7 +49,7 @@ def source_of(run: RunRoot, label: Label) -> str | None:
     """SHA-256 of the checkpoint that PTQ has quantized; None for a training."""
     if label.method != "ptq":
         return None
-    return read_json(run.variant_dir(label) / "done.json", "ptq", SOURCE_SHAPE)["source_sha256"]
+    return read_json(run.done(label), "ptq", SOURCE_SHAPE)["source_sha256"]
 
 
 def has_packed_bits(run: RunRoot, label: Label) -> bool:

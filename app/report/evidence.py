@@ -213,8 +213,7 @@ def _training(run: RunRoot, label: str, missing: list[str]) -> Training | None:
         what = f"config.yaml {'; '.join(faults)}" if faults else "no finished epoch or no env.json"
         missing.append(f"train: {label} is left out: {what}")
         return None
-    done_json = folder / "done.json"
-    done = _read(run, done_json, "train", DONE_SHAPE, missing) if done_json.exists() else None
+    done = _read(run, run.done(label), "train", DONE_SHAPE, missing) if run.done(label).exists() else None
     if done is None:
         n_epochs = config["train"]["epochs"]
         missing.append(f"train: {label} has not finished, {len(history)} of {n_epochs} epochs: run it again to go on")
@@ -253,7 +252,7 @@ def _finished(run: RunRoot, trainings: dict[str, Training], missing: list[str]) 
     finished = {label: training.done["best_sha256"] if training.done else None for label, training in trainings.items()}
     for label in _labels_with(run, "done.json"):
         if Label.parse(label).method == "ptq":
-            done = _read(run, run.variant_dir(label) / "done.json", "ptq", DONE_SHAPE, missing)
+            done = _read(run, run.done(label), "ptq", DONE_SHAPE, missing)
             finished[label] = done["best_sha256"] if done else None
     return finished
 

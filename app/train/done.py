@@ -36,7 +36,7 @@ def is_trained(config: Config, run: RunRoot) -> bool:
     Raises:
         UserError: the folder holds a training of another configuration, or the dataset cannot be used or is another.
     """
-    if not done_json(config, run).exists():
+    if not run.done(config.label).exists():
         return False
     prepare(config, run, force=False, says_done=False)
     return is_finished(config, run)
@@ -45,15 +45,11 @@ def is_trained(config: Config, run: RunRoot) -> bool:
 def is_finished(config: Config, run: RunRoot) -> bool:
     """As `is_trained`, whatever became of the dataset."""
     check_snapshot(config, run.variant_dir(config.label) / "config.yaml")
-    if not done_json(config, run).exists():
+    if not run.done(config.label).exists():
         return False
-    done = read_json(done_json(config, run), "train", DONE_SHAPE)
+    done = read_json(run.done(config.label), "train", DONE_SHAPE)
     log.info("train %s: done already (%d epochs, best AP %.3f)", config.label, done["epochs"], done["best_ap"])
     return True
-
-
-def done_json(config: Config, run: RunRoot) -> Path:
-    return run.variant_dir(config.label) / "done.json"
 
 
 def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
@@ -101,7 +97,7 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
 
 def epochs_left(config: Config, run: RunRoot) -> int:
     """How many epochs of a training are still to come, by its files; what cannot be read counts as not begun."""
-    if done_json(config, run).exists():
+    if run.done(config.label).exists():
         return 0
     try:
         rows = read_rows(run.variant_dir(config.label) / "results.csv")
@@ -124,10 +120,9 @@ def is_quantized(run: RunRoot, label: Label, source_sha256: str, scheme: Scheme)
     Raises:
         UserError: it was made of another baseline or another scheme: a finished result is not overwritten unasked.
     """
-    done_json = run.variant_dir(label) / "done.json"
-    if not done_json.exists() or not run.best(label).exists():
+    if not run.done(label).exists() or not run.best(label).exists():
         return False
-    if read_json(done_json, "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
+    if read_json(run.done(label), "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
         raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
     if rules := changed_rules(kept_scheme(run.variant_dir(label), scheme.name), scheme):
         raise UserError(f"{run.best(label)} was made with {rules[0]}, now it is {rules[1]}: overwrite it with --force")

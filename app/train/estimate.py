@@ -24,12 +24,12 @@ import torch
 from ultralytics.cfg import get_cfg
 
 from app.core.config import Config, UserError
-from app.core.files import read_json
+from app.core.images import Images, images_of, n_bn_images
 from app.core.memory import available_bytes
 from app.core.progress import DAY_S, clock
 from app.core.results import STATES
-from app.core.run import VIEW_SHAPE, RunRoot
-from app.quant.model import build
+from app.core.run import RunRoot
+from app.quant.model import float_network
 from app.train.processes import ALONE
 from app.train.step import criterion_of_part
 
@@ -59,14 +59,6 @@ class Measured:
     forward_s: float
 
 
-@dataclass(frozen=True)
-class Images:
-    """How many a run has."""
-
-    train: int
-    val: int
-
-
 def check_affordable(config: Config, run: RunRoot, force: bool, accepted: bool) -> None:
     """Before a training on the CPU begins: says what it takes, where that is not little.
 
@@ -77,8 +69,7 @@ def check_affordable(config: Config, run: RunRoot, force: bool, accepted: bool) 
     Raises:
         UserError: it takes more memory than there is, or more than LONG_DAYS, and is not accepted.
     """
-    splits = read_json(run.provenance, "data", VIEW_SHAPE)["splits"]
-    images = Images(splits["train"]["n_images"], splits["val"]["n_images"])
+    images = images_of(run)
     has_begun = (run.variant_dir(config.label) / "weights" / "last.pt").exists()
     if (has_begun and not force) or is_light(config, images):
         return
@@ -96,7 +87,7 @@ def measure(config: Config) -> Measured:
     """Trains the float network on one image, twice, and times the second step; about 5 s for YOLOv10m on two cores."""
     side_px = min(config.train.imgsz, MEASURED_PX)
     scale = (config.train.imgsz / side_px) ** 2
-    net: Any = build(config.model_copy(update={"quant": None}))[0]
+    net: Any = float_network(config)
     net.args = cast(Any, get_cfg(overrides=config.hyp.model_dump()))
     net.criterion = criterion_of_part(net, ALONE)
     batch = one_image(side_px)
@@ -141,10 +132,6 @@ def memory_bytes(config: Config, measured: Measured, images: Images) -> float:
     copies = COPIES + (QUANTIZED_COPIES if config.quant else 0)
     activations = config.train.batch * measured.saved_bytes * WORKSPACE
     return 4 * measured.parameters * copies + activations + n_bn_images(config, images) * 3 * config.train.imgsz**2
-
-
-def n_bn_images(config: Config, images: Images) -> int:
-    return min(config.train.bn_batches * config.train.batch, images.train)
 
 
 def seconds(config: Config, measured: Measured, images: Images) -> float:

@@ -55,13 +55,13 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
             log.info("ptq %s: re-estimating BatchNorm on train images", label)
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         folder = run.variant_dir(label)
-        (folder / "done.json").unlink(missing_ok=True)  # until all that it speaks for is written
+        run.done(label).unlink(missing_ok=True)  # until all that it speaks for is written
         keep_scheme(quant.scheme, folder)
         write_json(folder / "quant_config.json", quant_config)
         write_json(folder / "health.json", {"epoch": checkpoint["epoch"] + 1, "snr_db": signal_to_noise(model)})
         save_checkpoint(run.best(label), quantized, {"scored": cpu_state_dict(model), **facts})
         done = {"source_sha256": facts["source_sha256"], "best_sha256": sha256(run.best(label))}
-        write_json(folder / "done.json", {**done, "time_utc": utc_now()})
+        write_json(run.done(label), {**done, "time_utc": utc_now()})
         record_stage(run, f"ptq {label}", done)
         log.info("ptq %s: %s, for 'make export'", label, run.best(label))
 

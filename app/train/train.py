@@ -12,7 +12,7 @@ from app.core.environment import environment, utc_now
 from app.core.files import sha256, write_json
 from app.core.run import RunRoot, record_stage
 from app.train.device import check_devices
-from app.train.done import After, done_json, make_ready
+from app.train.done import After, make_ready
 from app.train.loop import Loop
 from app.train.monitor import log_file
 from app.train.processes import ALONE, Ranks
@@ -48,7 +48,7 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE, after
     best_ap, best_sha256 = loop.state.best_fitness, sha256(trainer.best)
     facts = {"epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
     record_stage(run, f"train {config.label}", facts)
-    write_json(done_json(config, run), {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
+    write_json(run.done(config.label), {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
 
 
 def device_of(config: Config, ranks: Ranks) -> str:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from app.core.environment import REPO_DIR
 from tests.support.hand_layers import hand_conv, weight_of
+from tests.support.interpreter import run_in_interpreter
 from tests.support.kernel_ties import GRADIENT, TIED
 
-ROOT = Path(__file__).parents[2]
 # Shares of a gradient: 0.6 / 7 from a sum of four terms in float32.
 RTOL = 1e-6
 
@@ -32,8 +28,5 @@ def test_first_maximum_in_logical_order_gets_the_gradient(order: torch.memory_fo
 
 
 def test_kernel_takes_the_first_maximum_in_logical_order() -> None:
-    """Triton's interpreter has to be chosen before Triton is imported, so this is a process of its own."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    program = ROOT / "tests" / "support" / "kernel_ties.py"
-    done = subprocess.run([sys.executable, str(program)], env=env, capture_output=True, text=True, check=False)
+    done = run_in_interpreter(REPO_DIR / "tests" / "support" / "kernel_ties.py")
     assert done.returncode == 0, done.stderr

@@ -5,10 +5,6 @@ The interpreter has to be chosen before Triton is imported, so the test runs thi
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from app.quant import learned
 from app.quant.fused import _EachInTurn, _Together
 from app.quant.kernels import Kind, Layout, Spec
 from tests.support.hand_layers import exactly, small_weights
+from tests.support.interpreter import run_in_interpreter
 
 # The kernel adds up the scale's gradient in another order than torch. The sum of up to 1,100 terms of size 1 / scale
 # cancels partly; it reaches only the elements that are the absmax.
@@ -26,8 +23,7 @@ AT_4_AND_8_BITS, AT_OTHER_BITS = (7, 127, 7, 127, 7), (1, 3, 15, 31, 63)
 
 
 def test_kernels_equal_the_torch_version_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    done = run_in_interpreter(__file__)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,8 +5,6 @@ Triton compiles without a GPU. The test runs this file as a script, in which a l
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from app.quant.upsample import double
 from app.train.loss import HeadLoss
 from app.train.match import match, targets_of
 from app.train.processes import ALONE
+from tests.support.interpreter import run_script
 
 CAPABILITIES = (120,)  # RTX 5090, the GPU of the image
 TYPES = {
@@ -35,9 +34,7 @@ N_KERNELS = 16  # of norm, upsample, loss, assign, match and quant, at least
 
 
 def test_every_kernel_compiles_for_the_gpu_of_the_image(tmp_path: Path) -> None:
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    done = run_script(__file__, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= N_KERNELS
 

@@ -5,10 +5,6 @@ The interpreter has to be chosen before Triton is imported, so the test runs thi
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from ultralytics.utils.loss import E2ELoss
 
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.processes import ALONE
+from tests.support.interpreter import run_in_interpreter
 from tests.support.random_boxes import labels
 
 STRIDES, SIDE_PX = (8, 16, 32), 96
@@ -27,8 +24,7 @@ RTOL, GRAD_RTOL = 1e-5, 1e-4
 
 
 def test_kernels_equal_ultralytics_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    done = run_in_interpreter(__file__)
     assert done.returncode == 0, done.stderr
 
 

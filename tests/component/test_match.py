@@ -5,10 +5,6 @@ The interpreter has to be chosen before Triton is imported, so the test runs thi
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ from ultralytics.utils.metrics import DetMetrics
 
 from app.train.match import BLOCKS, targets_of
 from app.train.validator import KernelValidator, Validator
+from tests.support.interpreter import run_in_interpreter
 from tests.support.matching import (
     CONFIDENCE,
     SIDE_PX,
@@ -33,8 +30,7 @@ N_DETECTIONS = 12
 
 
 def test_kernel_equals_ultralytics_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    done = run_in_interpreter(__file__)
     assert done.returncode == 0, done.stderr
 
 

@@ -5,12 +5,8 @@ The interpreter has to be chosen before Triton is imported, so the test runs thi
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +20,7 @@ from ultralytics.nn.modules.conv import Conv
 from app.quant import norm
 from app.quant.norm import Place, install, norm_act
 from app.quant.upsample import double
+from tests.support.interpreter import run_in_interpreter
 
 NHWC = torch.channels_last
 # Relative errors in the 2-norm: one rounding to the type of the result; float32 sums of up to 1,000 terms.
@@ -33,8 +30,7 @@ LIMIT_FAR_MEAN = 5e-5
 
 
 def test_kernels_equal_pytorch_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, check=False)
+    done = run_in_interpreter(__file__)
     assert done.returncode == 0, done.stderr
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from app.coco.categories import CATEGORIES
 from app.core.config import CONF_DIR, Config, load
+from app.core.files import read_json
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 
@@ -96,3 +97,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Every path below a folder and the folder itself, with size and time of the last change in ns."""
     stats = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def provenance_of(run: RunRoot) -> dict[str, Any]:
+    return read_json(run.provenance, "data")

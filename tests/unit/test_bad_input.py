@@ -13,24 +13,14 @@ from app.__main__ import parse
 from app.core.config import UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
-from app.core.run import RunRoot, open_run
+from app.core.run import RunRoot
 from tests.support.bad_annotation_cases import Case
 from tests.support.bad_input_cases import ARGUMENTS, BOXES, CASES, FILES, Argument
 from tests.support.bad_input_doc import DOC, document
-from tests.support.data_fixtures import listing, run_data, write_dataset
+from tests.support.data_fixtures import listing, run_data
 
 N_PROMISED = 30
 TIMEOUT_S = 60  # of one process; it takes about a second
-
-
-@pytest.fixture
-def coco_dir(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "coco")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunRoot:
-    return open_run("r", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

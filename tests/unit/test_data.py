@@ -19,27 +19,20 @@ import app.data.prepare
 import app.data.view
 from app.coco.categories import CATEGORIES, NAMES
 from app.core.config import UserError
-from app.core.files import read_json
 from app.core.run import RunRoot, open_run
 from app.data.prepare import prepared
 from app.data.view import read_split
-from tests.support.data_fixtures import annotation_file, edit, listing, run_data, write_dataset, write_image
+from tests.support.data_fixtures import (
+    annotation_file,
+    edit,
+    listing,
+    provenance_of,
+    run_data,
+    write_dataset,
+    write_image,
+)
 
 HALF_DIGIT = 5e-7  # label files have six decimals
-
-
-@pytest.fixture
-def coco_dir(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "coco")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunRoot:
-    return open_run("r", tmp_path / "runs")
-
-
-def provenance_of(run: RunRoot) -> dict[str, Any]:
-    return read_json(run.provenance, "data")
 
 
 def forbid_building(monkeypatch: pytest.MonkeyPatch) -> None:

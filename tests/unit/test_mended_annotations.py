@@ -14,26 +14,11 @@ from app.coco.annotations import read_instances
 from app.coco.categories import CATEGORIES
 from app.coco.score import load_truth, standalone_dataset, truth_of
 from app.core.config import UserError
-from app.core.files import read_json
-from app.core.run import RunRoot, open_run
+from app.core.run import RunRoot
 from app.data.view import read_split
-from tests.support.data_fixtures import annotation_file, edit, run_data, write_dataset, write_image
+from tests.support.data_fixtures import annotation_file, edit, provenance_of, run_data, write_image
 
 ANNOTATION = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [4, 3, 10, 6]}
-
-
-@pytest.fixture
-def coco_dir(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "coco")
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunRoot:
-    return open_run("r", tmp_path / "runs")
-
-
-def provenance_of(run: RunRoot) -> dict[str, Any]:
-    return read_json(run.provenance, "data")
 
 
 # Image 1 has 40 x 30 px. Box -> what is left of it for training and score; None: nothing.

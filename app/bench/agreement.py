@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-from app.bench.train import check_ended, train_command
-from app.core.config import Config, load, validate
+from app.bench.train import check_ended, train_command, visible_gpus
+from app.core.config import Config, UserError, load, validate
 from app.core.environment import environment
 from app.core.files import read_json, write_json, write_text
 from app.core.results import read_rows, train_loss
@@ -41,6 +42,7 @@ SETTINGS = {
     STOCK: ["train.graph=false", "train.kernels=false"],
 }
 NUDGES = {"stock, images up": 1.0, "stock, images down": 0.0}  # arm -> value towards which its pixels move
+VARIANTS = ("fp16", "qat")
 Weights = dict[str, torch.Tensor]  # by name, as float64
 
 
@@ -52,12 +54,19 @@ class Trained:
     weights: Weights
 
 
-def bench_agreement(run: RunRoot, overlays: list[Path], sets: list[str], n_steps: int) -> None:
-    """Trains both variants with the graph, its kernels, and PyTorch's, side by side; prints how far they part.
+def bench_agreement(run: RunRoot, overlays: list[Path], sets: list[str], variants: list[str], n_steps: int) -> None:
+    """Trains each variant with the graph, its kernels, and PyTorch's, side by side; prints how far they part.
 
     Args:
+        variants: of VARIANTS.
         n_steps: batches that each training takes at least; it ends with an epoch.
+
+    Raises:
+        UserError: another variant, or a training failed.
     """
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise UserError(f"--arms {variant}: choose among {', '.join(VARIANTS)}")
     config = load("fp16", overlays, sets)
     prepare(config, run, force=False)
     n_images = read_json(run.provenance, "data")["splits"]["train"]["n_images"]
@@ -67,7 +76,7 @@ def bench_agreement(run: RunRoot, overlays: list[Path], sets: list[str], n_steps
         "model": config.model, "imgsz": config.train.imgsz, "batch": config.train.batch, "epochs": n_epochs,
         "steps": n_epochs * ceil(n_images / config.train.batch), "rows": [], "environment": environment(),
     }  # fmt: skip
-    for variant in ("fp16", "qat"):
+    for variant in variants:
         config = load(variant, overlays, sets)
         trained = train_arms(run, config, overlays, sets)
         start = {name: weight.detach().double() for name, weight in build(config)[0].named_parameters()}
@@ -77,12 +86,12 @@ def bench_agreement(run: RunRoot, overlays: list[Path], sets: list[str], n_steps
 
 
 def train_arms(run: RunRoot, config: Config, overlays: list[Path], sets: list[str]) -> dict[str, Trained]:
-    """Arm -> its training; all run at the same time, each in a run root and a process of its own.
+    """Arm -> its training; all run at the same time, each in a run root and a process of its own, over all GPUs.
 
     Raises:
         UserError: one failed.
     """
-    commands, roots = {}, {}
+    commands, roots, processes = {}, {}, {}
     for number, arm in enumerate([*SETTINGS, *NUDGES]):
         roots[arm] = root = RunRoot(run.runs_dir, f"{run.name}-{number}")
         settings = [*sets, *SETTINGS.get(arm, SETTINGS[STOCK])]
@@ -92,7 +101,10 @@ def train_arms(run: RunRoot, config: Config, overlays: list[Path], sets: list[st
         if arm in NUDGES:
             write_text(root.root / NUDGE_JSON, json.dumps([own.model_dump(mode="json"), NUDGES[arm]]))
             commands[arm] = [sys.executable, "-W", "ignore", "-m", "app.bench.agreement", str(root.root)]
-    processes = {arm: subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for arm, command in commands.items()}
+    gpus = visible_gpus()
+    for number, (arm, command) in enumerate(commands.items()):
+        environ = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+        processes[arm] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
     for arm, process in processes.items():
         _, said = process.communicate()
         check_ended(f"the training '{arm}'", process.returncode, said)

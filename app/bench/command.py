@@ -21,7 +21,7 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
     stage.add_argument("--images", type=int, help="eval: repeat the images to at least this many for time and memory")
-    stage.add_argument("--arms", nargs="+", help="train, stability: some of its arms (default: all)")
+    stage.add_argument("--arms", nargs="+", help="train, agreement, stability: some of its arms (default: all)")
     stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")
     stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends, 0 shows")
     stage.add_argument("--until", type=int, help="stability: show the arms as of this epoch (default: their last)")
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace, run: RunRoot) -> None:
 
             bench_epoch(run, args.conf, sets)
         case "agreement":
-            from app.bench.agreement import bench_agreement
+            from app.bench.agreement import VARIANTS, bench_agreement
 
-            bench_agreement(run, args.conf, sets, args.steps or 300)
+            bench_agreement(run, args.conf, sets, args.arms or list(VARIANTS), args.steps or 300)
         case "eval":
             from app.bench.eval import Amount, bench_eval
 

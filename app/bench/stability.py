@@ -15,13 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from app.bench.stability_figure import draw
 from app.bench.stability_measures import draw_shares, show_measures
 from app.bench.stability_rows import Row, all_up_to, merge, read_arm, read_file, recipe, write_file
 from app.bench.stability_table import BASE, show
-from app.bench.train import train_command
+from app.bench.train import train_command, visible_gpus
 from app.core.config import Config, UserError, load
 from app.core.curves import save_png
 from app.core.results import AP_FREQUENT
@@ -248,14 +246,6 @@ def freest_gpu(running: list[Running]) -> str:
     """The visible GPU with the fewest trainings."""
     taken = [one.gpu for one in running]
     return min(visible_gpus(), key=taken.count)
-
-
-def visible_gpus() -> list[str]:
-    """Indices for CUDA_VISIBLE_DEVICES; one empty string where there is no GPU."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return given.split(",")
-    return [str(i) for i in range(torch.cuda.device_count())] or [""]
 
 
 def start(training: Training, overlays: list[Path], gpu: str) -> subprocess.Popen[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import statistics
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from app.coco.dataset import SPLITS
 from app.core.child import job_words
@@ -84,6 +87,14 @@ def train_command(run: RunRoot, variant: str, overlays: list[Path], sets: list[s
     """The train stage as a command."""
     command = [sys.executable, "-W", "ignore", "-m", "app", "train", "--variant", variant]
     return [*command, *job_words(run.name, run.runs_dir, overlays, sets)]
+
+
+def visible_gpus() -> list[str]:
+    """Indices for CUDA_VISIBLE_DEVICES; one empty string where there is no GPU."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return given.split(",")
+    return [str(i) for i in range(torch.cuda.device_count())] or [""]
 
 
 def run_child(command: list[str]) -> None:

@@ -69,7 +69,8 @@ def bench_agreement(run: RunRoot, overlays: list[Path], sets: list[str], variant
             raise UserError(f"--arms {variant}: choose among {', '.join(VARIANTS)}")
     config = load("fp16", overlays, sets)
     prepare(config, run, force=False)
-    n_images = read_json(run.provenance, "data")["splits"]["train"]["n_images"]
+    data = read_json(run.provenance, "data")
+    n_images = data["splits"]["train"]["n_images"]
     n_epochs = ceil(n_steps / ceil(n_images / config.train.batch))
     sets = [*sets, f"train.epochs={n_epochs}", f"train.val_every={n_epochs}", "hyp.close_mosaic=0"]
     result: dict[str, Any] = {
@@ -79,7 +80,7 @@ def bench_agreement(run: RunRoot, overlays: list[Path], sets: list[str], variant
     for variant in variants:
         config = load(variant, overlays, sets)
         trained = train_arms(run, config, overlays, sets)
-        start = {name: weight.detach().double() for name, weight in build(config)[0].named_parameters()}
+        start = {name: weight.detach().double() for name, weight in build(config, data["names"])[0].named_parameters()}
         result["rows"] += compare(variant, trained, start)
         write_json(run.root / "bench-agreement.json", result)
     show(result)
@@ -91,7 +92,7 @@ def train_arms(run: RunRoot, config: Config, overlays: list[Path], sets: list[st
     Raises:
         UserError: one failed.
     """
-    commands, roots, processes = {}, {}, {}
+    commands, roots = {}, {}
     for number, arm in enumerate([*SETTINGS, *NUDGES]):
         roots[arm] = root = RunRoot(run.runs_dir, f"{run.name}-{number}")
         settings = [*sets, *SETTINGS.get(arm, SETTINGS[STOCK])]
@@ -101,14 +102,30 @@ def train_arms(run: RunRoot, config: Config, overlays: list[Path], sets: list[st
         if arm in NUDGES:
             write_text(root.root / NUDGE_JSON, json.dumps([own.model_dump(mode="json"), NUDGES[arm]]))
             commands[arm] = [sys.executable, "-W", "ignore", "-m", "app.bench.agreement", str(root.root)]
-    gpus = visible_gpus()
-    for number, (arm, command) in enumerate(commands.items()):
-        environ = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
-        processes[arm] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
-    for arm, process in processes.items():
-        _, said = process.communicate()
-        check_ended(f"the training '{arm}'", process.returncode, said)
+    run_together(commands)
     return {arm: read_trained(roots[arm].variant_dir(config.label)) for arm in commands}
+
+
+def run_together(commands: dict[str, list[str]]) -> None:
+    """Runs the commands, by arm, at the same time, on all GPUs in turn; the first that fails ends the others.
+
+    Raises:
+        UserError: one failed.
+    """
+    processes: dict[str, subprocess.Popen[str]] = {}
+    gpus = visible_gpus()
+    try:
+        for number, (arm, command) in enumerate(commands.items()):
+            environ = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+            processes[arm] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+        for arm, process in processes.items():
+            _, said = process.communicate()
+            check_ended(f"the training '{arm}'", process.returncode, said)
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                process.terminate()
+                process.communicate()
 
 
 def read_trained(folder: Path) -> Trained:

@@ -8,6 +8,7 @@ machine `--with` gives it the rows of earlier calls: trainings that these hold t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from app.bench.stability_figure import draw
 from app.bench.stability_measures import draw_shares, show_measures
-from app.bench.stability_rows import Row, all_up_to, merge, read_arm, read_file, recipe, write_file
-from app.bench.stability_table import BASE, show
+from app.bench.stability_rows import BASE, LOW_RATE, Row, all_up_to, merge, read_arm, read_file, recipe, write_file
+from app.bench.stability_table import show
 from app.bench.train import train_command, visible_gpus
 from app.core.config import Config, UserError, load
 from app.core.curves import save_png
@@ -30,10 +31,13 @@ from app.train.interrupt import Interrupt
 log = logging.getLogger(__name__)
 WARM, EARLIER = "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"
 BRANCH = "float warm-up"
-FLOAT = [WARM, "quant.warmup_bits=float"]
+IN_FLOAT = "quant.warmup_bits=float"
+FLOAT = [WARM, IN_FLOAT]
+LOW = "hyp.lrf=0.01"
 # Arm -> settings beside the variant's. No arm leaves out EMA or re-estimation, because every arm scores all three
 # states. The arms named after BRANCH begin with the weights that fp16 of the same seed has after the warm-up: so they
-# show what an option changes without the difference between two trainings, and w8a16 shows how much noise is left.
+# show what an option changes without the difference between two trainings, and w8a16 shows how much noise is left. The
+# arms named after LOW_RATE end with a tenth of the learning rate, and are compared with the FP16 that does.
 ARMS: dict[str, list[str]] = {
     BASE: [],
     "w4a16": [],
@@ -52,6 +56,11 @@ ARMS: dict[str, list[str]] = {
     f"{BRANCH}, dampening": [*FLOAT, "quant.dampening=1e-3"],
     f"{BRANCH}, freezing": [*FLOAT, "quant.freeze_threshold=0.02"],
     f"{BRANCH}, correction": [*FLOAT, "quant.correction_epochs=1"],
+    f"{BRANCH} for a third": ["quant.warmup_share=0.3334", IN_FLOAT],
+    f"{BRANCH} for a half": ["quant.warmup_share=0.5", IN_FLOAT],
+    f"{BASE}{LOW_RATE}": [LOW],
+    f"w4a16{LOW_RATE}": [LOW],
+    f"w4a16-mixed-dw{LOW_RATE}": [LOW, "quant.scheme=w4a16-mixed-dw"],
 }
 DEFAULT_SEEDS = [0, 1]
 POLL_S = 0.5  # between two looks at the running trainings
@@ -130,7 +139,7 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     for path in plan.files:
         others += read_file(path, common)
     if plan.for_s:
-        missing = [training for training in trainings if not is_among(training, others)]
+        missing = to_train(trainings, others)
         for training in missing:
             prepare(training.config, training.root, force=False)
         train_all(missing, overlays, plan)
@@ -156,21 +165,27 @@ def check_arms(arms: list[str]) -> None:
         if arm not in ARMS:
             raise UserError(f"--arms {arm}: choose among {', '.join(ARMS)}")
     for arm in arms:
-        if arm.startswith(BRANCH) and BASE not in arms:
+        if branches(arm) and BASE not in arms:
             raise UserError(f"--arms {arm}: it begins with the weights of {BASE}, name that arm too")
 
 
 def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> Training:
     """The training of an arm with a seed; that of BASE keeps the checkpoint that the arms after BRANCH begin with."""
     own = [*sets, *ARMS[arm], f"train.seed={seed}"]
-    n_warm = load("qat", overlays, [*own, WARM]).n_quant_warmup_epochs
-    variant = "fp16" if arm == BASE else "qat"
+    variant = "fp16" if arm.startswith(BASE) else "qat"
     if arm == BASE:
-        own.append(f"train.save_period={n_warm}")
-    if arm.startswith(BRANCH):
+        switches = [load("qat", overlays, [*own, *ARMS[it]]).n_quant_warmup_epochs for it in ARMS if branches(it)]
+        own.append(f"train.save_period={math.gcd(*switches)}")
+    if branches(arm):
+        n_warm = load("qat", overlays, own).n_quant_warmup_epochs
         kept = root_of(run, BASE, seed).variant_dir("fp16") / "weights" / f"epoch{n_warm}.pt"
         own.append(f"quant.warmup_from={kept}")
     return Training(arm, seed, root_of(run, arm, seed), load(variant, overlays, own), own)
+
+
+def branches(arm: str) -> bool:
+    """Whether an arm begins with weights that BASE keeps."""
+    return arm.startswith(BRANCH)
 
 
 def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
@@ -178,10 +193,23 @@ def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
     return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(',', '').replace(' ', '_')}-{seed}")
 
 
+def to_train(trainings: list[Training], rows: list[Row]) -> list[Training]:
+    """Those that no row holds to the end, and BASE of a seed whose checkpoint one of these begins with."""
+    missing = [training for training in trainings if not is_among(training, rows)]
+    waiting = {training.seed for training in missing if not (training.is_done or training.can_start)}
+    return [it for it in trainings if it in missing or (it.arm == BASE and it.seed in waiting)]
+
+
 def is_among(training: Training, rows: list[Row]) -> bool:
     """Whether a row holds this training to its end, with all that a row holds today."""
-    whole = [row for row in rows if AP_FREQUENT in row and row["epoch"][-1] == training.config.train.epochs]
-    return (training.arm, training.seed) in [(row["arm"], row["seed"]) for row in whole]
+    quant = training.config.quant
+    for row in rows:
+        is_same = (row["arm"], row["seed"]) == (training.arm, training.seed)
+        is_whole = AP_FREQUENT in row and row["epoch"][-1] == training.config.train.epochs
+        is_corrected = row["corrected"] is not None or quant is None or not quant.correction_epochs
+        if is_same and is_whole and is_corrected:
+            return True
+    return False
 
 
 def rows_of(trainings: list[Training]) -> list[Row]:
@@ -216,7 +244,8 @@ def train_all(trainings: list[Training], overlays: list[Path], plan: Plan) -> No
                 waiting.remove(training)
                 gpu = freest_gpu(running)
                 running.append(Running(training, start(training, overlays, gpu), gpu))
-            if not running:  # the rest waits for one that failed
+            if not running:
+                explain_waiting(waiting)
                 break
             time.sleep(POLL_S)
             running = still_running(running)
@@ -227,6 +256,16 @@ def train_all(trainings: list[Training], overlays: list[Path], plan: Plan) -> No
     if waiting or running:
         log.info("%d trainings are not done: the same command goes on", len(waiting) + len(running))
     interrupt.leave()
+
+
+def explain_waiting(waiting: list[Training]) -> None:
+    """Logs why none of these can start."""
+    for it in waiting:
+        log.warning(
+            "%s, seed %d, cannot begin without %s: %s of this seed failed, or ended before it was to keep that "
+            "checkpoint and has to be made again without its folder",
+            it.arm, it.seed, it.config.warmup_from, BASE,
+        )  # fmt: skip
 
 
 def still_running(running: list[Running]) -> list[Running]:

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from app.bench.stability_rows import Row
-from app.bench.stability_table import BASE, mean_curve, paired, rows_by_arm
+from app.bench.stability_rows import BASE, Row, base_of
+from app.bench.stability_table import mean_curve, paired, rows_by_arm
 from app.core.curves import AP_LABEL, COLOURS, NEUTRAL, STYLES
 from app.core.results import SCORED
 
@@ -30,9 +30,10 @@ def draw(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).flatten()
     for panel, (arm, its_rows) in zip(panels, by_arm.items(), strict=False):
-        if arm != BASE and BASE in by_arm:
-            draw_base(panel, its_rows, by_arm[BASE])
-        draw_arm(panel, its_rows, COLOURS[arm != BASE])
+        base = base_of(arm)
+        if arm != BASE and base in by_arm:
+            draw_base(panel, its_rows, by_arm[base])
+        draw_arm(panel, its_rows, COLOURS[not arm.startswith(BASE)])
         panel.set_title(f"{arm} (n={len(its_rows)})", fontsize=10)
         panel.set_ylim(bottom=0)
         panel.set_xlabel("epoch")

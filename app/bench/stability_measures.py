@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from app.bench.stability_rows import Row
-from app.bench.stability_table import BASE, at, paired, ratio_of_means, rows_by_arm
+from app.bench.stability_rows import BASE, Row, base_of
+from app.bench.stability_table import at, paired, ratio_of_means, rows_by_arm
 from app.core.curves import COLOURS, NEUTRAL
-from app.core.results import AP, AP_FREQUENT, FREQUENT_BOXES, SCORED
+from app.core.results import AP, AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES, SCORED
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ DOT_ALPHA = 0.6
 class Measure:
     """A number of a training: the mean of a curve of the scored state over its last validations."""
 
-    curve: str  # AP, AP_FREQUENT or val_loss
+    curve: str  # AP, AP_FREQUENT, AP_COMMONEST or val_loss
     n_last: int
 
     def __str__(self) -> str:
@@ -41,21 +41,23 @@ class Measure:
         return math.nan if curve is None else at(row, curve, epoch, self.n_last)
 
 
-CANDIDATES = [Measure(curve, n_last) for curve in (AP, AP_FREQUENT, "val_loss") for n_last in (1, N_LAST)]
+CANDIDATES = [Measure(curve, n_last) for curve in (AP, AP_FREQUENT, AP_COMMONEST, "val_loss") for n_last in (1, N_LAST)]
 MEASURE = Measure(AP_FREQUENT, N_LAST)  # what the question is answered with, see docs/results.md
 
 
 def show_measures(rows: list[Row]) -> None:
     """Logs a line for each candidate: how FP16's seeds scatter, and every arm as a share of FP16 of the same seeds."""
     by_arm = rows_by_arm(rows)
-    fp16 = by_arm.pop(BASE, [])
+    fp16 = by_arm.get(BASE, [])
     if not fp16:
         return
-    cells = [["measure", "fp16", "fp16, scatter of seeds", *(f"{arm} (n={len(its)})" for arm, its in by_arm.items())]]
+    others = {arm: its_rows for arm, its_rows in by_arm.items() if arm != BASE}
+    cells = [["measure", "fp16", "fp16, scatter of seeds", *(f"{arm} (n={len(its)})" for arm, its in others.items())]]
     for measure in CANDIDATES:
-        shares = [share(measure, its_rows, fp16) for its_rows in by_arm.values()]
+        shares = [share(measure, its_rows, by_arm.get(base_of(arm), [])) for arm, its_rows in others.items()]
         cells.append([str(measure), *scatter(measure, fp16), *shares])
     log.info("%s: mean AP of the classes with %d val objects or more", AP_FREQUENT, FREQUENT_BOXES)
+    log.info("%s: AP of the class with the most val objects", AP_COMMONEST)
     for line in markdown_table(cells):
         log.info("%s", line)
 
@@ -88,10 +90,9 @@ def draw_shares(rows: list[Row]) -> Figure | None:
     None where no arm has a pair with this measure.
     """
     by_arm = rows_by_arm(rows)
-    fp16 = by_arm.pop(BASE, [])
     shown = {}
     for arm, its_rows in by_arm.items():
-        values, bases = values_of(MEASURE, its_rows, fp16)
+        values, bases = values_of(MEASURE, its_rows, [] if arm == BASE else by_arm.get(base_of(arm), []))
         if bases and not math.isnan(sum(values) + sum(bases)) and min(bases) > 0:
             shown[arm] = (values, bases)
     if not shown:

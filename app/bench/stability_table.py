@@ -7,12 +7,11 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from app.bench.stability_rows import Row, all_up_to
+from app.bench.stability_rows import Row, all_up_to, base_of
 from app.core.results import SCORED, STATES
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
-BASE = "fp16"  # the arm that the others are compared with
 N_SETTLE = 2  # validations before the running best counts: AP starts at zero
 N_LAST = 3  # validations whose mean is steadier than the last one's AP
 N_PAIRS = 2  # seeds whose spread says nothing yet
@@ -40,7 +39,7 @@ def show(rows: list[Row]) -> None:
     by_arm = rows_by_arm(rows)
     cells = [HEADS]
     for arm, its_rows in by_arm.items():
-        cells.append(arm_cells(arm, its_rows, by_arm.get(BASE, [])))
+        cells.append(arm_cells(arm, its_rows, by_arm.get(base_of(arm), [])))
     for line in markdown_table(cells):
         log.info("%s", line)
 

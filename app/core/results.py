@@ -17,13 +17,14 @@ SCORED = "ema_bn"  # the state that picks best.pt and is exported
 AP, AP50, VAL_LOSS = "AP", "AP50", "val_loss"  # numbers of every validated state, see `column`
 AP_FREQUENT = "AP_frequent"  # mean AP of the classes with FREQUENT_BOXES val objects or more; absent if none has
 FREQUENT_BOXES = 100
+AP_COMMONEST = "AP_commonest"  # AP of the class with the most val objects (COCO: person); absent as AP_FREQUENT is
 CORRECTED_AP = "AP/corrected"  # in the last row, after quant.correction_epochs
 TRAIN_LOSS = "train/"  # beginning of the columns that hold the loss terms of an epoch
 WARM_UP = "quant/warm_up"  # 1 in the validated epochs of a quant warm-up, else empty
 
 
 def column(number: str, state: str) -> str:
-    """Column of a number (AP, AP50, AP_FREQUENT, VAL_LOSS) of a validated state: AP/ema_bn."""
+    """Column of a number (AP, AP50, AP_FREQUENT, AP_COMMONEST, VAL_LOSS) of a validated state: AP/ema_bn."""
     return f"{number}/{state}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from app.core.results import AP, AP50, AP_FREQUENT, SCORED, STATES, VAL_LOSS, column
+from app.core.results import AP, AP50, AP_COMMONEST, AP_FREQUENT, SCORED, STATES, VAL_LOSS, column
 from app.quant.batchnorm import variance_ratios
 from app.quant.health import Oscillations, flat_codes, scale_ratios, share_of_different, signal_to_noise
 from app.train.processes import ALONE
@@ -20,8 +20,9 @@ from app.train.step import criterion_of_part
 from app.train.validator import HeldOut, tensors_of
 
 # Scores recorded for every state: our name -> key of Ultralytics' validator.
-SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)", AP_FREQUENT: AP_FREQUENT}
-UNNAMED = ("fitness", AP_FREQUENT)  # numbers of the last state that are no columns by their own names
+OF_CLASSES = (AP_FREQUENT, AP_COMMONEST)  # numbers that our validator adds under their own names
+SCORES = {AP: "metrics/mAP50-95(B)", AP50: "metrics/mAP50(B)", **dict(zip(OF_CLASSES, OF_CLASSES, strict=True))}
+UNNAMED = ("fitness", *OF_CLASSES)  # numbers of the last state that are no columns by their own names
 LOSSES = ("val/box_loss", "val/cls_loss", "val/dfl_loss")
 
 

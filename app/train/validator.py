@@ -15,7 +15,7 @@ from torch import nn
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.metrics import DetMetrics
 
-from app.core.results import AP_FREQUENT, FREQUENT_BOXES
+from app.core.results import AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES
 from app.train.match import Targets, match, targets_of
 
 LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
@@ -175,7 +175,7 @@ class Validator(DetectionValidator):
         stats = {}
         for name, metrics in self.metrics_of.items():
             metrics.clear_stats()
-            for key, value in {**metrics.results_dict, **frequent_ap(metrics)}.items():
+            for key, value in {**metrics.results_dict, **class_aps(metrics)}.items():
                 stats[f"{key}{AT}{name}"] = value
         return stats
 
@@ -185,11 +185,13 @@ class Validator(DetectionValidator):
             super().print_results()
 
 
-def frequent_ap(metrics: DetMetrics) -> dict[str, float]:
-    """AP_FREQUENT of processed metrics; empty where no class has enough objects."""
-    counts = cast(Any, metrics.nt_per_class)[metrics.ap_class_index]
+def class_aps(metrics: DetMetrics) -> dict[str, float]:
+    """AP_FREQUENT and AP_COMMONEST of processed metrics; empty where no class has enough objects."""
+    counts, aps = cast(Any, metrics.nt_per_class)[metrics.ap_class_index], cast(Any, metrics.box.ap)
     is_frequent = counts >= FREQUENT_BOXES
-    return {AP_FREQUENT: float(metrics.box.ap[is_frequent].mean())} if is_frequent.any() else {}
+    if not is_frequent.any():
+        return {}
+    return {AP_FREQUENT: float(aps[is_frequent].mean()), AP_COMMONEST: float(aps[counts.argmax()])}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ def test_a_measure_is_the_mean_of_the_last_validations() -> None:
     assert np.isnan(Measure("AP_frequent", 5).of(one, 24))
     del one["AP_frequent"]  # a row from before there was this measure
     assert np.isnan(Measure("AP_frequent", 1).of(one, 36))
+    one["AP_frequent"] = None  # no class had enough objects
+    assert np.isnan(Measure("AP_frequent", 1).of(one, 36))
 
 
 def test_scatter_is_the_coefficient_of_variation() -> None:
@@ -62,7 +64,8 @@ def test_table_has_a_line_for_each_candidate(caplog: pytest.LogCaptureFixture) -
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in caplog.messages if line[0] == "|"]
     assert lines[0][3] == "w4a16 (n=1)"
     table = {cells[0]: cells[1:] for cells in lines[2:]}
-    assert list(table) == ["AP", "AP, last 5", "AP_frequent", "AP_frequent, last 5", "val_loss", "val_loss, last 5"]
+    names = ("AP", "AP_frequent", "AP_commonest", "val_loss")
+    assert list(table) == [f"{name}{last}" for name in names for last in ("", ", last 5")]
     assert table["AP"] == ["0.0400", "-", "0.500"]
     assert table["AP_frequent"] == ["-", "-", "-"]
 
@@ -89,9 +92,20 @@ def test_trainings_of_another_machine_are_not_made_again(tmp_path: Path, monkeyp
     whole, cut = row("fp16", 0, 0.3), {**row("fp16", 1, 0.3), "epoch": EPOCHS[:-1]}
     training = training_of(run, "fp16", 0, [], sets)
     assert is_among(training, [whole]) and not is_among(training, [cut])
+    assert is_among(training, [{**whole, "AP_frequent": None}])  # no class has enough objects
+    del cut["AP_frequent"]
+    assert not is_among(training, [{**cut, "epoch": EPOCHS}])  # of before there was this number
     write_file(tmp_path / "a.json", recipe(load("qat", sets=sets), {"fp16": []}), [whole])
     monkeypatch.setattr("app.bench.stability.prepare", lambda config, root, force: None)
     monkeypatch.setattr("app.bench.stability.train_all", lambda trainings, *_: started.extend(trainings))
     plan = Plan(["fp16"], [0, 1], for_s=60, n_jobs=1, files=(tmp_path / "a.json",))
     bench_stability(run, [], sets, plan)
     assert [training.seed for training in started] == [1]
+
+
+def test_a_training_without_its_correction_is_made_to_its_end(tmp_path: Path) -> None:
+    arm = "float warm-up, correction"
+    training = training_of(RunRoot(tmp_path, "stability"), arm, 0, [], ["train.epochs=36"])
+    whole = row(arm, 0, 0.3)
+    assert not is_among(training, [whole])
+    assert is_among(training, [{**whole, "corrected": 0.04}])

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 
 from app.bench import stability
-from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, train_all, training_of
+from app.bench.stability import ARMS, BRANCH, Plan, bench_stability, root_of, to_train, train_all, training_of
 from app.bench.stability_figure import draw
-from app.bench.stability_rows import merge, read_file, recipe, up_to, write_file
+from app.bench.stability_rows import BASE, base_of, curves, merge, read_file, recipe, up_to, write_file
 from app.bench.stability_table import (
-    BASE,
     at,
     corrected,
     loss_over_fp16,
@@ -36,6 +35,7 @@ from app.core.environment import REPO_DIR
 from app.core.files import write_json
 from app.core.results import STATES, write_rows
 from app.core.run import RunRoot
+from app.core.scheme import find_scheme
 from app.quant.model import build
 from app.train.interrupt import Interrupted
 from tests.support.export_run import TINY, network
@@ -55,7 +55,7 @@ def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> No
     assert len(roots) == len(ARMS)
     for arm in ARMS:
         config = training_of(RunRoot(tmp_path, "stability"), arm, 0, [], ["model=yolov10n.yaml"]).config
-        is_tiny_enough = arm != "w4a16-mixed-dw"  # its patterns fit the depthwise convolutions of a whole YOLOv10
+        is_tiny_enough = not arm.startswith("w4a16-mixed-dw")  # its patterns fit a whole YOLOv10 alone
         with network(TINY) if is_tiny_enough else contextlib.nullcontext():
             _, quant_config = build(config)
         assert (quant_config is None) == (config.variant == "fp16")
@@ -66,7 +66,29 @@ def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:
     fp16, branch = (training_of(run, arm, 3, [], conf).config for arm in (BASE, BRANCH))
     assert branch.quant is not None and branch.quant.warmup_from is not None
     assert Path(branch.quant.warmup_from) == tmp_path / "stability-fp16-3" / "fp16" / "weights" / "epoch80.pt"
-    assert (fp16.train.save_period, branch.n_quant_warmup_epochs) == (80, 80)
+    assert (fp16.train.save_period, branch.n_quant_warmup_epochs) == (20, 80)
+
+
+@pytest.mark.parametrize(("epochs", "switches"), [(60, [20, 30, 40]), (120, [40, 60, 80]), (240, [80, 120, 160])])
+def test_fp16_keeps_the_epoch_of_every_switch(tmp_path: Any, epochs: int, switches: list[int]) -> None:
+    run, sets = RunRoot(tmp_path, "stability"), [f"train.epochs={epochs}"]
+    arms = [f"{BRANCH} for a third", f"{BRANCH} for a half", BRANCH]
+    configs = [training_of(run, arm, 0, [], sets).config for arm in arms]
+    assert [config.n_quant_warmup_epochs for config in configs] == switches
+    period = training_of(run, BASE, 0, [], sets).config.train.save_period
+    assert [switch % period for switch in switches] == [0, 0, 0]
+
+
+def test_the_low_final_rate_has_an_fp16_of_its_own(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    low = training_of(RunRoot(tmp_path, "stability"), "fp16, lrf 0.01", 0, [], []).config
+    assert (low.variant, low.quant, low.hyp.lrf, low.train.save_period) == ("fp16", None, 0.01, 0)
+    assert base_of("w4a16, lrf 0.01") == "fp16, lrf 0.01"
+    assert (base_of("fp16, lrf 0.01"), base_of("w4a16")) == ("fp16", "fp16")
+    rows = [row("fp16", 0, {6: 0.4}), row("fp16, lrf 0.01", 0, {6: 0.2}), row("w4a16, lrf 0.01", 0, {6: 0.1})]
+    with caplog.at_level(logging.INFO):
+        show(rows)
+    assert [cells_of(line)[6] for line in caplog.messages[2:]] == ["1.000 at 6", "0.500 at 6", "0.500 at 6"]
+    assert [len(panel.lines) for panel in draw(rows).axes] == [3, 4, 4]  # three states, and behind them FP16
 
 
 def test_it_cannot_begin_without_fp16(tmp_path: Any) -> None:
@@ -160,6 +182,21 @@ def test_of_a_training_the_longest_row_counts() -> None:
         assert merge([*others, *given], ["fp16", "w4a16"]) == [others[1], long, others[0]]
 
 
+@pytest.mark.parametrize("more", [{"AP_frequent": None}, {"corrected": 0.2}])
+def test_of_equally_long_rows_the_fuller_one_counts(more: dict[str, Any]) -> None:
+    old = row("fp16", 1, {6: 0.1})
+    assert merge([old, old | more], ["fp16"]) == merge([old | more, old], ["fp16"]) == [old | more]
+
+
+def test_a_curve_that_a_resumed_training_has_in_part_is_left_out() -> None:
+    """None of the epochs has the second number: no class has enough objects."""
+    first = {"epoch": 6.0, "train/a": 2.0, "val_loss/ema_bn": 6.0, **{f"AP/{state}": 0.1 for state in STATES}}
+    of = curves([first, {**first, "epoch": 12.0, "AP_frequent/ema_bn": 0.2}])
+    assert "AP_frequent" not in of and of["AP_commonest"] is None
+    assert curves([{**first, "AP_frequent/ema_bn": 0.2}])["AP_frequent"] == [0.2]
+    assert up_to({**of, "arm": "fp16"}, 6)["AP_commonest"] is None  # pyright: ignore[reportOptionalSubscript]
+
+
 ROW = {"w4a16": ["quant.dampening=1e-3"]}
 
 
@@ -180,6 +217,42 @@ def test_rows_of_another_recipe_stay_apart(tmp_path: Any, sets: list[str], arms:
     write_file(tmp_path / "a.json", written, [row("w4a16", 0, {6: 0.1})])
     with pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext():
         assert read_file(tmp_path / "a.json", recipe(load("qat", sets=sets), arms)) == [row("w4a16", 0, {6: 0.1})]
+
+
+def test_rows_of_other_rules_of_a_scheme_stay_apart(tmp_path: Any) -> None:
+    """As if w4a16-mixed had been edited since then; fp16 and the rows of before there was a hash stay readable."""
+    arms = {"fp16": [], "w4a16": [], "w4a16-mixed": ["quant.scheme=w4a16-mixed"]}
+    now = recipe(load("qat"), arms)
+    assert now["schemes"]["w4a16"] == find_scheme("w4a16").sha256
+    assert now["schemes"]["w4a16-mixed"] == find_scheme("w4a16-mixed").sha256
+    mixed = row("w4a16-mixed", 3, {6: 0.1})
+    rows = [row("fp16", 3, {6: 0.1}) | {"scheme_sha256": None}, mixed]
+    write_file(tmp_path / "old.json", {key: now[key] for key in ("config", "arms")}, rows)
+    assert read_file(tmp_path / "old.json", now) == rows
+    rows[1] = mixed | {"scheme_sha256": "0123456789"}
+    write_file(tmp_path / "a.json", now, rows)
+    with pytest.raises(UserError, match=r"w4a16-mixed \(seed 3\) was trained with other rules .*, 01234567 i"):
+        read_file(tmp_path / "a.json", now)
+
+
+def test_fp16_of_a_file_is_made_again_for_the_checkpoint_that_a_branch_begins_with(tmp_path: Any) -> None:
+    run, whole = RunRoot(tmp_path, "stability"), {"AP_frequent": None}
+    trainings = [training_of(run, arm, seed, [], ["train.epochs=6"]) for seed in (0, 1) for arm in (BASE, BRANCH)]
+    rows = [row(BASE, seed, {6: 0.1}) | whole for seed in (0, 1)]
+    assert to_train(trainings, rows) == trainings
+    assert to_train(trainings, [*rows, row(BRANCH, 0, {6: 0.1}) | whole]) == trainings[2:]
+    kept = trainings[3].config.warmup_from
+    assert kept is not None
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert to_train(trainings, rows) == [*trainings[:2], trainings[3]]
+
+
+def test_what_cannot_begin_is_named(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        train_all([training_of(RunRoot(tmp_path, "stability"), BRANCH, 3, [], [])], [], Plan([BRANCH], [3], 60, 1))
+    assert "float warm-up, seed 3, cannot begin without" in caplog.messages[0]
+    assert "stability-fp16-3/fp16/weights/epoch201.pt" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("text", ['{"rows": []}', "[]", "7"])
@@ -215,6 +288,7 @@ def test_own_rows_and_those_of_a_file(tmp_path: Any, caplog: pytest.LogCaptureFi
     assert ours == {
         "arm": "w4a16", "seed": 0, "epoch": [6, 12], "AP": {key: [0.1, 0.1] for key in STATES},
         "train_loss": [5.0, 5.0], "val_loss": [6.0, 6.0], "corrected": None,
+        "scheme_sha256": find_scheme("w4a16").sha256, "AP_frequent": None, "AP_commonest": None,
         "gpu": "A", "torch": "2", "code_version": "abc",
     }  # fmt: skip
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.metrics import DetMetrics
 
 from app.train.train import train
-from app.train.validator import HeldOut, tensors_of, without_one2many
+from app.train.validator import HeldOut, class_aps, tensors_of, without_one2many
 from tests.support.random_boxes import labels
 from tests.support.scripted import PLAIN, box_of, read_table, reading, solid, write_coco
 from tests.support.settle import settle
@@ -140,3 +141,23 @@ def network(seed: int) -> Any:
     model.args = get_cfg()
     model(torch.rand(2, 3, 64, 64))
     return model
+
+
+def metrics_of(n_objects: dict[int, int], n_thresholds: dict[int, int]) -> DetMetrics:
+    """Processed metrics of an image whose every object is found, at the first so many of ten thresholds of IoU."""
+    metrics = DetMetrics({number: str(number) for number in range(10)})
+    for number, n in n_objects.items():
+        right = np.arange(10) < n_thresholds[number]
+        stats = {"tp": np.tile(right, (n, 1)), "conf": np.linspace(0.9, 0.5, n)}
+        stats |= {"pred_cls": np.full(n, number), "target_cls": np.full(n, number), "target_img": np.array([number])}
+        for key, value in stats.items():
+            metrics.stats[key].append(value)
+    metrics.process()
+    return metrics
+
+
+def test_frequent_classes_have_a_hundred_objects_and_the_commonest_the_most() -> None:
+    """A class of 99 objects does not count. That of 120 is right at half of the thresholds."""
+    found = class_aps(metrics_of({2: 99, 3: 100, 7: 120}, {2: 0, 3: 10, 7: 5}))
+    assert found == pytest.approx({"AP_frequent": (PERFECT + PERFECT / 2) / 2, "AP_commonest": PERFECT / 2})
+    assert class_aps(metrics_of({2: 99}, {2: 10})) == {}

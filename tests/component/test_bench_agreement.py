@@ -1,0 +1,46 @@
+"""The agreement bench's trainings: one that fails ends the others, and the start has the dataset's classes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.bench import agreement
+from app.bench.agreement import Trained, bench_agreement, run_together
+from app.core.config import UserError
+from app.core.files import write_json
+from app.core.run import RunRoot
+from tests.support.tiny import tiny_network
+
+AWAKE_S = 60
+
+
+def test_the_first_that_fails_ends_the_others() -> None:
+    failing = [sys.executable, "-c", "import sys; sys.exit('no such GPU')"]
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"the training 'kernels' .* exit code 1: no such GPU"):
+        run_together({"kernels": failing, "graph": ["sleep", str(AWAKE_S)]})
+    assert time.monotonic() - start < AWAKE_S
+
+
+def test_weights_are_compared_with_a_start_of_the_datasets_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three classes: an output of 3 in the head."""
+    run, starts = RunRoot(tmp_path, "agreement"), []
+
+    def compare(variant: str, trained: dict[str, Trained], start: dict[str, Any]) -> list[Any]:
+        starts.append({len(bias) for name, bias in start.items() if ".cv3." in name and name.endswith("2.bias")})
+        return []
+
+    data = {"names": ["a", "b", "c"], "splits": {"train": {"n_images": 4}}}
+    monkeypatch.setattr(agreement, "prepare", lambda config, run, force: write_json(run.provenance, data))
+    monkeypatch.setattr(agreement, "train_arms", lambda *_: {})
+    monkeypatch.setattr(agreement, "compare", compare)
+    with tiny_network():
+        bench_agreement(run, [], [], ["fp16", "qat"], 1)
+    assert starts == [{3}, {3}]

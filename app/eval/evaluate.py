@@ -28,6 +28,7 @@ from app.core.files import printable, read_json, sha256, write_atomic, write_jso
 from app.core.labels import FOREIGN, Label, by_label, today
 from app.core.mounts import as_known
 from app.core.progress import track
+from app.core.results import AP_FREQUENT
 from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
 from app.core.shapes import Shape
 from app.eval.contract import Said
@@ -292,13 +293,14 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 
 def result(metrics: dict[str, Any]) -> str:
-    """AP, AP50, images, speed and latency in one line."""
+    """AP, AP50, AP_FREQUENT where there is one, images, speed and latency in one line."""
     dataset, latency = metrics["dataset"], metrics["latency_ms"]
     subset = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
     rate = dataset["n_images"] / metrics["time_s"]["total"]
     parts = [
         f"AP {shown(metrics['coco']['AP'])}",
         f"AP50 {shown(metrics['coco']['AP50'])}",
+        *([f"AP of frequent classes {shown(metrics['coco'][AP_FREQUENT])}"] if AP_FREQUENT in metrics["coco"] else []),
         f"{dataset['n_images']:,} images{subset}",
         f"{rate:.1f} images/s",
         f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}",

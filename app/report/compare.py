@@ -9,7 +9,6 @@ from typing import Any
 
 from app.coco.dataset import Dataset, check_unchanged, source_at
 from app.coco.detail import Metrics, analyse
-from app.coco.score import STATS
 from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
 from app.core.mounts import only_seen
@@ -18,7 +17,7 @@ from app.core.shapes import Id, PathText, Shape, misfits
 from app.report.evidence import METRICS_SHAPE, as_row, name_of, scored_folders
 from app.report.figures import by_class, by_size
 from app.report.gallery import gallery
-from app.report.groups import change, describe, describe_meter, meter
+from app.report.groups import change, describe, describe_meter, meter, stats_of
 from app.report.tables import markdown_table, number, plain, signed
 
 SHAPE: Shape = {**METRICS_SHAPE, "dataset.coco_dir": PathText, "dataset.image_ids": list[Id] | None}
@@ -163,12 +162,12 @@ def scored_dataset(metrics: Metrics) -> Dataset:
 
 
 def table(pairs: list[Pair]) -> list[str]:
-    """The twelve numbers, file size and latency: both rows of a pair and the difference."""
+    """The numbers of `stats_of`, file size and latency: both rows of a pair and the difference."""
     rows = both_sides(pairs)
     cells = [["", *map(name_of, rows), *["difference"] * len(pairs)]]
-    for stat in STATS:
-        values = [number(metrics["coco"][stat]) for metrics in rows]
-        differences = [signed(change(old["coco"][stat], new["coco"][stat])) for old, new in pairs]
+    for stat in stats_of(rows):
+        values = [number(metrics["coco"].get(stat)) for metrics in rows]
+        differences = [signed(change(old["coco"].get(stat), new["coco"].get(stat))) for old, new in pairs]
         cells.append([stat, *values, *differences])
     sizes = [number(metrics["model"]["size_bytes"] / 1e6, 2) for metrics in rows]
     times = [number(metrics["latency_ms"]["p50"], 2) for metrics in rows]

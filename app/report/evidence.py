@@ -15,7 +15,7 @@ from app.coco.score import STATS
 from app.core.config import UserError, read_yaml
 from app.core.files import read_json
 from app.core.labels import BASELINE, SCORES_ENDING, Label, by_label, scored_name, today
-from app.core.results import AP, STATES, VAL_LOSS, Rows, column, is_validated, read_rows
+from app.core.results import AP, AP_FREQUENT, STATES, VAL_LOSS, Rows, column, is_validated, read_rows
 from app.core.run import PROVENANCE_SHAPE, RunRoot
 from app.core.shapes import Count, FolderName, Number, NumberOrNone, Positive, Shape, misfits
 
@@ -27,6 +27,7 @@ METRICS_SHAPE: Shape = {
     "dataset.image_ids_sha256": str, "dataset.complete_coco_val": bool,
     **{f"dataset.{key}": kind for key, kind in PLACE_SHAPE.items()},
     **{f"coco.{name}": NumberOrNone for name in STATS},
+    f"coco.{AP_FREQUENT}?": Number, "dataset.n_frequent_classes?": Count,
     "settings.conf": Number, "settings.max_det": Count, "settings.evaluator": str,
     **{f"latency_ms.{name}": Number for name in ("p50", "p90", "p99")},
     **{f"latency_ms.{name}": Count for name in ("runs", "warmup", "batch")},

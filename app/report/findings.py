@@ -14,13 +14,14 @@ from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
 from app.report.evidence import Evidence, Training
 from app.report.groups import describe_meter, is_baseline, measured_alike, meter, rows_of
-from app.report.spread import TELLING_AP, seed_spread, telling_of_means, telling_of_single
+from app.report.spread import TELLING_AP, enter_tellings, seed_spread, telling_of_means
 
 Findings = dict[str, Any]  # the content of report.json
 
 FAIR_DIFFERENCES = ("variant", "quant")  # sections in which the configs of the variants may differ
 SEEDS = ("train.seed", "data.seed")
-MERGED = ("AP", "AP_difference", "AP_over_ptq")  # values of a row that get a mean over runs with other seeds
+# Values of a row that get a mean over runs with other seeds.
+MERGED = ("AP", "AP_difference", "AP_frequent", "AP_frequent_difference", "AP_over_ptq")
 SCORED_VAL_LOSS = column(VAL_LOSS, SCORED)
 COMMON_FACTS = {"code_version": "code", "lock_sha256": "package lock", "device": "device", "gpus": "GPU"}
 LATER_SECTIONS = ("guard", "report")  # change nothing that is trained, exported or scored
@@ -33,7 +34,7 @@ def derive(evidence: Evidence, settings: Report) -> Findings:
     for group in measured_alike(evidence.scored):
         rows = rows_of(group)
         for row in rows:
-            row["telling_difference"] = telling_of_single(row, rows[0], spread_of_seeds["telling_share"])
+            enter_tellings(row, rows[0], spread_of_seeds)
         groups.append({"measured": describe_meter(group[0]), "rows": rows})
     base = evidence.trainings.get(str(FP16))
     healths, speeds, losses, configs = {}, {}, {}, {}
@@ -257,6 +258,7 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
     for row in findings["groups"][0]["rows"]:
         row["over_runs"] = over_runs[row["dir"]]
         row["telling_difference"] = telling_of_means(row["over_runs"]["AP_difference"])
+        row["telling_frequent"] = telling_of_means(row["over_runs"]["AP_frequent_difference"])
 
 
 def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from app.coco.detail import Metrics
+from app.coco.score import STATS
 from app.core.labels import BASELINE, Label
+from app.core.results import AP_FREQUENT
 from app.report.evidence import label_of
 from app.report.tables import plain
 
@@ -38,7 +40,13 @@ def describe_meter(metrics: Metrics) -> dict[str, Any]:
         "conf": settings["conf"],
         "max_det": settings["max_det"],
         "evaluator": settings["evaluator"],
+        "n_frequent_classes": dataset.get("n_frequent_classes"),  # None: scored before there was this number
     }
+
+
+def stats_of(group: list[Metrics]) -> list[str]:
+    """The names of the numbers that rows have: the twelve, and AP_FREQUENT where one has it."""
+    return [*STATS, AP_FREQUENT] if any(AP_FREQUENT in metrics["coco"] for metrics in group) else list(STATS)
 
 
 def sample(measured: dict[str, Any]) -> str:
@@ -84,11 +92,12 @@ def rows_of(group: list[Metrics]) -> list[dict[str, Any]]:
 
 
 def _row(metrics: Metrics, group: list[Metrics]) -> dict[str, Any]:
-    model, ap = metrics["model"], metrics["coco"]["AP"]
+    model, ap, frequent = metrics["model"], metrics["coco"]["AP"], metrics["coco"].get(AP_FREQUENT)
     base = group[0]
-    ap_difference, size_share = None, None
+    ap_difference, frequent_difference, size_share = None, None, None
     if is_baseline(base) and metrics is not base:
         ap_difference = change(base["coco"]["AP"], ap)
+        frequent_difference = change(base["coco"].get(AP_FREQUENT), frequent)
         size_share = model["size_bytes"] / base["model"]["size_bytes"]
     return {
         "dir": metrics["dir"],
@@ -96,6 +105,8 @@ def _row(metrics: Metrics, group: list[Metrics]) -> dict[str, Any]:
         "file": model["file"],
         "AP": ap,
         "AP_difference": ap_difference,
+        "AP_frequent": frequent,
+        "AP_frequent_difference": frequent_difference,
         "size_mb": model["size_bytes"] / 1e6,
         "size_share": size_share,
         "AP_over_ptq": over_ptq(metrics, group),

@@ -15,14 +15,15 @@ from app.core.environment import REPO_DIR, utc_now
 from app.core.files import new_folder, read_json, write_text
 from app.core.labels import SCORES_ENDING
 from app.core.mounts import as_known
+from app.core.results import AP, AP_FREQUENT
 from app.core.run import RunRoot
 from app.report.evidence import Evidence, gather
 from app.report.findings import Findings
 from app.report.groups import sample
 from app.report.html import PICTURE, is_inside, page
 from app.report.page_files import PageFiles, page_of
-from app.report.tables import plain
-from app.report.verdict import ap_text, difference_text, health_lines, telling_lines, verdict
+from app.report.tables import number, plain, signed
+from app.report.verdict import health_lines, merged_text, telling_lines, verdict
 
 log = logging.getLogger(__name__)
 KEPT = (
@@ -188,18 +189,27 @@ def machine(environment: dict[str, Any]) -> str:
 
 
 def results(findings: Findings) -> list[str]:
-    """One part for every table: how it was measured, AP of each row and its difference to the baseline."""
+    """For every table how it was measured, AP of each row and its difference to the baseline; AP_FREQUENT likewise."""
     parts = []
     for group in findings["groups"]:
         n = len(findings["seeds"]["runs"]) if findings["seeds"] else 1
-        rows = []
-        for row in group["rows"]:
-            text = f"{plain(row['label'])} {ap_text(row)}"
-            if row["AP_difference"] is not None:
-                text += f" ({difference_text(row)})"
-            rows.append(text)
-        parts.append(f"AP on {sample(group['measured'])}, n={n}: {', '.join(rows)}")
+        where = f"{sample(group['measured'])}, n={n}"
+        parts.append(f"AP on {where}: {', '.join(aps_of(group, AP))}")
+        if any(row[AP_FREQUENT] is not None for row in group["rows"]):
+            n_classes = group["measured"]["n_frequent_classes"]
+            parts.append(f"AP of {n_classes} frequent classes on {where}: {', '.join(aps_of(group, AP_FREQUENT))}")
     return parts
+
+
+def aps_of(group: dict[str, Any], ap: str) -> list[str]:
+    """Of each row its label, AP or AP_FREQUENT, and the difference to the baseline's."""
+    rows = []
+    for row in group["rows"]:
+        text = f"{plain(row['label'])} {merged_text(row, ap, number)}"
+        if row[f"{ap}_difference"] is not None:
+            text += f" ({merged_text(row, f'{ap}_difference', signed)})"
+        rows.append(text)
+    return rows
 
 
 def append_log(path: Path, text: str) -> None:

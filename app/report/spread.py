@@ -1,4 +1,7 @@
-"""How large a difference of two APs says something: more than trainings differ that differ in their seed alone."""
+"""How large a difference of two APs says something: more than trainings differ that differ in their seed alone.
+
+Of AP and, once the bench's rows hold it, of AP_FREQUENT, which differs less from seed to seed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.core.labels import Label
-from app.core.results import AP, SCORED
+from app.core.results import AP, AP_FREQUENT, SCORED
 
 SOURCE = "docs/stability.json"  # rows of the stability bench: a part of the repository, and of the image
 ROWS = REPO_DIR / SOURCE
@@ -27,29 +30,45 @@ def seed_spread() -> dict[str, Any]:
 
     Returns:
         source; model, imgsz and epoch of the trainings; n of them, mean AP and its sample standard deviation sd;
-        share: sd / mean; rule, and telling_share: what two single trainings differ by at most, to their AP.
+        share: sd / mean; rule, and telling_share: what two single trainings differ by at most, to their AP;
+        frequent: the same numbers of AP_FREQUENT, from the trainings that have it; None for fewer than ENOUGH_RUNS.
     """
     bench = read_json(ROWS, "bench ARGS=stability")
-    curves = []
+    aps, frequent = [], []
     for row in bench["rows"]:
         if row["arm"] == ARM:
-            curves.append(dict(zip(row["epoch"], row[AP][SCORED], strict=True)))
+            aps.append(dict(zip(row["epoch"], row[AP][SCORED], strict=True)))
+            if row.get(AP_FREQUENT):
+                frequent.append(dict(zip(row["epoch"], row[AP_FREQUENT], strict=True)))
+    facts = {"source": SOURCE, "model": bench["config"]["model"], "imgsz": bench["config"]["train.imgsz"]}
+    of_frequent = spread_of(frequent) if len(frequent) >= ENOUGH_RUNS else None
+    return {**facts, **spread_of(aps), "rule": RULE, "frequent": of_frequent}
+
+
+def spread_of(curves: list[dict[int, float]]) -> dict[str, Any]:
+    """Numbers of `seed_spread` for curves of one AP by epoch."""
     epoch = max(set.intersection(*map(set, curves)))
     aps = [curve[epoch] for curve in curves]
     mean, sd = statistics.fmean(aps), statistics.stdev(aps)
-    facts = {"source": SOURCE, "model": bench["config"]["model"], "imgsz": bench["config"]["train.imgsz"]}
     numbers = {"epoch": epoch, "n": len(aps), "mean": mean, "sd": sd, "share": sd / mean}
-    return {**facts, **numbers, "rule": RULE, "telling_share": N_SIGMA * math.sqrt(2) * sd / mean}
+    return {**numbers, "telling_share": N_SIGMA * math.sqrt(2) * sd / mean}
 
 
-def telling_of_single(row: dict[str, Any], base: dict[str, Any], share: float) -> float | None:
+def enter_tellings(row: dict[str, Any], base: dict[str, Any], seeds: dict[str, Any]) -> None:
+    """Gives a row what its AP, and its AP_FREQUENT, must differ by from the baseline's; `seeds` is a seed_spread."""
+    row["telling_difference"] = telling_of_single(row, base, seeds["telling_share"])
+    frequent = seeds["frequent"]
+    row["telling_frequent"] = frequent and telling_of_single(row, base, frequent["telling_share"], AP_FREQUENT)
+
+
+def telling_of_single(row: dict[str, Any], base: dict[str, Any], share: float, ap: str = AP) -> float | None:
     """What the AP of one training must differ by from that of another, the baseline; None where nothing can be said.
 
     PTQ has the weights of the baseline's own training: what seeds differ by is not what it differs by.
     """
     is_trained = Label.parse(row["label"]).method == "qat"
-    is_known = row["AP_difference"] is not None and base["AP"] >= TELLING_AP
-    return share * base["AP"] if is_trained and is_known else None
+    is_known = row[f"{ap}_difference"] is not None and base[ap] >= TELLING_AP
+    return share * base[ap] if is_trained and is_known else None
 
 
 def telling_of_means(over_runs: dict[str, Any]) -> float | None:

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.coco.detail import Metrics
-from app.coco.score import STATS
 from app.core.labels import BASELINE, scored_name
+from app.core.results import AP_FREQUENT, FREQUENT_BOXES
 from app.report.appendix import appendix
 from app.report.evidence import Evidence, name_of
 from app.report.findings import Findings
-from app.report.groups import describe, measured_alike
+from app.report.groups import describe, measured_alike, stats_of
 from app.report.tables import markdown_table, number, plain, signed
-from app.report.verdict import ap_text, difference_text, health_lines, telling_lines, verdict
+from app.report.verdict import ap_text, difference_text, health_lines, merged_text, telling_lines, verdict
 
 COLUMN_WORDS = {"AP": "AP", "AP_difference": "difference"}
+COLUMN_WORDS |= {"AP_frequent": "AP frequent", "AP_frequent_difference": "difference of frequent"}
 HEALTH_WORDS = {True: "yes", False: "**no**", None: "?"}
 ANOTHER_METER = "Set apart: measured otherwise, not to be compared with the rows above. "
 
@@ -75,17 +76,28 @@ def tables(scored: list[Metrics], findings: Findings) -> list[str]:
         how = describe(about["measured"])
         lines += ["", ANOTHER_METER + how, ""] if lines else [how, ""]
         lines += _rows(group, about["rows"])
+        if AP_FREQUENT in stats_of(group):
+            lines += ["", frequent_line(about["measured"]["n_frequent_classes"])]
     return lines
 
 
+def frequent_line(n_classes: int) -> str:
+    return f"AP frequent: mean AP of the {n_classes} classes with at least {FREQUENT_BOXES} objects in these images."
+
+
 def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
-    cells = [["variant", "AP", "difference", "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
+    has_frequent = AP_FREQUENT in stats_of(group)
+    frequent_head = ["AP frequent", "difference"] if has_frequent else []
+    cells = [["variant", "AP", "difference", *frequent_head]]
+    cells[0] += ["AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]
     for metrics, row in zip(group, rows, strict=True):
+        frequent = [merged_text(row, AP_FREQUENT, number), merged_text(row, f"{AP_FREQUENT}_difference", signed)]
         cells.append(
             [
                 row["label"],
                 ap_text(row),
                 difference_text(row),
+                *(frequent if has_frequent else []),
                 number(metrics["coco"]["AP50"]),
                 f"{row['size_mb']:.2f}",
                 f"{row['p50_ms']:.2f}",
@@ -99,7 +111,7 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of seeds: one value (AP or AP_difference) of one scored folder."""
+    """A column of the table of seeds: one value (a key of COLUMN_WORDS) of one scored folder."""
 
     value: str
     folder: str
@@ -123,10 +135,11 @@ def seeds_lines(findings: Findings) -> list[str]:
     if findings["seeds"] is None:
         return []
     runs, over_runs = findings["seeds"]["runs"], findings["seeds"]["over_runs"]
-    columns = [Column("AP", folder, number) for folder in over_runs]
-    for folder, merged in over_runs.items():
-        if merged["AP_difference"]["n"]:
-            columns.append(Column("AP_difference", folder, signed))
+    columns = []
+    for value, write in zip(COLUMN_WORDS, (number, signed) * 2, strict=True):
+        for folder, merged in over_runs.items():
+            if value == "AP" or merged[value]["n"]:
+                columns.append(Column(value, folder, write))
     cells = [["run", *runs[0]["seeds"], *(column.title for column in columns), "healthy"]]
     for run in runs:
         seeds = map(str, run["seeds"].values())
@@ -153,6 +166,8 @@ def caveats(evidence: Evidence, findings: Findings) -> list[str]:
         lines.insert(0, "One training each (n=1): a difference smaller than the spread between seeds says nothing.")
     if not all(metrics["dataset"]["complete_coco_val"] for metrics in evidence.scored):
         lines.append("Not measured on the whole of COCO val2017: never compare these numbers with published ones.")
+    if all(metrics["dataset"].get("n_frequent_classes") == 0 for metrics in evidence.scored):
+        lines.append(f"No class has {FREQUENT_BOXES} objects in the scored images: there is no AP of frequent classes.")
     timed = evidence.scored[0]["latency_ms"]
     device = evidence.scored[0]["runtime"]["device"]
     lines.append(
@@ -168,14 +183,14 @@ def caveats(evidence: Evidence, findings: Findings) -> list[str]:
 
 
 def coco_tables(scored: list[Metrics], findings: Findings) -> list[str]:
-    """The twelve numbers of every row, a table for every group of rows measured alike."""
+    """The numbers of `stats_of` of every row, a table for every group of rows measured alike."""
     lines: list[str] = []
     for group, about in zip(measured_alike(scored), findings["groups"], strict=True):
         lines += ["", ANOTHER_METER + describe(about["measured"]), ""] if lines else []
         names = [scored_name(metrics["dir"]) for metrics in group]
         cells = [["", *names]]
-        for stat in STATS:
-            values = [number(metrics["coco"][stat]) for metrics in group]
+        for stat in stats_of(group):
+            values = [number(metrics["coco"].get(stat)) for metrics in group]
             cells.append([stat, *values])
         lines += markdown_table(cells)
     return lines

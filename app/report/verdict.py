@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.core.labels import Label
+from app.core.results import AP_FREQUENT
 from app.report.findings import Findings
 from app.report.groups import amount, describe, judged_labels, sample
 from app.report.spread import ENOUGH_RUNS, TELLING_AP
@@ -45,7 +46,8 @@ def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
         )
     return (
         f"**{label}: {aps}, {difference_text(row)}** ({_data(row, group)}).{_telling(row)}"
-        f"{_without_training(row, group)} The file has {row['size_mb']:.2f} MB against {base['size_mb']:.2f} MB, "
+        f"{_frequent(row, group)}{_without_training(row, group)}"
+        f" The file has {row['size_mb']:.2f} MB against {base['size_mb']:.2f} MB, "
         f"{row['size_share']:.2f} of it.{_packed(row, group)}"
     )
 
@@ -73,28 +75,59 @@ def _telling(row: dict[str, Any]) -> str:
     if limit is None:
         is_merged = row["over_runs"] is not None
         return f" Too few runs for a spread: merge {ENOUGH_RUNS} or more." if is_merged else ""
-    side = "more" if abs(_mean(row, "AP_difference")) > limit else "less"
+    return f" That is {_side(row, 'AP_difference', limit)}."
+
+
+def _side(row: dict[str, Any], difference: str, limit: float) -> str:
+    """On which side of what chance makes a difference lies, and what that is."""
+    side = "more" if abs(_mean(row, difference)) > limit else "less"
     if row["over_runs"]:
-        return f" That is {side} than two standard errors of the difference, {number(limit)}."
-    return f" That is {side} than about {limit:.2g}, by which two single trainings may differ by chance (see below)."
+        return f"{side} than two standard errors of the difference, {number(limit)}"
+    return f"{side} than about {limit:.2g}, by which two single trainings may differ by chance (see below)"
+
+
+def _frequent(row: dict[str, Any], group: dict[str, Any]) -> str:
+    """The same of AP_FREQUENT, which differs less from seed to seed; nothing where no class is frequent."""
+    base, difference = group["rows"][0], f"{AP_FREQUENT}_difference"
+    if row[difference] is None:
+        return ""
+    aps = f"AP {merged_text(row, AP_FREQUENT, number)} against {merged_text(base, AP_FREQUENT, number)}"
+    limit = row["telling_frequent"]
+    told = "" if limit is None else f", {_side(row, difference, limit)}"
+    n_classes = group["measured"]["n_frequent_classes"]
+    return f" Over the {n_classes} frequent classes: {aps}, {merged_text(row, difference, signed)}{told}."
 
 
 def telling_lines(findings: Findings) -> list[str]:
     """Where the limit of `_telling` comes from; nothing where no verdict names it, or where runs were merged."""
-    rows = chain.from_iterable(group["rows"] for group in findings["groups"])
+    rows = list(chain.from_iterable(group["rows"] for group in findings["groups"]))
     is_named = any(row["telling_difference"] is not None for row in rows)
     if findings["seeds"] or not is_named:
         return []
     spread = findings["seed_spread"]
     model = Path(spread["model"]).stem
-    return [
+    text = (
         f"**How large a difference means something:** one above about {spread['telling_share']:.2f} of the AP, with "
         f"one training each. That is {spread['rule']} the spread between seeds, {spread['share']:.2f} of the AP "
         f"(standard deviation of {spread['n']} FP16 trainings, {spread['source']}). It was measured with {model} at "
         f"{spread['imgsz']} px on a small part of COCO, at an AP of {spread['mean']:.3f} after {spread['epoch']} "
-        "epochs: anywhere else it is only an orientation. The spread of this run shows when it is repeated with "
-        '`--set train.seed=1` and more, and merged: `make report RUN=A ARGS="--runs B C"`.'
-    ]
+        "epochs: anywhere else it is only an orientation."
+    )
+    if any(row["telling_frequent"] is not None for row in rows):
+        text += _spread_of_frequent(spread["frequent"])
+    repeat = (
+        " The spread of this run shows when it is repeated with `--set train.seed=1` and more, and merged: "
+        '`make report RUN=A ARGS="--runs B C"`.'
+    )
+    return [text + repeat]
+
+
+def _spread_of_frequent(frequent: dict[str, Any]) -> str:
+    return (
+        f" For the AP of frequent classes it is about {frequent['telling_share']:.2f} of that AP, as FP16 trainings "
+        f"spread by {frequent['share']:.3f} of it (n={frequent['n']}, at an AP of {frequent['mean']:.3f} after "
+        f"{frequent['epoch']} epochs)."
+    )
 
 
 def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
@@ -107,20 +140,20 @@ def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
     for other in group["rows"]:
         if other["label"] in prefixes:
             results.append(f"{prefixes[other['label']]}{ap_text(other)} ({difference_text(other)})")
-    over = _text(row, "AP_over_ptq", signed)
+    over = merged_text(row, "AP_over_ptq", signed)
     ptq = ", ".join(results)
     return f" The baseline quantized without training (PTQ) has AP {ptq}. QAT against the better PTQ: {over}."
 
 
 def ap_text(row: dict[str, Any]) -> str:
-    return _text(row, "AP", number)
+    return merged_text(row, "AP", number)
 
 
 def difference_text(row: dict[str, Any]) -> str:
-    return _text(row, "AP_difference", signed)
+    return merged_text(row, "AP_difference", signed)
 
 
-def _text(row: dict[str, Any], key: str, write: Callable[[float | None], str]) -> str:
+def merged_text(row: dict[str, Any], key: str, write: Callable[[float | None], str]) -> str:
     """The value of this run, or mean ± spread where runs were merged."""
     if row["over_runs"] is None:
         return write(row[key])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.coco.score import STATS, load_truth, score
+from app.coco.score import STATS, frequent_classes, load_truth, score
 from app.core.config import UserError
 from tests.support.eval_fixtures import truth_box, write_annotations
 
@@ -125,3 +125,23 @@ def test_ids_of_annotations_make_no_difference(tmp_path: Path, numbers: list[Any
     loaded = load_truth(path)
     assert sorted(loaded.anns) == [1, 2]
     assert score(loaded, tmp_path / "detections.json", [1])["AP"] == pytest.approx(1.0, abs=EXACT)
+
+
+def test_frequent_classes_have_a_hundred_objects(tmp_path: Path) -> None:
+    """Half of the objects of class 17 are found, those of image 1: precision 1 at 51 of 101 recalls. Class 18 is found.
+    Of class 44, which has no detection, the hundredth object is a crowd."""
+    grid = [[25 * column, 25 * line, 20, 20] for line in range(6) for column in range(10)]
+    boxes = {17: grid[:50], 18: grid, 44: grid[:50]}
+    truth, detections = [], []
+    for category, of_class in boxes.items():
+        for image_id in SIZES:
+            truth += [truth_box(image_id, bbox, category) for bbox in of_class]
+            if category == 18 or (category, image_id) == (17, 1):
+                detections += [found(image_id, bbox, 0.9, category) for bbox in of_class]
+    truth[-1]["iscrowd"] = 1
+    stats = scored(tmp_path, truth, detections)
+    assert stats["AP_frequent"] == pytest.approx((51 / 101 + 1) / 2, abs=EXACT)
+    assert stats["AP"] == pytest.approx((51 / 101 + 1) / 3, abs=EXACT)
+    loaded = load_truth(tmp_path / "instances.json")
+    assert (sorted(frequent_classes(loaded, [1, 2])), frequent_classes(loaded, [1])) == ([17, 18], [])
+    assert "AP_frequent" not in scored(tmp_path, truth, detections, (1,))

@@ -15,9 +15,10 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from app.bench.stability_figure import draw
-from app.bench.stability_measures import draw_shares, show_measures
+from app.bench.stability_measures import draw_shares, show_falls, show_measures
 from app.bench.stability_rows import BASE, LOW_RATE, Row, all_up_to, merge, read_arm, read_file, recipe, write_file
 from app.bench.stability_table import show
 from app.bench.train import train_command, visible_gpus
@@ -149,14 +150,25 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     if not visible:
         log.info("nothing to show yet: no such training has been validated")
         return
+    log.info("%s", of_recipe(common))
     show(visible)
     show_measures(visible)
+    show_falls(visible, trainings[0].config.report.min_share_of_best)
     save_png(draw(visible), run.root / "bench-stability.png")
     log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
     shares = draw_shares(visible)
     if shares:
         save_png(shares, run.root / "bench-stability-shares.png")
         log.info("a dot for every seed: %s", run.root / "bench-stability-shares.png")
+
+
+def of_recipe(common: dict[str, Any]) -> str:
+    """What tells the tables of two recipes apart, in one line."""
+    config = common["config"]
+    return (
+        f"{config['model']}, {config['train.imgsz']} px, {config['train.epochs']} epochs, "
+        f"batch {config['train.batch']}, lr0 {config['hyp.lr0']:g}, lrf {config['hyp.lrf']:g}"
+    )
 
 
 def check_arms(arms: list[str]) -> None:

@@ -11,10 +11,22 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from app.bench.stability_rows import BASE, Row, base_of
-from app.bench.stability_table import at, paired, ratio_of_means, rows_by_arm
+from app.bench.stability_table import (
+    N_PAIRS,
+    at,
+    error_of_mean,
+    lowest_share,
+    mean_of,
+    paired,
+    ratio_and_residuals,
+    ratio_of_means,
+    rows_by_arm,
+    worst,
+)
 from app.core.curves import COLOURS, NEUTRAL
 from app.core.results import AP, AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES, SCORED
 from app.report.tables import MISSING, markdown_table
@@ -23,6 +35,7 @@ log = logging.getLogger(__name__)
 N_LAST = 5  # validations, 24 epochs: three horizons of the average
 INCHES_WIDE, INCHES_AN_ARM, INCHES_OF_AXIS = 8, 0.55, 1.2
 DOT_ALPHA = 0.6
+N_HEIGHTS, STEP = 5, 0.08  # of the dots of an arm, whose lines are 1 apart
 
 
 @dataclass(frozen=True)
@@ -37,12 +50,21 @@ class Measure:
 
     def of(self, row: Row, epoch: int) -> float:
         """Its value at an epoch; NaN where the row has no such curve or too few validations."""
-        curve = row[AP][SCORED] if self.curve == AP else row.get(self.curve)
+        curve = curve_of(row, self.curve)
         return math.nan if curve is None else at(row, curve, epoch, self.n_last)
+
+    def among(self, rows: list[Row]) -> list[Row]:
+        """The rows that have its curve."""
+        return [row for row in rows if curve_of(row, self.curve) is not None]
 
 
 CANDIDATES = [Measure(curve, n_last) for curve in (AP, AP_FREQUENT, AP_COMMONEST, "val_loss") for n_last in (1, N_LAST)]
 MEASURE = Measure(AP_FREQUENT, N_LAST)  # what the question is answered with, see docs/results.md
+
+
+def curve_of(row: Row, name: str) -> list[float] | None:
+    """A curve of the scored state; None where the row has none of this name."""
+    return row[AP][SCORED] if name == AP else row.get(name)
 
 
 def show_measures(rows: list[Row]) -> None:
@@ -52,7 +74,8 @@ def show_measures(rows: list[Row]) -> None:
     if not fp16:
         return
     others = {arm: its_rows for arm, its_rows in by_arm.items() if arm != BASE}
-    cells = [["measure", "fp16", "fp16, scatter of seeds", *(f"{arm} (n={len(its)})" for arm, its in others.items())]]
+    heads = [f"{arm} (n={len(its_rows)})" for arm, its_rows in others.items()]
+    cells = [["measure", "fp16", "fp16, scatter of seeds", *heads]]
     for measure in CANDIDATES:
         shares = [share(measure, its_rows, by_arm.get(base_of(arm), [])) for arm, its_rows in others.items()]
         cells.append([str(measure), *scatter(measure, fp16), *shares])
@@ -63,10 +86,11 @@ def show_measures(rows: list[Row]) -> None:
 
 
 def scatter(measure: Measure, rows: list[Row]) -> tuple[str, str]:
-    """Mean over the seeds, and their coefficient of variation, at the last epoch that all have."""
-    epoch = min(row["epoch"][-1] for row in rows)
+    """Mean over the seeds that have it, and their coefficient of variation, at the last epoch that all these have."""
+    rows = measure.among(rows)
+    epoch = min((row["epoch"][-1] for row in rows), default=0)
     values = [measure.of(row, epoch) for row in rows]
-    mean = statistics.fmean(values)
+    mean = statistics.fmean(values or [math.nan])
     if math.isnan(mean):
         return MISSING, MISSING
     varies = len(values) > 1 and mean
@@ -74,14 +98,42 @@ def scatter(measure: Measure, rows: list[Row]) -> tuple[str, str]:
 
 
 def share(measure: Measure, rows: list[Row], fp16: list[Row]) -> str:
-    """The arm's mean over FP16's of the same seeds, with the standard error of that ratio."""
-    return ratio_of_means(*values_of(measure, rows, fp16))
+    """The arm's mean over FP16's of the same seeds, with the standard error of that ratio, and how many seeds have this
+    measure, where not all do."""
+    values, bases = values_of(measure, rows, fp16)
+    ratio = ratio_of_means(values, bases)
+    is_partial = ratio != MISSING and len(values) < len(paired(rows, fp16).rows)
+    return f"{ratio} (n={len(values)})" if is_partial else ratio
 
 
 def values_of(measure: Measure, rows: list[Row], fp16: list[Row]) -> tuple[list[float], list[float]]:
-    """The arm's values and FP16's of the same seeds, at the last epoch that all pairs have."""
-    pairs = paired(rows, fp16)
+    """The arm's values and FP16's of the same seeds, at the last epoch that all pairs with this measure have."""
+    pairs = paired(measure.among(rows), measure.among(fp16))
     return [measure.of(row, pairs.epoch) for row in pairs.rows], [measure.of(row, pairs.epoch) for row in pairs.fp16]
+
+
+def show_falls(rows: list[Row], min_share: float) -> None:
+    """Logs for every arm whether AP, and AP_FREQUENT, stayed above `min_share` of their running best: the lowest share
+    of the mean curve of all seeds, and how many single trainings fell below, whose AP jumps with the few images."""
+    for arm, its_rows in rows_by_arm(rows).items():
+        parts = []
+        for measure in (Measure(AP, 1), Measure(AP_FREQUENT, 1)):
+            if measure.among(its_rows):
+                lowest, below = falls(measure, its_rows, min_share)
+                parts.append(f"{measure} {lowest}, {below}")
+        log.info("%s: lowest share of best, mean curve; trainings below %g: %s", arm, min_share, "; ".join(parts))
+
+
+def falls(measure: Measure, rows: list[Row], min_share: float) -> tuple[str, str]:
+    """The lowest share of the mean curve, and how many of how many trainings fell below `min_share`."""
+    curves, shares = [], []
+    for row in measure.among(rows):
+        values = curve_of(row, measure.curve) or []
+        curves.append(dict(zip(row["epoch"], values, strict=True)))
+        shares.append(lowest_share(values))
+    judged = [share for share in shares if share is not None]
+    n_below = sum(share < min_share for share in judged)
+    return worst([lowest_share(list(mean_of(curves).values()))]), f"{n_below} of {len(judged)}" if judged else MISSING
 
 
 def draw_shares(rows: list[Row]) -> Figure | None:
@@ -101,13 +153,24 @@ def draw_shares(rows: list[Row]) -> Figure | None:
     panel = figure.subplots()
     panel.axvline(1, color=NEUTRAL, linewidth=1)
     for place, (values, bases) in enumerate(shown.values()):
-        shares = [value / base for value, base in zip(values, bases, strict=True)]
-        panel.plot(shares, [place] * len(shares), "o", color=COLOURS[1], alpha=DOT_ALPHA, markersize=5)
-        mean = statistics.fmean(values) / statistics.fmean(bases)
-        panel.plot([mean], [place], "|", color=COLOURS[0], markersize=22, markeredgewidth=2.5)
+        draw_arm(panel, place, values, bases)
     names = [f"{arm} (n={len(values)})" for arm, (values, _) in shown.items()]
     panel.set_yticks(range(len(shown)), names)
-    panel.invert_yaxis()
-    panel.set_xlabel(f"share of FP16 with the same seed: {MEASURE}\n(dots: seeds; bars: ratio of the means)")
+    panel.set_ylim(len(shown) - 0.5, -0.5)  # the first arm on top
+    panel.set_xlabel(
+        f"share of FP16 with the same seed: {MEASURE}\n(dots: seeds; bars: ratio of the means ± standard error)"
+    )
     panel.grid(axis="x", alpha=0.3)
     return figure
+
+
+def draw_arm(panel: Axes, place: int, values: list[float], bases: list[float]) -> None:
+    """The line of an arm at a height: its seeds, moved up and down so that equal ones are told apart, and the ratio."""
+    shares = [value / base for value, base in zip(values, bases, strict=True)]
+    heights = [place + STEP * (number % N_HEIGHTS - N_HEIGHTS // 2) for number in range(len(shares))]
+    panel.plot(shares, heights, "o", color=COLOURS[1], alpha=DOT_ALPHA, markersize=5)
+    ratio, residuals = ratio_and_residuals(values, bases)
+    panel.plot([ratio], [place], "|", color=COLOURS[0], markersize=22, markeredgewidth=2.5)
+    if len(residuals) > N_PAIRS:
+        error = error_of_mean(residuals)
+        panel.plot([ratio - error, ratio + error], [place] * 2, color=COLOURS[0], linewidth=2.5)

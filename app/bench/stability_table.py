@@ -105,11 +105,16 @@ def worst(shares: list[float | None]) -> str:
 
 def mean_curve(rows: list[Row], state: str = SCORED) -> dict[int, float]:
     """Epoch -> mean AP of the seeds, for every epoch that all have validated."""
+    return mean_of([dict(zip(row["epoch"], row["AP"][state], strict=True)) for row in rows])
+
+
+def mean_of(curves: list[dict[int, float]]) -> dict[int, float]:
+    """The mean of curves, by epoch, at every epoch that all have."""
     by_epoch: dict[int, list[float]] = {}
-    for row in rows:
-        for epoch, ap in zip(row["epoch"], row["AP"][state], strict=True):
+    for curve in curves:
+        for epoch, ap in curve.items():
             by_epoch.setdefault(epoch, []).append(ap)
-    return {epoch: statistics.fmean(aps) for epoch, aps in by_epoch.items() if len(aps) == len(rows)}
+    return {epoch: statistics.fmean(aps) for epoch, aps in by_epoch.items() if len(aps) == len(curves)}
 
 
 def corrected(rows: list[Row]) -> str:
@@ -166,10 +171,16 @@ def ratio_of_means(values: list[float], bases: list[float]) -> str:
     """Ratio of the means of paired values, with its standard error (delta method); MISSING where one is NaN."""
     if not sum(bases) or math.isnan(sum(values) + sum(bases)):
         return MISSING
+    ratio, residuals = ratio_and_residuals(values, bases)
+    return f"{ratio:.3f}{standard_error(residuals)}"
+
+
+def ratio_and_residuals(values: list[float], bases: list[float]) -> tuple[float, list[float]]:
+    """Ratio of the means of paired values, and how far each pair is off it, as a share of the bases' mean: the standard
+    error of the mean of these is that of the ratio (delta method)."""
     mean_base = statistics.fmean(bases)
     ratio = statistics.fmean(values) / mean_base
-    residuals = [(value - ratio * base) / mean_base for value, base in zip(values, bases, strict=True)]
-    return f"{ratio:.3f}{standard_error(residuals)}"
+    return ratio, [(value - ratio * base) / mean_base for value, base in zip(values, bases, strict=True)]
 
 
 def loss_over_fp16(rows: list[Row], fp16: list[Row], name: str) -> str:
@@ -187,4 +198,9 @@ def standard_error(values: list[float]) -> str:
     """Standard error of the mean, as " ± 0.012"; empty for N_PAIRS values or fewer, whose spread says nothing."""
     if len(values) <= N_PAIRS:
         return ""
-    return f" ± {statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+    return f" ± {error_of_mean(values):.3f}"
+
+
+def error_of_mean(values: list[float]) -> float:
+    """Standard error of the mean of two values or more."""
+    return statistics.stdev(values) / math.sqrt(len(values))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from app.bench.stability import Plan, bench_stability, is_among, recipe, training_of
-from app.bench.stability_measures import MEASURE, Measure, draw_shares, scatter, share, show_measures
+from app.bench.stability_measures import MEASURE, Measure, draw_shares, falls, scatter, share, show_falls, show_measures
 from app.bench.stability_rows import up_to, write_file
 from app.core.config import load
 from app.core.results import STATES
@@ -70,6 +70,41 @@ def test_table_has_a_line_for_each_candidate(caplog: pytest.LogCaptureFixture) -
     assert table["AP_frequent"] == ["-", "-", "-"]
 
 
+def test_seeds_without_the_measure_are_left_out() -> None:
+    """Two of four seeds were trained before there was this number."""
+    fp16 = [row("fp16", seed, 0.2) for seed in range(4)]
+    half = [row("w4a16", seed, 0.1) for seed in range(4)]
+    for old in (fp16[0], half[0], half[3]):
+        old.pop("AP_frequent")
+    assert share(MEASURE, half, fp16) == "0.500 (n=2)"
+    assert scatter(Measure("AP_frequent", 1), fp16) == ("0.2000", "0.0%")
+    assert share(Measure("AP", 1), half, fp16) == "0.500 ± 0.000"
+
+
+def test_falls_below_the_best_are_counted() -> None:
+    """The first two validations do not count. One of two seeds falls to 0.8 of its best; their mean, 0.2 after 0.225,
+    to 0.89, and over FP16's frequent classes nothing falls."""
+    rows = [row("w4a16", seed, 0.3) for seed in range(2)]
+    for one, aps in zip(rows, ([0.1, 0.2, 0.25, 0.2], [0.1, 0.2, 0.2, 0.2]), strict=True):
+        one |= {"epoch": EPOCHS[:4], "AP": dict.fromkeys(STATES, aps), "AP_frequent": [0.1, 0.2, 0.3, 0.3]}
+    assert falls(Measure("AP", 1), rows, 0.9) == ("0.89", "1 of 2")
+    assert falls(Measure("AP", 1), rows, 0.7) == ("0.89", "0 of 2")
+    assert falls(Measure("AP_frequent", 1), rows, 0.9) == ("1.00", "0 of 2")
+    del rows[0]["AP_frequent"]
+    assert falls(Measure("AP_frequent", 1), rows, 0.9) == ("1.00", "0 of 1")
+    del rows[1]["AP_frequent"]
+    assert falls(Measure("AP_frequent", 1), rows, 0.9) == ("-", "-")
+
+
+def test_a_line_an_arm_tells_the_falls(caplog: pytest.LogCaptureFixture) -> None:
+    old = row("w4a16", 0, 0.4)
+    del old["AP_frequent"]
+    with caplog.at_level(logging.INFO):
+        show_falls([row("fp16", 0, 0.4), old], 0.9)
+    told = "lowest share of best, mean curve; trainings below 0.9: AP 1.00, 0 of 1"
+    assert caplog.messages == [f"fp16: {told}; AP_frequent 1.00, 0 of 1", f"w4a16: {told}"]
+
+
 def test_picture_has_a_dot_for_each_seed_and_a_bar_for_the_ratio() -> None:
     fp16 = [row("fp16", seed, 0.2) for seed in range(2)]
     figure = draw_shares([*fp16, row("w4a16", 0, 0.1), row("w4a16", 1, 0.2), row("w4a16-mixed", 1, 0.2)])
@@ -79,6 +114,18 @@ def test_picture_has_a_dot_for_each_seed_and_a_bar_for_the_ratio() -> None:
     assert lines == [pytest.approx([0.5, 1.0]), pytest.approx([0.75]), pytest.approx([1.0]), pytest.approx([1.0])]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["w4a16 (n=2)", "w4a16-mixed (n=1)"]
     assert draw_shares(fp16) is None
+
+
+def test_picture_has_the_standard_error_and_room_for_the_outer_lines() -> None:
+    """Shares 0.9, 1 and 1.1: deviation 0.1, standard error 0.1 / sqrt(3)."""
+    fp16 = [row("fp16", seed, 0.2) for seed in range(3)]
+    figure = draw_shares([*fp16, *(row("w4a16", seed, 0.18 + 0.02 * seed) for seed in range(3))])
+    assert figure is not None
+    (panel,) = figure.axes
+    error = 0.1 / 3**0.5
+    assert np.asarray(panel.lines[-1].get_xdata()).tolist() == pytest.approx([1 - error, 1 + error])
+    assert panel.get_ylim() == (0.5, -0.5)
+    assert len(set(np.asarray(panel.lines[1].get_ydata()).tolist())) == 3
 
 
 def test_a_shorter_row_has_shorter_curves() -> None:

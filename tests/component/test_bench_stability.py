@@ -30,7 +30,7 @@ from app.bench.stability_table import (
     show,
     worst,
 )
-from app.core.config import UserError, dump, load
+from app.core.config import Config, UserError, dump, load
 from app.core.environment import REPO_DIR
 from app.core.files import write_json
 from app.core.results import STATES, write_rows
@@ -53,9 +53,12 @@ def row(arm: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
 def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> None:
     roots = {root_of(RunRoot(tmp_path, "stability"), arm, 0).root for arm in ARMS}
     assert len(roots) == len(ARMS)
+    networks: dict[Any, Config] = {}
     for arm in ARMS:
         config = training_of(RunRoot(tmp_path, "stability"), arm, 0, [], ["model=yolov10n.yaml"]).config
-        is_tiny_enough = not arm.startswith("w4a16-mixed-dw")  # its patterns fit a whole YOLOv10 alone
+        networks.setdefault((config.variant, None if config.quant is None else config.quant.model_dump_json()), config)
+    for config in networks.values():
+        is_tiny_enough = config.label != "qat-w4a16-mixed-dw"  # its patterns fit a whole YOLOv10 alone
         with network(TINY) if is_tiny_enough else contextlib.nullcontext():
             _, quant_config = build(config)
         assert (quant_config is None) == (config.variant == "fp16")
@@ -312,6 +315,14 @@ COLUMNS = {
     "--until 96 --seeds 10 11 12 13 14 15": {6: 3},
     "--until 96": {9: 6, 10: 5},
 }
+# Of the last section, the name of an option -> its arm in the bench.
+OPTIONS = {
+    "no option": BRANCH,
+    "learned scales": f"{BRANCH}, learned scale",
+    "one scale a layer": f"{BRANCH}, per tensor",
+    "DFL at 4 bits": f"{BRANCH}, DFL not exempt",
+}
+ALL, SEED_6 = "", "--seeds 6"
 # Each of its arguments is a command line; a process for each would spend its time on imports.
 PROGRAM = """
 import sys
@@ -326,13 +337,14 @@ for line in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the bench prints for each of COLUMNS; without data, with the recipe of conf/stability.yaml."""
+    """What the bench prints for COLUMNS, seed 6 and all; without data, with the recipe of conf/stability.yaml."""
     common = f"bench stability --run s --runs-dir {tmp_path_factory.mktemp('runs')}"
     common += " --with docs/stability.json --for-s 0 --set data.coco_dir=not-there "
-    command = [sys.executable, "-c", PROGRAM, *(common + arguments for arguments in COLUMNS)]
+    commands = [*COLUMNS, SEED_6, ALL]
+    command = [sys.executable, "-c", PROGRAM, *(common + arguments for arguments in commands)]
     done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=True)
     pages = done.stderr.split("command " + common)[1:]
-    return dict(zip(COLUMNS, map(str.splitlines, pages), strict=True))
+    return dict(zip(commands, map(str.splitlines, pages), strict=True))
 
 
 @pytest.mark.parametrize("arguments", COLUMNS)
@@ -342,6 +354,22 @@ def test_the_results_page_shows_what_the_file_says(printed: dict[str, list[str]]
     for arm, name in (("w4a16", "w4a16 (the default)"), ("w4a16-mixed", "w4a16-mixed")):
         for column, column_of_page in COLUMNS[arguments].items():
             assert ours[arm][column].partition(" at ")[0] == told[name][column_of_page].partition(" at ")[0]
+
+
+def test_the_results_page_shows_the_options_and_the_falls_that_the_file_says(printed: dict[str, list[str]]) -> None:
+    page = (REPO_DIR / "docs" / "results.md").read_text()
+    told = {cells[0]: cells for cells in map(cells_of, page.splitlines())}
+    of_seed_6, of_all = ({cells[0]: cells for cells in map(cells_of, printed[it])} for it in (SEED_6, ALL))
+    for option, arm in OPTIONS.items():
+        share = float(of_seed_6[arm][7].partition(" at ")[0])
+        assert told[option][2].split()[0] == f"{share:.2f}"
+    for arm in ("fp16", "w4a16", "w4a16-mixed"):
+        (falls,) = (line for line in printed[ALL] if line.startswith(f"{arm}: lowest"))
+        lowest, n_below = falls.partition(": AP ")[2].split(", ")
+        assert float(lowest) >= 0.98, "the mean curves never fall more than 2 %"
+        assert f"{arm} {n_below}" in page.replace("\n", " ")
+    assert of_all["earlier recipe, scales averaged"][5].split()[0] == "0.0199"
+    assert round(float(of_all["earlier recipe, scales averaged"][6].split()[0]), 2) == 0.65
 
 
 def cells_of(line: str) -> list[str]:

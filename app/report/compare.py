@@ -17,7 +17,7 @@ from app.core.shapes import Id, PathText, Shape, misfits
 from app.report.evidence import METRICS_SHAPE, as_row, name_of, scored_folders
 from app.report.figures import by_class, by_size
 from app.report.gallery import gallery
-from app.report.groups import change, describe, describe_meter, meter, stats_of
+from app.report.groups import change, describe, describe_meter, frequent_line, meter, stats_of
 from app.report.tables import markdown_table, number, plain, signed
 
 SHAPE: Shape = {**METRICS_SHAPE, "dataset.coco_dir": PathText, "dataset.image_ids": list[Id] | None}
@@ -45,6 +45,7 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: 
     out = RunRoot(out_dir.parent, out_dir.name)
     overall = table(pairs)
     blocks = [plain(f"# {left} and {right}"), describe(describe_meter(rows[0])), "\n".join(overall)]
+    blocks += filter(None, [frequent_line(rows)])
     blocks.append(by_size(rows, out.figures_dir))
     for old, new in pairs:
         blocks.append(plain(f"## {name_of(old)} and {name_of(new)}"))

@@ -7,7 +7,7 @@ from typing import Any
 from app.coco.detail import Metrics
 from app.coco.score import STATS
 from app.core.labels import BASELINE, Label
-from app.core.results import AP_FREQUENT
+from app.core.results import AP_FREQUENT, FREQUENT_BOXES
 from app.report.evidence import label_of
 from app.report.tables import plain
 
@@ -47,6 +47,14 @@ def describe_meter(metrics: Metrics) -> dict[str, Any]:
 def stats_of(group: list[Metrics]) -> list[str]:
     """The names of the numbers that rows have: the twelve, and AP_FREQUENT where one has it."""
     return [*STATS, AP_FREQUENT] if any(AP_FREQUENT in metrics["coco"] for metrics in group) else list(STATS)
+
+
+def frequent_line(group: list[Metrics]) -> str:
+    """What AP_FREQUENT of rows measured alike is; empty where none has it."""
+    counts = [metrics["dataset"]["n_frequent_classes"] for metrics in group if AP_FREQUENT in metrics["coco"]]
+    if not counts:
+        return ""
+    return f"AP frequent: mean AP of the {counts[0]} classes with at least {FREQUENT_BOXES} objects in these images."
 
 
 def sample(measured: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from app.core.results import AP_FREQUENT, FREQUENT_BOXES
 from app.report.appendix import appendix
 from app.report.evidence import Evidence, name_of
 from app.report.findings import Findings
-from app.report.groups import describe, measured_alike, stats_of
+from app.report.groups import describe, frequent_line, measured_alike, stats_of
 from app.report.tables import markdown_table, number, plain, signed
 from app.report.verdict import ap_text, difference_text, health_lines, merged_text, telling_lines, verdict
 
@@ -76,28 +76,22 @@ def tables(scored: list[Metrics], findings: Findings) -> list[str]:
         how = describe(about["measured"])
         lines += ["", ANOTHER_METER + how, ""] if lines else [how, ""]
         lines += _rows(group, about["rows"])
-        if AP_FREQUENT in stats_of(group):
-            lines += ["", frequent_line(about["measured"]["n_frequent_classes"])]
+        if frequent := frequent_line(group):
+            lines += ["", frequent]
     return lines
-
-
-def frequent_line(n_classes: int) -> str:
-    return f"AP frequent: mean AP of the {n_classes} classes with at least {FREQUENT_BOXES} objects in these images."
 
 
 def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     has_frequent = AP_FREQUENT in stats_of(group)
-    frequent_head = ["AP frequent", "difference"] if has_frequent else []
-    cells = [["variant", "AP", "difference", *frequent_head]]
-    cells[0] += ["AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]
+    head = ["AP frequent"] if has_frequent else []
+    cells = [["variant", "AP", "difference", *head, "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
     for metrics, row in zip(group, rows, strict=True):
-        frequent = [merged_text(row, AP_FREQUENT, number), merged_text(row, f"{AP_FREQUENT}_difference", signed)]
         cells.append(
             [
                 row["label"],
                 ap_text(row),
                 difference_text(row),
-                *(frequent if has_frequent else []),
+                *([merged_text(row, AP_FREQUENT, number)] if has_frequent else []),
                 number(metrics["coco"]["AP50"]),
                 f"{row['size_mb']:.2f}",
                 f"{row['p50_ms']:.2f}",

@@ -75,15 +75,10 @@ def _telling(row: dict[str, Any]) -> str:
     if limit is None:
         is_merged = row["over_runs"] is not None
         return f" Too few runs for a spread: merge {ENOUGH_RUNS} or more." if is_merged else ""
-    return f" That is {_side(row, 'AP_difference', limit)}."
-
-
-def _side(row: dict[str, Any], difference: str, limit: float) -> str:
-    """On which side of what chance makes a difference lies, and what that is."""
-    side = "more" if abs(_mean(row, difference)) > limit else "less"
+    side = "more" if abs(_mean(row, "AP_difference")) > limit else "less"
     if row["over_runs"]:
-        return f"{side} than two standard errors of the difference, {number(limit)}"
-    return f"{side} than about {limit:.2g}, by which two single trainings may differ by chance (see below)"
+        return f" That is {side} than two standard errors of the difference, {number(limit)}."
+    return f" That is {side} than about {limit:.2g}, by which two single trainings may differ by chance (see below)."
 
 
 def _frequent(row: dict[str, Any], group: dict[str, Any]) -> str:
@@ -92,8 +87,11 @@ def _frequent(row: dict[str, Any], group: dict[str, Any]) -> str:
     if row[difference] is None:
         return ""
     aps = f"AP {merged_text(row, AP_FREQUENT, number)} against {merged_text(base, AP_FREQUENT, number)}"
-    limit = row["telling_frequent"]
-    told = "" if limit is None else f", {_side(row, difference, limit)}"
+    limit, told = row["telling_frequent"], ""
+    if limit is not None:
+        side = "beyond" if abs(_mean(row, difference)) > limit else "within"
+        by_chance = f"two standard errors of it, {number(limit)}"
+        told = f", {side} {by_chance if row['over_runs'] else f'about {limit:.2g} that chance may make'}"
     n_classes = group["measured"]["n_frequent_classes"]
     return f" Over the {n_classes} frequent classes: {aps}, {merged_text(row, difference, signed)}{told}."
 

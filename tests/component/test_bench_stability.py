@@ -30,7 +30,7 @@ from app.bench.stability_table import (
     show,
     worst,
 )
-from app.core.config import Config, UserError, dump, load
+from app.core.config import CONF_DIR, Config, UserError, dump, load
 from app.core.environment import REPO_DIR
 from app.core.files import write_json
 from app.core.results import STATES, write_rows
@@ -294,6 +294,28 @@ def test_own_rows_and_those_of_a_file(tmp_path: Any, caplog: pytest.LogCaptureFi
         "scheme_sha256": find_scheme("w4a16").sha256, "AP_frequent": None, "AP_commonest": None,
         "gpu": "A", "torch": "2", "code_version": "abc",
     }  # fmt: skip
+
+
+OTHER_RECIPES = {
+    "train.epochs=60": "yolov10n.yaml, 320 px, 60 epochs, batch 64, lr0 0.02, lrf 0.1",
+    "train.epochs=240": "yolov10n.yaml, 320 px, 240 epochs, batch 64, lr0 0.02, lrf 0.1",
+    "model=yolov10s.yaml": "yolov10s.yaml, 320 px, 120 epochs, batch 64, lr0 0.02, lrf 0.1",
+}
+
+
+@pytest.mark.parametrize("setting", OTHER_RECIPES)
+def test_rows_of_another_size_or_length_are_shown_under_its_name(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, setting: str
+) -> None:
+    run, overlays = RunRoot(tmp_path, "stability"), [CONF_DIR / "stability.yaml"]
+    kept = tmp_path / "kept.json"
+    write_file(kept, recipe(load("qat", overlays, [setting]), ARMS), [row("w4a16", 3, {6: 0.2})])
+    with caplog.at_level(logging.INFO):
+        bench_stability(run, overlays, [setting], Plan(["w4a16"], None, 0, 1, files=(kept,)))
+    assert caplog.messages[0] == OTHER_RECIPES[setting]
+    assert cells_of(caplog.messages[3])[:3] == ["w4a16", "1", "6"]
+    with pytest.raises(UserError, match=f"other settings .{setting.partition('=')[0]}: "):
+        bench_stability(run, overlays, [], Plan(["w4a16"], None, 0, 1, files=(kept,)))
 
 
 def test_a_folder_of_another_configuration_is_not_shown(tmp_path: Any) -> None:

@@ -131,7 +131,7 @@ def test_frequent_classes_have_a_hundred_objects(tmp_path: Path) -> None:
     """Half of the objects of class 17 are found, those of image 1: precision 1 at 51 of 101 recalls. Class 18 is found.
     Of class 44, which has no detection, the hundredth object is a crowd."""
     grid = [[25.0 * column, 25.0 * line, 20.0, 20.0] for line in range(6) for column in range(10)]
-    boxes = {17: grid[:50], 18: grid, 44: grid[:50]}
+    boxes: dict[int, list[list[float]]] = {17: grid[:50], 18: grid, 44: grid[:50]}
     truth, detections = [], []
     for category, of_class in boxes.items():
         for image_id in SIZES:

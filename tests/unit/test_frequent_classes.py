@@ -16,6 +16,7 @@ from app.core.run import RunRoot
 from app.report.compare import table
 from app.report.evidence import as_row
 from app.report.findings import Findings
+from app.report.groups import frequent_line
 from app.report.page_files import page_of
 from app.report.publish import results
 from app.report.report import report
@@ -72,9 +73,9 @@ def cells(text: str, first: str) -> list[list[str]]:
 @pytest.mark.usefixtures("bench")
 def test_tables_have_it_beside_ap(run: RunRoot) -> None:
     text, findings = reported(run)
-    assert cells(text, "variant")[0][1:6] == ["AP", "difference", "AP frequent", "difference", "AP50"]
-    assert cells(text, "baseline")[0][1:5] == ["0.4321", "-", "0.6000", "-"]
-    assert cells(text, "qat-w4a16")[0][1:5] == ["0.4198", "-0.0123", "0.5700", "-0.0300"]
+    assert cells(text, "variant")[0][1:5] == ["AP", "difference", "AP frequent", "AP50"]
+    assert cells(text, "baseline")[0][1:5] == ["0.4321", "-", "0.6000", "0.6321"]
+    assert cells(text, "qat-w4a16")[0][1:5] == ["0.4198", "-0.0123", "0.5700", "0.6198"]
     assert cells(text, "AP_frequent") == [["AP_frequent", "0.6000", "0.5700"]]
     assert text.count("AP frequent: mean AP of the 12 classes with at least 100 objects in these images.") == 1
     assert numbers_without_source(text, run.root) == []
@@ -87,12 +88,18 @@ def test_tables_have_it_beside_ap(run: RunRoot) -> None:
 def test_verdict_holds_it_against_its_own_spread(run: RunRoot) -> None:
     """Deviation 0.01 of a mean of 0.2: 2 * sqrt(2) * 0.05 = 0.141 of 0.6 are 0.085."""
     text, _ = reported(run)
-    told = "Over the 12 frequent classes: AP 0.5700 against 0.6000, -0.0300, less than about 0.085, by which two single"
+    told = "Over the 12 frequent classes: AP 0.5700 against 0.6000, -0.0300, within about 0.085 that chance may make."
     assert told in text
     assert (
         "For the AP of frequent classes it is about 0.14 of that AP, as FP16 trainings spread by 0.050 of it (n=3, at "
         "an AP of 0.200 after 4 epochs). The spread of this run shows"
     ) in text
+
+
+@pytest.mark.usefixtures("bench")
+def test_verdict_names_a_difference_beyond_chance(tmp_path: Path) -> None:
+    text, _ = reported(with_frequent(build_run(tmp_path), 0.6, 0.51))
+    assert "-0.0900, beyond about 0.085 that chance may make." in text
 
 
 def test_spread_of_frequent_classes_by_hand(bench: Path) -> None:
@@ -120,7 +127,10 @@ def test_merged_runs_judge_it_by_their_own_spread(tmp_path: Path) -> None:
     text, findings = reported(*runs)
     over = findings["seeds"]["over_runs"]["qat-w4a16-coco"]
     assert over["AP_frequent_difference"] == pytest.approx({"n": 3, "mean": -0.02, "sd": 0.01})
-    assert "AP 0.4800 ± 0.0100 against 0.5000 ± 0.0000, -0.0200 ± 0.0100, more than two standard errors of" in text
+    assert (
+        "AP 0.4800 ± 0.0100 against 0.5000 ± 0.0000, -0.0200 ± 0.0100, beyond two standard errors of it, 0.0115."
+        in text
+    )
     heads, mean = cells(text, "run")[0], cells(text, "mean")[0]
     by_head = dict(zip(heads, mean, strict=True))
     assert by_head["AP frequent qat-w4a16"] == "0.4800"
@@ -148,4 +158,5 @@ def test_compare_has_it(run: RunRoot, ours: Any, expected: list[str]) -> None:
     folders = [run.root / "baseline-coco", run.root / "qat-w4a16-coco"]
     old, new = [as_row(read_json(folder / "metrics.json", "eval"), folder) for folder in folders]
     lines = "\n".join(table([(old, new)]))
+    assert frequent_line([old, new]).startswith("AP frequent: mean AP of the 12 classes")
     assert cells(lines, "AP_frequent") == [["AP_frequent", *expected]]

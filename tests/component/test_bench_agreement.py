@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +18,19 @@ from app.core.files import write_json
 from app.core.run import RunRoot
 from tests.support.tiny import tiny_network
 
-AWAKE_S = 60
 
+def test_the_first_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
 
-def test_the_first_that_fails_ends_the_others() -> None:
+    def start(*args: Any, **more: Any) -> subprocess.Popen[str]:
+        started.append(subprocess.Popen(*args, **more))
+        return started[-1]
+
+    monkeypatch.setattr(agreement, "subprocess", SimpleNamespace(Popen=start, PIPE=subprocess.PIPE))
     failing = [sys.executable, "-c", "import sys; sys.exit('no such GPU')"]
-    start = time.monotonic()
     with pytest.raises(UserError, match=r"the training 'kernels' .* exit code 1: no such GPU"):
-        run_together({"kernels": failing, "graph": ["sleep", str(AWAKE_S)]})
-    assert time.monotonic() - start < AWAKE_S
+        run_together({"kernels": failing, "graph": ["sleep", "60"]})
+    assert [process.returncode for process in started] == [1, -signal.SIGTERM]
 
 
 def test_weights_are_compared_with_a_start_of_the_datasets_classes(

@@ -44,7 +44,8 @@ def torchrun(runs_dir: Path, run: str, *trainings: str, trick: str | None = None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(PROGRAM)]
     command += ["--trick", trick] if trick else []
     command += [str(runs_dir), run, "0,1", *trainings]
-    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
+    places = [str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 

@@ -17,6 +17,7 @@ SPLITS = {"train": "train2017", "val": "val2017"}  # role in a run -> folder of 
 ANNOTATIONS = "annotations"
 LAYOUT = f"{SPLITS['train']}/, {SPLITS['val']}/ and {ANNOTATIONS}/"
 OFFICIAL_SIZES = {"train2017": 118_287, "val2017": 5_000}  # images that COCO 2017 lists
+OFFICIAL_ANNOTATIONS = {"train2017": 860_001, "val2017": 36_781}  # of these images, with crowds
 
 COCO_2017 = "COCO 2017"
 OTHER_COCO = f"a COCO-format dataset, not {COCO_2017}"
@@ -111,10 +112,16 @@ def annotation_path(coco_dir: Path, split: str) -> Path:
     return coco_dir / ANNOTATIONS / f"instances_{split}.json"
 
 
-def coco_title(n_listed: dict[str, int]) -> str:
-    """COCO_2017 if every split (train2017, val2017) lists as many images as the official one, else OTHER_COCO."""
-    is_official = all(OFFICIAL_SIZES.get(split) == n_images for split, n_images in n_listed.items())
-    return COCO_2017 if is_official else OTHER_COCO
+def coco_title(listed: dict[str, tuple[int, int]]) -> str:
+    """COCO_2017 if every split (train2017, val2017) lists as many images and annotations as the official one.
+
+    Else OTHER_COCO: COCO's images under other labels are another dataset, whose scores compare with none of COCO's.
+    `listed` has both counts by the name of the split.
+    """
+    for split, counts in listed.items():
+        if counts != (OFFICIAL_SIZES.get(split), OFFICIAL_ANNOTATIONS.get(split)):
+            return OTHER_COCO
+    return COCO_2017
 
 
 def own_title(names: list[str]) -> str:

@@ -94,7 +94,8 @@ def standalone_title(name: str, split: Split) -> str:
     if split.is_drawn:
         return DRAWN_TITLE
     names = [category["name"] for category in without_placeholder(split.categories, split.used)]
-    return own_title(names) or (coco_title({name: len(split.images)}) if split.is_official else OTHER_COCO)
+    listed = {name: (len(split.images), sum(split.n_annotations.values()))}
+    return own_title(names) or (coco_title(listed) if split.is_official else OTHER_COCO)
 
 
 def load_truth(annotation_file: Path, images_dir: Path | None = None, part: str | None = None) -> COCO:

@@ -134,9 +134,11 @@ def title(data: Data, splits: dict[str, Any], indices: Indices) -> str:
         return BUILTIN_TITLE
     if any(index["drawn"] for index in indices.values()):
         return DRAWN_TITLE
-    n_listed = {facts["name"]: facts["n_listed"] for facts in splits.values()}
+    listed = {}
+    for role, facts in splits.items():
+        listed[facts["name"]] = (facts["n_listed"], total(indices[role]["images"], "n_annotations"))
     is_official = all(index["is_official"] for index in indices.values())
-    return own_title(indices["train"]["names"]) or (coco_title(n_listed) if is_official else OTHER_COCO)
+    return own_title(indices["train"]["names"]) or (coco_title(listed) if is_official else OTHER_COCO)
 
 
 def describe(provenance: dict[str, Any]) -> str:

@@ -43,16 +43,18 @@ def test_other_annotations_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_listed", "title"),
+    ("listed", "title"),
     [
-        ({"train2017": 118_287, "val2017": 5_000}, COCO_2017),
-        ({"val2017": 5_000}, COCO_2017),
-        ({"train2017": 118_287, "val2017": 4_999}, OTHER_COCO),
-        ({"test2017": 5_000}, OTHER_COCO),
+        ({"train2017": (118_287, 860_001), "val2017": (5_000, 36_781)}, COCO_2017),
+        ({"val2017": (5_000, 36_781)}, COCO_2017),
+        ({"train2017": (118_287, 860_001), "val2017": (4_999, 36_781)}, OTHER_COCO),
+        ({"train2017": (118_287, 860_001), "val2017": (5_000, 36_780)}, OTHER_COCO),  # its images under other labels
+        ({"train2017": (118_287, 860_002), "val2017": (5_000, 36_781)}, OTHER_COCO),
+        ({"test2017": (5_000, 36_781)}, OTHER_COCO),
     ],
 )
-def test_only_the_official_sizes_are_called_coco_2017(n_listed: dict[str, int], title: str) -> None:
-    assert coco_title(n_listed) == title
+def test_only_the_official_sizes_are_called_coco_2017(listed: dict[str, tuple[int, int]], title: str) -> None:
+    assert coco_title(listed) == title
 
 
 def test_titles_stay_as_reports_show_them() -> None:

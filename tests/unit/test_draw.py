@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from app.coco.categories import NAMES
-from app.coco.dataset import COCO_2017, DRAWN_TITLE, SPLITS
+from app.coco.dataset import COCO_2017, DRAWN_TITLE, OTHER_COCO, SPLITS
 from app.coco.score import standalone_dataset
 from app.core.config import UserError, load
 from app.core.os_errors import only_one
@@ -187,11 +187,14 @@ def test_a_drawing_as_large_as_coco_is_never_called_coco(tmp_path: Path, expecte
     prepare(config, run, force=False)
     assert json.loads(run.provenance.read_text())["title"] == DRAWN_TITLE
     assert standalone_dataset(coco_dir, "val2017").title == DRAWN_TITLE
-    sizes = {"train": 118_287, "val": 5_000}
-    for is_drawn, name in ((True, DRAWN_TITLE), (False, COCO_2017)):
-        index = {"drawn": is_drawn, "names": NAMES, "is_official": True}
-        listed = {split: {"name": SPLITS[split], "n_listed": n} for split, n in sizes.items()}
-        assert title(config.data, listed, {"train": index, "val": index}) == name
+    sizes = {"train": (118_287, 860_001), "val": (5_000, 36_781)}
+    for is_drawn, n_more, name in ((True, 0, DRAWN_TITLE), (False, 0, COCO_2017), (False, 1, OTHER_COCO)):
+        listed, indices = {}, {}
+        for split, (n_images, n_annotations) in sizes.items():
+            images = [{"n_annotations": n_annotations}, {"n_annotations": n_more}]
+            indices[split] = {"drawn": is_drawn, "names": NAMES, "is_official": True, "images": images}
+            listed[split] = {"name": SPLITS[split], "n_listed": n_images}
+        assert title(config.data, listed, indices) == name
 
 
 def foreign(folder: Path) -> None:

@@ -71,7 +71,8 @@ def source_at(coco_dir: Path, name: str, facts: Mapping[str, Any]) -> Source:
 class Dataset:
     """Images and annotations of one split; `image_ids` None means all images that the annotation file lists.
 
-    `at` says where its files lie; None: where COCO has them.
+    `at` says where its files lie; None: where COCO has them. `images_sha256` is the `hash_contents` that its images
+    must have; None: it is not known.
     """
 
     coco_dir: Path
@@ -79,6 +80,7 @@ class Dataset:
     image_ids: list[int] | None
     title: str
     at: Source | None = None
+    images_sha256: str | None = None
 
     @property
     def source(self) -> Source:
@@ -147,5 +149,16 @@ def mended_in(split: Mapping[str, Any]) -> dict[str, int]:
 
 def hash_ids(image_ids: Iterable[int]) -> str:
     """SHA-256 over the ids in ascending order, one a line."""
-    lines = "\n".join(map(str, sorted(image_ids)))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return _hash_lines(map(str, sorted(image_ids)))
+
+
+def hash_contents(contents: Mapping[int, str]) -> str:
+    """SHA-256 over 'id content' of every image in the order of the ids, one a line: it stays where files are moved.
+
+    `contents` has app.coco.images.content_hash by image id.
+    """
+    return _hash_lines(f"{image_id} {contents[image_id]}" for image_id in sorted(contents))
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

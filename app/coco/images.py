@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import stat
@@ -67,6 +68,18 @@ def read_image(path: Path) -> np.ndarray:
     if isinstance(pixels, str):
         raise UserError(f"image {path} {pixels}: restore the file")
     return pixels
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 (first 16 hex digits) of an image file.
+
+    Raises:
+        UserError: the file is missing or unreadable.
+    """
+    data = _read(path)
+    if isinstance(data, str):
+        raise UserError(f"image {path} {data}: restore the file")
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def dead_link(path: Path) -> str:

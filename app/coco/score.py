@@ -28,9 +28,11 @@ from app.coco.dataset import (
     SPLITS,
     Dataset,
     coco_title,
+    hash_contents,
     hash_ids,
     own_title,
 )
+from app.coco.images import content_hash
 from app.coco.layout import describe_source, find_split
 from app.coco.matching import Matcher
 from app.coco.split import Split, unlisted_line
@@ -143,6 +145,22 @@ def image_files(truth: COCO, dataset: Dataset, image_ids: list[int]) -> list[Ima
     return images
 
 
+def check_images(truth: COCO, dataset: Dataset, image_ids: list[int]) -> None:
+    """Reads all images of a dataset whose `images_sha256` is known, and refuses those that have changed since.
+
+    Raises:
+        UserError: they have another hash, or one cannot be read.
+    """
+    if dataset.images_sha256 is None:
+        return
+    contents = {image.id: content_hash(image.path) for image in image_files(truth, dataset, image_ids)}
+    if hash_contents(contents) != dataset.images_sha256:
+        raise UserError(
+            f"images in {dataset.images_dir} have changed since 'make data': restore them, or take another RUN=name "
+            "for a run on the new ones"
+        )
+
+
 def describe_dataset(truth: COCO, dataset: Dataset, image_ids: list[int]) -> dict[str, Any]:
     """What was scored, for metrics.json; `subset` is true if a listed image is left out."""
     n_listed = len(truth.imgs)
@@ -161,6 +179,7 @@ def describe_dataset(truth: COCO, dataset: Dataset, image_ids: list[int]) -> dic
         "subset": len(image_ids) < n_listed,
         "image_ids": image_ids if len(image_ids) < n_listed else None,
         "image_ids_sha256": hash_ids(image_ids),
+        "images_sha256": dataset.images_sha256,
         "complete_coco_val": official and len(image_ids) == n_listed == n_official,
     }
 

@@ -13,7 +13,7 @@ from app.core.scheme import changed_rules, scheme_in
 # Keys and whole sections that do not change what a training computes, each with the reason. They are left out of
 # `config_hash`, and an unfinished training can be resumed with other values of them.
 WITHOUT_EFFECT = {
-    "data.coco_dir": "The hashes of its annotations and of the list of images say which dataset it is, not its place.",
+    "data.coco_dir": "The hashes of its annotations and of its images say which dataset it is, not its place.",
     **dict.fromkeys(
         ("data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"),
         "As of data.coco_dir: the hashes say which images and annotations these are.",

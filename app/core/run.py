@@ -25,7 +25,7 @@ SPLIT_SHAPE = {
     "name": FolderName, "annotation_sha256": str, "image_ids_sha256": str, "image_ids": list[Id] | None,
     "subset": bool, "n_images": Count, "n_listed": Count, "n_broken": Count, "n_annotations": Count, "n_crowd": Count,
     "n_without_objects": Count, "images?": PathText, "annotations?": PathText, "part?": str | None,
-    "n_clipped?": Count, "n_dropped?": Count, "n_unlisted?": Count, "notes?": dict[str, Count],
+    "images_sha256?": str, "n_clipped?": Count, "n_dropped?": Count, "n_unlisted?": Count, "notes?": dict[str, Count],
 }  # fmt: skip
 PROVENANCE_SHAPE: Shape = {
     "title": str, "coco_dir": PathText, "seed": Count, "names?": list[str],

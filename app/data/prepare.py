@@ -127,8 +127,8 @@ def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[s
     """
     for split, new in provenance["splits"].items():
         old = recorded["splits"][split]
-        for key in ("annotation_sha256", "image_ids_sha256"):
-            if old[key] != new[key]:
+        for key in ("annotation_sha256", "image_ids_sha256", "images_sha256"):
+            if key in old and old[key] != new[key]:  # the last is not in a run of an earlier version
                 raise UserError(
                     f"{run.root} was made with another {new['name']} of {provenance['coco_dir']} "
                     f"({key} {old[key][:8]} -> {new[key][:8]}): {OTHER_RUN}"

@@ -6,7 +6,17 @@ import random
 from pathlib import Path
 from typing import Any
 
-from app.coco.dataset import BUILTIN_TITLE, DRAWN_TITLE, OTHER_COCO, Sources, coco_title, hash_ids, mended_in, own_title
+from app.coco.dataset import (
+    BUILTIN_TITLE,
+    DRAWN_TITLE,
+    OTHER_COCO,
+    Sources,
+    coco_title,
+    hash_contents,
+    hash_ids,
+    mended_in,
+    own_title,
+)
 from app.coco.split import unlisted_line
 from app.core.config import BUILTIN_DATASET, Data, UserError
 from app.data.view import Entries, Indices
@@ -112,6 +122,7 @@ def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
         "n_without_objects": n_without_objects,
         "subset": len(used) < len(entries) - len(broken),
         "image_ids_sha256": hash_ids(ids),
+        "images_sha256": hash_contents({entry["id"]: entry["content"] for entry in used}),
         "image_ids": ids if len(used) < len(entries) else None,
     }
 

@@ -17,14 +17,14 @@ import numpy as np
 from app.coco.annotations import read_source
 from app.coco.dataset import Source, Sources
 from app.coco.doubts import doubts
-from app.coco.images import fault
+from app.coco.images import content_hash, fault
 from app.coco.split import Split, agreed_names
 from app.core.config import UserError
 from app.core.files import new_folder, write_text
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
-VIEW_VERSION = 6
+VIEW_VERSION = 7
 N_THREADS = min(8, os.cpu_count() or 1)
 STAMPS_AT_ONCE = 1000
 Entries = list[dict[str, Any]]  # entries of a view's index, one an image
@@ -45,11 +45,12 @@ class Image:
 
 
 def view_dir(cache_dir: Path, sources: Sources, digests: dict[str, str]) -> Path:
-    """Folder of the view; its name depends on the place of the dataset and the content of its annotations.
+    """Folder of the view; its name depends on the place of the images, what their splits are called, by which a view
+    names its files, and the content of the annotations.
 
     `digests` are the SHA-256 of the annotation files, by 'train' and 'val'.
     """
-    places = [[str(source.images_dir), source.part] for source in sources.values()]
+    places = [[source.name, str(source.images_dir), source.part] for source in sources.values()]
     key = json.dumps([VIEW_VERSION, places, digests], sort_keys=True)
     return cache_dir / "views" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -57,7 +58,7 @@ def view_dir(cache_dir: Path, sources: Sources, digests: dict[str, str]) -> Path
 def make_current(view: Path, sources: Sources, digests: dict[str, str]) -> Indices:
     """Builds the view if it is not whole, else checks again every image whose file has changed since its last check."""
     indices = _whole_indices(view, sources)
-    if indices is None:
+    if indices is None or not all(map(_found_files, indices.values())):
         build_view(view, sources, digests)
         return read_indices(view, sources)
     for split, source in sources.items():
@@ -74,6 +75,11 @@ def _whole_indices(view: Path, sources: Sources) -> Indices | None:
         return None
     folders = [view / kind / source.name for kind in ("images", "labels") for source in sources.values()]
     return indices if all(listed) and all(map(Path.is_dir, folders)) else None
+
+
+def _found_files(index: dict[str, Any]) -> bool:
+    """Whether a file of the split was there when it was checked: without one nobody knows where its names start."""
+    return any(entry["stamp"] for entry in index["images"])
 
 
 def build_view(target_dir: Path, sources: Sources, digests: dict[str, str]) -> None:
@@ -159,24 +165,27 @@ def _enter(label_dir: Path, split: Split, image: dict[str, Any], class_index: di
         "problem": problem,
         "fault": problem,
         "stamp": None,
+        "content": None,
     }
 
 
 def _check(entries: Entries, image_dir: Path, title: str) -> None:
-    """Decodes the image of every entry, and enters what is wrong with it and the stamp of the file that was looked at.
+    """Decodes the image of every entry, and enters what is wrong with it, its content's hash and the stamp of the file.
 
     The stamp is taken first: a file that changes in the meantime has another stamp, and is checked again.
     """
 
-    def look(entry: dict[str, Any]) -> tuple[Stamp, str]:
-        stamp = stamp_of(image_dir / entry["file"])
-        return stamp, fault(image_dir, entry["file"], entry["width"], entry["height"])
+    def look(entry: dict[str, Any]) -> dict[str, Any]:
+        path = image_dir / entry["file"]
+        stamp = stamp_of(path)
+        reason = fault(image_dir, entry["file"], entry["width"], entry["height"]) or None
+        return {"stamp": stamp, "fault": reason, "content": None if reason else content_hash(path)}
 
     pool = ThreadPoolExecutor(N_THREADS)
     try:
         looks = track(pool.map(look, entries), title, len(entries))
-        for entry, (stamp, file_fault) in zip(entries, looks, strict=True):
-            entry["stamp"], entry["fault"] = stamp, file_fault or None
+        for entry, found in zip(entries, looks, strict=True):
+            entry.update(found)
     finally:
         pool.shutdown(cancel_futures=True)  # without it an interrupted check goes on with all queued images
 

@@ -15,6 +15,7 @@ from app.coco.categories import ids_by_name
 from app.coco.dataset import Dataset, check_unchanged, hash_ids, source_at
 from app.coco.score import (
     ImageFile,
+    check_images,
     describe_dataset,
     first_of,
     image_files,
@@ -41,7 +42,7 @@ METRICS, DETECTIONS = "metrics.json", "detections.json"
 NOT_IN_NAMES = re.compile(r"[^\w.-]")  # of folders that are named after a file of the user
 SMALLEST = 32  # px: an image is only checked
 RECORD: Shape = {"label": str, "sha256": str}
-SCORED: Shape = {"model.sha256": str, "settings_hash": str}
+SCORED: Shape = {"model.sha256": str, "settings_hash": str, "dataset": dict[str, Any]}
 PROVENANCE: Shape = {**PROVENANCE_SHAPE, "settings.coco_dir": str}
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def evaluate(config: Config, run: RunRoot, force: bool) -> None:
     dataset, wanted_hash = dataset_of_run(config, run)
     for label, file in files.items():
         out_dir = run.root / Label.parse(label).scores_dir
-        if not force and is_done(out_dir, file.record["sha256"], wanted_hash):
+        if not force and is_done(out_dir, file.record["sha256"], wanted_hash, dataset):
             log.info("eval: %s done already", out_dir)
             continue
         if not force:
@@ -81,9 +82,9 @@ def is_scored(config: Config, run: RunRoot) -> bool:
     """
     try:
         files = exported_files(run)
-        _, wanted_hash = dataset_of_run(config, run)
+        dataset, wanted_hash = dataset_of_run(config, run)
         for label, file in files.items():
-            if not is_done(run.root / Label.parse(label).scores_dir, file.record["sha256"], wanted_hash):
+            if not is_done(run.root / Label.parse(label).scores_dir, file.record["sha256"], wanted_hash, dataset):
                 return False
     except UserError:
         return False
@@ -159,6 +160,7 @@ def evaluate_file(
     truth = truth_of(dataset)
     model = open_model(onnx_path, settings.provider, said, ids_by_name(truth.dataset["categories"]))
     all_ids = usable_ids(truth, dataset)
+    check_images(truth, dataset, all_ids)
     ids = first_of(all_ids, settings.max_images)
     images = image_files(truth, dataset, ids)
     facts = describe_dataset(truth, dataset, ids)
@@ -251,7 +253,10 @@ def dataset_of_run(config: Config, run: RunRoot) -> tuple[Dataset, str]:
         )  # fmt: skip
     split = provenance["splits"]["val"]
     coco_dir, name = Path(provenance["coco_dir"]), split["name"]
-    dataset = Dataset(coco_dir, name, split["image_ids"], provenance["title"], source_at(coco_dir, name, split))
+    dataset = Dataset(
+        coco_dir, name, split["image_ids"], provenance["title"], source_at(coco_dir, name, split),
+        split.get("images_sha256"),
+    )  # fmt: skip
     check_unchanged(dataset, split["annotation_sha256"])
     return dataset, settings_hash(config.eval, split["image_ids_sha256"], split["annotation_sha256"])
 
@@ -262,12 +267,17 @@ def settings_hash(settings: Eval, ids_sha256: str, annotation_sha256: str) -> st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_done(out_dir: Path, model_sha256: str, wanted_hash: str) -> bool:
-    """Whether a result of this model file and these settings exists."""
+def is_done(out_dir: Path, model_sha256: str, wanted_hash: str, dataset: Dataset) -> bool:
+    """Whether a result of this model file, these settings and these images exists.
+
+    One of an earlier version does not say what its images held.
+    """
     if not (out_dir / METRICS).exists() or not (out_dir / DETECTIONS).exists():
         return False
     metrics = read_json(out_dir / METRICS, "eval", SCORED)
-    return metrics["model"]["sha256"] == model_sha256 and metrics["settings_hash"] == wanted_hash
+    has_other_images = metrics["dataset"].get("images_sha256") not in (None, dataset.images_sha256)
+    is_same = metrics["model"]["sha256"] == model_sha256 and metrics["settings_hash"] == wanted_hash
+    return is_same and not has_other_images
 
 
 def tell_outdated(out_dir: Path, model_sha256: str) -> None:

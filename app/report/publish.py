@@ -192,24 +192,35 @@ def results(findings: Findings) -> list[str]:
     """For every table how it was measured, AP of each row and its difference to the baseline; AP_FREQUENT likewise."""
     parts = []
     for group in findings["groups"]:
-        n = len(findings["seeds"]["runs"]) if findings["seeds"] else 1
-        where = f"{sample(group['measured'])}, n={n}"
-        parts.append(f"AP on {where}: {', '.join(aps_of(group, AP))}")
+        where = sample(group["measured"])
+        parts.append(f"AP on {where}, {', '.join(aps_of(group, AP))}")
         if any(row[AP_FREQUENT] is not None for row in group["rows"]):
             n_classes = group["measured"]["n_frequent_classes"]
-            parts.append(f"AP of {n_classes} frequent classes on {where}: {', '.join(aps_of(group, AP_FREQUENT))}")
+            parts.append(f"AP of {n_classes} frequent classes on {where}, {', '.join(aps_of(group, AP_FREQUENT))}")
     return parts
 
 
 def aps_of(group: dict[str, Any], ap: str) -> list[str]:
-    """Of each row its label, AP or AP_FREQUENT, and the difference to the baseline's."""
+    """Of each row its label, AP or AP_FREQUENT, and the difference to the baseline's; the number of runs comes first.
+
+    A row with another number of runs than the first has its own behind it.
+    """
+    n = n_runs(group["rows"][0], ap)
     rows = []
     for row in group["rows"]:
-        text = f"{plain(row['label'])} {merged_text(row, ap, number)}"
+        notes = []
         if row[f"{ap}_difference"] is not None:
-            text += f" ({merged_text(row, f'{ap}_difference', signed)})"
-        rows.append(text)
-    return rows
+            notes.append(merged_text(row, f"{ap}_difference", signed))
+        if n_runs(row, ap) != n:
+            notes.append(f"n={n_runs(row, ap)}")
+        note = f" ({', '.join(notes)})" if notes else ""
+        rows.append(f"{plain(row['label'])} {merged_text(row, ap, number)}{note}")
+    return [f"n={n}: {rows[0]}", *rows[1:]]
+
+
+def n_runs(row: dict[str, Any], ap: str) -> int:
+    """How many runs AP or AP_FREQUENT of a row is the mean of: not all have every row, and only one table is merged."""
+    return row["over_runs"][ap]["n"] if row["over_runs"] else 1
 
 
 def append_log(path: Path, text: str) -> None:

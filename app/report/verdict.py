@@ -169,23 +169,42 @@ def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
 
 
 def health_lines(findings: Findings) -> list[str]:
-    if not findings["health"]:
-        return []
-    share = findings["settings"]["min_share_of_best"]
+    """Whether each training was healthy; where runs were merged, at length for the first and in a word for the others.
+    """
+    share, of_run = findings["settings"]["min_share_of_best"], _of_first_run(findings)
     sentences = []
     for label, judged in findings["health"].items():
-        sentences.append(f"{plain(label)} {_health(judged, share)}")
-    return [f"**Training:** {'; '.join(sentences)}.", *losses_lines(findings)]
+        sentences.append(f"{plain(label)}{of_run} {_health(judged, share)}")
+    for run in findings["seeds"]["runs"][1:] if findings["seeds"] else []:
+        sentences += _health_of_other(run)
+    return [f"**Training:** {'; '.join(sentences)}.", *losses_lines(findings)] if sentences else []
+
+
+def _of_first_run(findings: Findings) -> str:
+    """Whose the findings are that no other run has changed, where runs were merged."""
+    return f" of {plain(findings['seeds']['runs'][0]['name'])}" if findings["seeds"] else ""
+
+
+def _health_of_other(run: dict[str, Any]) -> list[str]:
+    """Which trainings of a merged run are not healthy; `run` is an entry of seeds.runs."""
+    name = plain(run["name"])
+    sentences = []
+    for label, is_healthy in run["healthy"].items():
+        if not is_healthy:
+            judgement = "cannot be judged" if is_healthy is None else "is **not healthy**"
+            sentences.append(f"{plain(label)} of {name} {judgement}")
+    return sentences or [f"all of {name} are healthy"] if run["healthy"] else []
 
 
 def losses_lines(findings: Findings) -> list[str]:
     """Whether what is scored is what was trained, in losses: they differ less from seed to seed than AP does."""
+    of_run = _of_first_run(findings)
     parts = []
     for label, differences in findings["losses"].items():
         if differences:
             train, val = signed(differences["train"]), signed(differences["val"])
             parts.append(
-                f"at epoch {differences['epoch']} {plain(label)}'s differ from fp16's by {train} on train images and "
+                f"at epoch {differences['epoch']} {plain(label)}'s{of_run} differ from fp16's by {train} on train images and "
                 f"{val} on validation images"
             )
     note = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -76,6 +77,9 @@ def test_provenance_says_what_is_there(coco_dir: Path, run: RunRoot) -> None:
     content = annotation_file(coco_dir).read_bytes()
     assert train["annotation_sha256"] == hashlib.sha256(content).hexdigest()
     assert train["image_ids_sha256"] == hashlib.sha256(b"1\n2").hexdigest()
+    files = [coco_dir / "train2017" / f"{image_id:012d}.jpg" for image_id in (1, 2)]
+    first, second = (hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files)
+    assert train["images_sha256"] == hashlib.sha256(f"1 {first}\n2 {second}".encode()).hexdigest()
     assert (train["subset"], train["image_ids"]) == (False, None)
 
 
@@ -219,6 +223,54 @@ def test_another_dataset_at_another_path_is_refused(coco_dir: Path, run: RunRoot
     assert listing(run.root) == before
 
 
+def as_png(path: Path) -> None:
+    """Other content under the same name: the size in px stays, and nothing but the content tells it."""
+    image = cv2.imread(str(path))
+    path.write_bytes(cv2.imencode(".png", image // 2)[1].tobytes())
+
+
+def test_images_changed_in_place_are_refused_and_touched_ones_are_not(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    image = coco_dir / "train2017" / "000000000001.jpg"
+    os.utime(image, ns=(0, 1))
+    before = provenance_of(run)
+    run_data(run, coco_dir)
+    assert provenance_of(run) == before
+    content = image.read_bytes()
+    as_png(image)
+    for _ in range(2):  # the view knows of it after the first
+        with pytest.raises(UserError, match=r"made with another train2017 of .*images_sha256 \w{8} -> \w{8}.*RUN=name"):
+            run_data(run, coco_dir)
+    with pytest.raises(UserError, match="images_sha256"):
+        prepared(run)
+    image.write_bytes(content)
+    run_data(run, coco_dir)
+    assert provenance_of(run) == before
+
+
+def test_another_folder_of_images_is_refused_unless_they_are_the_same(coco_dir: Path, run: RunRoot) -> None:
+    annotations = "data.val_annotations=annotations/instances_val2017.json"
+    run_data(run, coco_dir, "data.val_images=val2017", annotations)
+    shutil.copytree(coco_dir / "val2017", coco_dir / "copied", copy_function=shutil.copyfile)  # with other times
+    shutil.copytree(coco_dir / "val2017", coco_dir / "dark")
+    as_png(coco_dir / "dark" / "000000000003.jpg")
+    run_data(run, coco_dir, "data.val_images=copied", annotations)
+    assert provenance_of(run)["splits"]["val"]["images"] == "copied"
+    with pytest.raises(UserError, match=r"made with another val of .*\(images_sha256 "):
+        run_data(run, coco_dir, "data.val_images=dark", annotations)
+
+
+def test_run_of_a_version_without_a_hash_of_images_goes_on(coco_dir: Path, run: RunRoot) -> None:
+    run_data(run, coco_dir)
+    new = provenance_of(run)
+    old = json.loads(run.provenance.read_text())
+    for split in old["splits"].values():
+        del split["images_sha256"]
+    run.provenance.write_text(json.dumps(old))
+    run_data(run, coco_dir)
+    assert provenance_of(run) == new
+
+
 def test_moved_dataset_goes_on(coco_dir: Path, run: RunRoot) -> None:
     run_data(run, coco_dir)
     old = provenance_of(run)
@@ -304,6 +356,30 @@ def test_doubtful_annotations_are_told_once(coco_dir: Path, run: RunRoot, caplog
     assert told.startswith(f"warning: {annotation_file(coco_dir)}: 1 of 3 boxes repeat another")
     with pytest.raises(UserError, match=r"1 of 3 boxes repeat another.*data\.strict=false"):
         run_data(run, coco_dir, "data.strict=true")
+
+
+def test_view_made_before_the_images_came_is_made_again(coco_dir: Path, run: RunRoot) -> None:
+    """Where the names start shows only when the images are there."""
+    edit(coco_dir, lambda tree: [image.update(file_name=f"all/{image['file_name']}") for image in tree["images"]])
+    (coco_dir / "train2017").rename(coco_dir / "later")
+    (coco_dir / "train2017").mkdir()
+    with pytest.raises(UserError, match=r"2 of 2 images in .* all/000000000001\.jpg cannot be read"):
+        run_data(run, coco_dir)
+    (coco_dir / "train2017").rmdir()
+    (coco_dir / "later").rename(coco_dir / "train2017")
+    run_data(run, coco_dir)
+    assert Path(read_split(provenance_of(run), "train")[0].path).name == "000000000001.jpg"
+
+
+def test_views_of_splits_with_other_names_are_apart(coco_dir: Path, run: RunRoot) -> None:
+    """A view's files are named after its splits: one that is found and one that the settings name share no folder."""
+    run_data(run, coco_dir)
+    first = provenance_of(run)
+    sets = []
+    for role in ("train", "val"):
+        sets += [f"data.{role}_images={role}2017", f"data.{role}_annotations=annotations/instances_{role}2017.json"]
+    run_data(open_run("other", run.runs_dir), coco_dir, *sets)
+    assert [len(found.labels) for found in read_split(first, "train")] == [2, 0]
 
 
 def test_links_to_single_images_are_taken(coco_dir: Path, run: RunRoot) -> None:

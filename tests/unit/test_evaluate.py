@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
-from app.coco.dataset import Dataset, hash_ids
+from app.coco.dataset import Dataset, hash_contents, hash_ids
 from app.coco.score import first_of, load_truth, score, standalone_dataset
 from app.core.config import Eval, UserError, load
 from app.core.files import read_json, sha256, write_json
@@ -328,6 +328,28 @@ def test_stage_refuses_changed_annotations(run: RunRoot, coco_dir: Path) -> None
         file.write("\n")
     with pytest.raises(UserError, match="has changed: run 'make data"):
         evaluate(load("qat", [], SETS), run, False)
+
+
+def test_images_that_have_changed_are_not_scored(
+    run: RunRoot, coco_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines_of(run, caplog)  # before it was recorded what the images hold
+    files = {1: "000000000001.png", 2: "000000000002.png", 5: "000000000005.png"}
+    digests = {key: sha256(coco_dir / "val2017" / name)[:16] for key, name in files.items()}
+    tree = read_json(run.provenance, "data")
+    tree["splits"]["val"]["images_sha256"] = hash_contents(digests)
+    write_json(run.provenance, tree)
+    assert all("done already" in line for line in lines_of(run, caplog))
+    lines_of(run, caplog, force=True)
+    assert read_json(run.root / "baseline-coco" / "metrics.json", "eval")["dataset"]["images_sha256"] is not None
+    image = coco_dir / "val2017" / files[5]
+    image.write_bytes(image.read_bytes() + b" ")  # a decoder sees the same
+    with pytest.raises(UserError, match=r"images in .*val2017 have changed since 'make data'"):
+        lines_of(run, caplog, "eval.max_images=1", force=True)
+    digests[5] = sha256(image)[:16]
+    tree["splits"]["val"]["images_sha256"] = hash_contents(digests)  # as 'make data ARGS=--force' records it
+    write_json(run.provenance, tree)
+    assert sum("of another settings or images" in line for line in lines_of(run, caplog)) == 2
 
 
 def test_standalone(tmp_path: Path, coco_dir: Path) -> None:

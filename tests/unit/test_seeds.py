@@ -65,6 +65,32 @@ def test_a_run_without_qat_counts_where_it_can(config: Config, runs: list[RunRoo
     assert "- c: eval: qat-w4a16 was exported but not scored" in text
 
 
+def test_health_is_told_of_every_run(config: Config, runs: list[RunRoot]) -> None:
+    """The first at length: the others would else be taken for as healthy as it is."""
+    history = runs[1].variant_dir("qat-w4a16") / "results.csv"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join([*lines[:-1], lines[-1].replace(lines[-1].split(",")[5], "nan", 1)]) + "\n")
+    text, _ = merged(config, runs)
+    (line,) = (line for line in text.splitlines() if line.startswith("**Training:**"))
+    assert "fp16 of a is healthy" in line
+    assert line.endswith("; qat-w4a16 of b is **not healthy**; all of c are healthy.")
+    (losses,) = (line for line in text.splitlines() if line.startswith("**Losses:**"))
+    assert "qat-w4a16's of a differ from fp16's by" in losses
+
+
+def test_log_counts_the_runs_of_each_row(config: Config, runs: list[RunRoot]) -> None:
+    (runs[2].root / "qat-w4a16-coco/metrics.json").unlink()
+    add_ptq(runs[0])
+    edit(runs[0].root / "ptq-w4a16-coco/metrics.json", "settings.conf", 0.25)  # a table of its own
+    merged(config, runs)
+    publish(runs[0], None, False, runs[1:])
+    (line,) = (line for line in (runs[0].runs_dir / "LOG.md").read_text().splitlines() if "**result:**" in line)
+    first, *_, last = line.split("; ")
+    assert ", n=3: baseline 0.4200 ± 0.0200, ptq-w4a16-bn 0.3987 (-0.0013, n=1), qat-w4a16 " in first
+    assert first.endswith("qat-w4a16 0.3900 ± 0.0000 (-0.0200 ± 0.0141, n=2)")  # differences -0.01 and -0.03
+    assert ", n=1: ptq-w4a16 " in last
+
+
 def test_one_run_has_no_spread(config: Config, runs: list[RunRoot]) -> None:
     add_ptq(runs[0])
     text, found = merged(config, runs)

@@ -26,6 +26,7 @@ from app.coco.values import NOT_COCO, shown, whole
 from app.core.config import UserError
 
 NUMBERED, AREAS, NAMES_CUT = "annotation ids numbered anew", "areas taken from boxes", "file names shortened"
+UNUSED = "images of neither train nor val left out"
 MIN_CORNERS = 10  # boxes that all look like corners are no chance
 Tree = dict[str, Any]
 
@@ -76,6 +77,8 @@ def parse_instances(file: Path, images_dir: Path | None = None, part: str | None
     split = Split(file, listed, categories, boxes, *zeros, problems={}, is_drawn=_is_drawn(tree))
     if n_changed:
         split.notes[NAMES_CUT] = n_changed
+    if part == "val" and (n_unused := len(others - ids_of_part(entries, "train"))):
+        split.notes[UNUSED] = n_unused
     for image in split.images:
         if problem := name_fault(image["file_name"]):
             split.problems[image["id"]] = problem
@@ -149,6 +152,7 @@ class _Annotations:
         self.listed = {category["id"] for category in split.categories}
         self.keys: set[int | str] = set()
         self.n_over = self.n_corners = self.n_boxes = 0
+        self.has_areas = True
 
     def read(self, entries: list[Any]) -> list[dict[str, Any]]:
         """The annotations that count, mended.
@@ -157,6 +161,8 @@ class _Annotations:
             UserError: one of them, or all together, cannot be used.
         """
         file = self.split.file
+        # A tool that knows no areas may write 0 for all; a single one is COCO's own.
+        self.has_areas = any(entry.get("area") for entry in entries if isinstance(entry, dict))
         kept = []
         for number, entry in enumerate(entries):
             annotation = check_annotation(file, entry, number)
@@ -208,7 +214,7 @@ class _Annotations:
         if fault:
             split.problems.setdefault(image_id, f"annotation {shown(annotation['id'])}: {fault}")
             return True
-        if annotation.get("area") is None:
+        if annotation.get("area") is None or not self.has_areas:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
             split.notes[AREAS] += 1
         if not self._mend_border(image, annotation):

@@ -9,6 +9,7 @@ from app.coco.split import Split
 
 # A few such boxes stand in good datasets too; a mistake in the making of a file hits many.
 LEAST_SHARE = 0.01
+FEW = 3  # boxes without area: COCO has some, and they are a large share of a set of ten images
 MOST_CROWDS = 0.5
 
 Boxes = list[list[float]]  # of one image: category id, x, y, w, h in px
@@ -38,6 +39,12 @@ def doubts(split: Split) -> list[str]:
         lines.append(
             f"{sum(over.values()):,} of {n_annotations:,} boxes reach over the border of their image (first: "
             f"{_first(split, over)}) and were clipped to it: check that they are x, y, width, height in px of this size"
+        )
+    if _are_many(split.n_degenerate, n_boxes) and sum(split.n_degenerate.values()) > FEW:
+        lines.append(
+            f"{sum(split.n_degenerate.values()):,} of {n_annotations:,} boxes have no area (first: "
+            f"{_first(split, split.n_degenerate)}): they are not learnt, and each counts as an object not found; "
+            "delete them"
         )
     repeated = _counts(split, n_repeated)
     if _are_many(repeated, n_boxes):

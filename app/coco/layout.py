@@ -42,6 +42,12 @@ def find_sources(coco_dir: Path, data: Data) -> Sources:
         said = {**_found(coco_dir), **said}
     for source in said.values():
         check_source(source)
+    train, val = (said[role] for role in SPLITS)
+    if (train.annotation_file, train.part) == (val.annotation_file, val.part):
+        raise UserError(
+            f"train and val have the same annotations, {val.annotation_file}: AP would be that of images trained on; "
+            "name a file of other images with data.val_images and data.val_annotations"
+        )
     return {role: said[role] for role in SPLITS}
 
 

@@ -67,10 +67,11 @@ def ids_of_part(images: list[dict[str, Any]], part: str) -> set[int]:
     """The ids of 'train' or 'val' among images that one file lists.
 
     The first folder of the names says it, if it does for all; else the hash of a name, which stays whatever is added.
+    Beside a val/, test/ is of neither.
     """
     folders = {PurePosixPath(image["file_name"]).parts[0] for image in images}
     if folders <= {*TRAIN_NAMES, *VAL_NAMES}:
-        names = TRAIN_NAMES if part == "train" else VAL_NAMES
+        names = TRAIN_NAMES if part == "train" else [name for name in VAL_NAMES if name in folders][:1]
         return {image["id"] for image in images if PurePosixPath(image["file_name"]).parts[0] in names}
     return {image["id"] for image in images if is_val(image["file_name"]) == (part == "val")}
 

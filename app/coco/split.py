@@ -55,9 +55,7 @@ def agreed_names(train: Split, val: Split) -> list[str]:
     Raises:
         UserError: the two do not list the same names.
     """
-    used = train.used | val.used
-    names = [category["name"] for category in without_placeholder(train.categories, used)]
-    others = [category["name"] for category in without_placeholder(val.categories, used)]
+    names, others = _class_names(train, val), _class_names(val, train)
     differences = []
     for split, mine, theirs in ((train, names, others), (val, others, names)):
         if only := [name for name in mine if name not in theirs]:
@@ -66,6 +64,16 @@ def agreed_names(train: Split, val: Split) -> list[str]:
         raise UserError(
             f"{train.file} and {val.file} list different categories ({'; '.join(differences)}): list the same in both"
         )
+    return names
+
+
+def _class_names(split: Split, other: Split) -> list[str]:
+    """The names of a split's categories; its placeholder is one only if an annotation is of it, here or in `other`."""
+    listed = [category["name"] for category in split.categories]
+    names = [category["name"] for category in without_placeholder(split.categories, split.used)]
+    used_there = {category["name"] for category in other.categories if category["id"] in other.used}
+    if len(names) < len(listed) and listed[0] not in names and listed[0] in used_there:
+        return listed
     return names
 
 

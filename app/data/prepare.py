@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from app.coco.categories import listed_names
 from app.coco.dataset import COCO_2017, Sources
+from app.coco.doubts import LEAST_SHARE
 from app.coco.layout import describe_layout, find_sources
 from app.core.config import BUILTIN_DATASET, Config, Data, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
@@ -161,10 +162,24 @@ def tell_doubts(indices: Indices, strict: bool, is_new: bool) -> None:
         UserError: with `strict`.
     """
     lines = [line for index in indices.values() for line in index["doubts"]]
+    lines += images_in_both(indices)
     if lines and strict:
         raise UserError(f"{'; '.join(lines)}; to go on all the same, give --set data.strict=false")
     for line in lines if is_new else []:
         log.warning("warning: %s", line)
+
+
+def images_in_both(indices: Indices) -> list[str]:
+    """A line if more than a few images of val are images of train, under whatever names."""
+    val = indices["val"]["images"]
+    of_train = {entry["content"] for entry in indices["train"]["images"] if entry["content"]}
+    repeated = [entry["file"] for entry in val if entry["content"] in of_train]
+    if len(repeated) <= LEAST_SHARE * len(val):
+        return []
+    return [
+        f"{len(repeated):,} of {len(val):,} val images are train images too (first: {repeated[0]}): AP on images that "
+        "were trained on says nothing about others; keep the two apart"
+    ]
 
 
 def hash_annotations(sources: Sources) -> dict[str, str]:

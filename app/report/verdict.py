@@ -169,8 +169,7 @@ def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
 
 
 def health_lines(findings: Findings) -> list[str]:
-    """Whether each training was healthy; where runs were merged, at length for the first and in a word for the others.
-    """
+    """Whether each training was healthy; where runs were merged, the others than the first in a word."""
     share, of_run = findings["settings"]["min_share_of_best"], _of_first_run(findings)
     sentences = []
     for label, judged in findings["health"].items():
@@ -204,8 +203,8 @@ def losses_lines(findings: Findings) -> list[str]:
         if differences:
             train, val = signed(differences["train"]), signed(differences["val"])
             parts.append(
-                f"at epoch {differences['epoch']} {plain(label)}'s{of_run} differ from fp16's by {train} on train images and "
-                f"{val} on validation images"
+                f"at epoch {differences['epoch']} {plain(label)}'s{of_run} differ from fp16's by {train} on train "
+                f"images and {val} on validation images"
             )
     note = (
         "Where the second is larger by whole units, what is scored is not what was trained; tenths are what one short "

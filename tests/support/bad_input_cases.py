@@ -133,6 +133,15 @@ FOLDER = [
         "annotations that are not there", nothing, "COCO/no.json is missing: it must list the images of val",
         ("data.val_images=val2017", "data.val_annotations=no.json"),
     ),
+    Case(
+        "one annotation file for train and val", nothing,
+        "train and val have the same annotations, COCO/annotations/instances_train2017.json: AP would be that of "
+        "images trained on; name a file of other images with data.val_images and data.val_annotations",
+        tuple(
+            f"data.{role}_{what}" for role in ("train", "val")
+            for what in ("images=train2017", "annotations=annotations/instances_train2017.json")
+        ),
+    ),
     Case("no COCO folder", shutil.rmtree, "no COCO folder at COCO: give COCO_DIR=path, or run 'make download-coco'"),
     Case("no train2017/", lambda coco: shutil.rmtree(coco / "train2017"), f"COCO has no train2017/: {LAYOUT}"),
     Case("no val2017/", lambda coco: shutil.rmtree(coco / "val2017"), f"COCO has no val2017/: {LAYOUT}"),

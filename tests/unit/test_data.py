@@ -24,8 +24,10 @@ from app.core.run import RunRoot, open_run
 from app.data.prepare import prepared
 from app.data.view import read_split
 from tests.support.data_fixtures import (
+    annotation,
     annotation_file,
     edit,
+    image,
     listing,
     provenance_of,
     run_data,
@@ -225,25 +227,25 @@ def test_another_dataset_at_another_path_is_refused(coco_dir: Path, run: RunRoot
 
 def as_png(path: Path) -> None:
     """Other content under the same name: the size in px stays, and nothing but the content tells it."""
-    image = cv2.imread(str(path))
-    path.write_bytes(cv2.imencode(".png", image // 2)[1].tobytes())
+    pixels = np.asarray(cv2.imread(str(path)))
+    path.write_bytes(cv2.imencode(".png", pixels // 2)[1].tobytes())
 
 
 def test_images_changed_in_place_are_refused_and_touched_ones_are_not(coco_dir: Path, run: RunRoot) -> None:
     run_data(run, coco_dir)
-    image = coco_dir / "train2017" / "000000000001.jpg"
-    os.utime(image, ns=(0, 1))
+    path = coco_dir / "train2017" / "000000000001.jpg"
+    os.utime(path, ns=(0, 1))
     before = provenance_of(run)
     run_data(run, coco_dir)
     assert provenance_of(run) == before
-    content = image.read_bytes()
-    as_png(image)
+    content = path.read_bytes()
+    as_png(path)
     for _ in range(2):  # the view knows of it after the first
         with pytest.raises(UserError, match=r"made with another train2017 of .*images_sha256 \w{8} -> \w{8}.*RUN=name"):
             run_data(run, coco_dir)
     with pytest.raises(UserError, match="images_sha256"):
         prepared(run)
-    image.write_bytes(content)
+    path.write_bytes(content)
     run_data(run, coco_dir)
     assert provenance_of(run) == before
 
@@ -356,6 +358,29 @@ def test_doubtful_annotations_are_told_once(coco_dir: Path, run: RunRoot, caplog
     assert told.startswith(f"warning: {annotation_file(coco_dir)}: 1 of 3 boxes repeat another")
     with pytest.raises(UserError, match=r"1 of 3 boxes repeat another.*data\.strict=false"):
         run_data(run, coco_dir, "data.strict=true")
+
+
+def test_val_images_that_are_train_images_are_told(
+    coco_dir: Path, run: RunRoot, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy under another name, in another folder, with another id."""
+    (coco_dir / "train2017" / "000000000001.jpg").rename(coco_dir / "train2017" / "a.jpg")
+    edit(coco_dir, lambda tree: tree["images"][0].update(file_name="a.jpg"))
+    shutil.copyfile(coco_dir / "train2017" / "a.jpg", coco_dir / "val2017" / "b.jpg")
+    edit(coco_dir, lambda tree: tree["images"].append(image(1) | {"file_name": "b.jpg"}), "val2017")
+    run_data(run, coco_dir)
+    assert "warning: 1 of 2 val images are train images too (first: b.jpg): " in caplog.text
+
+
+@pytest.mark.parametrize(("n_more", "told"), [(2, False), (3, True)])  # beside the one of the dataset
+def test_boxes_without_area_are_told_where_they_are_many(
+    coco_dir: Path, run: RunRoot, caplog: pytest.LogCaptureFixture, n_more: int, told: bool
+) -> None:
+    more = [annotation(10 + number, 1, 1, [9, 9 + number, 5, 0]) for number in range(n_more)]
+    edit(coco_dir, lambda tree: tree["annotations"].extend(more))
+    run_data(run, coco_dir)
+    line = f"{annotation_file(coco_dir)}: {1 + n_more} of {4 + n_more} boxes have no area (first: 000000000001.jpg)"
+    assert (line in caplog.text) is told
 
 
 def test_view_made_before_the_images_came_is_made_again(coco_dir: Path, run: RunRoot) -> None:

@@ -162,6 +162,40 @@ def test_one_file_for_all_images_is_parted_by_their_folders(tmp_path: Path) -> N
     assert [split["n_images"] for split in read_json(run.provenance, "data")["splits"].values()] == [30, 10]
 
 
+def test_test_images_beside_val_are_of_neither(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of 40 images 10 are in val/, 10 in test/ and 20 in train/."""
+    coco_dir, run = one_file(tmp_path, folders=True), open_run("r", tmp_path / "runs")
+    file = coco_dir / "annotations" / "instances_default.json"
+    tree = json.loads(file.read_text())
+    (coco_dir / "images" / "test").mkdir()
+    for image in tree["images"][1::4]:
+        (coco_dir / "images" / image["file_name"]).rename(coco_dir / "images" / "test" / f"{image['id']}.png")
+        image["file_name"] = f"test/{image['id']}.png"
+    file.write_text(json.dumps(tree))
+    caplog.set_level("INFO", "app")
+    run_data(run, coco_dir)
+    splits = read_json(run.provenance, "data")["splits"]
+    assert [splits[role]["n_images"] for role in ("train", "val")] == [20, 10]
+    assert [splits[role]["n_annotations"] for role in ("train", "val")] == [20, 10]
+    assert splits["val"]["notes"]["images of neither train nor val left out"] == 10
+    assert "10 images of neither train nor val left out" in caplog.text
+
+
+def test_placeholder_is_known_by_the_ids_of_its_own_file(tmp_path: Path) -> None:
+    """train as Roboflow writes one class, 0 the supercategory and 1 the class; val with the class alone, as 0."""
+    coco_dir, run = write_dataset(tmp_path / "coco"), open_run("r", tmp_path / "runs")
+    listed = [{"id": 0, "name": "cat", "supercategory": "none"}, {"id": 1, "name": "cat", "supercategory": "cat"}]
+    edit(coco_dir, lambda tree: tree.update(categories=listed))
+    edit(coco_dir, lambda tree: [box.update(category_id=1) for box in tree["annotations"]])
+    edit(coco_dir, lambda tree: tree.update(categories=[{"id": 0, "name": "cat"}]), "val2017")
+    edit(coco_dir, lambda tree: [box.update(category_id=0) for box in tree["annotations"]], "val2017")
+    run_data(run, coco_dir)
+    provenance = read_json(run.provenance, "data")
+    assert (provenance["names"], provenance["left_out"]) == (["cat"], ["cat"])
+    assert read_split(provenance, "train")[0].labels[:, 0].tolist() == [0, 0]
+    assert read_split(provenance, "val")[0].labels[:, 0].tolist() == [0]
+
+
 def test_other_ids_in_val_are_the_same_classes_by_name(tmp_path: Path) -> None:
     """train: 1 person, 3 car; val: 1 car, 3 person."""
     coco_dir, run = write_dataset(tmp_path / "coco"), open_run("r", tmp_path / "runs")

@@ -78,6 +78,22 @@ def test_area_and_iscrowd_may_be_missing(coco_dir: Path, run: RunRoot) -> None:
     assert [truth.anns[key]["iscrowd"] for key in (1, 2, 3)] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(("area", "expected", "n_mended"), [(0, [60, 310.0], 2), (7, [7, 0], 0)])
+def test_areas_that_are_all_zero_are_not_given(
+    coco_dir: Path, area: float, expected: list[float], n_mended: int
+) -> None:
+    """A single 0 is left as it is: it may be COCO's."""
+
+    def change(tree: dict[str, Any]) -> None:
+        tree["annotations"] = tree["annotations"][:2]
+        tree["annotations"][0]["area"], tree["annotations"][1]["area"] = area, 0
+
+    edit(coco_dir, change)
+    truth = load_truth(annotation_file(coco_dir))
+    assert [truth.anns[key]["area"] for key in (1, 2)] == expected
+    assert read_instances(annotation_file(coco_dir)).notes["areas taken from boxes"] == n_mended
+
+
 def test_whole_numbers_may_be_written_as_floats(coco_dir: Path, run: RunRoot) -> None:
     def as_floats(tree: dict[str, Any]) -> None:
         for entry in (*tree["images"], *tree["annotations"], *tree["categories"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "gpus": nvidia_smi(GPU_FACTS),
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": as_known(" ".join([Path(sys.executable).name, "-m", "app", *sys.argv[1:]])),
+        "command": shlex.join([Path(sys.executable).name, "-m", "app", *map(as_known, sys.argv[1:])]),
         "time_utc": utc_now(),
     }
 

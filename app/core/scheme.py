@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from app.core.errors import UserError, describe
 from app.core.files import write_text
 from app.core.labels import SCORES_ENDING, Label
-from app.core.mounts import only_seen
+from app.core.mounts import in_container, only_seen
 from app.core.yaml_files import load_yaml, merge
 
 SCHEMES_DIR = Path(__file__).resolve().parents[2] / "conf" / "schemes"
@@ -192,7 +192,11 @@ def _copy(folder: Path, name: str) -> Path:
 
 
 def with_kept_scheme(tree: dict[str, Any], run_root: Path | None) -> dict[str, Any]:
-    """The tree of a configuration; in place of a scheme file that is gone it names the copy that the run keeps."""
+    """The tree of a configuration; in place of a scheme file that is gone it names the copy that the run keeps.
+
+    Raises:
+        UserError: in a container, which cannot tell a file that is gone from one that it does not see.
+    """
     file = _value_in(tree)
     if run_root is None or not is_file(file) or Path(file).exists():
         return tree
@@ -201,6 +205,11 @@ def with_kept_scheme(tree: dict[str, Any], run_root: Path | None) -> dict[str, A
     if not copies:
         return tree
     copy = str(copies[0])
+    if in_container():
+        raise UserError(
+            f"{file} does not exist{only_seen()}: give it as ARGS='--set quant.scheme=FILE', "
+            f"or if it is gone the run's copy, {copy}"
+        )
     log.warning("%s does not exist: the scheme is read from the run's copy, %s", file, copy)
     return merge(tree, {"quant": {"scheme": copy}})
 

@@ -34,11 +34,14 @@ KEPT = (
 )  # fmt: skip
 TEXT_FILES = (".json", ".yaml", ".csv")
 LINK = re.compile(r"\[([^\]\n]+)\]\(([^)#\s][^)\s]*)\)")  # to a file, not to a heading
-# A whole value of JSON or YAML, then one inside a text: what stands before it, and its last name.
+# A whole value of JSON or YAML, a word quoted for a shell, then one inside a text, also one that leads up: what stands
+# before it, and its last name.
 ABSOLUTE_PATHS = (
     re.compile(r'(")/(?:[^"\n]*/)?([^"/\n]*)(?=")'),
     re.compile(r"((?:^|: |- )'?)/(?:[^\n]*/)?([^/\n]*)$", re.MULTILINE),
-    re.compile(r"((?<![\w.~)/:<]))/(?:[\w.+@%-]+/)+([\w.+@%-]*)"),
+    re.compile(r"((?<!\w)'(?:[\w.-]+=)?)/(?:[^'\n]*/)?([^'/\n]*)(?=')"),
+    re.compile(r"((?<![\w.~)/<])|(?<=file://))/(?:[\w.+@%-]+/)+([\w.+@%-]*)"),
+    re.compile(r"((?<![\w.~/]))(?:\.\./)+(?:[\w.+@%-]+/)+([\w.+@%-]*)"),
 )
 NO_PHOTOS = "*Left out here: photos of the dataset are not published.*"
 LOG_HEAD = '# Runs\n\nOne entry a run, the newest last; failures too. "Better" states seeds and spread, or says n=1.\n'

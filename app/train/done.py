@@ -9,7 +9,7 @@ from pathlib import Path
 
 from app.core.config import Config, Quant, UserError, dump, read_yaml, validate
 from app.core.differences import WITHOUT_EFFECT, difference, shown
-from app.core.files import read_json, sha256, write_text
+from app.core.files import read_json, sha256, write_json, write_text
 from app.core.labels import FP16, Label
 from app.core.results import read_rows
 from app.core.run import VIEW_SHAPE, RunRoot
@@ -17,6 +17,7 @@ from app.core.scheme import Scheme, changed_rules, keep_scheme, kept_scheme
 from app.core.shapes import Count, Number, Shape
 from app.data.prepare import prepare
 
+WARMUP = "warmup_from.json"  # in a variant's folder: the hash of the checkpoint that quant.warmup_from named
 OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
 DONE_SHAPE: Shape = {"epochs": Count, "best_ap": Number}
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
     write_text(out_dir / "config.yaml", dump(config))
     if config.quant:
         keep_scheme(config.quant.scheme, out_dir)
+    if config.warmup_from and config.warmup_from.is_file():
+        write_json(out_dir / WARMUP, {"sha256": sha256(config.warmup_from)})
     return True
 
 
@@ -93,6 +96,19 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
         ) from error
     if differences := difference(trained_with, config, ignore=tuple(WITHOUT_EFFECT)):
         raise UserError(f"{snapshot.parent} was trained with another configuration ({shown(differences)}): {OTHER_RUN}")
+    check_warmup(config, folder / WARMUP)
+
+
+def check_warmup(config: Config, record: Path) -> None:
+    """Refuses another checkpoint under the path of quant.warmup_from than the training began from.
+
+    One that is gone is asked for nothing: its epochs are in the training.
+    """
+    path = config.warmup_from
+    if path is None or not path.is_file() or not record.exists():
+        return
+    if read_json(record, "train", {"sha256": str})["sha256"] != sha256(path):
+        raise UserError(f"{record.parent} began from another checkpoint than quant.warmup_from={path}: {OTHER_RUN}")
 
 
 def epochs_left(config: Config, run: RunRoot) -> int:
@@ -124,8 +140,13 @@ def is_quantized(run: RunRoot, label: Label, source_sha256: str, scheme: Scheme)
         return False
     if read_json(run.done(label), "ptq", {"source_sha256": str})["source_sha256"] != source_sha256:
         raise UserError(f"{run.best(label)} was made with another source_sha256: overwrite it with --force")
-    if rules := changed_rules(kept_scheme(run.variant_dir(label), scheme.name), scheme):
+    kept = kept_scheme(run.variant_dir(label), scheme.name)
+    if rules := changed_rules(kept, scheme):
         raise UserError(f"{run.best(label)} was made with {rules[0]}, now it is {rules[1]}: overwrite it with --force")
+    quant_config = run.variant_dir(label) / "quant_config.json"
+    known = read_json(quant_config, "ptq") if kept is None and quant_config.exists() else {}
+    if known.get("scheme_sha256", scheme.sha256) != scheme.sha256:
+        raise UserError(f"{run.best(label)} was made with other rules of {scheme}: overwrite it with --force")
     return True
 
 

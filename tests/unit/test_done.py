@@ -23,7 +23,7 @@ from app.report import current
 from app.report.current import is_current
 from app.report.ending import first_sentence
 from app.report.report import is_reported, report
-from app.train.done import epochs_left, is_ptq_done, is_trained, ptq_labels
+from app.train.done import epochs_left, is_ptq_done, is_quantized, is_trained, make_ready, ptq_labels
 from tests.support.drawn import kept_figures
 from tests.support.report_fixtures import build_run
 from tests.support.settle import settle
@@ -76,6 +76,29 @@ def test_another_configuration_is_refused_as_by_the_stage(
         is_trained(Config.model_validate(tree), run)
 
 
+def test_another_checkpoint_to_warm_up_from_is_refused(runs_dir: Path) -> None:
+    checkpoint = runs_dir / "epoch1.pt"
+    write_text(checkpoint, "one")
+    warm = {"quant.warmup_share": 0.5, "quant.warmup_bits": "float", "quant.warmup_from": checkpoint}
+    config, run = settle(runs_dir, "warm", "qat", warm)
+    folder = run.variant_dir(config.label)
+    assert make_ready(config, run, force=False)
+    write_text(checkpoint, "two")
+    assert make_ready(config, run, force=False)  # it has not begun
+    write_text(folder / "weights" / "last.pt", "")
+    assert make_ready(config, run, force=False)  # it goes on
+    write_text(checkpoint, "three")
+    with pytest.raises(
+        UserError, match=r"qat-w4a16 began from another checkpoint than quant\.warmup_from=.*epoch1\.pt"
+    ):
+        make_ready(config, run, force=False)
+    write_json(folder / "done.json", {"epochs": 300, "best_ap": 0.4321})
+    with pytest.raises(UserError, match="began from another checkpoint"):
+        is_trained(config, run)
+    checkpoint.unlink()
+    assert is_trained(config, run)
+
+
 def test_epochs_left_by_the_files(trained: tuple[Config, RunRoot]) -> None:
     config, run = trained
     assert epochs_left(config, run) == 0
@@ -101,6 +124,20 @@ def test_ptq_is_done_while_both_checkpoints_are_of_this_baseline(tmp_path: Path)
     write_text(run.best(FP16), "damaged")  # the stage says what is wrong with it
     assert not is_ptq_done(config, run)
     assert not is_ptq_done(load("fp16"), run)
+
+
+def test_ptq_of_other_rules_is_refused_also_where_only_their_hash_was_kept(tmp_path: Path) -> None:
+    config, run = load("qat"), RunRoot(tmp_path, "run")
+    assert config.quant
+    label, scheme = ptq_labels(config.quant)[0], config.quant.scheme
+    write_text(run.best(label), "quantized")
+    write_json(run.done(label), {"source_sha256": "s"})
+    for digest in ({}, {"scheme_sha256": scheme.sha256}):
+        write_json(run.variant_dir(label) / "quant_config.json", digest)
+        assert is_quantized(run, label, "s", scheme)
+    write_json(run.variant_dir(label) / "quant_config.json", {"scheme_sha256": "0" * 64})
+    with pytest.raises(UserError, match=r"best\.pt was made with other rules of w4a16: overwrite it with --force"):
+        is_quantized(run, label, "s", scheme)
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

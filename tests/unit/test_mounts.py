@@ -67,6 +67,8 @@ def test_log_lines_pages_and_the_recorded_command_agree(monkeypatch: pytest.Monk
     assert plain("# /host/disk/a and /src/runs/b") == "# /disk/a and runs/b"
     monkeypatch.setattr(sys, "argv", ["x", "eval", "--set", "data.coco_dir=/data/coco"])
     assert environment()["command"].endswith("-m app eval --set data.coco_dir=/home/u/data/coco")
+    monkeypatch.setattr(sys, "argv", ["app", "eval", "--conf", "/conf/0/my.yaml", "--onnx", "/host/disk/a b.onnx"])
+    assert environment()["command"].endswith("-m app eval --conf ../my.yaml --onnx '/disk/a b.onnx'")
     provenance = {"title": "COCO 2017", "coco_dir": "/data/coco", "splits": {}, "seed": 0}
     assert dataset_lines(provenance)[0] == "COCO 2017 in `/home/u/data/coco`."
     assert (

@@ -11,7 +11,7 @@ from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import UserError
 from app.core.mounts import MOUNTS
 from app.core.run import RunRoot
-from app.report.publish import NO_PHOTOS, publish
+from app.report.publish import NO_PHOTOS, anonymous, publish
 from tests.support.page_numbers import numbers_without_source
 from tests.support.report_fixtures import build_run, copy_run, edit
 
@@ -89,6 +89,25 @@ def test_no_report_no_publication(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run 'make report' first"):
         publish(build_run(tmp_path), None, force=False)
     assert not (tmp_path / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--conf /mnt/ann/x.yaml --force", "--conf .../x.yaml --force"),
+        ("--conf '/mnt/Ann Lee/secret proj/x.yaml' --force", "--conf '.../x.yaml' --force"),
+        ("--set 'quant.scheme=/mnt/Ann Lee/x.yaml'", "--set 'quant.scheme=.../x.yaml'"),
+        ("file:///mnt/ann/x.yaml", "file://.../x.yaml"),
+        ("conf:/mnt/ann/x.yaml", "conf:.../x.yaml"),
+        ("--conf ../../mnt/ann/x.yaml", "--conf .../x.yaml"),
+        ("--set quant.scheme=../ann/x.yaml", "--set quant.scheme=.../x.yaml"),
+        ("/home/me/work/x.yaml", "~/work/x.yaml"),
+        ("see https://host.org/a/b and it's a/b or c's ../x", "see https://host.org/a/b and it's a/b or c's ../x"),
+        ("80 images/s, INT4/INT8, 1/2", "80 images/s, INT4/INT8, 1/2"),
+    ],
+)
+def test_paths_in_a_text_are_shortened_to_their_last_name(text: str, expected: str) -> None:
+    assert anonymous(text, {"/home/me": "~"}) == expected
 
 
 def test_a_dataset_that_a_container_saw_elsewhere_is_not_named(run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:

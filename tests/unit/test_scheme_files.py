@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from app.core.config import UserError, dump, load, validate
 from app.core.differences import config_hash, difference, flatten, shown
 from app.core.labels import Label
+from app.core.mounts import MOUNTS
 from app.core.run import RunRoot
 from app.core.scheme import Scheme, builtin_names, find_scheme, keep_scheme, kept_scheme, read_scheme
 from tests.support.scheme_files import scheme_of, write_rules
@@ -210,6 +211,18 @@ def test_a_run_keeps_a_copy_for_when_the_file_is_gone(tmp_path: Path, caplog: py
         qat(tmp_path / "third.yaml", run_root=run.root)
     write_rules(file, ("*", 3))
     assert qat(file, run_root=run.root) != config  # a file that is there is taken
+
+
+def test_a_container_that_does_not_see_the_file_takes_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may be there, outside, with other rules than those of the copy."""
+    run = RunRoot(tmp_path / "runs", "r")
+    keep_scheme(scheme_of(("*", 8), name="my"), run.variant_dir("qat-my"))
+    assert str(qat("/not/seen/my.yaml", run_root=run.root).label) == "qat-my"
+    monkeypatch.setenv(MOUNTS, "/src=.")
+    with pytest.raises(
+        UserError, match=r"^/not/seen/my.yaml does not exist \(the container sees only .*\): give it as ARGS="
+    ):
+        qat("/not/seen/my.yaml", run_root=run.root)
 
 
 def test_a_scheme_is_found_as_it_is() -> None:

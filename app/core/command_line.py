@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 HELP = "--help lists the arguments"
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser without its page of usage above an error; it knows how a setting is written."""
+    """ArgumentParser without its page of usage above an error; it knows how a setting is written.
+
+    An option is taken in full alone: scripts/checks and scripts/job, and the start of ranks, know it by its name.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         from app.core.files import printable  # imports pydantic: --help answers without it

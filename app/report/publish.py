@@ -203,23 +203,6 @@ def results(findings: Findings) -> list[str]:
     return parts
 
 
-def machine(environment: dict[str, Any]) -> str:
-    gpus = environment.get("gpus")
-    return listed(gpus) if gpus else f"{environment.get('cpu_count')} CPU cores, no GPU"
-
-
-def results(findings: Findings) -> list[str]:
-    """For every table how it was measured, AP of each row and its difference to the baseline; AP_FREQUENT likewise."""
-    parts = []
-    for group in findings["groups"]:
-        where = sample(group["measured"])
-        parts.append(f"AP on {where}, {', '.join(aps_of(group, AP))}")
-        if any(row[AP_FREQUENT] is not None for row in group["rows"]):
-            n_classes = group["measured"]["n_frequent_classes"]
-            parts.append(f"AP of {n_classes} frequent classes on {where}, {', '.join(aps_of(group, AP_FREQUENT))}")
-    return parts
-
-
 def aps_of(group: dict[str, Any], ap: str) -> list[str]:
     """Of each row its label, AP or AP_FREQUENT, and the difference to the baseline's; the number of runs comes first.
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def test_only_the_download_has_a_network_and_only_tensorboard_a_port() -> None:
         ({"RUNNER": "local", "ACCEL": "cpu", "ARGS": "--aim don't"}, "ARGS=--aim don't: a quote is not closed"),
         ({"RUNNER": "local", "ACCEL": "cpu", "RUN": "a b"}, "RUN=a b: use letters, digits"),
         ({"RUNNER": "local", "ACCEL": "cpu", "RUN": "../x"}, "RUN=../x: use letters, digits"),
+        ({"RUNNER": "local", "ACCEL": "cpu", "RUN": "-x"}, "RUN=-x: use letters, digits"),
     ],
     ids=[
         "no engine",
@@ -122,6 +124,7 @@ def test_only_the_download_has_a_network_and_only_tensorboard_a_port() -> None:
         "open quote",
         "RUN of two words",
         "RUN above runs",
+        "RUN that looks like an option",
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(env: dict[str, str], said: str) -> None:
@@ -323,8 +326,15 @@ def test_settings_that_are_written_well_are_taken(tmp_path: Path, args: str) -> 
     assert check(split, tmp_path, ARGS=args, target="data" if "--" in args else "test").returncode == 0
 
 
-def test_the_container_writes_to_runs_alone(tmp_path: Path) -> None:
-    split = 'args=(--out "$OUT"); check_args'
+@pytest.mark.parametrize("args", ["--help", "--version"])
+def test_words_of_args_are_no_options_of_what_splits_them(tmp_path: Path, args: str) -> None:
+    result = check('split args "$ARGS"; printf "<%s>" "${args[@]}"', tmp_path, ARGS=args)
+    assert (result.stdout, result.stderr) == (f"<{args}>", "")
+
+
+@pytest.mark.parametrize("out", ['--out "$OUT"', '"--out=$OUT"'])
+def test_the_container_writes_to_runs_alone(tmp_path: Path, out: str) -> None:
+    split = f"args=({out}); check_args"
     refused = check(split, tmp_path, OUT="/elsewhere")
     assert (refused.returncode, "ARGS=--out /elsewhere: the container writes to runs/ alone" in refused.stderr) == (
         2,
@@ -378,6 +388,24 @@ def test_files_outside_of_the_checkout_are_mounted_read_only(outside: Path) -> N
     said = result.stdout.partition(", ARGS: ")[2].split("\n", 1)[0]
     assert shlex.split(said) == ["--names", f"/host{outside}/names", "--split", "x"]
     assert f"ONNX: /host{outside}/models/it'\\''s a.onnx" in result.stdout, "as it stands between single quotes"
+
+
+def test_a_path_that_no_engine_mounts_is_named(outside: Path) -> None:
+    (outside / "names").rename(outside / "na:mes")
+    result = make("eval", f"ONNX={outside}/link.onnx", f"ARGS=--names {outside}/na:mes", **IN_DOCKER)
+    assert result.returncode == 2
+    assert f"{outside}/na:mes: an engine cannot mount a path with a colon: rename it" in result.stderr
+
+
+@pytest.mark.parametrize(("seen", "gpus", "left"), [("3,1", "1", "3"), ("3,1", "all", "3,1"), ("", "1", None)])
+def test_gpus_that_are_hidden_stay_hidden(tmp_path: Path, seen: str, gpus: str, left: str | None) -> None:
+    job = str(REPO_DIR / "scripts" / "job")
+    script = '. <(sed -n "/^show_gpus/,/^}/p" "$JOB"); show_gpus; echo "$CUDA_VISIBLE_DEVICES"'
+    result = check(script, tmp_path, JOB=job, CUDA_VISIBLE_DEVICES=seen, GPUS=gpus)
+    if left is None:
+        assert (result.returncode, "CUDA_VISIBLE_DEVICES is empty" in result.stderr) == (2, True)
+    else:
+        assert result.stdout == f"{left}\n"
 
 
 def test_a_link_is_mounted_under_its_own_name(outside: Path) -> None:
@@ -456,3 +484,20 @@ def test_make_ends_by_the_signal_that_ended_a_container(code: int, signal_number
     )
     assert f"Error {code}" in ended.stderr
     assert ended.returncode == (2 if signal_number is None else -signal_number)
+
+
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_job_that_a_signal_finds_ends_as_it_says_itself(tmp_path: Path, code: int) -> None:
+    """What ended well just then is done, and not stopped."""
+    stand_ins, stopped = Path(__file__).with_name("stand_ins_client"), tmp_path / "stopped"
+    kept = {name: value for name, value in os.environ.items() if name != "OWNER"}
+    env = {**kept, "PATH": f"{stand_ins}:{os.environ['PATH']}", "CLIENT_CODE": str(code), "STOPPED": str(stopped)}
+    command = [str(REPO_DIR / "scripts" / "container"), "data"]
+    with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as job:
+        while not stopped.with_name("stopped.begun").exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        job.terminate()
+        job.communicate()
+    assert stopped.exists()
+    assert job.returncode == code

@@ -32,6 +32,7 @@ from app.coco.dataset import (
     hash_ids,
     own_title,
 )
+from app.coco.entries import name_fault
 from app.coco.images import content_hash
 from app.coco.layout import describe_source, find_split
 from app.coco.matching import Matcher
@@ -119,13 +120,19 @@ def truth_of(dataset: Dataset) -> COCO:
 
 
 def usable_ids(truth: COCO, dataset: Dataset) -> list[int]:
-    """Sorted ids of the images that may be scored."""
-    if dataset.image_ids is None:
-        return sorted(truth.imgs)
-    unknown = set(dataset.image_ids) - set(truth.imgs)
+    """Sorted ids of the images that may be scored.
+
+    Raises:
+        UserError: one is not listed, or its file name leads out of the dataset: a run may come from somebody else.
+    """
+    image_ids = sorted(truth.imgs if dataset.image_ids is None else dataset.image_ids)
+    unknown = set(image_ids) - set(truth.imgs)
     if unknown:
         raise UserError(f"{dataset.annotation_file} does not list image {min(unknown)}: run 'make data ARGS=--force'")
-    return sorted(dataset.image_ids)
+    for image_id in image_ids:
+        if reason := name_fault(truth.imgs[image_id]["file_name"]):
+            raise UserError(f"{dataset.annotation_file}: image id {image_id}: {reason}: run 'make data ARGS=--force'")
+    return image_ids
 
 
 def first_of(image_ids: list[int], max_images: int | None) -> list[int]:

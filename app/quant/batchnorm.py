@@ -50,6 +50,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
         if n_batches == 0:
             for norm in norms:
                 norm.reset_running_stats()
+                if norm.running_var is not None:  # 1 + (var - 1), as a kernel updates it, would round a small one away
+                    norm.running_var.zero_()
                 norm.train()
         n_batches += 1
         for norm in norms:

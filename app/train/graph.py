@@ -181,7 +181,11 @@ class StepGraph:
         passes.scale.copy_(self.state.scaler.scale(self.one))
 
     def _capture(self, batch: dict[str, Any]) -> bool:
-        """Captures the graph; False, and one line that says why, where that fails: then training goes on without."""
+        """Captures the graph; False, and one line that says why, where that fails: then training goes on without.
+
+        Of several ranks each must fail, or fail after the warm-up: those in the warm-up's all_reduce wait for one that
+        has left it until the process group's time is up (PeerLost).
+        """
         log.info("train.graph: compiling kernels and capturing the step as a CUDA graph")
         self._release()
         self.copies = torch.cuda.Stream(self.device)

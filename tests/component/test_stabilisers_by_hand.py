@@ -202,6 +202,21 @@ def test_reestimated_statistics_are_means_over_batches_without_what_was_there() 
     assert [int(norm.state_dict()["num_batches_tracked"]) for norm in net] == [2, 2]
 
 
+class AsAKernel(nn.BatchNorm2d):
+    """Moves its variance as norm_kernels.py does: old + momentum * (new - old)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert self.running_var is not None and self.momentum is not None
+        self.running_var += self.momentum * (input.var() - self.running_var)
+        return input
+
+
+def test_a_variance_that_is_small_beside_1_is_kept() -> None:
+    net = nn.Sequential(AsAKernel(1))
+    reestimate_batchnorm(net, [images([0.0, 0.0, 2e-5, 2e-5])])
+    assert statistics_of(net[0])[1] == pytest.approx(4e-10 / 3, rel=RTOL)
+
+
 def test_second_reestimation_knows_nothing_of_the_first() -> None:
     net = two_norms()
     reestimate_batchnorm(net, [images([50.0, 60.0, 70.0, 80.0])] * 3)

@@ -351,6 +351,9 @@ ARGUMENTS = [
         f"{NONE}: train.epochs=3: a setting is written --set train.epochs=3",
     ),
     Argument(
+        "option that is cut short", ("all", "--forc"), f"{NONE}: --forc: --help lists the arguments",
+    ),
+    Argument(
         "setting as an option", ("all", "--epochs", "3"),
         f"{NONE}: --epochs 3: a setting is written --set train.epochs=3",
     ),

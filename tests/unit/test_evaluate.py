@@ -368,6 +368,18 @@ def test_standalone(tmp_path: Path, coco_dir: Path) -> None:
         standalone_dataset(coco_dir, "val2017")
 
 
+def test_an_image_outside_of_the_dataset_is_not_read(run: RunRoot, coco_dir: Path) -> None:
+    """provenance.json of a run from elsewhere may name an image that 'make data' would have refused."""
+    annotation_file = dataset(coco_dir).annotation_file
+    annotation_file.write_text(annotation_file.read_text().replace("000000000005.png", "../000000000005.png"))
+    (coco_dir / "val2017" / "000000000005.png").rename(coco_dir / "000000000005.png")
+    tree = read_json(run.provenance, "data")
+    tree["splits"]["val"] |= {"image_ids": [1, 5], "annotation_sha256": sha256(annotation_file)}
+    write_json(run.provenance, tree)
+    with pytest.raises(UserError, match=r"image id 5: its file name leaves the image folder: run 'make data ARGS="):
+        evaluate(load("qat", [], SETS), run, False)
+
+
 def test_evaluator_imports_no_training_library() -> None:
     code = (
         "import sys, app.eval.evaluate; "

@@ -9,6 +9,8 @@ import pytest
 from app.coco.dataset import (
     BUILTIN_TITLE,
     COCO_2017,
+    OFFICIAL_ANNOTATIONS,
+    OFFICIAL_SIZES,
     OTHER_COCO,
     Dataset,
     annotation_path,
@@ -16,8 +18,10 @@ from app.coco.dataset import (
     coco_title,
     hash_ids,
 )
+from app.coco.score import standalone_dataset
 from app.core.config import UserError
 from app.core.files import sha256
+from tests.support.data_fixtures import annotation, edit
 
 
 def test_files_lie_where_coco_has_them() -> None:
@@ -55,6 +59,15 @@ def test_other_annotations_are_refused(tmp_path: Path) -> None:
 )
 def test_only_the_official_sizes_are_called_coco_2017(listed: dict[str, tuple[int, int]], title: str) -> None:
     assert coco_title(listed) == title
+
+
+def test_other_labels_on_the_same_images_are_another_dataset(coco_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if COCO's val2017 were the tiny one, of one image with one annotation."""
+    monkeypatch.setitem(OFFICIAL_SIZES, "val2017", 1)
+    monkeypatch.setitem(OFFICIAL_ANNOTATIONS, "val2017", 1)
+    assert standalone_dataset(coco_dir, "val2017").title == COCO_2017
+    edit(coco_dir, lambda tree: tree["annotations"].append(annotation(2, 3, 59, [1, 2, 3, 4])), "val2017")
+    assert standalone_dataset(coco_dir, "val2017").title == OTHER_COCO
 
 
 def test_titles_stay_as_reports_show_them() -> None:

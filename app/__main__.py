@@ -25,6 +25,7 @@ def stages() -> dict[str, Stage]:
     """Every command: what it does, its arguments, its function."""
     return {
         "all": Stage("the whole job: data, both trainings, ptq, export, eval, report", whole_arguments, whole_job),
+        "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "data": Stage("check COCO, make the YOLO view beside the runs, choose a subset", job_arguments, data),
         "train": Stage("train one variant from random weights; continues a training", train_arguments, train),
         "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
@@ -118,9 +119,13 @@ def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") 
 def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "full") -> None:
     """Of every stage that reads the configuration."""
     run_arguments(stage, default_run)
+    settings_arguments(stage)
+    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
+
+
+def settings_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
 
 
 def yes_argument(stage: argparse.ArgumentParser) -> None:
@@ -179,6 +184,15 @@ def compare_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("right", type=not_empty, help="runs/B, or runs/A/qat-w4a16-coco")
     stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
+
+
+def sweep_arguments(stage: argparse.ArgumentParser) -> None:
+    run_arguments(stage, "sweep")
+    settings_arguments(stage)
+    stage.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME", help="names or files, as quant.scheme")
+    stage.add_argument("--seeds", nargs="+", type=int, required=True, metavar="N", help="train.seed: a run for each")
+    stage.add_argument("--dry-run", action="store_true", help="only list what would run, with the hours of an estimate")
+    yes_argument(stage)
 
 
 def bench_arguments(stage: argparse.ArgumentParser) -> None:
@@ -282,20 +296,22 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    from app.core.run import runs_of
+
     given: list[str] = [args.run, *args.runs] if args.run is not None else args.runs
-    args.run, *others = dict.fromkeys(given or ["full"])  # without repetitions
+    first, *others = runs_of(given or ["full"], args.runs_dir)
+    args.run = first.name
     with set_up(args) as job:
-        from app.core.run import open_run
         from app.report.report import report
 
-        report(job.config, job.run, [open_run(name, args.runs_dir) for name in others])
+        report(job.config, job.run, others)
 
 
 def publish(args: argparse.Namespace) -> None:
-    from app.core.run import open_run
+    from app.core.run import runs_of
     from app.report.publish import publish
 
-    run, *others = [open_run(name, args.runs_dir) for name in dict.fromkeys([args.run, *args.runs])]
+    run, *others = runs_of([args.run, *args.runs], args.runs_dir)
     publish(run, args.aim, args.force, others)
 
 
@@ -308,6 +324,15 @@ def compare(args: argparse.Namespace) -> None:
 
     config = load("qat", sets=args.set)
     compare(Path(args.left), Path(args.right), args.out, config.report, config.data.coco_dir)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        from app.sweep.plan import Order
+        from app.sweep.sweep import dry_run, sweep
+
+        order = Order(args.schemes, args.seeds, args.conf, args.set, args.yes)
+        (dry_run if args.dry_run else sweep)(order, job.run)
 
 
 def bench(args: argparse.Namespace) -> None:

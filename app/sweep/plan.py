@@ -1,4 +1,4 @@
-"""What a sweep consists of: a run for each seed, in it FP16 and a training for each scheme, and what is left of each."""
+"""What a sweep consists of: a run for each seed, in it FP16 and a training for each scheme, and what is left."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def sweep(order: Order, run: RunRoot) -> None:
 
 
 def dry_run(order: Order, run: RunRoot) -> None:
-    """Lists what the sweep would do, with the hours of an estimate, which is made where there is none of these settings.
+    """Lists what the sweep would do, with the hours of an estimate, which is made if none has these settings.
 
     Raises:
         UserError: as `sweep`.

@@ -15,7 +15,7 @@ from app.core.curves import COLOURS, NEUTRAL
 from app.core.labels import BASELINE, PACKED_BITS, Label
 from app.core.ratios import ratio_of_pairs
 from app.report.evidence import Evidence, label_of
-from app.report.figures import draw, legend_below
+from app.report.figures import draw, legend_below, literal
 from app.report.groups import measured_alike
 from app.report.tables import MISSING, markdown_table, number
 
@@ -28,6 +28,9 @@ PANELS = {"int4_mb": "4 bits and fewer packed (INT4)", "qcdq_mb": "a byte a weig
 TICKS_MB = [base * 10.0**power for power in range(-3, 4) for base in (1, 2, 5)]
 ENOUGH_SCHEMES = 2
 DOT_ALPHA = 0.45
+SAME_BYTES = 0.01  # share by which files of one size may differ
+SIDE_BY_SIDE, MARGIN = 1.06, 1.2  # factors on the axis of the MB
+ROOM_FOR_NAMES = 1.35  # above the highest mark
 TITLE = "## AP over bytes"
 
 
@@ -148,7 +151,7 @@ def curve_block(points: list[Point] | None, name: str, figures_dir: Path) -> lis
         return []
     text = (
         "**AP over the bytes of the file.** A faint mark is a run, a full one the mean of all; lines join the means of "
-        "what was made alike. The scale of the bytes is logarithmic."
+        "what was made alike. The scale of the bytes is logarithmic, and schemes of equal bytes stand side by side."
     )
     return ["", draw(figures_dir, name, text, lambda: curve_figure(points))]
 
@@ -157,53 +160,63 @@ def curve_figure(points: list[Point]) -> Figure:
     """A panel for each way to store the weights: a mark for each run, and the line of the means."""
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     for panel, (size, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
+        shown = [each for each in points if each[size] is not None]
+        places = places_of(shown, size)
         for how in WORDS:
-            alike = [each for each in points if each["how"] == how and each[size] is not None]
-            draw_series(panel, sorted(alike, key=lambda each: each[size]), size, how)
-        name_marks(panel, points, size)
-        finish(panel, points, size)
+            alike = [each for each in shown if each["how"] == how]
+            draw_series(panel, sorted(alike, key=lambda each: places[name_of(each)]), places)
+        write_names(panel, shown, places)
+        set_scales(panel, list(places.values()))
         panel.set_title(title, fontsize=10)
-    figure.axes[0].set_ylabel("AP")
+    highest = max(max(each["AP"].values()) for each in points)
+    figure.axes[0].set(ylabel="AP", ylim=(0, (highest or 1) * ROOM_FOR_NAMES))
     return legend_below(figure)
 
 
-def draw_series(panel: Axes, series: list[Point], size: str, how: str) -> None:
+def name_of(each: Point) -> str:
+    return each["scheme"] or ("FP32" if each["label"] == str(BASELINE) else "FP16")
+
+
+def places_of(points: list[Point], size: str) -> dict[str, float]:
+    """Scheme, FP32 or FP16 -> place on the axis of the MB; those of equal bytes stand side by side."""
+    sizes = {name_of(each): each[size] for each in points}
+    places: dict[str, float] = {}
+    for name, own in sizes.items():
+        alike = [other for other in sizes if abs(sizes[other] / own - 1) < SAME_BYTES]
+        places[name] = own * SIDE_BY_SIDE ** (alike.index(name) - (len(alike) - 1) / 2)
+    return places
+
+
+def draw_series(panel: Axes, series: list[Point], places: dict[str, float]) -> None:
     """The models that were made alike, in the order of their bytes."""
     if not series:
         return
+    how = series[0]["how"]
     colour, marker = COLOUR_OF[how], MARKER_OF[how]
     for each in series:
         aps = list(each["AP"].values())
         if len(aps) > 1:
-            panel.plot([each[size]] * len(aps), aps, marker, color=colour, alpha=DOT_ALPHA, ms=4, mew=0)
+            panel.plot([places[name_of(each)]] * len(aps), aps, marker, color=colour, alpha=DOT_ALPHA, ms=4, mew=0)
     line = "" if how == FLOAT else "-"
-    means = [each["mean"] for each in series]
-    panel.plot([each[size] for each in series], means, marker, ls=line, color=colour, ms=7, lw=1.5, label=WORDS[how])
+    mbs, means = [places[name_of(each)] for each in series], [each["mean"] for each in series]
+    panel.plot(mbs, means, marker, ls=line, color=colour, ms=6, lw=1.2, label=WORDS[how])
 
 
-def name_marks(panel: Axes, points: list[Point], size: str) -> None:
-    """The scheme's name above its best mean; FP32 and FP16 above theirs."""
-    best: dict[str, Point] = {}
-    for each in points:
-        name = each["scheme"] or ("FP32" if each["label"] == str(BASELINE) else "FP16")
-        if each[size] is not None and (name not in best or each["mean"] > best[name]["mean"]):
-            best[name] = each
-    for i, (name, each) in enumerate(sorted(best.items(), key=lambda item: item[1][size])):
-        highest = max(each["AP"].values())
-        step = 8 + 12 * (i % 2)  # in turns lower and higher: neighbours' names are longer than their distance
-        panel.annotate(name, (each[size], highest), (0, step), textcoords="offset points", ha="center", fontsize=8)
+def write_names(panel: Axes, points: list[Point], places: dict[str, float]) -> None:
+    """Each name on end above its highest mark: those of neighbours are longer than their distance."""
+    for name, place in places.items():
+        highest = max(max(each["AP"].values()) for each in points if name_of(each) == name)
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        panel.annotate(literal(name), (place, highest), rotation=90, fontsize=8, **above)
 
 
-def finish(panel: Axes, points: list[Point], size: str) -> None:
-    """Scales, grid, and ticks in plain MB."""
-    sizes = [each[size] for each in points if each[size] is not None]
-    lowest, highest = min(sizes) / 1.35, max(sizes) * 1.35
+def set_scales(panel: Axes, mbs: list[float]) -> None:
+    """A logarithmic axis with ticks in plain MB, and a grid."""
+    lowest, highest = min(mbs) / MARGIN, max(mbs) * MARGIN
     panel.set_xscale("log")
     panel.set_xlim(lowest, highest)
     panel.set_xticks([tick for tick in TICKS_MB if lowest <= tick <= highest])
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("MB")
-    panel.set_ylim(bottom=0)
-    panel.margins(y=0.18)
     panel.grid(alpha=0.3)

@@ -1,7 +1,7 @@
 """`python -m tests.support.tiny_stages STAGE ...` leaves behind what a stage of app does; it imports nothing of app.
 
-A training has epochs of EPOCH_S seconds, writes results.csv after each, and goes on where it stopped. What was begun, and
-how it ended, is in calls.txt of the runs' folder.
+A training has epochs of EPOCH_S seconds, writes results.csv after each, and goes on where it stopped. What begins
+and how it ends is in calls.txt of the runs' folder.
 """
 
 from __future__ import annotations

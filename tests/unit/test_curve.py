@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from app.core.config import load
-from app.core.ratios import ratio_of_means
+from app.core.ratios import ratio_of_pairs
 from app.core.run import RunRoot, runs_of
 from app.report.compare import pair_up
-from app.report.curve import curve, curve_figure
+from app.report.curve import curve, curve_figure, places_of
 from app.report.evidence import gather
 from app.report.page_files import page_of
 from app.report.publish import publish
@@ -52,15 +52,15 @@ def runs(tmp_path: Path) -> list[RunRoot]:
     return made
 
 
-def test_ratio_of_means_by_hand() -> None:
+def test_ratio_of_pairs_by_hand() -> None:
     """1.32 / 1.50 = 0.88; residuals (0.36 - 0.352, 0.45 - 0.44, 0.51 - 0.528) / 0.5 = 0.016, 0.02, -0.036."""
-    ratio = ratio_of_means(list(W4), list(BASE))
+    ratio = ratio_of_pairs(list(W4), list(BASE))
     assert ratio is not None and ratio.value == pytest.approx(0.88)
     assert ratio.error == pytest.approx(math.sqrt((0.016**2 + 0.02**2 + 0.036**2) / 2 / 3))
-    two = ratio_of_means([0.2, 0.3], [0.4, 0.6])
-    assert two is not None and (two.value, two.error, two.n) == (pytest.approx(0.5), None, 2)
-    assert ratio_of_means([], []) is None and ratio_of_means([1.0], [0.0]) is None
-    assert ratio_of_means([math.nan], [1.0]) is None
+    two = ratio_of_pairs([0.2, 0.3], [0.4, 0.6])
+    assert two is not None and (two.value, two.error) == (pytest.approx(0.5), None)
+    assert ratio_of_pairs([], []) is None and ratio_of_pairs([1.0], [0.0]) is None
+    assert ratio_of_pairs([math.nan], [1.0]) is None
 
 
 def test_points_of_merged_runs(runs: list[RunRoot]) -> None:
@@ -103,12 +103,19 @@ def test_the_picture_has_a_mark_for_each_seed(runs: list[RunRoot]) -> None:
     packed, qcdq = curve_figure(points).axes
     for panel, w4_mb in ((packed, 1.5), (qcdq, 2.663676)):
         marks = {str(line.get_label()): line for line in panel.lines}
-        assert x_of(marks["QAT"]) == [w4_mb, 2.7]
+        assert x_of(marks["QAT"]) == pytest.approx([w4_mb, 2.7])
         assert y_of(marks["QAT"]) == pytest.approx([0.44, 0.50])
         assert x_of(marks["FP32 and FP16"]) == [4.7, 9.284375]
         seeds = [line for line in panel.lines if x_of(line) == [w4_mb] * 3]
         assert [y_of(line) for line in seeds] == [list(W4)]
         assert {text.get_text() for text in panel.texts} == {"w4a16", "w8a16", "FP16", "FP32"}
+
+
+def test_schemes_of_equal_bytes_stand_side_by_side() -> None:
+    points = [{"scheme": name, "mb": mb} for name, mb in (("a", 2.70), ("b", 2.71), ("c", 4.0))]
+    places = places_of(points, "mb")
+    assert places["a"] < 2.70 < 2.71 < places["b"] < 3
+    assert places["c"] == 4.0
 
 
 def test_page_of_a_sweep_and_its_publication(runs: list[RunRoot], caplog: pytest.LogCaptureFixture) -> None:

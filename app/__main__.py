@@ -25,7 +25,6 @@ def stages() -> dict[str, Stage]:
     """Every command: what it does, its arguments, its function."""
     return {
         "all": Stage("the whole job: data, both trainings, ptq, export, eval, report", whole_arguments, whole_job),
-        "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "data": Stage("check COCO, make the YOLO view beside the runs, choose a subset", job_arguments, data),
         "train": Stage("train one variant from random weights; continues a training", train_arguments, train),
         "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
@@ -34,6 +33,7 @@ def stages() -> dict[str, Stage]:
         "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
+        "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),

@@ -456,3 +456,28 @@ def test_make_ends_by_the_signal_that_ended_a_container(code: int, signal_number
     )
     assert f"Error {code}" in ended.stderr
     assert ended.returncode == (2 if signal_number is None else -signal_number)
+
+
+def test_a_sweep_in_the_container_sees_its_scheme_files(tmp_path: Path) -> None:
+    file = tmp_path / "its own.yaml"
+    file.touch()
+    result = make("sweep", f"SCHEMES=w4a16 '{file}'", "SEEDS=0 1", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert f"<{file}:/host{file}:ro>" in result.stdout
+    words = re.findall("^SWEEP: (.*) x (.*)$", result.stdout, re.MULTILINE)[0]
+    assert list(map(shlex.split, words)) == [["w4a16", f"/host{file}"], ["0", "1"]]
+    assert "run: sweep" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "said"),
+    [
+        ("sweep", ["SEEDS=0"], "SCHEMES is not given: make sweep SCHEMES="),
+        ("sweep", ["SCHEMES=w4a16"], "SEEDS is not given: make sweep SCHEMES="),
+        ("all", ["SEEDS=0"], "SCHEMES=... and SEEDS=... are for make sweep"),
+    ],
+)
+def test_a_sweep_names_schemes_and_seeds(target: str, given: list[str], said: str) -> None:
+    result = make(target, *given, RUNNER="local", ACCEL="cpu")
+    assert result.returncode == 2
+    assert said in result.stderr

@@ -35,9 +35,7 @@ def stages() -> dict[str, Stage]:
         "eval": Stage("ONNX files -> COCO numbers and latency; --onnx: any file", eval_arguments, evaluate),
         "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
-        "compare": Stage(
-            "two runs or scored folders -> compare.md: where they differ", reports.compare_arguments, compare
-        ),
+        "compare": Stage("two runs or scored folders -> compare.md, differences", reports.compare_arguments, compare),
         "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),

@@ -4,7 +4,7 @@
 .NOTPARALLEL:
 job = @export OWNER=$$PPID; exec scripts/job $@
 TARGETS := help $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
-VARIABLES := RUN COCO_DIR ARGS CONF A B ONNX RUNNER ACCEL GPUS SHM_SIZE MEM_LIMIT APP_UID APP_GID IMAGE \
+VARIABLES := RUN COCO_DIR ARGS CONF A B ONNX SCHEMES SEEDS RUNNER ACCEL GPUS SHM_SIZE MEM_LIMIT APP_UID APP_GID IMAGE \
 	TENSORBOARD_PORT BASE_IMAGE CA_BUNDLE PIP_INDEX_URL PYTHON HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy \
 	no_proxy DOCKER_HOST CUDA_VISIBLE_DEVICES SHELL
 
@@ -16,9 +16,10 @@ $(foreach v,$(filter-out $(VARIABLES),$(GIVEN)),$(error $v=$(value $v): $(subst 
 $(foreach word,$(filter-out $(TARGETS),$(MAKECMDGOALS)),$(error $(word): $(call meant,target,$(word))))
 $(if $(and $(filter A B,$(GIVEN)),$(filter-out compare,$(MAKECMDGOALS))),$(error A=... and B=... are for make compare))
 $(if $(and $(filter ONNX,$(GIVEN)),$(filter-out eval,$(MAKECMDGOALS))),$(error ONNX=... is for make eval))
+$(if $(and $(filter SCHEMES SEEDS,$(GIVEN)),$(filter-out sweep,$(MAKECMDGOALS))),$(error SCHEMES=... and SEEDS=... are for make sweep))
 
 # What a variable holds is text, `$` too: make expands nothing in it.
-$(foreach v,RUN COCO_DIR ARGS CONF A B ONNX,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
+$(foreach v,RUN COCO_DIR ARGS CONF A B ONNX SCHEMES SEEDS,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 
 ##@ Start here
 smoke: ; $(job) ## the whole job on a small drawn dataset, minutes on two cores
@@ -35,6 +36,7 @@ report: ; $(job) ## runs/RUN/summary.md and .html (ARGS="--runs B C": summary-wi
 compare: ; $(job) ## A=runs/a B=runs/b, two runs or scored folders: AP by class, images that differ -> runs/compare
 publish: ; $(job) ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
 all: ; $(job) ## data, both trainings, ptq, export, eval, report
+sweep: ; $(job) ## SCHEMES="w4a16 w8a16 my.yaml" SEEDS="0 1 2": all of them, one report (ARGS=--dry-run: only hours)
 schemes: ; $(job) ## bits, share and bytes of the layers (ARGS="--scheme my.yaml"), without training
 bench: ; $(job) ## step times and stability, side by side
 
@@ -74,7 +76,7 @@ help:
 		/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 	@printf '\n%s\n' 'Variables'
 	@printf '  %-21s %s\n' \
-		RUN=name 'folder under runs/ (default full; smoke, soak, bench: so named)' \
+		RUN=name 'folder under runs/ (default full; smoke, soak, bench, sweep: so named)' \
 		COCO_DIR=path 'COCO folder (default data/coco; smoke: the drawn dataset)' \
 		ARGS='"--set key=value"' 'settings, all in conf/base.yaml; --force runs again' \
 		CONF=file.yaml 'settings from files' \

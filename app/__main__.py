@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.bench import command as benches
-from app.core.command_line import Parser, not_empty
+from app.core.command_line import Parser
 from app.data import command as datasets
+from app.eval import command as evals
 from app.job import Job, after_training, is_done, set_up
+from app.report import command as reports
 from app.schemes import command as schemes
+from app.sweep import command as sweeps
 
 FP16_TRAINING = "train --variant fp16"
 ORDER = ("data", FP16_TRAINING, "train --variant qat", "ptq", "export", "eval", "report")
@@ -32,7 +35,8 @@ def stages() -> dict[str, Stage]:
         "eval": Stage("ONNX files -> COCO numbers and latency; --onnx: any file", eval_arguments, evaluate),
         "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
-        "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
+        "compare": Stage("two runs or scored folders -> compare.md, differences", reports.compare_arguments, compare),
+        "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
@@ -118,9 +122,13 @@ def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") 
 def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "full") -> None:
     """Of every stage that reads the configuration."""
     run_arguments(stage, default_run)
+    settings_arguments(stage)
+    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
+
+
+def settings_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
 
 
 def yes_argument(stage: argparse.ArgumentParser) -> None:
@@ -146,17 +154,7 @@ def ptq_arguments(stage: argparse.ArgumentParser) -> None:
 
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
-    stage.add_argument("--onnx", type=Path, help="score this file instead of those of the run")
-    stage.add_argument("--coco-dir", type=Path, help="with --onnx: COCO folder (default: data.coco_dir)")
-    stage.add_argument("--split", help="with --onnx: a folder of images (default: val2017, or what the layout has)")
-    stage.add_argument("--out", type=Path, help="with --onnx: folder of the scores (default: RUNS_DIR/eval/NAME)")
-    stage.add_argument("--max-images", type=int, help="first N of a seeded order; labelled as a subset")
-    stage.add_argument(
-        "--contract", choices=("raw", "end2end", "nms"),
-        help="with --onnx: what the output is, where the file does not say it; raw needs no suppression, nms does",
-    )  # fmt: skip
-    stage.add_argument("--names", type=Path, metavar="FILE", help="with --onnx: its class names, as conf/coco.names")
-    stage.add_argument("--imgsz", type=int, metavar="PX", help="with --onnx: side of its input, where that is free")
+    evals.add_arguments(stage)
 
 
 def report_arguments(stage: argparse.ArgumentParser) -> None:
@@ -174,11 +172,11 @@ def publish_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--force", action="store_true", help="replace what was published; adds another entry")
 
 
-def compare_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("left", type=not_empty, help="runs/A, or a folder of it such as runs/A/baseline-coco")
-    stage.add_argument("right", type=not_empty, help="runs/B, or runs/A/qat-w4a16-coco")
-    stage.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="report.gallery_...=...")
+def sweep_arguments(stage: argparse.ArgumentParser) -> None:
+    run_arguments(stage, "sweep")
+    settings_arguments(stage)
+    yes_argument(stage)
+    sweeps.add_arguments(stage)
 
 
 def bench_arguments(stage: argparse.ArgumentParser) -> None:
@@ -282,20 +280,22 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    from app.core.run import runs_of
+
     given: list[str] = [args.run, *args.runs] if args.run is not None else args.runs
-    args.run, *others = dict.fromkeys(given or ["full"])  # without repetitions
+    first, *others = runs_of(given or ["full"], args.runs_dir)
+    args.run = first.name
     with set_up(args) as job:
-        from app.core.run import open_run
         from app.report.report import report
 
-        report(job.config, job.run, [open_run(name, args.runs_dir) for name in others])
+        report(job.config, job.run, others)
 
 
 def publish(args: argparse.Namespace) -> None:
-    from app.core.run import open_run
+    from app.core.run import runs_of
     from app.report.publish import publish
 
-    run, *others = [open_run(name, args.runs_dir) for name in dict.fromkeys([args.run, *args.runs])]
+    run, *others = runs_of([args.run, *args.runs], args.runs_dir)
     publish(run, args.aim, args.force, others)
 
 
@@ -308,6 +308,11 @@ def compare(args: argparse.Namespace) -> None:
 
     config = load("qat", sets=args.set)
     compare(Path(args.left), Path(args.right), args.out, config.report, config.data.coco_dir)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        sweeps.run(args, job.run)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -15,19 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from app.bench.stability_rows import BASE, Row, base_of
-from app.bench.stability_table import (
-    N_PAIRS,
-    at,
-    error_of_mean,
-    lowest_share,
-    mean_of,
-    paired,
-    ratio_and_residuals,
-    ratio_of_means,
-    rows_by_arm,
-    worst,
-)
+from app.bench.stability_table import at, lowest_share, mean_of, paired, ratio_of_means, rows_by_arm, worst
 from app.core.curves import COLOURS, NEUTRAL
+from app.core.ratios import N_PAIRS, error_of_mean, ratio_and_residuals
 from app.core.results import AP, AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES, SCORED
 from app.report.tables import MISSING, markdown_table
 

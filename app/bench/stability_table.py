@@ -8,13 +8,13 @@ import statistics
 from dataclasses import dataclass
 
 from app.bench.stability_rows import Row, all_up_to, base_of
+from app.core.ratios import N_PAIRS, error_of_mean, ratio_of_pairs
 from app.core.results import SCORED, STATES
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
 N_SETTLE = 2  # validations before the running best counts: AP starts at zero
 N_LAST = 3  # validations whose mean is steadier than the last one's AP
-N_PAIRS = 2  # seeds whose spread says nothing yet
 HEADS = [
     "arm", "seeds", "epochs", "AP raw", "AP EMA", "AP EMA+BN", "of FP16", f"of FP16, last {N_LAST}", "val loss",
     "over FP16's", "train loss over FP16's", "lowest share of best: raw", "EMA", "EMA+BN", "EMA+BN, mean curve",
@@ -169,18 +169,8 @@ def share_of_fp16(rows: list[Row], fp16: list[Row], n_last: int) -> str:
 
 def ratio_of_means(values: list[float], bases: list[float]) -> str:
     """Ratio of the means of paired values, with its standard error (delta method); MISSING where one is NaN."""
-    if not sum(bases) or math.isnan(sum(values) + sum(bases)):
-        return MISSING
-    ratio, residuals = ratio_and_residuals(values, bases)
-    return f"{ratio:.3f}{standard_error(residuals)}"
-
-
-def ratio_and_residuals(values: list[float], bases: list[float]) -> tuple[float, list[float]]:
-    """Ratio of the means of paired values, and how far each pair is off it, as a share of the bases' mean: the standard
-    error of the mean of these is that of the ratio (delta method)."""
-    mean_base = statistics.fmean(bases)
-    ratio = statistics.fmean(values) / mean_base
-    return ratio, [(value - ratio * base) / mean_base for value, base in zip(values, bases, strict=True)]
+    ratio = ratio_of_pairs(values, bases)
+    return MISSING if ratio is None else f"{ratio.value:.3f}{error_text(ratio.error)}"
 
 
 def loss_over_fp16(rows: list[Row], fp16: list[Row], name: str) -> str:
@@ -196,11 +186,8 @@ def loss_over_fp16(rows: list[Row], fp16: list[Row], name: str) -> str:
 
 def standard_error(values: list[float]) -> str:
     """Standard error of the mean, as " ± 0.012"; empty for N_PAIRS values or fewer, whose spread says nothing."""
-    if len(values) <= N_PAIRS:
-        return ""
-    return f" ± {error_of_mean(values):.3f}"
+    return error_text(error_of_mean(values) if len(values) > N_PAIRS else None)
 
 
-def error_of_mean(values: list[float]) -> float:
-    """Standard error of the mean of two values or more."""
-    return statistics.stdev(values) / math.sqrt(len(values))
+def error_text(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.3f}"

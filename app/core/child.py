@@ -13,6 +13,7 @@ from pathlib import Path
 from app.core.answers import left_to_children
 
 log = logging.getLogger(__name__)
+PROGRAM = ["-m", "app"]  # what a stage is, as words for Python
 SHORT_OF_MEMORY = (signal.SIGKILL, signal.SIGBUS)  # what the kernel sends where memory or shared memory is short
 
 
@@ -36,7 +37,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
     Returns:
         its exit code; 128 + signal where it was killed, which is logged.
     """
-    command = [sys.executable, "-m", "app", *stage.split(), *arguments]
+    command = [sys.executable, *PROGRAM, *stage.split(), *arguments]
     child = subprocess.Popen(command, start_new_session=True)  # else a terminal's Ctrl-C would reach it a second time
     with signals_passed_on(child):
         code = child.wait()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ PROVENANCE_SHAPE: Shape = {
     **{f"splits.{split}.{key}": kind for split in ("train", "val") for key, kind in SPLIT_SHAPE.items()},
 }  # fmt: skip
 VIEW_SHAPE: Shape = {**PROVENANCE_SHAPE, "view_dir": PathText, "names": list[str]}
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep: its schemes, and its runs, one a seed
+SWEEP_SHAPE: Shape = {"schemes": list[str], "runs": dict[str, Count]}
 RECORD_SHAPE: Shape = {"stages": dict[str, dict[str, Any]]}
 
 
@@ -138,6 +140,15 @@ def open_run(name: str, runs_dir: Path) -> RunRoot:
     if name.lower() in RESERVED_NAMES:
         raise UserError(f"--run '{name}': {runs_dir / name} is no run, choose another name")
     return RunRoot(runs_dir, name)
+
+
+def runs_of(names: Iterable[str], runs_dir: Path) -> list[RunRoot]:
+    """The runs with these names, each once; in place of a sweep those that it is made of."""
+    found: list[str] = []
+    for name in names:
+        path = open_run(name, runs_dir).root / SWEEP_FILE
+        found += read_json(path, "sweep", SWEEP_SHAPE)["runs"] if path.exists() else [name]
+    return [open_run(name, runs_dir) for name in dict.fromkeys(found)]
 
 
 def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:

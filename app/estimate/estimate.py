@@ -156,6 +156,7 @@ def summary(pilot: Pilot, seconds: dict[str, dict[str, float]], training: Took) 
         "limit": {"part": part, "set": remedy},
         "pilot": {"batch": pilot.batch, "n_train": pilot.seen.train, "n_val": pilot.seen.val},
         "images": {"train": pilot.images.train, "val": pilot.images.val},
+        "config": pilot.command.config("qat").model_dump(mode="json"),
         "environment": environment(),
     }
 

@@ -7,6 +7,7 @@ import re
 
 from app.coco.dataset import BUILTIN_TITLE
 from app.core.run import RunRoot
+from app.report.curve import curve_lines
 from app.report.evidence import Evidence
 from app.report.findings import Findings
 from app.report.page_files import PageFiles
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 def show(files: PageFiles, evidence: Evidence, findings: Findings) -> None:
     """Logs the end of a job, whose page `files` are."""
     for line in [*tables(evidence.scored, findings), ""]:
+        log.info("%s", line)
+    for line in curve_lines(findings["curve"])[:-2]:  # without the note
         log.info("%s", line)
     for line in findings["missing"]:
         log.info("missing: %s", line)

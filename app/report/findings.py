@@ -12,6 +12,7 @@ from app.core.config import Report, UserError
 from app.core.differences import MACHINE_KEYS, difference, flatten, shown
 from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
+from app.report.curve import curve
 from app.report.evidence import Evidence, Training
 from app.report.groups import describe_meter, is_baseline, measured_alike, meter, rows_of
 from app.report.spread import TELLING_AP, enter_tellings, seed_spread, telling_of_means
@@ -49,6 +50,7 @@ def derive(evidence: Evidence, settings: Report) -> Findings:
         "settings": settings.model_dump(mode="json"),
         "missing": evidence.missing,
         "seeds": None,
+        "curve": curve([evidence]),
         "seed_spread": spread_of_seeds,
         "doubts": doubts(evidence),
         "groups": groups,
@@ -251,6 +253,7 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
         for folder in run["AP"]:
             over_runs[folder] = over_all(runs, folder)
     findings["seeds"] = {"runs": runs, "over_runs": over_runs}
+    findings["curve"] = curve(evidences)
     findings["run"] = ", ".join(run["name"] for run in runs)
     for other in evidences[1:]:
         missing = [f"{other.run.name}: {line}" for line in other.missing]

@@ -16,6 +16,7 @@ from app.core.config import Config, Report, UserError
 from app.core.files import write_json, write_text
 from app.core.run import RunRoot, record_stage
 from app.report.current import is_current, state
+from app.report.curve import curve_block
 from app.report.ending import show
 from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
@@ -41,15 +42,17 @@ def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None
         UserError: there is no such run, or `others` differ from it in more than seeds.
         SystemExit: (1) report.min_ap50 is set and a variant stays below it, or none was scored.
     """
-    evidence = gather(run)
+    evidences = list(map(gather, [run, *others]))
+    evidence = evidences[0]
     findings = derive(evidence, config.report)
     if others:
-        enter_seeds(findings, [evidence, *map(gather, others)])
+        enter_seeds(findings, evidences)
     files = page_of(run, others)
     write_json(files.numbers, findings)
     log.info("report: drawing the figures")
+    block = curve_block(findings["curve"], f"curve{files.ending}.png", run.figures_dir)
     figures = make_figures(evidence, config.report)
-    text = summary(evidence, findings, figures)
+    text = summary(evidence, findings, figures, block)
     write_text(files.markdown, text)
     write_text(files.html, page(text, run.root, findings["run"]))
     made_of = {} if others else {"state": state(run, config.report)}

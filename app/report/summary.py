@@ -10,6 +10,7 @@ from app.coco.detail import Metrics
 from app.core.labels import BASELINE, scored_name
 from app.core.results import AP_FREQUENT, FREQUENT_BOXES
 from app.report.appendix import appendix
+from app.report.curve import TITLE, curve_lines
 from app.report.evidence import Evidence, name_of
 from app.report.findings import Findings
 from app.report.groups import describe, frequent_line, measured_alike, stats_of
@@ -22,11 +23,12 @@ HEALTH_WORDS = {True: "yes", False: "**no**", None: "?"}
 ANOTHER_METER = "Set apart: measured otherwise, not to be compared with the rows above. "
 
 
-def summary(evidence: Evidence, findings: Findings, figures: list[str]) -> str:
-    """The whole page; `figures` are blocks of Markdown."""
+def summary(evidence: Evidence, findings: Findings, figures: list[str], curve: list[str]) -> str:
+    """The whole page; `figures` are blocks of Markdown, `curve` that of the curve where there is one."""
     parts = [
         "\n".join(tables(evidence.scored, findings)),
         names_line(evidence.scored),
+        *section(TITLE, [*curve_lines(findings["curve"]), *curve]),
         *section("## Seeds", seeds_lines(findings)),
         *section("## Read this before you compare", bullets(caveats(evidence, findings))),
         *section("## Pictures", ["\n\n".join(figures)] if figures else []),

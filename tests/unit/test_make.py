@@ -21,7 +21,7 @@ PROMISED = (
     "smoke test train-fp16 train-qat export ptq eval report all data draw download-coco "
     "tensorboard bench build lint stop"
 )
-GPU_JOBS = {"train-fp16", "train-qat", "export", "ptq", "eval", "all", "bench", "estimate", "smoke"}
+GPU_JOBS = {"train-fp16", "train-qat", "export", "ptq", "eval", "all", "bench", "estimate", "smoke", "sweep"}
 # What `make test` without a container hands down to the tests.
 OF_A_MAKE_AROUND = "RUNNER ACCEL RUN GPUS CONF COCO_DIR ARGS MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
 CHECKS = REPO_DIR / "scripts" / "checks"
@@ -501,3 +501,28 @@ def test_a_job_that_a_signal_finds_ends_as_it_says_itself(tmp_path: Path, code: 
         job.communicate()
     assert stopped.exists()
     assert job.returncode == code
+
+
+def test_a_sweep_in_the_container_sees_its_scheme_files(tmp_path: Path) -> None:
+    file = tmp_path / "its own.yaml"
+    file.touch()
+    result = make("sweep", f"SCHEMES=w4a16 '{file}'", "SEEDS=0 1", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert f"<{file}:/host{file}:ro>" in result.stdout
+    words = re.findall("^SWEEP: (.*) x (.*)$", result.stdout, re.MULTILINE)[0]
+    assert list(map(shlex.split, words)) == [["w4a16", f"/host{file}"], ["0", "1"]]
+    assert "run: sweep" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "said"),
+    [
+        ("sweep", ["SEEDS=0"], "SCHEMES is not given: make sweep SCHEMES="),
+        ("sweep", ["SCHEMES=w4a16"], "SEEDS is not given: make sweep SCHEMES="),
+        ("all", ["SEEDS=0"], "SCHEMES=... and SEEDS=... are for make sweep"),
+    ],
+)
+def test_a_sweep_names_schemes_and_seeds(target: str, given: list[str], said: str) -> None:
+    result = make(target, *given, RUNNER="local", ACCEL="cpu")
+    assert result.returncode == 2
+    assert said in result.stderr

@@ -1,0 +1,148 @@
+"""Runs the lanes of a sweep: one training a GPU at a time, or one after the other."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.core.child import signal_name
+from app.core.config import UserError
+from app.core.progress import clock
+from app.core.results import SCORED_AP, is_validated, read_rows
+from app.sweep.children import Children
+from app.sweep.plan import Lane, Training
+
+POLL_S = 0.2
+TOLD_EVERY_S = 600.0  # how far a training is
+OF_THE_USER = 2  # exit code of a mistake that every other training would meet too
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a lane; `training` is None for the stages before and after."""
+
+    lane: Lane
+    words: list[str]
+    training: Training | None = None
+
+    @property
+    def name(self) -> str:
+        return self.training.name if self.training else f"seed {self.lane.seed}, {self.words[0]}"
+
+
+@dataclass
+class AtWork:
+    """A step, its process, and the GPU that it has; the steps of the lane that are still to come."""
+
+    step: Step
+    process: subprocess.Popen[bytes]
+    gpu: str | None
+    to_come: deque[Step]
+    began: float = field(default_factory=time.monotonic)
+    told: float = field(default_factory=time.monotonic)
+
+
+def run_lanes(lanes: list[Lane], gpus: list[str | None], logs_dir: Path) -> list[str]:
+    """Runs the lanes, each on one of the `gpus`, until all have ended; gives the names of the steps that failed.
+
+    A training that fails, as the guard stops it, does not keep the others of its lane from going on.
+
+    Raises:
+        Interrupted: a signal came; all have saved and ended.
+        UserError: a step ended with the exit code of a user's mistake; the message is its last line.
+    """
+    waiting = deque(steps_of(lane) for lane in lanes)
+    free, at_work, failed = list(gpus), list[AtWork](), list[str]()
+    with Children() as children:
+        while (waiting or at_work) and not children.signal:
+            while waiting and free:
+                at_work.append(begin(children, waiting.popleft(), free.pop(0), logs_dir))
+            time.sleep(POLL_S)
+            still = []
+            for one in at_work:
+                code = one.process.poll()
+                if code is None:
+                    tell_progress(one)
+                    still.append(one)
+                    continue
+                if code and not children.signal:
+                    failed.append(tell_failure(one, code, log_of(one.step, logs_dir)))
+                elif not code:
+                    tell_end(one)
+                if one.to_come and not children.signal:
+                    still.append(begin(children, one.to_come, one.gpu, logs_dir))
+                else:
+                    free.append(one.gpu)
+            at_work = still
+    children.leave()
+    return failed
+
+
+def steps_of(lane: Lane) -> deque[Step]:
+    """The steps of a lane that are not known to be done; a stage that finds nothing to do ends at once."""
+    trainings = [Step(lane, each.words, each) for each in lane.trainings if not each.is_done]
+    after = [Step(lane, words) for words in lane.after]
+    return deque([Step(lane, lane.data), *trainings, *after])
+
+
+def begin(children: Children, steps: deque[Step], gpu: str | None, logs_dir: Path) -> AtWork:
+    step, path = steps[0], log_of(steps[0], logs_dir)
+    steps.popleft()
+    if step.training:
+        on = f" on GPU {gpu}" if gpu else ""
+        log.info("%s: begins (%s)%s, its lines are in %s", step.name, step.training.state(), on, path)
+    return AtWork(step, children.start(step.words, gpu, path), gpu, steps)
+
+
+def log_of(step: Step, logs_dir: Path) -> Path:
+    return logs_dir / f"seed{step.lane.seed}.log"
+
+
+def tell_end(one: AtWork) -> None:
+    """A line for every training, and for the scores of a lane."""
+    took = clock(time.monotonic() - one.began)
+    if one.step.training:
+        log.info("%s: done in %s, best AP %.3f", one.step.name, took, one.step.training.best_ap)
+    elif one.step.words[0] == "eval":
+        log.info(
+            "seed %d: quantized without training too, exported and scored: %s",
+            one.step.lane.seed,
+            one.step.lane.run.root,
+        )
+
+
+def tell_failure(one: AtWork, code: int, path: Path) -> str:
+    """Logs how a step failed.
+
+    Raises:
+        UserError: by a mistake of the user's.
+    """
+    last = last_line(path)
+    if code == OF_THE_USER:
+        raise UserError(f"{one.step.name}: {last.removeprefix('error: ')}")
+    how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}: {last}"
+    log.error("%s: %s (%s)", one.step.name, how, path)
+    return one.step.name
+
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def tell_progress(one: AtWork) -> None:
+    """From time to time how far a training is, by its results.csv."""
+    now = time.monotonic()
+    training = one.step.training
+    if training is None or now - one.told < TOLD_EVERY_S:
+        return
+    one.told = now
+    path = training.run.variant_dir(training.config.label) / "results.csv"
+    rows = [row for row in read_rows(path) if is_validated(row)] if path.exists() else []
+    if rows:
+        log.info("%s: %s, AP %.3f", training.name, training.state(), rows[-1][SCORED_AP])

@@ -1,0 +1,137 @@
+"""What a sweep consists of: a run for each seed, in it FP16 and a training for each scheme, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.core.child import job_words
+from app.core.config import SCHEME, Config, UserError, load
+from app.core.files import read_json
+from app.core.run import SWEEP_FILE, RunRoot, open_run
+from app.train.done import DONE_SHAPE, check_snapshot, epochs_left
+
+SEED = "train.seed"
+TAKEN = {SCHEME: "--schemes", SEED: "--seeds"}  # settings that a sweep gives each training itself
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the user asks for: schemes and seeds, and the settings of all trainings."""
+
+    schemes: Sequence[str]
+    seeds: Sequence[int]
+    overlays: list[Path]
+    sets: list[str]
+    accepts_cpu: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """FP16 or a scheme with one seed."""
+
+    config: Config
+    run: RunRoot
+    words: list[str]  # of its command line
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.config.train.seed}, {self.config.label}"
+
+    @property
+    def is_done(self) -> bool:
+        return self.run.done(self.config.label).exists()
+
+    @property
+    def best_ap(self) -> float:
+        return read_json(self.run.done(self.config.label), "train", DONE_SHAPE)["best_ap"]
+
+    def state(self) -> str:
+        """'done', 'not begun', or 'epoch 3 of 10'."""
+        n_epochs = self.config.train.epochs
+        left = epochs_left(self.config, self.run)
+        if self.is_done:
+            return "done"
+        return "not begun" if left == n_epochs else f"epoch {n_epochs - left} of {n_epochs}"
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The run of one seed: its trainings, and the stages before and after them, one after the other."""
+
+    seed: int
+    run: RunRoot
+    trainings: list[Training]
+    common: list[str]  # words of every stage
+    ptq: list[list[str]]
+
+    @property
+    def data(self) -> list[str]:
+        return ["data", *self.common]
+
+    @property
+    def after(self) -> list[list[str]]:
+        """The stages after the trainings."""
+        return [*self.ptq, ["export", *self.common], ["eval", *self.common]]
+
+
+def lanes_of(order: Order, run: RunRoot) -> list[Lane]:
+    """A lane for every seed; checks all that can be refused before the first training.
+
+    Raises:
+        UserError: a wrong setting or scheme, a run root of trainings with other settings, or a name that is taken.
+    """
+    check_settings(order)
+    check_name(run)
+    lanes = [lane_of(order, run, seed) for seed in dict.fromkeys(order.seeds)]
+    check_labels(order, lanes[0])
+    for lane in lanes:
+        for training in lane.trainings:
+            check_snapshot(training.config, lane.run.variant_dir(training.config.label) / "config.yaml")
+    return lanes
+
+
+def check_settings(order: Order) -> None:
+    for item in order.sets:
+        key = item.partition("=")[0].strip()
+        if key in TAKEN:
+            raise UserError(f"--set {item}: a sweep gives each training its own {key}: name them with {TAKEN[key]}")
+
+
+def check_name(run: RunRoot) -> None:
+    if run.run_json.exists():
+        raise UserError(f"{run.root} is a run of its own: give the sweep another RUN=name")
+
+
+def check_labels(order: Order, lane: Lane) -> None:
+    """Two schemes of one name would share a folder."""
+    labels = [training.config.label for training in lane.trainings]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"--schemes {' '.join(order.schemes)}: two of them have the same name, rename a file")
+
+
+def lane_of(order: Order, run: RunRoot, seed: int) -> Lane:
+    own = open_run(f"{run.name}-seed{seed}", run.runs_dir)
+    sets = [*order.sets, f"{SEED}={seed}"]
+    yes = ["--yes"] if order.accepts_cpu else []
+    common = job_words(own.name, own.runs_dir, order.overlays, sets)
+    fp16 = Training(load("fp16", order.overlays, sets), own, ["train", "--variant", "fp16", *common, *yes])
+    trainings, ptq = [fp16], []
+    for scheme in dict.fromkeys(order.schemes):
+        of_scheme = [*sets, f"{SCHEME}={scheme}"]
+        words = job_words(own.name, own.runs_dir, order.overlays, of_scheme)
+        config = load("qat", order.overlays, of_scheme, own.root)
+        trainings.append(Training(config, own, ["train", "--variant", "qat", *words, *yes]))
+        ptq.append(["ptq", *words])
+    return Lane(seed, own, trainings, common, ptq)
+
+
+def sweep_facts(lanes: list[Lane]) -> dict[str, object]:
+    """The content of SWEEP_FILE: labels of the schemes; name of each run and its seed."""
+    labels = [training.config.label for training in lanes[0].trainings[1:]]
+    return {"schemes": labels, "runs": {lane.run.name: lane.seed for lane in lanes}}
+
+
+def sweep_path(run: RunRoot) -> Path:
+    return run.root / SWEEP_FILE

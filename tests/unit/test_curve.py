@@ -1,0 +1,150 @@
+"""The curve: AP over bytes of several schemes, worked by hand, on the page, in the picture, and published."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from app.core.config import load
+from app.core.ratios import ratio_of_pairs
+from app.core.run import RunRoot, runs_of
+from app.report.compare import pair_up
+from app.report.curve import curve, curve_figure, places_of
+from app.report.evidence import gather
+from app.report.page_files import page_of
+from app.report.publish import publish
+from app.report.report import report
+from tests.support.drawn import kept_figures, x_of, y_of
+from tests.support.page_numbers import numbers_without_source
+from tests.support.report_fixtures import SHA, add_ptq, build_run, edit, layer, metrics, write
+
+BASE = (0.40, 0.50, 0.60)
+W4 = (0.36, 0.45, 0.51)
+W8 = (0.40, 0.49, 0.61)
+
+
+def add_scores(run: RunRoot, label: str, ap: float, size_bytes: int) -> None:
+    write(run.root / f"{label}-coco/metrics.json", metrics(label, f"net-{label}.onnx", SHA["qat"], ap, size_bytes))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[RunRoot]:
+    """Three seeds of FP16, w4a16 (QCDQ and INT4) and w8a16, which has no INT4 file; PTQ of w4a16 in the first."""
+    made = []
+    for seed, (base, w4, w8) in enumerate(zip(BASE, W4, W8, strict=True)):
+        run = build_run(tmp_path, f"s-seed{seed}", seed)
+        edit(run.root / "baseline-coco/metrics.json", "coco.AP", base)
+        edit(run.root / "qat-w4a16-coco/metrics.json", "coco.AP", w4)
+        add_scores(run, "baseline-fp16", base, 4_700_000)
+        add_scores(run, "qat-w4a16-int4", w4, 1_500_000)
+        add_scores(run, "qat-w8a16", w8, 2_700_000)
+        quant_config = {"scheme": "w8a16", "layers": [layer("model.0.conv", 8, "")], "share_of_learned_weights": {}}
+        write(run.variant_dir("qat-w8a16") / "quant_config.json", quant_config)
+        made.append(run)
+    add_ptq(made[0])
+    write(
+        tmp_path / "s/sweep.json",
+        {"schemes": ["qat-w4a16", "qat-w8a16"], "runs": {run.name: i for i, run in enumerate(made)}},
+    )
+    return made
+
+
+def test_ratio_of_pairs_by_hand() -> None:
+    """1.32 / 1.50 = 0.88; residuals (0.36 - 0.352, 0.45 - 0.44, 0.51 - 0.528) / 0.5 = 0.016, 0.02, -0.036."""
+    ratio = ratio_of_pairs(list(W4), list(BASE))
+    assert ratio is not None and ratio.value == pytest.approx(0.88)
+    assert ratio.error == pytest.approx(math.sqrt((0.016**2 + 0.02**2 + 0.036**2) / 2 / 3))
+    two = ratio_of_pairs([0.2, 0.3], [0.4, 0.6])
+    assert two is not None and (two.value, two.error) == (pytest.approx(0.5), None)
+    assert ratio_of_pairs([], []) is None and ratio_of_pairs([1.0], [0.0]) is None
+    assert ratio_of_pairs([math.nan], [1.0]) is None
+
+
+def test_points_of_merged_runs(runs: list[RunRoot]) -> None:
+    points = curve(list(map(gather, runs)))
+    assert points is not None
+    by_label = {each["label"]: each for each in points}
+    assert list(by_label) == [
+        "baseline", "baseline-fp16", "ptq-w4a16", "ptq-w4a16-bn", "qat-w4a16", "qat-w8a16"
+    ]  # fmt: skip
+    w4a16 = by_label["qat-w4a16"]
+    assert w4a16["AP"] == {"s-seed0": 0.36, "s-seed1": 0.45, "s-seed2": 0.51}
+    assert (w4a16["n"], w4a16["mean"], w4a16["share"]) == (3, pytest.approx(0.44), pytest.approx(0.88))
+    assert (w4a16["qcdq_mb"], w4a16["int4_mb"]) == (2.663676, 1.5)
+    assert (by_label["qat-w8a16"]["qcdq_mb"], by_label["qat-w8a16"]["int4_mb"]) == (2.7, 2.7)
+    assert by_label["ptq-w4a16"]["int4_mb"] == 1.5, "packed it has the bytes of QAT's file"
+    assert by_label["ptq-w4a16"]["share"] == pytest.approx(0.2198 / 0.40), "against the same run's baseline alone"
+    assert by_label["baseline-fp16"]["int4_mb"] == 4.7
+
+
+def test_packed_bytes_that_are_not_known_are_none(runs: list[RunRoot]) -> None:
+    for run in runs:
+        (run.root / "qat-w4a16-int4-coco/metrics.json").unlink()
+    points = curve(list(map(gather, runs)))
+    assert points is not None
+    assert [each["int4_mb"] for each in points if each["scheme"] == "w4a16"] == [None, None, None]
+
+
+def test_one_scheme_has_no_curve(tmp_path: Path) -> None:
+    run = build_run(tmp_path)
+    assert curve([gather(run)]) is None
+    with kept_figures() as figures:
+        report(load("qat"), run)
+    assert not [name for name in figures if name.startswith("curve.")]
+    assert "## AP over bytes" not in run.summary.read_text()
+
+
+def test_the_picture_has_a_mark_for_each_seed(runs: list[RunRoot]) -> None:
+    points = curve(list(map(gather, runs)))
+    assert points is not None
+    packed, qcdq = curve_figure(points).axes
+    for panel, w4_mb in ((packed, 1.5), (qcdq, 2.663676)):
+        marks = {str(line.get_label()): line for line in panel.lines}
+        assert x_of(marks["QAT"]) == pytest.approx([w4_mb, 2.7])
+        assert y_of(marks["QAT"]) == pytest.approx([0.44, 0.50])
+        assert x_of(marks["FP32 and FP16"]) == [4.7, 9.284375]
+        seeds = [line for line in panel.lines if x_of(line) == [w4_mb] * 3]
+        assert [y_of(line) for line in seeds] == [list(W4)]
+        assert {text.get_text() for text in panel.texts} == {"w4a16", "w8a16", "FP16", "FP32"}
+
+
+def test_schemes_of_equal_bytes_stand_side_by_side() -> None:
+    points = [{"scheme": name, "mb": mb} for name, mb in (("a", 2.70), ("b", 2.71), ("c", 4.0))]
+    places = places_of(points, "mb")
+    assert places["a"] < 2.70 < 2.71 < places["b"] < 3
+    assert places["c"] == 4.0
+
+
+def test_page_of_a_sweep_and_its_publication(runs: list[RunRoot], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "app")
+    runs_dir = runs[0].runs_dir
+    first, *others = runs_of(["s"], runs_dir)
+    with kept_figures() as figures:
+        report(load("qat"), first, others)
+        report(load("qat"), first)  # its own page keeps a picture of its own
+    files = page_of(first, others)
+    text = files.markdown.read_text()
+    assert "| qat-w4a16     |   3 | 0.4400 |      0.880 ± 0.018 |      1.50 |    2.66 |" in text
+    assert f"figures/curve{files.ending}.png" in text
+    assert {"curve.png", f"curve{files.ending}.png", f"curve{files.ending}-dark.png"} <= set(figures)
+    assert "| qat-w4a16     |   3 | 0.4400 |" in caplog.text, "the end of the job shows the table"
+    assert numbers_without_source(text, first.root) == []
+    assert json.loads(files.numbers.read_text())["curve"][0]["label"] == "baseline"
+    publish(first, None, False, others)
+    published = files.published_dir
+    assert (published / f"figures/curve{files.ending}.png").exists()
+    assert "## AP over bytes" in (published / "summary.md").read_text()
+
+
+def test_compare_pairs_all_schemes_of_two_seeds(runs: list[RunRoot]) -> None:
+    for run in runs:
+        for path in run.root.glob("*-coco/metrics.json"):
+            edit(path, "dataset.coco_dir", "/nowhere")
+            edit(path, "dataset.image_ids", None)
+    pairs = pair_up(runs[0].root, runs[1].root)
+    names = [(old["model"]["label"], new["model"]["label"]) for old, new in pairs]
+    assert ("qat-w8a16 (s-seed0)", "qat-w8a16 (s-seed1)") in names
+    assert len(names) == 5  # PTQ is in one of them only

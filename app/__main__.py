@@ -16,6 +16,7 @@ from app.core.command_line import Parser, not_empty
 from app.data import command as datasets
 from app.job import Job, after_training, is_done, set_up
 from app.schemes import command as schemes
+from app.sensitivity import command as layers_alone
 
 FP16_TRAINING = "train --variant fp16"
 ORDER = ("data", FP16_TRAINING, "train --variant qat", "ptq", "export", "eval", "report")
@@ -34,6 +35,11 @@ def stages() -> dict[str, Stage]:
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
+        "sensitivity": Stage(
+            "what each layer alone costs at 2 to 8 bits; a scheme for a budget",
+            sensitivity_arguments,
+            layers_alone.run,
+        ),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
         "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
@@ -165,6 +171,11 @@ def report_arguments(stage: argparse.ArgumentParser) -> None:
         "--runs", nargs="+", default=[], metavar="NAME",
         help="runs that differ only in seeds: means and spreads, on a page beside that of --run, or else of the first",
     )  # fmt: skip
+
+
+def sensitivity_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    layers_alone.add_arguments(stage)
 
 
 def publish_arguments(stage: argparse.ArgumentParser) -> None:

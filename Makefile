@@ -36,6 +36,7 @@ compare: ; $(job) ## A=runs/a B=runs/b, two runs or scored folders: AP by class,
 publish: ; $(job) ## the report without weights and photos to runs/reports/RUN, entry in runs/LOG.md
 all: ; $(job) ## data, both trainings, ptq, export, eval, report
 schemes: ; $(job) ## bits, share and bytes of the layers (ARGS="--scheme my.yaml"), without training
+sensitivity: ; $(job) ## what each layer alone costs at 2 to 8 bits (ARGS="--budget 3.0MB": a scheme that fits)
 bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it

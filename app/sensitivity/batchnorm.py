@@ -16,7 +16,7 @@ layers behind the first changed one are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from app.core.progress import Meter
 from app.sensitivity.changes import Change
 from app.sensitivity.network import Graph, Statistics, fake_quantized
 
@@ -54,21 +55,26 @@ Corrections = dict[str, dict[str, Statistics]]  # by the name of the change and 
 
 
 @torch.no_grad()
-def corrections(graph: Graph, changes: list[Change], batches: Iterable[torch.Tensor]) -> Corrections:
+def corrections(graph: Graph, changes: list[Change], batches: list[torch.Tensor]) -> Corrections:
     """Corrected statistics of every change, from batches of train images [N,3,S,S]."""
     moved: dict[str, dict[str, Moved]] = defaultdict(lambda: defaultdict(Moved))
+    single = [change for change in changes if change.is_single]
+    others = [change for change in changes if not change.is_single]
+    meter = Meter("sensitivity: BatchNorm", len(batches) * (1 + len(others)), "runs")
     for images in batches:
         with batch_statistics(graph) as norms:
-            with own_norms(graph, [change for change in changes if change.is_single], moved):
+            with own_norms(graph, single, moved):
                 kept = graph.run(images)
+            meter.update()
             plain = {name: statistics_of(norm) for name, norm in norms.items()}
-            for change in changes:
-                if not change.is_single:
-                    stale = graph.behind(change.bits)
-                    with graph.changed(change.bits, {}):
-                        graph.rerun(images, kept, stale)
-                    for name, norm in graph.norms_in(stale).items():
-                        moved[change.name][name].add(statistics_of(norm), plain[name])
+            for change in others:
+                stale = graph.behind(change.bits)
+                with graph.changed(change.bits, {}):
+                    graph.rerun(images, kept, stale)
+                for name, norm in graph.norms_in(stale).items():
+                    moved[change.name][name].add(statistics_of(norm), plain[name])
+                meter.update()
+    meter.close()
     norms = graph.norms_in(set(range(len(graph.nodes))))
     return {name: {norm: sums.of(norms[norm]) for norm, sums in by_norm.items()} for name, by_norm in moved.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,13 +101,13 @@ def batches_of(places: list[int], size: int) -> list[list[int]]:
     return [places[first : first + size] for first in range(0, len(places), size)]
 
 
-def bn_batches(trained: Config, run: RunRoot, epoch: int, device: torch.device) -> Iterator[torch.Tensor]:
+def bn_batches(trained: Config, run: RunRoot, epoch: int, device: torch.device) -> list[torch.Tensor]:
     """Train images [N,3,S,S] for BatchNorm, augmented as in the training after `epoch` (from 0).
 
-    They are those of ptq, but sensitivity.bn_images of them, in batches of at most train.batch.
+    They are drawn as those of ptq, but sensitivity.bn_images of them in batches of sensitivity.batch.
     """
     settings, train = trained.sensitivity, trained.train
-    batch = min(train.batch, settings.bn_images)
-    fewer = train.model_copy(update={"batch": batch, "bn_batches": -(-settings.bn_images // batch)})
-    for images in bn_images(trained.model_copy(update={"train": fewer}), run, workers=0).after(epoch):
-        yield on_device(images, device).float() / 255
+    n_batches = -(-settings.bn_images // settings.batch)
+    fewer = train.model_copy(update={"batch": settings.batch, "bn_batches": n_batches})
+    drawn = bn_images(trained.model_copy(update={"train": fewer}), run, workers=0).after(epoch)
+    return [on_device(images, device).float() / 255 for images in drawn]

@@ -24,7 +24,7 @@ def whole(run: RunRoot, result: dict[str, Any]) -> str:
         "**Every layer alone, from the input to the heads.** Above the shift of the outputs, below the loss at "
         f"{MAIN_BITS} bits over that of the float network, with one standard error."
     )
-    picture = draw(run.root / "sensitivity", "layers.png", caption, lambda: layer_figure(result["layers"]))
+    picture = draw(run.root / "sensitivity" / "figures", "layers.png", caption, lambda: layer_figure(result["layers"]))
     by_shift = sorted(result["layers"], key=lambda layer: -layer["bits"][MAIN]["shift"])
     parts = [
         f"# What each layer of {run.name} cannot do without",
@@ -52,7 +52,7 @@ def table_of(rows: list[dict[str, Any]]) -> list[str]:
     cells = [["layer", "weights", f"loss at {MAIN_BITS}", *shifts]]
     for row in rows:
         numbers = [f"{row['bits'][str(bits)]['shift']:.2g}" for bits in MEASURED_BITS]
-        n_weights = f"{row['n_weights']:,}" if "n_weights" in row else f"{len(row['layers'])} layers"
+        n_weights = f"{row['n_weights']:,}" if "n_weights" in row else f"{len(row['layers'])} layer(s)"
         cells.append([row["name"], n_weights, with_error(row["bits"][MAIN]), *numbers])
     return ["\n".join(markdown_table(cells))]
 
@@ -123,7 +123,8 @@ def proposal(facts: dict[str, Any]) -> str:
     parts = [
         f"# {facts['scheme']}",
         f"Least sum of {'shifts' if facts['measure'] == 'shift' else 'losses'} within the budget, by "
-        f"integer programming. PTQ with re-estimated BatchNorm, on {facts['n_images']} val images not seen by the search:",
+        "integer programming. PTQ with re-estimated BatchNorm, scored on "
+        f"{facts['n_images']} val images that the search has not seen:",
         "\n".join(markdown_table(cells)),
         "\n".join(lines),
         f"Train it: `--set quant.scheme={facts['file']}`",
@@ -134,7 +135,7 @@ def proposal(facts: dict[str, Any]) -> str:
 def duel_text(duel: dict[str, Any]) -> str:
     """Whether a found scheme wins against a given one of the same size."""
     pair = f"- `{duel['found']}` against `{duel['against']}` at the same budget: **{duel['verdict']}**"
-    if duel["verdict"] == "the same bits":
-        return pair
+    if duel["found"] == duel["against"]:
+        return f"- `{duel['against']}` is what the search finds for its own size."
     error = "" if duel["error"] is None else f" ± {duel['error']:.4f}"
     return f"{pair}, loss {duel['loss']:+.4f}{error}"

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Search:
     """Schemes by name: those that were found, the user's first, and those given.
 
-    `same_size` names the one that was found for what a given one takes.
+    `same_size` names for each given one that which was found for what it takes; itself, where the search finds it too.
     """
 
     found: dict[str, Scheme]
@@ -86,11 +86,12 @@ def search(subject: Subject, result: dict[str, Any], budget: Budget) -> Search:
     found, same_size = {}, {}
     for reference, own in budgets.items():
         name = f"fit-{own.label}"
-        if name not in found:
-            bits = propose(subject.model, own, cost)
+        bits = propose(subject.model, own, cost)
+        is_same = reference is not None and bits == scheme_change(subject.model, given[reference]).bits
+        if not is_same:
             found[name] = scheme_of(name, bits, lambda layer: f"{MAIN_BITS} bits alone: {cost(layer, MAIN_BITS):.2g}")
         if reference:
-            same_size[reference] = name
+            same_size[reference] = reference if is_same else name
     return Search(found, given, same_size)
 
 
@@ -124,12 +125,7 @@ def facts_of(subject: Subject, searched: Search, scored: HeldOut) -> dict[str, A
         rows.append({"name": name, **sizes, **asdict(summary(scored.batches, name)), "ap": scored.ap[name]})
     duels = []
     for given, found in searched.same_size.items():
-        same = bits_of(subject, schemes[given]) == bits_of(subject, schemes[found])
         fought = duel(scored.batches, found, given)
-        verdict = "the same bits" if same else fought.verdict
+        verdict = "the same bits" if found == given else fought.verdict
         duels.append({"found": found, "against": given, **asdict(fought), "verdict": verdict})
     return {"rows": rows, "duels": duels, "n_images": scored.n_images}
-
-
-def bits_of(subject: Subject, scheme: Scheme) -> dict[str, int]:
-    return scheme_change(subject.model, scheme).bits

@@ -40,7 +40,8 @@ class Subject:
         name = check_devices(config)[0]
         self.device = torch.device("cpu" if name == "cpu" else f"cuda:{name}")
         torch.backends.cudnn.allow_tf32 = False  # its rounding is larger than what 8 bits change
-        net: Any = self.model.to(device=self.device).to(memory_format=torch.channels_last)
+        net: Any = self.model
+        net.to(self.device, memory_format=torch.channels_last)
         net.args = get_cfg(overrides=config.hyp.model_dump())
         self.graph, self.criterion = Graph(net), criterion_of_part(net, ALONE)
         self.images = ValImages(self.provenance, trained.train.imgsz, self.device)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.bench import command as benches
-from app.core.command_line import Parser, not_empty
+from app.core.command_line import Parser, job_arguments, not_empty, run_arguments
 from app.data import command as datasets
 from app.job import Job, after_training, is_done, set_up
 from app.schemes import command as schemes
@@ -35,11 +35,7 @@ def stages() -> dict[str, Stage]:
         "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
         "compare": Stage("two runs or scored folders -> compare.md: where they differ", compare_arguments, compare),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
-        "sensitivity": Stage(
-            "what each layer alone costs at 2 to 8 bits; a scheme for a budget",
-            sensitivity_arguments,
-            layers_alone.run,
-        ),
+        "sensitivity": Stage("what each layer alone costs; fits a scheme", layers_alone.add_arguments, sensitivity),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
         "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
@@ -116,19 +112,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
-def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") -> None:
-    stage.add_argument("--run", default=default, help=f"a folder under --runs-dir (default: {default or 'full'})")
-    stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
-
-
-def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "full") -> None:
-    """Of every stage that reads the configuration."""
-    run_arguments(stage, default_run)
-    stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
-    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
-
-
 def yes_argument(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--yes", action="store_true", help="train without a GPU, whatever memory and time that takes")
 
@@ -171,11 +154,6 @@ def report_arguments(stage: argparse.ArgumentParser) -> None:
         "--runs", nargs="+", default=[], metavar="NAME",
         help="runs that differ only in seeds: means and spreads, on a page beside that of --run, or else of the first",
     )  # fmt: skip
-
-
-def sensitivity_arguments(stage: argparse.ArgumentParser) -> None:
-    job_arguments(stage)
-    layers_alone.add_arguments(stage)
 
 
 def publish_arguments(stage: argparse.ArgumentParser) -> None:
@@ -319,6 +297,11 @@ def compare(args: argparse.Namespace) -> None:
 
     config = load("qat", sets=args.set)
     compare(Path(args.left), Path(args.right), args.out, config.report, config.data.coco_dir)
+
+
+def sensitivity(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        layers_alone.run(args, job.config, job.run)
 
 
 def bench(args: argparse.Namespace) -> None:

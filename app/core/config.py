@@ -166,8 +166,8 @@ class Sensitivity(Section):
     images: int = Field(gt=0)
     images_other_bits: int = Field(gt=0)
     bn_images: int = Field(gt=1)
-    batch: int = Field(gt=0)
-    seed: int = Field(ge=0, le=MAX_SEED)
+    batch_images: int = Field(gt=0)
+    choice_seed: int = Field(ge=0, le=MAX_SEED)
     measure: Literal["shift", "loss"]
     random_schemes: int = Field(ge=0)
     against: list[str]

@@ -107,7 +107,7 @@ def scheme_change(model: Any, scheme: Scheme) -> Change:
 
 def random_schemes(layers: list[str], settings: Sensitivity) -> list[Change]:
     """Schemes of nearly the same size that differ in which layers have more bits."""
-    drawn = random.Random(settings.seed)  # noqa: S311 - a reproducible choice, no secret
+    drawn = random.Random(settings.choice_seed)  # noqa: S311 - a reproducible choice, no secret
     schemes = []
     for number in range(settings.random_schemes):
         bits = {layer: drawn.choice(RANDOM_BITS) for layer in layers}

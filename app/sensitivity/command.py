@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from app.job import set_up
+from app.core.command_line import job_arguments
+
+if TYPE_CHECKING:  # --help answers without them
+    from app.core.config import Config
+    from app.core.run import RunRoot
 
 
 def add_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
     budget = stage.add_mutually_exclusive_group()
     same = "or same-as:SCHEME"
     budget.add_argument("--budget", metavar="SIZE", help=f"propose a scheme: bytes in the INT4 file, 3.0MB, {same}")
@@ -18,10 +24,9 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(args: argparse.Namespace) -> None:
-    with set_up(args) as job:
-        from app.sensitivity.sensitivity import sensitivity
+def run(args: argparse.Namespace, config: Config, run: RunRoot) -> None:
+    from app.sensitivity.sensitivity import sensitivity
 
-        kind = "--budget" if args.budget else "--budget-bits"
-        text = args.budget or args.budget_bits
-        sensitivity(job.config, job.run, args.force, (kind, text) if text else None)
+    kind = "--budget" if args.budget else "--budget-bits"
+    text = args.budget or args.budget_bits
+    sensitivity(config, run, args.force, (kind, text) if text else None)

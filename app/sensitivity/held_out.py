@@ -40,7 +40,7 @@ def score_held_out(
     rows: dict[str, list[dict[str, Any]]] = {scheme.name: [] for scheme in schemes}
     split = Split(images.provenance)
     batches = []
-    groups = batches_of(places, config.sensitivity.batch)
+    groups = batches_of(places, config.sensitivity.batch_images)
     for group in track(groups, "sensitivity: held-out images", len(groups), "batches"):
         batch = images.read(group)
 

@@ -104,10 +104,10 @@ def batches_of(places: list[int], size: int) -> list[list[int]]:
 def bn_batches(trained: Config, run: RunRoot, epoch: int, device: torch.device) -> list[torch.Tensor]:
     """Train images [N,3,S,S] for BatchNorm, augmented as in the training after `epoch` (from 0).
 
-    They are drawn as those of ptq, but sensitivity.bn_images of them in batches of sensitivity.batch.
+    They are drawn as those of ptq, but sensitivity.bn_images of them in batches of sensitivity.batch_images.
     """
     settings, train = trained.sensitivity, trained.train
-    n_batches = -(-settings.bn_images // settings.batch)
-    fewer = train.model_copy(update={"batch": settings.batch, "bn_batches": n_batches})
+    n_batches = -(-settings.bn_images // settings.batch_images)
+    fewer = train.model_copy(update={"batch": settings.batch_images, "bn_batches": n_batches})
     drawn = bn_images(trained.model_copy(update={"train": fewer}), run, workers=0).after(epoch)
     return [on_device(images, device).float() / 255 for images in drawn]

@@ -127,6 +127,8 @@ def proposal(facts: dict[str, Any]) -> str:
         f"{facts['n_images']} val images that the search has not seen:",
         "\n".join(markdown_table(cells)),
         "\n".join(lines),
+        "The file stores 2 to 4 bits in half a byte and 5 to 8 bits in a byte. Bytes are what this file has, mean bits "
+        "what a format without such steps would have.",
         f"Train it: `--set quant.scheme={facts['file']}`",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -83,15 +83,23 @@ def search(subject: Subject, result: dict[str, Any], budget: Budget) -> Search:
     cost = cost_of(result, subject.config.sensitivity.measure)
     given = {scheme.name: scheme for scheme in map(scheme_named, subject.config.sensitivity.against)}
     budgets = {None: budget, **{name: budget_of(budget.kind, scheme, subject.model) for name, scheme in given.items()}}
+    measure = subject.config.sensitivity.measure
+
+    def why(layer: str) -> str:
+        return f"{measure} {cost(layer, MAIN_BITS):.2g} at {MAIN_BITS} bits alone"
+
+    names: dict[str, str] = {}  # of the schemes, by their bits
     found, same_size = {}, {}
     for reference, own in budgets.items():
-        name = f"fit-{own.label}"
         bits = propose(subject.model, own, cost)
-        is_same = reference is not None and bits == scheme_change(subject.model, given[reference]).bits
-        if not is_same:
-            found[name] = scheme_of(name, bits, lambda layer: f"{MAIN_BITS} bits alone: {cost(layer, MAIN_BITS):.2g}")
+        if reference and bits == scheme_change(subject.model, given[reference]).bits:
+            same_size[reference] = reference
+            continue
+        name = names.setdefault(str(bits), f"fit-{own.label}")
+        if name not in found:
+            found[name] = scheme_of(name, bits, why)
         if reference:
-            same_size[reference] = reference if is_same else name
+            same_size[reference] = name
     return Search(found, given, same_size)
 
 

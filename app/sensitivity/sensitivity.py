@@ -85,8 +85,8 @@ def plan(subject: Subject, changes: list[Change]) -> list[tuple[list[int], list[
     settings, places = subject.config.sensitivity, subject.chosen.search
     n_all = min(settings.images_other_bits, len(places))
     main = [change for change in changes if change.is_main]
-    first = [(group, changes) for group in batches_of(places[:n_all], settings.batch)]
-    return [*first, *((group, main) for group in batches_of(places[n_all:], settings.batch))]
+    first = [(group, changes) for group in batches_of(places[:n_all], settings.batch_images)]
+    return [*first, *((group, main) for group in batches_of(places[n_all:], settings.batch_images))]
 
 
 def result_of(subject: Subject, changes: list[Change], batches: list[dict[str, Any]], took_s: float) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Subject:
         self.graph, self.criterion = Graph(net), criterion_of_part(net, ALONE)
         self.images = ValImages(self.provenance, trained.train.imgsz, self.device)
         settings = config.sensitivity
-        self.chosen: Chosen = choose(len(self.images.all), settings.images, settings.seed)
+        self.chosen: Chosen = choose(len(self.images.all), settings.images, settings.choice_seed)
         self.key = {
             "checkpoint_sha256": sha256(source),
             "settings": settings.model_dump(mode="json", exclude=set(SEARCHED)),

@@ -25,7 +25,7 @@ from app.train.ptq import ptq
 from tests.support.export_run import N_TINY, SETS, TINY, TINY_SETS, config_of, copy_of, make_run, network
 
 SEARCH = (
-    "sensitivity.images=4", "sensitivity.images_other_bits=2", "sensitivity.batch=2", "sensitivity.bn_images=2",
+    "sensitivity.images=4", "sensitivity.images_other_bits=2", "sensitivity.batch_images=2", "sensitivity.bn_images=2",
     "sensitivity.random_schemes=3",
 )  # fmt: skip
 SAID = ("data.n_val=8", *TINY_SETS[1:])

@@ -38,6 +38,7 @@ publish: ; $(job) ## the report without weights and photos to runs/reports/RUN, 
 all: ; $(job) ## data, both trainings, ptq, export, eval, report
 sweep: ; $(job) ## SCHEMES="w4a16 w8a16 my.yaml" SEEDS="0 1 2": all of them, one report (ARGS=--dry-run: only hours)
 schemes: ; $(job) ## bits, share and bytes of the layers (ARGS="--scheme my.yaml"), without training
+sensitivity: ; $(job) ## what each layer alone costs at 2 to 8 bits (ARGS="--budget 3.0MB": a scheme that fits)
 bench: ; $(job) ## step times and stability, side by side
 
 ##@ Around it

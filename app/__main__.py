@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.bench import command as benches
-from app.core.command_line import Parser
+from app.core.command_line import Parser, job_arguments, run_arguments, settings_arguments
 from app.data import command as datasets
 from app.eval import command as evals
 from app.job import Job, after_training, is_done, set_up
 from app.report import command as reports
 from app.schemes import command as schemes
+from app.sensitivity import command as layers_alone
 from app.sweep import command as sweeps
 
 FP16_TRAINING = "train --variant fp16"
@@ -38,6 +39,7 @@ def stages() -> dict[str, Stage]:
         "compare": Stage("two runs or scored folders -> compare.md, differences", reports.compare_arguments, compare),
         "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
+        "sensitivity": Stage("what each layer alone costs; fits a scheme", layers_alone.add_arguments, sensitivity),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
         "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
         "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
@@ -112,23 +114,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
-
-
-def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") -> None:
-    stage.add_argument("--run", default=default, help=f"a folder under --runs-dir (default: {default or 'full'})")
-    stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
-
-
-def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "full") -> None:
-    """Of every stage that reads the configuration."""
-    run_arguments(stage, default_run)
-    settings_arguments(stage)
-    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
-
-
-def settings_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
-    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
 
 
 def yes_argument(stage: argparse.ArgumentParser) -> None:
@@ -313,6 +298,11 @@ def compare(args: argparse.Namespace) -> None:
 def sweep(args: argparse.Namespace) -> None:
     with set_up(args) as job:
         sweeps.run(args, job.run)
+
+
+def sensitivity(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        layers_alone.run(args, job.config, job.run)
 
 
 def bench(args: argparse.Namespace) -> None:

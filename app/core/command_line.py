@@ -1,8 +1,9 @@
-"""A parser whose errors are one line with the remedy, as all errors of the user are."""
+"""A parser whose errors are one line with the remedy, as all errors of the user are; arguments that stages share."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
 HELP = "--help lists the arguments"
@@ -51,3 +52,20 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("name two runs or scored folders, A=runs/a B=runs/b")
     return text
+
+
+def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") -> None:
+    stage.add_argument("--run", default=default, help=f"a folder under --runs-dir (default: {default or 'full'})")
+    stage.add_argument("--runs-dir", type=Path, default=Path("runs"), help="default: %(default)s")
+
+
+def job_arguments(stage: argparse.ArgumentParser, default_run: str | None = "full") -> None:
+    """Of every stage that reads the configuration."""
+    run_arguments(stage, default_run)
+    settings_arguments(stage)
+    stage.add_argument("--force", action="store_true", help="do it again, overwriting the finished result")
+
+
+def settings_arguments(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--conf", action="append", type=Path, default=[], help="YAML laid over conf/base.yaml")
+    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")

@@ -162,6 +162,17 @@ class Report(Section):
     gallery_seed: int = Field(ge=0, le=MAX_SEED)
 
 
+class Sensitivity(Section):
+    images: int = Field(gt=0)
+    images_other_bits: int = Field(gt=0)
+    bn_images: int = Field(gt=1)
+    batch_images: int = Field(gt=0)
+    choice_seed: int = Field(ge=0, le=MAX_SEED)
+    measure: Literal["shift", "loss"]
+    random_schemes: int = Field(ge=0)
+    against: list[str]
+
+
 class Config(Section):
     """The resolved configuration of one variant. `quant` is None for fp16."""
 
@@ -175,6 +186,7 @@ class Config(Section):
     export: Export
     eval: Eval
     report: Report
+    sensitivity: Sensitivity
 
     @model_validator(mode="after")
     def _qat_has_a_scheme(self) -> Config:
@@ -203,7 +215,7 @@ class Config(Section):
         return Path(self.quant.warmup_from) if self.quant and self.quant.warmup_from else None
 
 
-SECTIONS = (Data, Train, Hyp, Quant, Guard, Export, Eval, Report)
+SECTIONS = (Data, Train, Hyp, Quant, Guard, Export, Eval, Report, Sensitivity)
 
 
 def load(

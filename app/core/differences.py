@@ -31,6 +31,7 @@ WITHOUT_EFFECT = {
     "export": "Only the export stage reads it, after training.",
     "eval": "Only the eval stage reads it, after training.",
     "report": "Only the report stage reads it, after training.",
+    "sensitivity": "Only the sensitivity stage reads it, after training.",
 }
 MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # all but the sections: how a training is computed
 

@@ -14,7 +14,7 @@ def variance_ratios(before: nn.Module, after: nn.Module) -> dict[str, float]:
 
     Near 1 the statistics from before the re-estimation fit the weights; far from 1 they normalise the layer wrongly.
     """
-    old_layers, new_layers = _batchnorm_layers(before), _batchnorm_layers(after)
+    old_layers, new_layers = batchnorm_layers(before), batchnorm_layers(after)
     ratios = []
     for old, new in zip(old_layers.values(), new_layers.values(), strict=True):
         log_ratio = new.running_var.log() - old.running_var.log()  # pyright: ignore[reportOptionalMemberAccess]
@@ -41,7 +41,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     Returns:
         the number of batches used.
     """
-    norms = _batchnorm_layers(model).values()
+    norms = batchnorm_layers(model).values()
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
     n_batches = 0
@@ -63,5 +63,5 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     return n_batches
 
 
-def _batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}

@@ -25,7 +25,7 @@ SEEDS = ("train.seed", "data.seed")
 MERGED = ("AP", "AP_difference", "AP_frequent", "AP_frequent_difference", "AP_over_ptq")
 SCORED_VAL_LOSS = column(VAL_LOSS, SCORED)
 COMMON_FACTS = {"code_version": "code", "lock_sha256": "package lock", "device": "device", "gpus": "GPU"}
-LATER_SECTIONS = ("guard", "report")  # change nothing that is trained, exported or scored
+LATER_SECTIONS = ("guard", "report", "sensitivity")  # change nothing that is trained, exported or scored
 
 
 def derive(evidence: Evidence, settings: Report) -> Findings:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import cast
-
-from torch import nn
-from ultralytics.nn.tasks import DetectionModel
 
 from app.core.config import Config
-from app.core.labels import PACKED_BITS
-from app.core.scheme import FLOAT, Rule, Scheme, builtin_names, find_scheme
+from app.core.scheme import Scheme, builtin_names, find_scheme
 from app.quant.model import float_network
-from app.quant.schemes import assign, convolutions, is_learned, shares
+from app.quant.schemes import is_learned, shares
+from app.quant.sizes import FLOAT_BYTES, Layer, layers_of
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
-FLOAT_BYTES = 4
 N_HASH = 12  # hex digits
 LAYER_COLUMNS: tuple[str, ...] = ("layer", "why", "shape", "bits", "scales", "weights", "share", "bytes")
 SCHEME_COLUMNS: tuple[str, ...] = (
@@ -28,36 +22,6 @@ SCHEME_COLUMNS: tuple[str, ...] = (
     "FP32 bytes",
     "INT4 / FP32",
 )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution under a scheme. `is_in_file` is False for the one2many head, which only the training has."""
-
-    name: str
-    conv: nn.Conv2d
-    rule: Rule
-    is_in_file: bool
-
-    @property
-    def n_weights(self) -> int:
-        return self.conv.weight.numel()
-
-    @property
-    def n_scales(self) -> int:
-        if self.rule.bits == FLOAT:
-            return 0
-        return self.conv.out_channels if self.rule.granularity == "channel" else 1
-
-    def n_bytes(self, packs: bool) -> int:
-        """Bytes of codes and scales in the file; with `packs` two codes of up to 4 bits share a byte."""
-        if not self.is_in_file:
-            return 0
-        if self.rule.bits == FLOAT:
-            return self.n_weights * FLOAT_BYTES
-        is_packed = packs and int(self.rule.bits) <= PACKED_BITS
-        n_code_bytes = (self.n_weights + 1) // 2 if is_packed else self.n_weights
-        return n_code_bytes + self.n_scales * FLOAT_BYTES
 
 
 def list_layers(config: Config, scheme: Scheme) -> None:
@@ -83,14 +47,6 @@ def list_schemes(config: Config) -> None:
         cells.append(scheme_row(scheme, layers_of(model, scheme)))
     show(cells, n_text_columns=2)
     log.info("%s; bytes: codes and scales, without BatchNorm and graph; a scheme's layers: --scheme FILE", config.model)
-
-
-def layers_of(model: DetectionModel, scheme: Scheme) -> list[Layer]:
-    convs = convolutions(model)
-    head = f"model.{len(cast(nn.Sequential, model.model)) - 1}."
-    of_training = (f"{head}cv2.", f"{head}cv3.")
-    rules = assign(list(convs), scheme)
-    return [Layer(name, convs[name], rule, not name.startswith(of_training)) for name, rule in rules.items()]
 
 
 def layer_row(layer: Layer, n_learned: int) -> list[str]:

@@ -1,0 +1,129 @@
+"""Budgets, and the scheme that a search finds within one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from app.core.config import UserError
+from app.core.scheme import FLOAT, Rule, Scheme, find_scheme
+from app.quant.sizes import Layer, layers_of
+from app.sensitivity.changes import BY_CHANNEL, MEASURED_BITS, learned_layers, uniform
+from app.sensitivity.search import Option, OverBudget, cheapest
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|MB|KiB|MiB)?")
+UNITS = {None: 1, "B": 1, "kB": 1e3, "MB": 1e6, "KiB": 2**10, "MiB": 2**20}
+SAME_AS = "same-as:"
+BYTES, BITS = "--budget", "--budget-bits"  # the option of each kind
+HEAD_PARTS = ("one2one_cv2", "one2one_cv3")  # the one2many head, which the training alone has, is named without one2one
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the weights may take: `kind` BYTES, of codes and scales in the INT4 file; or BITS, the mean of a weight.
+
+    `label` names it in the name of a scheme.
+    """
+
+    kind: str
+    amount: float
+    label: str
+
+    def __str__(self) -> str:
+        return f"{self.amount:,.0f} bytes" if self.kind == BYTES else f"{self.amount:.3f} bits a weight"
+
+
+def read_budget(kind: str, text: str, model: Any) -> Budget:
+    """An option's value: a size such as 3.0MB, a number of bits such as 4.3, or same-as:SCHEME.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if text.startswith(SAME_AS):
+        return budget_of(kind, scheme_named(text.removeprefix(SAME_AS)), model)
+    match = SIZE.fullmatch(text.strip())
+    if match is None or (kind == BITS and match[2]):
+        wanted = "a size such as 3.0MB, 3000kB or 2.9MiB" if kind == BYTES else "a mean number of bits such as 4.3"
+        raise UserError(f"{kind} {text}: give {wanted}, or {SAME_AS}SCHEME such as {SAME_AS}w4a16-mixed-dw")
+    amount = float(match[1]) * UNITS[match[2]]
+    label = text.strip().replace(" ", "") if kind == BYTES else f"{match[1]}bits"
+    return Budget(kind, amount, label)
+
+
+def budget_of(kind: str, scheme: Scheme, model: Any) -> Budget:
+    """What a scheme takes."""
+    return Budget(
+        kind, amount_of(kind, layers_of(model, scheme)), f"as-{scheme.name}" + ("" if kind == BYTES else "-bits")
+    )
+
+
+def scheme_named(value: str) -> Scheme:
+    """A built-in scheme by its name, or that of a file."""
+    try:
+        return find_scheme(value)
+    except ValueError as error:
+        raise UserError(f"scheme {value}: {error}") from error
+
+
+def amount_of(kind: str, layers: list[Layer]) -> float:
+    """What layers take of a budget: bytes in the INT4 file, or bits over the number of quantized weights."""
+    if kind == BYTES:
+        return float(sum(layer.n_bytes(packs=True) for layer in layers))
+    counted = [layer for layer in layers if layer.is_in_file and layer.rule.bits != FLOAT]
+    return sum(layer.n_weights * int(layer.rule.bits) for layer in counted) / sum(layer.n_weights for layer in counted)
+
+
+def propose(model: Any, budget: Budget, cost: Callable[[str, int], float]) -> dict[str, int]:
+    """The bits of every layer whose costs have the smallest sum within the budget; `cost` is that of a layer at bits.
+
+    Raises:
+        UserError: not even the fewest bits are within the budget.
+    """
+    names = list(learned_layers(model))
+    by_bits = {bits: {layer.name: layer for layer in layers_of(model, uniform(bits))} for bits in MEASURED_BITS}
+    n_weights = {name: by_bits[2][name].n_weights for name in names}
+    limit = budget.amount
+    if budget.kind == BYTES:
+        limit -= sum(layer.n_bytes(packs=True) for name, layer in by_bits[2].items() if name not in n_weights)
+    else:
+        limit *= sum(n_weights.values())
+    options = []
+    for name in names:
+        of_layer = []
+        for bits in MEASURED_BITS:
+            price = by_bits[bits][name].n_bytes(packs=True) if budget.kind == BYTES else n_weights[name] * bits
+            of_layer.append(Option(bits, price, cost(name, bits)))
+        options.append(of_layer)
+    try:
+        chosen = cheapest(options, limit)
+    except OverBudget as error:
+        least, most = (amount_of(budget.kind, list(by_bits[bits].values())) for bits in (2, 8))
+        unit = "bytes" if budget.kind == BYTES else "bits a weight"
+        raise UserError(
+            f"{budget.kind}: {budget} is too little, schemes of this network take {least:,.0f} to {most:,.0f} {unit}"
+        ) from error
+    return {name: option.bits for name, option in zip(names, chosen, strict=True)}
+
+
+def scheme_of(name: str, bits: dict[str, int], why: Callable[[str], str]) -> Scheme:
+    """A scheme with a rule for every layer but those of the most frequent bits; `why` gives the reason for a layer.
+
+    The one2many head gets the bits of the one2one head.
+    """
+    usual, _ = Counter(bits.values()).most_common(1)[0]
+    rules = []
+    for layer, n_bits in bits.items():
+        if n_bits != usual:
+            rules.append(Rule(pattern=both_heads(layer), bits=n_bits, granularity=BY_CHANNEL, why=why(layer)))
+    rest = Rule(pattern="*", bits=usual, granularity=BY_CHANNEL, why="every other learned convolution")
+    return Scheme(name=name, rules=(*rules, rest))
+
+
+def both_heads(layer: str) -> str:
+    """A pattern that matches a layer and, if it is of the one2one head, its counterpart in the one2many head."""
+    for part in HEAD_PARTS:
+        layer = layer.replace(f".{part}.", f".*{part.removeprefix('one2one_')}.")
+    return layer

@@ -1,0 +1,125 @@
+"""Loss and shift of every change on val images, batch by batch; what was measured survives an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.core.files import read_json, write_json
+from app.core.progress import Meter
+from app.core.shapes import Shape
+from app.sensitivity.batchnorm import Corrections
+from app.sensitivity.changes import Change
+from app.sensitivity.images import Batch
+from app.sensitivity.network import Graph
+from app.sensitivity.outputs import Reference, loss_of
+
+PARTIAL_SHAPE: Shape = {"key": dict[str, Any], "batches": list[dict[str, Any]]}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A change on some of the images: what it adds to the loss, that number's standard error, and the shift in nats.
+
+    The standard error is that of the mean over batches; None for a single batch.
+    """
+
+    loss: float
+    loss_se: float | None
+    shift: float
+    n_images: int
+
+
+class Probe:
+    """Measures changes of a network on one batch after the other.
+
+    Args:
+        graph: of the float network.
+        criterion: Ultralytics' loss of it.
+        corrected: BatchNorm statistics of the changes.
+    """
+
+    def __init__(self, graph: Graph, criterion: Any, corrected: Corrections) -> None:
+        self.graph, self.criterion, self.corrected = graph, criterion, corrected
+
+    @torch.no_grad()
+    def measure(
+        self, batch: Batch, changes: list[Change], see: Callable[[Change, dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Number of images, loss of the float network, and [loss, shift] of every change, for `summary`.
+
+        `see` gets every change and what the head of the changed network puts out.
+        """
+        kept = self.graph.run(batch.images)
+        heads = self.graph.heads(kept)
+        reference = Reference(heads)
+        numbers = {}
+        for change in changes:
+            changed = self.outputs(batch.images, kept, change)
+            numbers[change.name] = [loss_of(self.criterion, changed, batch.labels), reference.shift(changed)]
+            see(change, changed)
+        plain_loss = loss_of(self.criterion, heads, batch.labels)
+        return {"n": len(batch.images), "loss": plain_loss, "changes": numbers}
+
+    def outputs(self, images: torch.Tensor, kept: list[torch.Tensor], change: Change) -> dict[str, Any]:
+        """Outputs of the changed network, of which only what lies behind the change is computed."""
+        with self.graph.changed(change.bits, self.corrected.get(change.name, {})):
+            return self.graph.heads(self.graph.rerun(images, kept, self.graph.behind(change.bits)))
+
+    def cost(self, change: Change) -> int:
+        """Number of nodes that run for a change."""
+        return len(self.graph.behind(change.bits))
+
+
+def measure_all(
+    probe: Probe, batches: list[tuple[list[int], list[Change]]], read: Callable[[list[int]], Batch], kept: Kept
+) -> list[dict[str, Any]]:
+    """Measures batches, which are places of images with the changes that they measure; those of `kept` are there."""
+    total = sum(probe.cost(change) for _, changes in batches for change in changes)
+    meter = Meter("sensitivity", total, "blocks")
+    try:
+        for number, (places, changes) in enumerate(batches):
+            if number < len(kept.batches):
+                meter.total -= sum(map(probe.cost, changes))
+                continue
+            kept.add(probe.measure(read(places), changes, lambda change, _: meter.update(probe.cost(change))))
+    finally:
+        meter.close()
+    return kept.batches
+
+
+class Kept:
+    """Measured batches in a file, which counts only for the same `key`."""
+
+    def __init__(self, path: Path, key: dict[str, Any]) -> None:
+        self.path, self.key = path, key
+        self.batches: list[dict[str, Any]] = []
+        if path.exists():
+            content = read_json(path, "sensitivity", PARTIAL_SHAPE)
+            self.batches = content["batches"] if content["key"] == key else []
+
+    def add(self, batch: dict[str, Any]) -> None:
+        self.batches.append(batch)
+        write_json(self.path, {"key": self.key, "batches": self.batches})
+
+
+def summary(batches: list[dict[str, Any]], change: str) -> Measured:
+    """What a change does, over the batches that have measured it."""
+    measuring = [batch for batch in batches if change in batch["changes"]]
+    weights = np.array([batch["n"] for batch in measuring], float)
+    losses = np.array([batch["changes"][change][0] - batch["loss"] for batch in measuring])
+    shifts = np.array([batch["changes"][change][1] for batch in measuring])
+    n_batches = len(measuring)
+    error = float(losses.std(ddof=1) / np.sqrt(n_batches)) if n_batches > 1 else None
+    mean_loss, mean_shift = np.average(losses, weights=weights), np.average(shifts, weights=weights)
+    return Measured(float(mean_loss), error, float(mean_shift), int(weights.sum()))
+
+
+def float_loss(batches: list[dict[str, Any]]) -> float:
+    """Mean loss of the float network's images."""
+    return float(np.average([batch["loss"] for batch in batches], weights=[batch["n"] for batch in batches]))

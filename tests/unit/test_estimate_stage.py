@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from app.core.config import UserError, load
+from app.core.processes import pss_bytes
 from app.core.results import write_rows
 from app.core.run import RunRoot
 from app.estimate import estimate as estimate_module
 from app.estimate import watch as watch_module
 from app.estimate.estimate import Command, estimate
 from app.estimate.price import Images, Peaks, eval_seconds, limit, training_parts, training_seconds
-from app.estimate.watch import Took, pss_bytes, run_watched
+from app.estimate.watch import Took, run_watched
 from tests.support.report_fixtures import write
 
 SMALL = ["train.batch=4", "train.bn_batches=5", "train.epochs=2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from app.core.config import UserError
+from app.core.environment import nvidia_smi
 from app.core.processes import processes
 
 PROGRAM = ["-m", "app.bench.every_second"]
-EVERY_S = 1.0
+EVERY_S, GPU_EVERY_S = 1.0, 4.0
 MIB = 2**20
 PROGRESS = re.compile(r"epoch (\d+)/\d+: ([\d,]+)/[\d,]+")  # epoch, and images of this process
 N_THIRDS = 3
@@ -38,12 +40,19 @@ class Look:
 
 @dataclass
 class Observed:
-    """A stage that has ended. `progress` are (seconds, epoch, images), `answer_s` what it took to end after TERM."""
+    """A stage that has ended.
+
+    Attributes:
+        answer_s: what it took to end after TERM.
+        gpu_use: (seconds, share of the busiest GPU's time), as nvidia-smi has it.
+        progress: (seconds, epoch, images).
+    """
 
     seconds: float = 0.0
     code: int = 0
     answer_s: float | None = None
     looks: list[Look] = field(default_factory=list)
+    gpu_use: list[tuple[float, float]] = field(default_factory=list)
     progress: list[tuple[float, int, int]] = field(default_factory=list)
 
 
@@ -64,8 +73,12 @@ def observe(words: list[str], log_path: Path, stop_after_s: float | None = None)
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
         )
-    watcher = threading.Thread(target=watch, args=(child.pid, log_path, start, observed, over), daemon=True)
-    watcher.start()
+    watchers = [
+        threading.Thread(target=watch, args=(child.pid, log_path, start, observed, over), daemon=True),
+        threading.Thread(target=watch_gpu, args=(start, observed, over), daemon=True),
+    ]
+    for watcher in watchers if shutil.which("nvidia-smi") else watchers[:1]:
+        watcher.start()
     try:
         if stop_after_s is not None and is_at_work(child, observed, start + stop_after_s):
             stopped = time.monotonic()
@@ -76,7 +89,7 @@ def observe(words: list[str], log_path: Path, stop_after_s: float | None = None)
     finally:
         child.kill()  # nothing where it has ended; after Ctrl-C nobody else would end it
         over.set()
-        watcher.join()
+        watchers[0].join()
     observed.seconds = time.monotonic() - start
     if observed.code and observed.answer_s is None:
         lines = log_path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -101,6 +114,13 @@ def watch(pid: int, log_path: Path, start: float, observed: Observed, over: thre
             observed.progress += [(seconds, epoch, images) for epoch, images in counts(said.read())]
             if not observed.looks or seconds - observed.looks[-1].seconds >= EVERY_S:
                 observed.looks += look(pid, seconds)
+
+
+def watch_gpu(start: float, observed: Observed, over: threading.Event) -> None:
+    """Beside `watch`, which must not wait for the driver."""
+    while not over.wait(GPU_EVERY_S):
+        if uses := nvidia_smi(("utilization.gpu",)):
+            observed.gpu_use.append((time.monotonic() - start, max(float(use.split()[0]) for use in uses) / 100))
 
 
 def counts(text: str) -> Iterator[tuple[int, int]]:
@@ -148,7 +168,7 @@ def thirds(values: list[float]) -> tuple[float, float, float] | None:
 
 def described(observed: Observed) -> dict[str, Any]:
     """Numbers of a training for the JSON; memory in MiB, by thirds of the time in which it trained."""
-    at_work = trained_looks(observed)
+    at_work = [look for look in observed.looks if is_trained_at(observed, look.seconds)]
     mains = [look.main_bytes / MIB for look in at_work]
     largest = [max(look.loader_bytes, default=0) / MIB for look in at_work]
     return {
@@ -158,6 +178,7 @@ def described(observed: Observed) -> dict[str, Any]:
         "first_images_s": observed.progress[0][0] if observed.progress else None,
         "images": trained(observed.progress),
         "images_per_s": thirds(rates(observed.progress)),
+        "gpu_use": thirds([use for seconds, use in observed.gpu_use if is_trained_at(observed, seconds)]),
         "main_mib": thirds(mains),
         "n_loaders": max((len(look.loader_bytes) for look in at_work), default=0),
         "largest_loader_mib": thirds(largest),
@@ -172,9 +193,7 @@ def trained(progress: list[tuple[float, int, int]]) -> int:
     return sum(by_epoch.values())
 
 
-def trained_looks(observed: Observed) -> list[Look]:
-    """Those between the first and the last progress line."""
-    if not observed.progress:
-        return []
-    first, last = observed.progress[0][0], observed.progress[-1][0]
-    return [look for look in observed.looks if first <= look.seconds <= last]
+def is_trained_at(observed: Observed, seconds: float) -> bool:
+    """Between the first and the last progress line."""
+    progress = observed.progress
+    return bool(progress) and progress[0][0] <= seconds <= progress[-1][0]

@@ -242,5 +242,8 @@ def training_cells(training: dict[str, Any]) -> list[list[str]]:
         for key, name in (("first_images_s", "first images after, s"), ("answer_s", "ended after SIGTERM, s")):
             value = facts[key]
             cells.append([f"{half}: {name}", "" if value is None else f"{value:.1f}", "", ""])
-        cells.append([f"{half}: images, exit code", str(facts["images"]), "", str(facts["exit_code"])])
+        if use := facts["gpu_use"]:
+            cells.append([f"{half}: use of the GPU", *[f"{share:.0%}" for share in use]])
+        counts = (facts["images"], facts["n_loaders"], facts["exit_code"])
+        cells.append([f"{half}: images, loaders, exit code", *map(str, counts)])
     return cells

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from app.bench import observe as observe_module
+from app.bench.every_second import WIDTH
 from app.bench.observe import Look, Observed, counts, described, observe, rates, thirds
+from app.core import progress
 from app.core.config import UserError
 
 MIB = 2**20
@@ -40,10 +45,10 @@ def test_a_stage_is_stopped_after_its_first_images(tmp_path: Path, monkeypatch: 
     assert observed.code == 128 + signal.SIGTERM and observed.answer_s is not None
     assert observed.progress[0][1:] == (1, 10)
     assert [images for _, _, images in observed.progress] == list(range(10, 10 * len(observed.progress) + 1, 10))
-    look = max(observed.looks, key=lambda look: sum(look.loader_bytes))
-    assert [60e6 < size < 120e6 for size in look.loader_bytes] == [True, True]
-    assert look.loader_files == [4, 4], "three streams and its own file"
-    assert look.main_bytes > MIB and look.main_files == 5, "three streams and two pipes"
+    seen = [look for look in observed.looks if look.loader_files == [4, 4]]  # three streams, and a file of its own
+    assert seen, observed.looks
+    assert [60e6 < size < 120e6 for size in seen[0].loader_bytes] == [True, True]
+    assert seen[0].main_bytes > MIB and seen[0].main_files == 5, "three streams and two pipes"
 
 
 def test_a_stage_that_ends_before_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +68,25 @@ def test_lines_of_a_training() -> None:
     assert list(counts(said)) == [(2, 12864)]
 
 
+def test_the_line_of_a_meter_is_read_whole(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As long as the product's, and longer than the width that would cost its count."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
+    monkeypatch.setattr(progress, "LOG_WIDTH", WIDTH)
+    meter = progress.Meter("fp16 epoch 1/300", 118_287, short="fp16 1/300")
+    meter.update(12_800, lambda: [progress.Part("training 1 d 3 h"), progress.Part("x" * 60, progress.LOSS)])
+    assert list(counts(caplog.text)) == [(1, 12_800)]
+
+
+def test_a_stage_is_found_in_app() -> None:
+    command = [sys.executable, "-m", "app.bench.every_second", "draw", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--n-train" in result.stdout
+
+
 def test_images_per_second_are_those_within_an_epoch() -> None:
-    progress = [(10.0, 1, 100), (12.0, 1, 300), (13.0, 1, 350), (20.0, 2, 40), (20.5, 2, 90)]
-    assert rates(progress) == [100.0, 50.0, 100.0]
+    lines = [(10.0, 1, 100), (12.0, 1, 300), (13.0, 1, 350), (20.0, 2, 40), (20.5, 2, 90)]
+    assert rates(lines) == [100.0, 50.0, 100.0]
 
 
 def test_thirds_are_medians() -> None:
@@ -79,10 +100,12 @@ def test_what_is_described_is_the_time_in_which_it_trains() -> None:
     for second in range(1, 7):
         grown = (100 + 5 * second) * MIB
         looks.insert(second, Look(float(second), 900 * MIB, 40, [grown, 90 * MIB], [20, 21]))
-    progress = [(float(second), 1, 64 * second) for second in range(1, 7)]
-    facts = described(Observed(12.0, 143, 0.7, looks, progress))
+    lines = [(float(second), 1, 64 * second) for second in range(1, 7)]
+    gpu_use = [(0.5, 0.0), (2.0, 0.9), (3.0, 0.8), (4.0, 0.7), (9.0, 0.0)]
+    facts = described(Observed(12.0, 143, 0.7, looks, gpu_use, lines))
     assert facts == {
         "seconds": 12.0, "exit_code": 143, "answer_s": 0.7, "first_images_s": 1.0, "images": 384,
-        "images_per_s": (64.0, 64.0, 64.0), "main_mib": (900.0, 900.0, 900.0), "n_loaders": 2,
-        "largest_loader_mib": (107.5, 117.5, 127.5), "main_files": (40, 40, 40), "loader_files": (21, 21, 21),
+        "images_per_s": (64.0, 64.0, 64.0), "gpu_use": (0.9, 0.8, 0.7), "main_mib": (900.0, 900.0, 900.0),
+        "n_loaders": 2, "largest_loader_mib": (107.5, 117.5, 127.5), "main_files": (40, 40, 40),
+        "loader_files": (21, 21, 21),
     }  # fmt: skip

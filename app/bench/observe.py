@@ -24,12 +24,16 @@ PROGRAM = ["-m", "app.bench.every_second"]
 EVERY_S, GPU_EVERY_S = 1.0, 4.0
 MIB = 2**20
 PROGRESS = re.compile(r"epoch (\d+)/\d+: ([\d,]+)/[\d,]+")  # epoch, and images of this process
-N_THIRDS = 3
+N_THIRDS, N_POINTS = 3, 60
 
 
 @dataclass(frozen=True)
 class Look:
-    """The processes of a stage at a second after its start: `loaders` are those that its main process has started."""
+    """The processes of a stage at a second after its start.
+
+    Loaders are those that have started no others. Of the main process, and of the ranks of several GPUs, the largest
+    counts.
+    """
 
     seconds: float
     main_bytes: int
@@ -132,13 +136,14 @@ def counts(text: str) -> Iterator[tuple[int, int]]:
 def look(pid: int, seconds: float) -> list[Look]:
     """One, or none where the main process has ended."""
     found = {process.pid: process for process in processes(pid)}
-    main = found.get(pid)
-    if main is None:
+    if pid not in found:
         return []
-    loaders = [process for process in found.values() if process.parent == pid]
+    with_children = {pid, *(process.parent for process in found.values())}
+    mains = [process for process in found.values() if process.pid in with_children]
+    loaders = [process for process in found.values() if process.pid not in with_children]
     return [
         Look(
-            seconds, main.resident_bytes, main.n_files,
+            seconds, max(process.resident_bytes for process in mains), max(process.n_files for process in mains),
             [process.resident_bytes for process in loaders], [process.n_files for process in loaders],
         )
     ]  # fmt: skip
@@ -184,6 +189,7 @@ def described(observed: Observed) -> dict[str, Any]:
         "largest_loader_mib": thirds(largest),
         "main_files": thirds([look.main_files for look in at_work]),
         "loader_files": thirds([max(look.loader_files, default=0) for look in at_work]),
+        "over_time": over_time(observed),
     }
 
 
@@ -191,6 +197,21 @@ def trained(progress: list[tuple[float, int, int]]) -> int:
     """Images that a training has counted, over its epochs."""
     by_epoch = {epoch: images for _, epoch, images in progress}  # the last line of each
     return sum(by_epoch.values())
+
+
+def over_time(observed: Observed) -> list[dict[str, float]]:
+    """At most N_POINTS looks: second, memory in MiB, open files, and the images that were trained until then."""
+    points = []
+    for look in observed.looks[:: len(observed.looks) // N_POINTS + 1]:
+        images = [n for seconds, _, n in observed.progress if seconds <= look.seconds]
+        points.append(
+            {
+                "second": round(look.seconds, 1), "main_mib": round(look.main_bytes / MIB),
+                "loaders_mib": round(sum(look.loader_bytes) / MIB), "main_files": look.main_files,
+                "loader_files": sum(look.loader_files), "images": images[-1] if images else 0,
+            }
+        )  # fmt: skip
+    return points
 
 
 def is_trained_at(observed: Observed, seconds: float) -> bool:

@@ -103,6 +103,10 @@ def test_what_is_described_is_the_time_in_which_it_trains() -> None:
     lines = [(float(second), 1, 64 * second) for second in range(1, 7)]
     gpu_use = [(0.5, 0.0), (2.0, 0.9), (3.0, 0.8), (4.0, 0.7), (9.0, 0.0)]
     facts = described(Observed(12.0, 143, 0.7, looks, gpu_use, lines))
+    points = facts.pop("over_time")
+    assert len(points) == 8
+    middle = {"second": 2.0, "main_mib": 900, "loaders_mib": 200, "main_files": 40, "loader_files": 41, "images": 128}
+    assert points[2] == middle
     assert facts == {
         "seconds": 12.0, "exit_code": 143, "answer_s": 0.7, "first_images_s": 1.0, "images": 384,
         "images_per_s": (64.0, 64.0, 64.0), "gpu_use": (0.9, 0.8, 0.7), "main_mib": (900.0, 900.0, 900.0),

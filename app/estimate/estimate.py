@@ -37,7 +37,7 @@ FILE_BYTES = 4096  # a label file on the disk
 GIB = 2**30
 AFTER = ("ptq", "export", "eval", "report")
 OFF = (
-    "train.val_every=1", "train.save_period=0", "report.min_ap50=null", "guard.collapse=warn", "guard.divergence=warn",
+    "train.save_period=0", "report.min_ap50=null", "guard.collapse=warn", "guard.divergence=warn",
     "quant.warmup_from=null", "quant.warmup_share=0", "quant.correction_epochs=0", "eval.max_images=null",
     "eval.latency_warmup=1", "eval.latency_runs=5",
 )  # fmt: skip
@@ -122,17 +122,20 @@ class Pilot:
         self.has_gpu = train.device != "cpu" and sees_gpu()
         most = train.batch if self.has_gpu else min(train.batch, max(CPU_BATCH_PX // train.imgsz**2, 1))
         self.batch = max(most // self.divisor, 1)
-        n_val = max(2 * self.batch, 16) if self.has_gpu else max(CPU_VAL_PX // train.imgsz**2, 1)
-        self.seen = Images(min(self.batch * self.n_batches(), images.train), min(n_val, images.val))
+        self.seen = Images(min(self.batch * self.n_batches(), images.train), min(self.n_val(), images.val))
+        val_every = 1 if self.has_gpu else self.epochs  # the first validation compiles, on a GPU
         self.sets = (
             f"train.epochs={self.epochs}", f"train.batch={self.batch}", f"data.n_train={self.seen.train}",
-            f"data.n_val={self.seen.val}", *OFF,
+            f"data.n_val={self.seen.val}", f"train.val_every={val_every}", *OFF,
         )  # fmt: skip
 
     def n_batches(self) -> int:
         """Of an epoch."""
         n_px = self.batch * self.config.train.imgsz**2
         return N_BATCHES_GPU if self.has_gpu else max(CPU_TRAIN_PX // n_px, MIN_BATCHES)
+
+    def n_val(self) -> int:
+        return max(2 * self.batch, 16) if self.has_gpu else max(CPU_VAL_PX // self.config.train.imgsz**2, 1)
 
     def run(self, stage: str) -> Took:
         return watched(self.command, stage, self.run_root, *self.sets)
@@ -145,6 +148,9 @@ class Half(Pilot):
 
     def n_batches(self) -> int:
         return N_BATCHES_HALF
+
+    def n_val(self) -> int:
+        return 1
 
 
 def job_seconds(pilot: Pilot, took: dict[str, Took]) -> dict[str, dict[str, float]]:

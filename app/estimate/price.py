@@ -25,7 +25,7 @@ LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
 
 
 def training_parts(pilot: Config, seen: Images, wall_s: float, rows: Rows, between_s: float) -> dict[str, float]:
-    """Seconds of a training's start, and per image; the pilot's last epoch has everything compiled and cached.
+    """Seconds of a training's start, and per image; the pilot's last epoch validates, with everything compiled.
 
     Args:
         pilot, seen: configuration and images of the pilot; wall_s: of its whole process; rows: its results.csv;

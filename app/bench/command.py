@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # --help answers without it
     from app.core.run import RunRoot
 
-BENCHES = ("step", "train", "epoch", "agreement", "eval", "profile", "stability", "soak")
+BENCHES = ("step", "train", "epoch", "agreement", "eval", "profile", "stability", "soak", "rehearsal")
 
 
 def add_arguments(stage: argparse.ArgumentParser) -> None:
@@ -20,8 +20,8 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--steps", type=int, help="step: steps of a turn (default: 5); agreement: of a training (300)")
     stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
-    stage.add_argument("--images", type=int, help="eval: repeat the images to at least this many for time and memory")
-    stage.add_argument("--arms", nargs="+", help="train, agreement, stability: some of its arms (default: all)")
+    stage.add_argument("--images", type=int, help="eval: repeat images to so many, for time; rehearsal: score so many")
+    stage.add_argument("--arms", nargs="+", help="train, agreement, stability: some of its arms; rehearsal: parts")
     stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")
     stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends, 0 shows")
     stage.add_argument("--until", type=int, help="stability: show the arms as of this epoch (default: their last)")
@@ -29,6 +29,10 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
     stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
     stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
+    stage.add_argument("--draw-s", type=float, default=60, help="rehearsal: seconds to draw in (default: %(default)s)")
+    stage.add_argument("--train-s", type=float, default=240, help="rehearsal: to train FP16 in (default: %(default)s)")
+    stage.add_argument("--n-train", type=int, help="rehearsal: images to draw at most (default: COCO's 118,287)")
+    stage.add_argument("--n-val", type=int, help="rehearsal: val images to draw (default: COCO's 5,000)")
 
 
 def run(args: argparse.Namespace, run: RunRoot) -> None:
@@ -66,6 +70,12 @@ def run(args: argparse.Namespace, run: RunRoot) -> None:
             overlays = [CONF_DIR / "stability.yaml", *args.conf]
             plan = Plan(args.arms or list(ARMS), args.seeds, args.for_s, args.jobs, args.until, tuple(args.files))
             bench_stability(run, overlays, sets, plan)
+        case "rehearsal":
+            from app.bench.rehearsal import PARTS, Plan, bench_rehearsal
+
+            parts = tuple(args.arms or PARTS)
+            plan = Plan(args.draw_s, args.train_s, args.n_train, args.n_val, args.images, parts)
+            bench_rehearsal(run, args.conf, sets, plan)
         case "soak":
             from app.bench.soak import Plan, bench_soak
             from app.core.config import CONF_DIR

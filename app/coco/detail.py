@@ -17,8 +17,9 @@ from app.coco.score import class_matcher, first_of, quiet, read_results, truth_o
 from app.core.config import UserError
 
 Metrics = dict[str, Any]  # the content of a metrics.json, with `dir` and `path` of its folder
+IOUS, RECALLS = Params(iouType="bbox").iouThrs, Params(iouType="bbox").recThrs  # COCOeval's 10 and 101
 PR_IOUS = (0.5, 0.75)
-N_RECALLS = 101
+N_RECALLS = len(RECALLS)
 F1_IOU = 0.5
 AP_TOLERANCE = 1e-6  # the same code on the same file: only the order of additions may differ
 ALL_SIZES = [[0.0, 1e10]]  # range of areas in px^2
@@ -52,13 +53,13 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
     if not path.exists():
         raise UserError(f"{folder.name}/{path.name} is not there")
     detections = read_results(path)
+    detections = detections[np.isin(detections[:, 0], ids)]
     by_class, parts = {}, []
     for category_id in sorted(truth.getCatIds()):
-        matcher = matched(truth, detections, category_id, ids)
-        precision = matcher.eval["precision"][:, :, 0, 0, 0]
-        if (precision > -1).any():  # COCOeval gives -1 where a class has no object
-            by_class[truth.cats[category_id]["name"]] = precision
-        parts.append(hits_of(matcher.evalImgs))
+        found = matched(truth, detections, category_id, ids)
+        if found.n_objects.total():
+            by_class[truth.cats[category_id]["name"]] = precision_of(found)
+        parts.append(hits_of(found))
     ap = float(np.mean(list(by_class.values()))) if by_class else None
     if not is_same_ap(ap, expected_ap):
         raise UserError(f"{folder.name}/{path.name} does not give the AP of metrics.json")
@@ -66,24 +67,85 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
     return {"ap_by_class": aps, "precision": over_recall(by_class), **f1(parts, ids)}
 
 
-def matched(truth: COCO, detections: np.ndarray, category_id: int, ids: list[int]) -> Any:
-    """COCOeval of one class over objects of all sizes and at most 100 detections an image, as its AP has them."""
+@dataclass(frozen=True)
+class Matched:
+    """Detections of one class, at most 100 an image, in the order of the images; within one the best first.
+
+    `images` and `scores` are [n]; `is_hit` and `is_ignored` [IoU,n], as COCOeval's dtMatches and dtIgnore.
+    `n_objects` maps image id -> objects of the class without crowds, where there is an object or a crowd.
+    """
+
+    images: np.ndarray
+    scores: np.ndarray
+    is_hit: np.ndarray
+    is_ignored: np.ndarray
+    n_objects: Counter[int]
+
+
+def matched(truth: COCO, detections: np.ndarray, category_id: int, ids: list[int]) -> Matched:
+    """What COCOeval finds for one class among objects of all sizes and at most 100 detections an image.
+
+    On COCO val2017 an image has objects of 3 classes and detections of up to 80. COCOeval matches where an image has
+    an object of the class; elsewhere every detection is false, and 20 times as many of its cells would say so.
+
+    Args:
+        detections: [n,7] of `read_results`, of images in `ids`.
+    """
+    rows = best_of_images(detections[detections[:, 1] == category_id])
+    objects = truth.loadAnns(truth.getAnnIds(imgIds=ids, catIds=[category_id]))
+    with_objects = sorted({annotation["image_id"] for annotation in objects})
+    area = rows[:, 4] * rows[:, 5]
+    is_hit = np.zeros((len(IOUS), len(rows)), bool)
+    is_ignored = np.tile((area < ALL_SIZES[0][0]) | (area > ALL_SIZES[0][1]), (len(IOUS), 1))
+    n_objects: Counter[int] = Counter()
+    for cell in cells_of(truth, rows[np.isin(rows[:, 0], with_objects)], category_id, with_objects):
+        first = np.searchsorted(rows[:, 0], cell["image_id"])
+        own = slice(first, first + len(cell["dtScores"]))
+        is_hit[:, own], is_ignored[:, own] = cell["dtMatches"] != 0, cell["dtIgnore"]
+        n_objects[cell["image_id"]] = int(np.sum(cell["gtIgnore"] == 0))
+    return Matched(rows[:, 0], rows[:, 6], is_hit, is_ignored, n_objects)
+
+
+def best_of_images(rows: np.ndarray) -> np.ndarray:
+    """The MAX_DETECTIONS best rows of every image, in the order that COCOeval takes; equal ones as they come."""
+    rows = rows[np.lexsort((-rows[:, 6], rows[:, 0]))]
+    rank = np.arange(len(rows)) - np.searchsorted(rows[:, 0], rows[:, 0])
+    return rows[rank < MAX_DETECTIONS]
+
+
+def cells_of(truth: COCO, rows: np.ndarray, category_id: int, ids: list[int]) -> list[dict[str, Any]]:
+    """COCOeval's results for one class in the images that have objects of it, one each."""
     with quiet():
-        matcher = class_matcher(truth, detections, category_id, ids)
+        matcher = class_matcher(truth, rows, category_id, ids)
         matcher.params.areaRng = ALL_SIZES
         matcher.params.areaRngLbl = ["all"]
         matcher.params.maxDets = [MAX_DETECTIONS]
         matcher.evaluate()
-        matcher.accumulate()
-    return matcher
+    return matcher.evalImgs
+
+
+def precision_of(found: Matched) -> np.ndarray:
+    """Precision at 101 recalls, [IoU,recall], to the last bit as COCOeval's accumulate computes it."""
+    order = np.argsort(-found.scores, kind="stable")
+    is_hit, counts = found.is_hit[:, order], ~found.is_ignored[:, order]
+    n_true = np.cumsum(is_hit & counts, axis=1).astype(float)
+    n_false = np.cumsum(~is_hit & counts, axis=1).astype(float)
+    recall = n_true / found.n_objects.total()
+    precision = n_true / (n_false + n_true + np.spacing(1))
+    best_from_here = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    at_recalls = np.zeros((len(IOUS), N_RECALLS))
+    for row, own_recall, best in zip(at_recalls, recall, best_from_here, strict=True):
+        places = np.searchsorted(own_recall, RECALLS)
+        is_reached = places < len(best)
+        row[is_reached] = best[places[is_reached]]
+    return at_recalls
 
 
 def over_recall(by_class: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
     """Precision at 101 recalls, the mean over classes, by IoU; `by_class` has [IoU, recall] of every class."""
     curves: dict[str, list[float | None]] = {}
-    ious = Params(iouType="bbox").iouThrs
     for iou in PR_IOUS:
-        nearest = int(np.argmin(abs(ious - iou)))
+        nearest = int(np.argmin(abs(IOUS - iou)))
         of_classes = [precision[nearest] for precision in by_class.values()]
         curves[str(iou)] = np.mean(of_classes, axis=0).tolist() if by_class else [None] * N_RECALLS
     return curves
@@ -104,24 +166,13 @@ class Hits:
     """
 
     rows: np.ndarray
-    n_objects: dict[int, int]
+    n_objects: Counter[int]
 
 
-def hits_of(cells: list[Any]) -> Hits:
-    """From COCOeval's evalImgs: a cell an image, None where it has neither object nor detection."""
-    present = [cell for cell in cells if cell is not None]
-    n_objects = {}
-    columns: list[tuple[np.ndarray, ...]] = []
-    for cell in present:
-        if len(cell["gtIgnore"]):
-            n_objects[cell["image_id"]] = len(cell["gtIgnore"]) - int(np.sum(cell["gtIgnore"]))
-        scores = np.asarray(cell["dtScores"], float)
-        # Row 0 is IoU 0.5.
-        columns.append((np.full(len(scores), cell["image_id"]), scores, cell["dtMatches"][0] > 0, cell["dtIgnore"][0]))
-    if not columns:
-        return Hits(np.zeros((0, 3)), {})
-    images, scores, correct, ignored = map(np.concatenate, zip(*columns, strict=True))
-    return Hits(np.stack([images, scores, correct], axis=1)[~ignored.astype(bool)], n_objects)
+def hits_of(found: Matched) -> Hits:
+    counts = ~found.is_ignored[0]  # row 0 is IoU 0.5
+    rows = np.stack([found.images, found.scores, found.is_hit[0]], axis=1)
+    return Hits(rows[counts], found.n_objects)
 
 
 def f1(parts: list[Hits], ids: list[int]) -> dict[str, Any]:

@@ -23,19 +23,23 @@ from app.core.os_errors import free_bytes
 from app.core.progress import clock
 from app.core.results import read_rows
 from app.core.run import RunRoot
-from app.estimate.price import Peaks, eval_seconds, limit, training_parts, training_seconds
+from app.estimate.price import Peaks, between_epochs, eval_seconds, limit, training_parts, training_seconds
 from app.estimate.watch import Took, run_watched
 
 CPU_BATCH_PX = 850_000  # of the pilot's batch on a CPU: two images of 640 px, all of the smoke's
-N_BATCHES, N_BATCHES_GPU = 8, 24  # of each of its two epochs
+CPU_TRAIN_PX, CPU_VAL_PX = 2_500_000, 1_650_000  # of an epoch: 6 and 4 images of 640 px, 97 and 64 of the smoke's
+MIN_BATCHES, N_BATCHES_GPU = 3, 24  # of each of its two epochs
 N_EPOCHS = 2  # the first one compiles and fills caches
+N_BATCHES_HALF = 2  # of the training that only shows what half a batch takes in memory
 MEMORY_SHARE = 0.92  # of a GPU or of the machine, up to which a batch may fill it
+CACHED_SHARE = 0.75  # of a square that an image fills: most are as 4 to 3
 FILE_BYTES = 4096  # a label file on the disk
 GIB = 2**30
 AFTER = ("ptq", "export", "eval", "report")
 OFF = (
-    "train.val_every=1", "train.save_period=0", "report.min_ap50=null", "guard.collapse=warn", "guard.divergence=warn",
+    "train.save_period=0", "report.min_ap50=null", "guard.collapse=warn", "guard.divergence=warn",
     "quant.warmup_from=null", "quant.warmup_share=0", "quant.correction_epochs=0", "eval.max_images=null",
+    "eval.latency_warmup=1", "eval.latency_runs=5",
 )  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -60,26 +64,29 @@ def estimate(command: Command, run: RunRoot) -> None:
     Raises:
         UserError: the pilot failed, as the job would.
     """
+    start = time.monotonic()
     with scratch(run, "data") as whole, scratch(run, "pilot") as pilot_run, scratch(run, "half") as half_run:
         data = watched(command, "data", whole)
         images = images_of(whole)
         pilot = Pilot(command, pilot_run, images)
         took = {f"train {variant}": pilot.run(f"train --variant {variant}") for variant in ("fp16", "qat")}
-        half = Pilot(command, half_run, images, 2)
+        half = Half(command, half_run, images)
         half_took = half.run("train --variant fp16") if half.batch < pilot.batch else took["train fp16"]
         took |= {stage: pilot.run(stage) for stage in AFTER}
         seconds = job_seconds(pilot, {"data": data, **took})
         full_took = took["train fp16"]
         facts = summary(pilot, seconds, full_took)
         ram = Peaks(half.batch, half_took.peak_bytes, pilot.batch, full_took.peak_bytes)
-        facts["ram"] = memory(ram, pilot.config.train.batch, available_bytes())
+        cache_gib = images.train * 3 * pilot.config.train.imgsz**2 * CACHED_SHARE / GIB
+        facts["ram"] = memory(ram, pilot.config.train.batch, available_bytes()) | {"train_cache_gib": cache_gib}
         if full_took.gpu_total_bytes:
             gpu = Peaks(half.batch, half_took.gpu_peak_bytes, pilot.batch, full_took.gpu_peak_bytes)
             facts["gpu"] = memory(gpu, pilot.config.train.batch, full_took.gpu_total_bytes)
+    facts["pilot"] |= {"seconds": {stage: of.seconds for stage, of in took.items()}, "all_s": time.monotonic() - start}
     write_json(run.root / "estimate.json", facts)
     for line in shown(facts):
         log.info("%s", line)
-    log.info("estimate: %s", run.root / "estimate.json")
+    log.info("estimate: %s, in %s", run.root / "estimate.json", clock(facts["pilot"]["all_s"]))
 
 
 @contextmanager
@@ -104,25 +111,46 @@ class Pilot:
 
     Args:
         images: those of the job.
-        divisor: of the batch.
     """
 
-    def __init__(self, command: Command, run: RunRoot, images: Images, divisor: int = 1) -> None:
+    divisor, epochs = 1, N_EPOCHS
+
+    def __init__(self, command: Command, run: RunRoot, images: Images) -> None:
         self.command, self.run_root, self.images = command, run, images
         self.config = command.config("qat")
         train = self.config.train
         self.has_gpu = train.device != "cpu" and sees_gpu()
         most = train.batch if self.has_gpu else min(train.batch, max(CPU_BATCH_PX // train.imgsz**2, 1))
-        self.batch = max(most // divisor, 1)
-        n_train = min(self.batch * (N_BATCHES_GPU if self.has_gpu else N_BATCHES), images.train)
-        self.seen = Images(n_train, min(max(2 * self.batch, 16), images.val))
+        self.batch = max(most // self.divisor, 1)
+        self.seen = Images(min(self.batch * self.n_batches(), images.train), min(self.n_val(), images.val))
+        val_every = 1 if self.has_gpu else self.epochs  # the first validation compiles, on a GPU
         self.sets = (
-            f"train.epochs={N_EPOCHS}", f"train.batch={self.batch}", f"data.n_train={self.seen.train}",
-            f"data.n_val={self.seen.val}", *OFF,
+            f"train.epochs={self.epochs}", f"train.batch={self.batch}", f"data.n_train={self.seen.train}",
+            f"data.n_val={self.seen.val}", f"train.val_every={val_every}", *OFF,
         )  # fmt: skip
+
+    def n_batches(self) -> int:
+        """Of an epoch."""
+        n_px = self.batch * self.config.train.imgsz**2
+        return N_BATCHES_GPU if self.has_gpu else max(CPU_TRAIN_PX // n_px, MIN_BATCHES)
+
+    def n_val(self) -> int:
+        return max(2 * self.batch, 16) if self.has_gpu else max(CPU_VAL_PX // self.config.train.imgsz**2, 1)
 
     def run(self, stage: str) -> Took:
         return watched(self.command, stage, self.run_root, *self.sets)
+
+
+class Half(Pilot):
+    """A training of half the pilot's batch, as short as may be: only its memory is of use."""
+
+    divisor, epochs = 2, 1
+
+    def n_batches(self) -> int:
+        return N_BATCHES_HALF
+
+    def n_val(self) -> int:
+        return 1
 
 
 def job_seconds(pilot: Pilot, took: dict[str, Took]) -> dict[str, dict[str, float]]:
@@ -130,11 +158,13 @@ def job_seconds(pilot: Pilot, took: dict[str, Took]) -> dict[str, dict[str, floa
     seconds = {stage: {"all": watched.seconds} for stage, watched in took.items()}
     for variant in ("fp16", "qat"):
         config, own = pilot.command.config(variant), pilot.command.config(variant, *pilot.sets)
-        rows = read_rows(pilot.run_root.variant_dir(own.label) / "results.csv")
-        parts = training_parts(own, pilot.seen, took[f"train {variant}"].seconds, rows)
+        folder = pilot.run_root.variant_dir(own.label)
+        rows = read_rows(folder / "results.csv")
+        between_s = between_epochs((folder / "log.txt").read_text(encoding="utf-8", errors="replace"), rows)
+        parts = training_parts(own, pilot.seen, took[f"train {variant}"].seconds, rows, between_s)
         seconds[f"train {variant}"] = training_seconds(config, pilot.images, parts)
     n_scored = min(pilot.config.eval.max_images or pilot.images.val, pilot.images.val)
-    seconds["eval"] = eval_seconds(took["eval"].seconds, scored(pilot.run_root), n_scored)
+    seconds["eval"] = eval_seconds(pilot.config, took["eval"].seconds, scored(pilot.run_root), n_scored)
     return seconds
 
 
@@ -193,7 +223,8 @@ def shown(facts: dict[str, Any]) -> list[str]:
     for name in ("ram", "gpu"):
         if of := facts.get(name):
             largest = f", largest batch {of['largest_batch']}" if of["largest_batch"] is not None else ""
-            lines.append(f"{name}: {of['peak_gib']:.1f} of {of['available_gib']:.1f} GiB{largest}")
+            cache = f"; train.cache=true takes {of['train_cache_gib']:.1f} GiB more" if name == "ram" else ""
+            lines.append(f"{name}: {of['peak_gib']:.1f} of {of['available_gib']:.1f} GiB{largest}{cache}")
     needed, free = facts["disk"]["needed_gib"], facts["disk"]["free_gib"]
     lines.append(f"disk: {needed:.1f} GiB needed, {free:.0f} GiB free" + (": make room" if needed > free else ""))
     lines.append(f"limited by: {facts['limit']['part']}; to set: {facts['limit']['set']}")

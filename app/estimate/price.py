@@ -1,15 +1,18 @@
 """From what the pilot took to what the job takes: the arithmetic alone.
 
-A training:    start + epochs * n_train * image_s + n_validations * (n_val * val_image_s + n_bn * bn_image_s)
-Eval:          start + n_val * image_s, over all files
+A training:  start + epochs * (n_train * image_s + between_s)
+             + n_validations * (n_val * val_image_s + n_bn * bn_image_s)
+Eval:        start + files * (n_val * image_s + (warm-up + runs) * latency)
 
-n_bn: images that BatchNorm is re-estimated on, train.bn_batches batches or all. Writing last.pt at the end of an epoch
-counts to the start; it takes a second of an epoch of minutes.
+n_bn: images that BatchNorm is re-estimated on, train.bn_batches batches or all. between_s: from the line of an epoch to
+the start of the next one, which is the checkpoint.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from app.core.config import Config
@@ -17,22 +20,35 @@ from app.core.images import Images, n_bn_images
 from app.core.results import Rows
 
 BN_TIME = "time/bn_reestimation_s"  # a column of results.csv
+EPOCH_LINE = re.compile(r"^(\S+ \S+) .* epoch \d+/\d+: loss ", re.MULTILINE)  # of log.txt, and its time
+LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
 
 
-def training_parts(pilot: Config, seen: Images, wall_s: float, rows: Rows) -> dict[str, float]:
-    """Seconds of a training's start, and per image; the pilot's last epoch has everything compiled and cached.
+def training_parts(pilot: Config, seen: Images, wall_s: float, rows: Rows, between_s: float) -> dict[str, float]:
+    """Seconds of a training's start, and per image; the pilot's last epoch validates, with everything compiled.
 
     Args:
-        pilot, seen: configuration and images of the pilot; wall_s: of its whole process; rows: its results.csv.
+        pilot, seen: configuration and images of the pilot; wall_s: of its whole process; rows: its results.csv;
+            between_s: from an epoch to the next one.
     """
     last = rows[-1]
     train_s, bn_s = last["time/train_s"], last.get(BN_TIME, 0.0)
+    epochs_s = sum(row["time/epoch_s"] + between_s for row in rows)
     return {
-        "start_s": max(wall_s - sum(row["time/epoch_s"] for row in rows), 0.0),
+        "start_s": max(wall_s - epochs_s, 0.0),
         "image_s": train_s / seen.train,
         "val_image_s": max(last["time/epoch_s"] - train_s - bn_s, 0.0) / seen.val,
         "bn_image_s": bn_s / max(n_bn_images(pilot, seen), 1),
+        "between_s": between_s,
     }
+
+
+def between_epochs(log_text: str, rows: Rows) -> float:
+    """Seconds that log.txt has between the lines of the last two epochs, beyond those that results.csv knows of."""
+    ends = [datetime.strptime(when, LOG_TIME) for when in EPOCH_LINE.findall(log_text)]
+    if len(ends) < 2:
+        return 0.0
+    return max((ends[-1] - ends[-2]).total_seconds() - rows[-1]["time/epoch_s"], 0.0)
 
 
 def training_seconds(config: Config, images: Images, parts: dict[str, float]) -> dict[str, float]:
@@ -44,14 +60,21 @@ def training_seconds(config: Config, images: Images, parts: dict[str, float]) ->
         "steps": train.epochs * images.train * parts["image_s"],
         "validation": n_validations * images.val * parts["val_image_s"],
         "BatchNorm": n_validations * n_bn_images(config, images) * parts["bn_image_s"],
+        "checkpoints": train.epochs * parts["between_s"],
     }
 
 
-def eval_seconds(wall_s: float, scored: list[dict[str, Any]], n_val: int) -> dict[str, float]:
+def eval_seconds(config: Config, wall_s: float, scored: list[dict[str, Any]], n_val: int) -> dict[str, float]:
     """`scored`: the metrics.json of the pilot's files."""
-    measured_s = sum(metrics["time_s"]["total"] + metrics["time_s"]["score"] for metrics in scored)
+    images_s = latency_s = job_latency_s = 0.0
+    for metrics in scored:
+        time_s, latency = metrics["time_s"], metrics["latency_ms"]
+        images_s += time_s["total"] + time_s["score"]
+        latency_s += (latency["warmup"] + latency["runs"]) * latency["p50"] / 1e3
+        job_latency_s += (config.eval.latency_warmup + config.eval.latency_runs) * latency["p50"] / 1e3
     n_seen = max((metrics["dataset"]["n_images"] for metrics in scored), default=1)
-    return {"start": max(wall_s - measured_s, 0.0), "images": measured_s / n_seen * n_val}
+    start_s = max(wall_s - images_s - latency_s, 0.0)
+    return {"start": start_s, "images": images_s / n_seen * n_val, "latency": job_latency_s}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.core.config import UserError
+from app.core.processes import memory_of
 
 EVERY_S = 0.5
 PROGRAM = ["-m", "app"]
-KIB, MIB = 2**10, 2**20
-SESSION = 5  # place of the session's id in /proc/PID/stat, counted after the name in brackets
+MIB = 2**20
 GPU_QUERY = ["nvidia-smi", "--query-gpu=memory.used,memory.total,utilization.gpu", "--format=csv,noheader,nounits"]
 
 
@@ -67,24 +67,6 @@ def watch(session: int, took: Took, over: threading.Event) -> None:
         took.peak_bytes = max(took.peak_bytes, memory_of(session))
         if has_gpu:
             look_at_gpu(took)
-
-
-def memory_of(session: int) -> int:
-    """Bytes of all processes of a session; what several share counts once."""
-    total = 0
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (process / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[SESSION - 2]) == session:
-                total += pss_bytes((process / "smaps_rollup").read_text())
-        except OSError:  # it has ended, or is somebody else's
-            continue
-    return total
-
-
-def pss_bytes(text: str) -> int:
-    """Proportional set size in the text of smaps_rollup."""
-    return next((int(line.split()[1]) * KIB for line in text.splitlines() if line.startswith("Pss:")), 0)
 
 
 def look_at_gpu(took: Took) -> None:

@@ -20,7 +20,7 @@ import yaml
 from app.coco.annotations import read_instances
 from app.coco.categories import CATEGORY_IDS
 from app.coco.dataset import DRAWN_TITLE, Dataset, annotation_path
-from app.coco.detail import matched
+from app.coco.detail import matched, precision_of
 from app.coco.score import describe_dataset, load_truth, read_results
 from app.core.config import load
 from app.core.curves import write_loss_curve
@@ -153,12 +153,13 @@ def enter_ap(folder: Path, dataset: Dataset) -> None:
     detections = read_results(folder / "detections.json")
     precisions = []
     for category_id in sorted(truth.getCatIds()):
-        precisions.append(matched(truth, detections, category_id, ids).eval["precision"])
-    precision = np.stack(precisions)
+        found = matched(truth, detections, category_id, ids)
+        if found.n_objects.total():
+            precisions.append(precision_of(found))
     path = folder / "metrics.json"
     tree = json.loads(path.read_text())
     tree["dataset"] |= describe_dataset(truth, dataset, ids)
-    tree["coco"]["AP"] = float(precision[precision > -1].mean())
+    tree["coco"]["AP"] = float(np.mean(precisions))
     write(path, tree)
 
 

@@ -11,13 +11,22 @@ from typing import Any
 import pytest
 
 from app.core.config import UserError, load
+from app.core.processes import pss_bytes
 from app.core.results import write_rows
 from app.core.run import RunRoot
 from app.estimate import estimate as estimate_module
 from app.estimate import watch as watch_module
 from app.estimate.estimate import Command, estimate
-from app.estimate.price import Images, Peaks, eval_seconds, limit, training_parts, training_seconds
-from app.estimate.watch import Took, pss_bytes, run_watched
+from app.estimate.price import (
+    Images,
+    Peaks,
+    between_epochs,
+    eval_seconds,
+    limit,
+    training_parts,
+    training_seconds,
+)
+from app.estimate.watch import Took, run_watched
 from tests.support.report_fixtures import write
 
 SMALL = ["train.batch=4", "train.bn_batches=5", "train.epochs=2"]
@@ -29,18 +38,35 @@ ROWS = [
 
 def test_a_training_costs_its_start_once_and_its_images_every_epoch() -> None:
     """The pilot's second epoch: 32 train images in 32 s, BN on 20 in 8 s, 5 val images in the remaining 10 s."""
-    parts = training_parts(load("fp16", sets=SMALL), Images(32, 5), 200.0, ROWS)
-    assert parts == pytest.approx({"start_s": 30.0, "image_s": 1.0, "val_image_s": 2.0, "bn_image_s": 0.4})
+    parts = training_parts(load("fp16", sets=SMALL), Images(32, 5), 200.0, ROWS, 3.0)
+    expected = {"start_s": 24.0, "image_s": 1.0, "val_image_s": 2.0, "bn_image_s": 0.4, "between_s": 3.0}
+    assert parts == pytest.approx(expected)
     job = load("fp16", sets=["train.batch=8", "train.bn_batches=5", "train.epochs=7", "train.val_every=2"])
     seconds = training_seconds(job, Images(100, 10), parts)  # validated after epochs 2, 4, 6 and 7; BN on 40 images
-    assert seconds == pytest.approx({"start": 30.0, "steps": 700.0, "validation": 80.0, "BatchNorm": 64.0})
+    expected = {"start": 24.0, "steps": 700.0, "validation": 80.0, "BatchNorm": 64.0, "checkpoints": 21.0}
+    assert seconds == pytest.approx(expected)
     few = training_seconds(job, Images(30, 10), parts)  # BN on all images where they are fewer than its batches
     assert few["BatchNorm"] == pytest.approx(48.0)
 
 
+def test_what_an_epoch_takes_after_its_line_is_read_from_the_log() -> None:
+    """The second line comes 53.5 s after the first one, and results.csv knows of 50.0 of them."""
+    lines = (
+        "2026-11-27 11:59:59,000 app.train.train INFO train fp16: yolov10n, 2 epochs",
+        "2026-11-27 12:00:58,000 app.core.progress INFO fp16 epoch 1/2: 64/96, 12.0 images/s, loss 9.1",
+        "2026-11-27 12:01:00,250 app.train.monitor INFO fp16 epoch 1/2: loss 9.100, AP raw 0.000",
+        "2026-11-27 12:01:53,750 app.train.monitor INFO fp16 epoch 2/2: loss 8.900, AP raw 0.000",
+    )
+    assert between_epochs("\n".join(lines), ROWS) == pytest.approx(3.5)
+    assert between_epochs("\n".join(lines[:3]), ROWS[:1]) == 0
+
+
 def test_eval_costs_what_is_not_images_once() -> None:
-    scored = [{"time_s": {"total": 4.0, "score": 1.0}, "dataset": {"n_images": 10}}] * 2
-    assert eval_seconds(25.0, scored, 50) == pytest.approx({"start": 15.0, "images": 50.0})
+    """Two files of 5 s for 10 images, and 6 times 0.5 s at the clock each; of 25 s nothing else but 9 s is left."""
+    latency = {"warmup": 1, "runs": 5, "p50": 500.0}
+    scored = [{"time_s": {"total": 4.0, "score": 1.0}, "dataset": {"n_images": 10}, "latency_ms": latency}] * 2
+    job = load("qat", sets=["eval.latency_warmup=3", "eval.latency_runs=20"])
+    assert eval_seconds(job, 25.0, scored, 50) == pytest.approx({"start": 9.0, "images": 50.0, "latency": 23.0})
 
 
 def test_memory_grows_with_the_batch_and_says_what_fits() -> None:
@@ -102,8 +128,11 @@ def fake_stage(words: list[str], log_path: Path) -> Took:
         n_train, n_val = int(settings["data.n_train"]), int(settings["data.n_val"])
         row = {"time/train_s": 0.1 * n_train, "time/epoch_s": 0.1 * n_train + 0.02 * n_val}
         write_rows(folder / "results.csv", [{"epoch": epoch, **row} for epoch in (1.0, 2.0)])
+        (folder / "log.txt").write_text("")
     if words[0] == "eval":
+        latency = {"warmup": 1, "runs": 5, "p50": 1000.0}
         metrics = {"time_s": {"total": 3.0, "score": 1.0}, "dataset": {"n_images": int(settings["data.n_val"])}}
+        metrics["latency_ms"] = latency
         write(root / "baseline-coco" / "metrics.json", metrics)
     return Took(seconds=60.0, cpu_s=60.0, peak_bytes=int(settings.get("train.batch", "0")) * 2**30)
 
@@ -122,11 +151,20 @@ def test_the_pilots_words_and_the_whole(tmp_path: Path, monkeypatch: pytest.Monk
     facts = json.loads((tmp_path / "small" / "estimate.json").read_text())
     assert [words[0] for words in calls] == ["data", "train", "train", "train", "ptq", "export", "eval", "report"]
     assert all("data.coco_dir=/a place" in words for words in calls)
-    assert facts["pilot"] == {"batch": 8, "n_train": 64, "n_val": 16}  # 850,000 px hold 8 images of 320 px
+    # 850,000 px hold 8 images of 320 px, 2.5 million 3 batches of them, and 1.65 million 16 images.
+    assert {key: facts["pilot"][key] for key in ("batch", "n_train", "n_val")} == {
+        "batch": 8,
+        "n_train": 24,
+        "n_val": 16,
+    }
+    assert facts["pilot"]["seconds"] == dict.fromkeys(["train fp16", "train qat", *estimate_module.AFTER], 60.0)
+    half = dict(word.split("=") for word in calls[3][calls[3].index("--set") :] if "=" in word)
+    assert (half["train.batch"], half["data.n_train"], half["train.epochs"]) == ("4", "8", "1")
     seconds = facts["seconds"]
     assert seconds["train qat"]["steps"] == pytest.approx(10 * 1000 * 0.1)
     assert seconds["train qat"]["validation"] == pytest.approx(10 * 100 * 0.02)
-    assert seconds["eval"] == pytest.approx({"start": 56.0, "images": 4 / 16 * 100})
+    assert seconds["eval"] == pytest.approx({"start": 50.0, "images": 4 / 16 * 100, "latency": 110.0})
     assert facts["hours"]["whole job"] == pytest.approx(sum(sum(parts.values()) for parts in seconds.values()) / 3600)
     assert facts["ram"]["peak_gib"] == pytest.approx(32)  # 8 GiB at batch 8, 4 at batch 4
+    assert facts["ram"]["train_cache_gib"] == pytest.approx(1000 * 3 * 320 * 240 / 2**30)
     assert os.listdir(tmp_path) == ["small"], "nothing of the pilot stays"

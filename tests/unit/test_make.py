@@ -21,7 +21,17 @@ PROMISED = (
     "smoke test train-fp16 train-qat export ptq eval report all data draw download-coco "
     "tensorboard bench build lint stop"
 )
-GPU_JOBS = {"train-fp16", "train-qat", "export", "ptq", "eval", "all", "bench", "estimate", "smoke", "sweep",
+GPU_JOBS = {
+    "train-fp16",
+    "train-qat",
+    "export",
+    "ptq",
+    "eval",
+    "all",
+    "bench",
+    "estimate",
+    "smoke",
+    "sweep",
     "sensitivity",
 }
 # What `make test` without a container hands down to the tests.

@@ -11,7 +11,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from app.coco.detail import ALL_SIZES, MAX_DETECTIONS, detail
+from app.coco.detail import ALL_SIZES, MAX_DETECTIONS, detail, hits_of, matched, precision_of
 from app.coco.matching import Matcher
 from app.coco.score import STATS, load_truth, quiet, read_results, score, with_annotations
 from app.core.config import UserError
@@ -95,6 +95,42 @@ def test_detail_is_that_of_all_classes_at_once(scene: tuple[COCO, Path]) -> None
     assert facts["ap_by_class"] == pytest.approx(dict(zip(names, precision.mean(axis=(0, 1))[present], strict=True)))
     np.testing.assert_allclose(facts["precision"]["0.5"], precision[0][:, present].mean(axis=1), rtol=1e-12)
     assert list(facts["f1_by_image"]) == list(map(str, IMAGE_IDS))
+
+
+@pytest.mark.parametrize("category_id", CATEGORY_IDS)
+@pytest.mark.parametrize("n_more", [0, 130], ids=["few", "more than count"])
+def test_a_class_is_to_the_last_bit_what_cocoeval_finds(
+    scene: tuple[COCO, Path], category_id: int, n_more: int
+) -> None:
+    """With equal scores in many images, and with an image that has more detections of a class than COCOeval takes."""
+    truth, path = scene
+    rng = np.random.default_rng(1)
+    rows = json.loads(path.read_text())
+    for _ in range(n_more):
+        score = float(rng.integers(1, 20)) / 20
+        rows.append({"image_id": 5, "category_id": category_id, "bbox": random_box(rng), "score": score})
+    path.write_text(json.dumps(rows))
+    one = {"areaRng": ALL_SIZES, "areaRngLbl": ["all"], "maxDets": [MAX_DETECTIONS], "catIds": [category_id]}
+    expected = plain(truth, path, COCOeval, **one)
+    found = matched(truth, read_results(path), category_id, IMAGE_IDS)
+    cells = [cell for cell in expected.evalImgs if cell]
+    for name, key in (("is_hit", "dtMatches"), ("is_ignored", "dtIgnore")):
+        joined = np.concatenate([cell[key] for cell in cells], axis=1)
+        np.testing.assert_array_equal(getattr(found, name), joined > 0, err_msg=key)
+    assert found.scores.tolist() == [score for cell in cells for score in cell["dtScores"]]
+    assert len(hits_of(found).rows) == (~found.is_ignored[0]).sum()
+    precision = expected.eval["precision"][:, :, 0, 0, 0]
+    if category_id == CATEGORY_IDS[-1]:
+        assert (precision == -1).all() and not found.n_objects.total(), "no image has an object of this class"
+        return
+    np.testing.assert_array_equal(precision_of(found), precision)
+    assert 0 < precision.mean() < 1
+
+
+def test_a_class_that_nothing_was_detected_of_has_no_precision(scene: tuple[COCO, Path]) -> None:
+    found = matched(scene[0], np.zeros((0, 7)), CATEGORY_IDS[0], IMAGE_IDS)
+    assert found.n_objects.total() > 0
+    assert not precision_of(found).any()
 
 
 def test_results_of_some_images_alone_are_read(tmp_path: Path) -> None:

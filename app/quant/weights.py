@@ -147,4 +147,3 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return name
     return None
-

@@ -9,12 +9,21 @@ from typing import Any
 from app.coco.detail import Metrics
 from app.core.labels import BASELINE, scored_name
 from app.core.results import AP_FREQUENT, FREQUENT_BOXES
+from app.core.start import told
 from app.report.appendix import appendix
 from app.report.evidence import Evidence, name_of
 from app.report.findings import Findings
 from app.report.groups import describe, frequent_line, measured_alike, stats_of
 from app.report.tables import markdown_table, number, plain, signed
-from app.report.verdict import ap_text, difference_text, health_lines, merged_text, telling_lines, verdict
+from app.report.verdict import (
+    ap_text,
+    difference_text,
+    health_lines,
+    merged_text,
+    start_lines,
+    telling_lines,
+    verdict,
+)
 
 COLUMN_WORDS = {"AP": "AP", "AP_difference": "difference"}
 COLUMN_WORDS |= {"AP_frequent": "AP frequent", "AP_frequent_difference": "difference of frequent"}
@@ -36,6 +45,7 @@ def summary(evidence: Evidence, findings: Findings, figures: list[str]) -> str:
     top = [
         f"# What 4-bit weights cost: run `{findings['run']}`",
         *verdict(findings),
+        *start_lines(findings),
         *telling_lines(findings),
         *health_lines(findings),
         contents(parts),
@@ -85,6 +95,9 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     has_frequent = AP_FREQUENT in stats_of(group)
     head = ["AP frequent"] if has_frequent else []
     cells = [["variant", "AP", "difference", *head, "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
+    has_starts = any(row["start"] for row in rows)
+    if has_starts:
+        cells[0].append("weights began")
     for metrics, row in zip(group, rows, strict=True):
         cells.append(
             [
@@ -100,6 +113,8 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
                 metrics["model"]["file"],
             ]
         )
+        if has_starts:
+            cells[-1].append(told(row["start"]))
     return markdown_table(cells)
 
 

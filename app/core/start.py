@@ -104,7 +104,7 @@ def with_known_start(tree: dict[str, Any], run_root: Path | None) -> dict[str, A
         return tree
     for snapshot in sorted(run_root.glob("*/config.yaml")):
         known = start_in(read_yaml(snapshot))
-        if known and known.path == file:
+        if known and known.name == Path(file).name:
             log.warning("%s does not exist: what was started %s goes on from its own checkpoint", file, known)
             return merge(tree, {"train": {"weights": known.model_dump()}})
     return tree

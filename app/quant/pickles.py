@@ -16,7 +16,8 @@ from torch._weights_only_unpickler import get_globals_in_pkl
 from app.core.config import UserError
 
 ZIP_BEGIN = b"PK\3\4"
-# Before it had ZIPs, torch.save wrote magic number, protocol, system, object and names of storages, each a pickle.
+# Before version 1.6 of 2020 torch.save wrote no ZIP but magic number, protocol, system, object and names of storages, each a pickle.
+# Of such files PyTorch's unpickler reads state_dicts, and refuses pickled networks.
 N_LEGACY_PICKLES = 5
 # What no network needs. Others are not executed either; these are refused, so that their user learns of it.
 HOSTILE = re.compile(
@@ -51,9 +52,9 @@ def unpickle(data: bytes, path: Any) -> Any:
     try:
         names = _names(data)
         if hostile := sorted(filter(HOSTILE.fullmatch, names)):
-            raise UserError(f"{path} names {hostile[0]}, which no network needs: refused, nothing of it was executed")
-        stand_ins: list[Any] = [(type("Inert", (Inert,), {"kind": name}), name) for name in names]
-        with torch.serialization.safe_globals([*stand_ins, (_default_dict, "collections.defaultdict")]):
+            raise UserError(f"{path} names {hostile[0]}, which no network needs: refused, nothing was executed")
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -72,6 +73,13 @@ def _names(data: bytes) -> set[str]:
     for _ in range(N_LEGACY_PICKLES):
         names |= get_globals_in_pkl(file)
     return names - {"collections.OrderedDict"}
+
+
+def _stand_in(name: str) -> Any:
+    """What the unpickler calls in place of the class or function of this name."""
+    if name == "collections.defaultdict":  # entries are set into it
+        return _default_dict
+    return type("Inert", (Inert,), {"kind": name})
 
 
 def _default_dict(*args: Any) -> dict[Any, Any]:

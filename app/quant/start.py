@@ -18,6 +18,7 @@ from app.quant.weights import Weights, not_finite, without_prefix
 ENTRIES = ("ema", "model", "state_dict", "model_state_dict", "module")
 OWN_ENTRIES = ("scored", "ema")  # a last.pt from before the first validation has nothing scored
 MAX_DEPTH = 4  # dictionaries around a network
+NORM = ".bn."  # part of the names of Ultralytics' BatchNorm
 OF_QUANTIZER = ".weight_quant."  # part of the names of Brevitas' own state
 DETECTION = ("DetectionModel", "YOLOv10DetectionModel")
 
@@ -40,6 +41,8 @@ def read_start(start: Start) -> Weights:
     weights = _own(start) if is_own else _published(start, content)
     if not weights.tensors:
         raise UserError(f"{path} holds no network: name a checkpoint such as best.pt")
+    if not any(NORM in name for name in weights.tensors):
+        raise UserError(f"{path} holds a network without BatchNorm, it was folded (fuse): name the one of its training")
     if name := not_finite(weights.tensors):
         raise UserError(f"{path} holds NaN or infinity in {name}: its training went wrong, take another checkpoint")
     return weights

@@ -45,7 +45,7 @@ class Weights:
         """
         biases = [tensor for name, tensor in self.tensors.items() if ONE2ONE_BIAS.fullmatch(name)]
         if not biases or biases[0].ndim != 1:
-            raise UserError(f"{self.start.path} holds no YOLOv10{self._by_its_word}: it has no one2one head of one")
+            raise UserError(f"{self.start.path} holds no YOLOv10{self._by_its_word}: it has no one2one head")
         return len(biases[0])
 
     @property

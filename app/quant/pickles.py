@@ -16,8 +16,8 @@ from torch._weights_only_unpickler import get_globals_in_pkl
 from app.core.config import UserError
 
 ZIP_BEGIN = b"PK\3\4"
-# Before version 1.6 of 2020 torch.save wrote no ZIP but magic number, protocol, system, object and names of storages, each a pickle.
-# Of such files PyTorch's unpickler reads state_dicts, and refuses pickled networks.
+# Before version 1.6 of 2020 torch.save wrote no ZIP: magic number, protocol, system, object and names of storages,
+# each a pickle. Of such files PyTorch's unpickler reads state_dicts, and refuses pickled networks.
 N_LEGACY_PICKLES = 5
 # What no network needs. Others are not executed either; these are refused, so that their user learns of it.
 HOSTILE = re.compile(

@@ -78,7 +78,7 @@ def fit(network: DetectionModel, weights: Weights, model: str) -> None:
     wanted, given = list(network.names.values()), weights.n_classes
     misshaped = misfits(own, weights)
     if misshaped is None or (misshaped and given == len(wanted)):
-        raise UserError(f"{weights.start.path} holds {described(weights)}, not {_stem(model)}: {_remedy(weights)}")
+        raise UserError(f"{weights.start.path} holds {other_network(weights, model)}")
     tensors = {name: tensor for name, tensor in weights.tensors.items() if name in own and name not in misshaped}
     if misshaped:
         log.info(
@@ -99,15 +99,13 @@ def misfits(own: dict[str, torch.Tensor], weights: Weights) -> list[str] | None:
     return differ if all(map(CLASS_LAYERS.fullmatch, differ)) else None
 
 
-def described(weights: Weights) -> str:
-    """What network a checkpoint holds: one of ours by its tensors, else what it says itself."""
+def other_network(weights: Weights, wanted: str) -> str:
+    """What a checkpoint holds in place of the network `wanted`, and the remedy, for a message."""
     model = architecture_of(weights)
-    return _stem(model) if model else f"no YOLOv10 but {weights.architecture or 'another network'}"
-
-
-def _remedy(weights: Weights) -> str:
-    model = architecture_of(weights)
-    return f"take --set model={model}" if model else f"the networks here are {', '.join(map(_stem, MODELS))}"
+    if model:
+        return f"{_stem(model)}, not {_stem(wanted)}: take --set model={model}"
+    networks = ", ".join(map(_stem, MODELS))
+    return f"no YOLOv10 but {weights.architecture or 'another network'}: the networks here are {networks}"
 
 
 def architecture_of(weights: Weights) -> str | None:

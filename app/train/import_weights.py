@@ -17,7 +17,7 @@ from app.core.start import Start, of_file
 from app.data.prepare import prepare, prepared
 from app.quant.model import IMPORTED_EPOCH, cpu_state_dict, save_checkpoint
 from app.quant.start import read_start
-from app.quant.weights import Weights, architecture_of, described, fit
+from app.quant.weights import Weights, architecture_of, fit, other_network
 from app.train.done import OTHER_RUN, imported_into
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def import_weights(config: Config, run: RunRoot, path: Path, force: bool) -> Non
         raise UserError(f"{path} was trained or made with quantized weights: import a float network")
     model = architecture_of(weights)
     if model is None:
-        raise UserError(f"{path} holds {described(weights)}: the networks here are YOLOv10's")
+        raise UserError(f"{path} holds {other_network(weights, config.model)}")
     prepare(config, run, force=False, says_done=False)
     names = names_for(weights, prepared(run)["names"])
     network = DetectionModel(model, ch=3, nc=len(names), verbose=False)

@@ -262,7 +262,7 @@ def test_the_download_sees_the_dataset_folder_alone() -> None:
         (["all", "OMP_THREADS=2"], "a variable of the environment before make"),
         (["report", "A=runs/a"], "A=... and B=... are for make compare"),
         (["all", "ONNX=x.onnx"], "ONNX=... is for make eval"),
-        (["all", "WEIGHTS=x.pt"], 'WEIGHTS=... is for make import-weights; a training takes ARGS="--set train.weights=FILE"'),
+        (["all", "WEIGHTS=x.pt"], 'import-weights; a training takes ARGS="--set train.weights=FILE"'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip

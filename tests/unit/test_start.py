@@ -1,4 +1,4 @@
-"""train.weights: what the configuration makes of it, and that the hash of the file, not its place, tells starts apart."""
+"""train.weights: what the configuration makes of it; the hash of the file, not its place, tells starts apart."""
 
 from __future__ import annotations
 

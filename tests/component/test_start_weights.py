@@ -10,11 +10,10 @@ import pytest
 import torch
 from ultralytics import YOLO
 
-from app.core.config import Config, UserError, load
+from app.core.config import Config, UserError
 from app.core.files import read_json, sha256
 from app.core.results import read_rows
 from app.core.run import RunRoot
-from app.data.prepare import prepare
 from app.eval.evaluate import evaluate
 from app.export.export import export
 from app.export.trace import parity_images
@@ -172,23 +171,3 @@ def test_what_import_says_of_size_and_of_quantized_weights(
     assert "it was trained at 64 px and will be scored at 96" in caplog.text
     with pytest.raises(UserError, match="quantized weights: import a float network"):
         import_weights(configured(run, "fp16"), run, tiny_run.best("qat-w4a16"), force=True)
-
-
-@pytest.mark.parametrize("size", ["n", "m"])
-def test_a_size_of_yolov10_goes_through_training_and_export(size: str, tmp_path: Path) -> None:
-    """n and m have other blocks; all six sizes went through the smoke's path (runs/LOG.md)."""
-    run = RunRoot(tmp_path, "size")
-    with pytest.MonkeyPatch.context() as patch:
-        from ultralytics.nn import tasks
-        from ultralytics.utils import YAML
-
-        patch.setattr(tasks, "yaml_model_load", lambda path: YAML.load(path))
-        sets = [f"model=yolov10{size}.yaml", "data.coco_dir=coco-subset", "data.n_train=2", "data.n_val=1",
-                "train.imgsz=64", "train.batch=2", "train.epochs=1", "train.device=cpu", "train.workers=0",
-                "train.bn_batches=1", "hyp.mosaic=0", "hyp.close_mosaic=0"]  # fmt: skip
-        config = load("qat", sets=sets)
-        prepare(config, run, force=False)
-        train(config, run, force=False)
-        export(config, run, force=False)
-    record = read_json(run.onnx_dir / f"yolov10{size}-w4a16-int4-qat.json", "export")
-    assert record["gates"]["bit_equal"]

@@ -14,8 +14,9 @@ from app.export.export import export
 from app.train.train import train
 
 SETS = [
-    "model=yolov10m.yaml", "data.coco_dir=coco-subset", "data.n_train=2", "data.n_val=1", "train.imgsz=64", "train.batch=2", "train.epochs=1",
-    "train.device=cpu", "train.workers=0", "train.bn_batches=1", "hyp.mosaic=0", "hyp.close_mosaic=0", "export.optimize=false",
+    "model=yolov10m.yaml", "data.coco_dir=coco-subset", "data.n_train=2", "data.n_val=1", "train.imgsz=64",
+    "train.batch=2", "train.epochs=1", "train.device=cpu", "train.workers=0", "train.bn_batches=1", "hyp.mosaic=0",
+    "hyp.close_mosaic=0", "export.optimize=false",
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def summary(evidence: Evidence, findings: Findings, figures: list[str]) -> str:
     """The whole page; `figures` are blocks of Markdown."""
     parts = [
         "\n".join(tables(evidence.scored, findings)),
-        names_line(evidence.scored),
+        names_line(evidence),
         *section("## Seeds", seeds_lines(findings)),
         *section("## Read this before you compare", bullets(caveats(evidence, findings))),
         *section("## Pictures", ["\n\n".join(figures)] if figures else []),
@@ -61,12 +61,13 @@ def contents(parts: list[str]) -> str:
     return f"**On this page:** {' · '.join(links)}" if links else ""
 
 
-def names_line(scored: list[Metrics]) -> str:
+def names_line(evidence: Evidence) -> str:
     """What the baseline is called, if it was scored."""
-    if str(BASELINE) not in map(name_of, scored):
+    if str(BASELINE) not in map(name_of, evidence.scored):
         return ""
+    what = "imported checkpoint" if evidence.imported else "training"
     return (
-        "`fp16` is the training, `baseline` its ONNX file with FP32 weights, `baseline-fp16` the same weights in FP16. "
+        f"`fp16` is the {what}, `baseline` its ONNX file with FP32 weights, `baseline-fp16` the same weights in FP16. "
         "A quantized model has one label as training and as file."
     )
 
@@ -97,7 +98,7 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     cells = [["variant", "AP", "difference", *head, "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
     has_starts = any(row["start"] for row in rows)
     if has_starts:
-        cells[0].append("weights began")
+        cells[0].insert(1, "weights began")
     for metrics, row in zip(group, rows, strict=True):
         cells.append(
             [
@@ -114,7 +115,7 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
             ]
         )
         if has_starts:
-            cells[-1].append(told(row["start"]))
+            cells[-1].insert(1, told(row["start"]))
     return markdown_table(cells)
 
 

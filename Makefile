@@ -4,7 +4,7 @@
 .NOTPARALLEL:
 job = @export OWNER=$$PPID; exec scripts/job $@
 TARGETS := help $(shell sed -n 's/^\([a-z0-9-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
-VARIABLES := RUN COCO_DIR ARGS CONF A B ONNX SCHEMES SEEDS RUNNER ACCEL GPUS SHM_SIZE MEM_LIMIT APP_UID APP_GID IMAGE \
+VARIABLES := RUN COCO_DIR ARGS CONF A B ONNX WEIGHTS SCHEMES SEEDS RUNNER ACCEL GPUS SHM_SIZE MEM_LIMIT APP_UID APP_GID IMAGE \
 	TENSORBOARD_PORT BASE_IMAGE CA_BUNDLE PIP_INDEX_URL PYTHON HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy \
 	no_proxy DOCKER_HOST CUDA_VISIBLE_DEVICES SHELL
 
@@ -17,9 +17,11 @@ $(foreach word,$(filter-out $(TARGETS),$(MAKECMDGOALS)),$(error $(word): $(call 
 $(if $(and $(filter A B,$(GIVEN)),$(filter-out compare,$(MAKECMDGOALS))),$(error A=... and B=... are for make compare))
 $(if $(and $(filter ONNX,$(GIVEN)),$(filter-out eval,$(MAKECMDGOALS))),$(error ONNX=... is for make eval))
 $(if $(and $(filter SCHEMES SEEDS,$(GIVEN)),$(filter-out sweep,$(MAKECMDGOALS))),$(error SCHEMES=... and SEEDS=... are for make sweep))
+$(if $(and $(filter WEIGHTS,$(GIVEN)),$(filter-out import-weights,$(MAKECMDGOALS))),\
+	$(error WEIGHTS=... is for make import-weights; a training takes ARGS="--set train.weights=FILE"))
 
 # What a variable holds is text, `$` too: make expands nothing in it.
-$(foreach v,RUN COCO_DIR ARGS CONF A B ONNX SCHEMES SEEDS,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
+$(foreach v,RUN COCO_DIR ARGS CONF A B ONNX WEIGHTS SCHEMES SEEDS,$(if $(filter command,$(origin $v)),$(eval override $v := $$(value $v))$(eval export $v)))
 
 ##@ Start here
 smoke: ; $(job) ## the whole job on a small drawn dataset, minutes on two cores
@@ -29,6 +31,7 @@ test: ; $(job) ## unit and component tests
 data: ; $(job) ## check COCO and prepare it for training
 train-fp16: ; $(job) ## train the FP16 (AMP) baseline
 train-qat: ; $(job) ## train with 4-bit weights (quant.scheme)
+import-weights: ; $(job) ## WEIGHTS=best.pt, a trained YOLOv10 of anybody, in place of the baseline's training
 ptq: ; $(job) ## the trained baseline, quantized without training
 export: ; $(job) ## checkpoints to ONNX
 eval: ; $(job) ## score the ONNX files with COCO's metrics (ONNX=file.onnx: any file, without a run)

@@ -30,7 +30,8 @@ def stages() -> dict[str, Stage]:
     return {
         "all": Stage("the whole job: data, both trainings, ptq, export, eval, report", whole_arguments, whole_job),
         "data": Stage("check COCO, make the YOLO view beside the runs, choose a subset", job_arguments, data),
-        "train": Stage("train one variant from random weights; continues a training", train_arguments, train),
+        "train": Stage("train one variant, from random weights or train.weights; resumes", train_arguments, train),
+        "import-weights": Stage("a trained network of anybody -> the FP16 baseline", import_arguments, import_weights),
         "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
         "export": Stage("checkpoints -> ONNX files, each checked against torch", job_arguments, export),
         "eval": Stage("ONNX files -> COCO numbers and latency; --onnx: any file", eval_arguments, evaluate),
@@ -132,6 +133,12 @@ def train_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--then", nargs=2, type=int, help=argparse.SUPPRESS)  # of a job: see job.after_training
 
 
+def import_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    stage.add_argument("--weights", type=Path, required=True, metavar="FILE", help="best.pt of ours, or a YOLOv10's")
+    stage.set_defaults(variant="fp16")
+
+
 def ptq_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
     stage.add_argument("--scheme", dest="set", action="append", type="quant.scheme={}".format, help="quant.scheme")
@@ -225,6 +232,14 @@ def launch_train(n: int, job: Job, force: bool) -> None:
         is_unfinished = make_ready(job.config, job.run, force)
     if is_unfinished:
         sys.exit(launch(n, [argument for argument in sys.argv[1:] if argument != "--force"]))
+
+
+def import_weights(args: argparse.Namespace) -> None:
+    with set_up(args) as job:
+        log.info("import-weights: loading PyTorch and Ultralytics")
+        from app.train.import_weights import import_weights
+
+        import_weights(job.config, job.run, args.weights, args.force)
 
 
 def ptq(args: argparse.Namespace) -> None:

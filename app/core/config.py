@@ -16,6 +16,7 @@ from app.core import values
 from app.core.errors import UserError, describe
 from app.core.labels import FP16, Label
 from app.core.scheme import Scheme, find_scheme, with_kept_scheme
+from app.core.start import Start, find_start, with_known_start
 from app.core.yaml_files import merge, parse_yaml, read_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -47,6 +48,7 @@ class Data(Section):
 
 
 class Train(Section):
+    weights: Annotated[Start | None, values.IsPath(), BeforeValidator(find_start)]
     epochs: int = Field(gt=0)
     batch: int = Field(gt=0)
     imgsz: int = Field(ge=32, multiple_of=32)
@@ -227,7 +229,8 @@ def load(
         variant: 'fp16' or 'qat'.
         overlays: YAML files that override the defaults, in this order.
         sets: 'key=value' strings with dotted keys and YAML values, applied last.
-        run_root: folder of the run, whose copy of a scheme file is taken where the file is gone.
+        run_root: folder of the run, whose copy of a scheme file, or hash of a checkpoint to start from, is taken where
+            the file is gone.
 
     Raises:
         UserError: an unknown key, a wrong value or an unreadable file; the message lists every problem.
@@ -242,7 +245,7 @@ def load(
         tree = merge(tree, parse_set(item))
     if tree["variant"] != variant:
         raise UserError(f"variant={tree['variant']}: this is no setting, the stage or --variant {variant} says it")
-    config = validate(with_kept_scheme(tree, run_root))
+    config = validate(with_known_start(with_kept_scheme(tree, run_root), run_root))
     return config.model_copy(update={"quant": None}) if variant == "fp16" else config
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from app.core.config import SCHEME, Config
 from app.core.scheme import changed_rules, scheme_in
+from app.core.start import SHOWN_DIGITS, WEIGHTS
 
 # Keys and whole sections that do not change what a training computes, each with the reason. They are left out of
 # `config_hash`, and an unfinished training can be resumed with other values of them.
@@ -37,7 +38,10 @@ MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # all but the
 
 
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
-    """Plain values by dotted key, for tables: a scheme by its label; `quant` of fp16 is one key, with None."""
+    """Plain values by dotted key, for tables: a scheme by its label, a checkpoint to start from by its hash.
+
+    `quant` of fp16 is one key, with None.
+    """
     flat: dict[str, Any] = {}
     for name, value in _tree(config).items():
         if isinstance(value, dict):
@@ -46,6 +50,8 @@ def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:
             flat[name] = value
     if isinstance(flat.get(SCHEME), dict):
         flat[SCHEME] = flat[SCHEME].get("name")
+    if isinstance(flat.get(WEIGHTS), dict):
+        flat[WEIGHTS] = f"sha256 {str(flat[WEIGHTS].get('sha256'))[:SHOWN_DIGITS]}"
     return flat
 
 
@@ -87,4 +93,8 @@ def config_hash(config: Config) -> str:
     flat = {key: value for key, value in flatten(config).items() if not _is_named(key, WITHOUT_EFFECT)}
     if config.quant:
         flat[SCHEME] = config.quant.scheme.sha256  # of its content, whatever the file's name and place
+    if config.train.weights:
+        flat[WEIGHTS] = config.train.weights.sha256
+    else:
+        del flat[WEIGHTS]  # the hash of a training from random weights is that from before there was this key
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]

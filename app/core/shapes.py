@@ -18,6 +18,8 @@ NumberOrNone = Annotated[float | None, AllowInfNan(False)]
 Positive = Annotated[int, Field(gt=0, le=2**53)]
 FolderName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
 PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00/]+$", max_length=255)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 N_SHOWN = 3  # misfits in a message
 
 

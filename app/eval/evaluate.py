@@ -33,6 +33,7 @@ from app.core.results import AP_FREQUENT
 from app.core.run import PROVENANCE_SHAPE, RunRoot, record_stage
 from app.core.shapes import Shape
 from app.eval.contract import Said
+from app.eval.metadata import start_of
 from app.eval.pipeline import detect, load_input, measure_latency
 from app.eval.runtime import Model, describe_runtime, open_model
 
@@ -299,6 +300,7 @@ def describe_model(model: Model) -> dict[str, Any]:
         "precision": model.precision,
         "contract": model.contract,
         "imgsz": model.imgsz,
+        "start": start_of(model.metadata),
     }
 
 

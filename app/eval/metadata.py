@@ -12,8 +12,10 @@ from typing import Any
 from app.core.config import UserError, read_yaml
 from app.core.files import printable
 from app.core.mounts import only_seen
+from app.core.shapes import FileName, Sha256, Shape, misfits
 
 LONGEST_CHARS = 100_000  # of a value: the names of 1,203 classes (LVIS) take 30,000
+START: Shape = {"file": FileName, "sha256": Sha256}
 N_SHOWN = 60  # characters of a text in a message
 UNREADABLE = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)  # all that the two parsers raise
 
@@ -107,3 +109,12 @@ def size_of(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     if len(sides) not in (1, 2) or not all(type(side) is int for side in sides):
         return None
     return sides[0], sides[-1]
+
+
+def start_of(metadata: Mapping[str, str]) -> dict[str, str] | None:
+    """File name and sha256 of the checkpoint that the training of a file of ours started from; else None."""
+    try:
+        facts = parse(metadata.get("start", "null"))
+    except UserError:  # of another program
+        return None
+    return None if misfits(facts, START) else {key: printable(facts[key]) for key in START}

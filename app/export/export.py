@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # Facts that are in the .json and in the file's metadata.
 METADATA = (
     "contract", "label", "variant", "scheme", "precision", "model", "imgsz", "config_hash", "code_version",
-    "checkpoint_sha256",
+    "checkpoint_sha256", "start",
 )  # fmt: skip
 
 
@@ -155,6 +155,7 @@ def describe(trained: Trained, label: Label) -> dict[str, Any]:
         "code_version": code_version(),
         "checkpoint_sha256": trained.checkpoint_sha256,
         "source_sha256": trained.source_sha256,
+        "start": config.train.weights.facts if config.train.weights else None,
         "quantized_layers": {str(bits): n for bits, n in trained.truth.layers_by_bits.items()},
         "epoch": trained.epoch,
     }

@@ -1,4 +1,4 @@
-"""The network: built from a configuration with random weights, saved to and loaded from plain state_dicts."""
+"""The network: built from a configuration, saved to and loaded from plain state_dicts."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from app.coco.categories import NAMES
 from app.core.config import Config, UserError, validate
 from app.core.files import write_atomic
-from app.core.shapes import Count, Shape, misfits
+from app.core.shapes import Shape, misfits
 from app.quant.schemes import assign, convolutions, quantize
+from app.quant.weights import Weights, fit
 
 CHECKPOINT_FORMAT = 2
+IMPORTED_EPOCH = -1  # of weights that were not trained here; others count from 0
+Epoch = Annotated[int, Field(ge=IMPORTED_EPOCH, le=2**53)]
 # A checkpoint is torch's ZIP, then the seal and 64 hex digits; torch.load reads the ZIP and ignores what follows it.
-SCORED_SHAPE: Shape = {"scored": dict[str, Any], "epoch": Count, "names?": list[str]}
+SCORED_SHAPE: Shape = {"scored": dict[str, Any], "epoch": Epoch, "names?": list[str]}
 SEAL = b"\nsha256:"
 SEAL_BYTES = len(SEAL) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\5\6", 22  # how a ZIP without a seal ends
 
 
-def build(config: Config, names: Sequence[str] = NAMES) -> tuple[DetectionModel, dict[str, Any] | None]:
-    """Builds the network of one variant with random weights, for the classes `names`.
+def build(
+    config: Config, names: Sequence[str] = NAMES, weights: Weights | None = None
+) -> tuple[DetectionModel, dict[str, Any] | None]:
+    """Builds the network of one variant for the classes `names`, with `weights` or else with random numbers.
 
-    The weights are drawn from train.seed before any layer is replaced, so fp16 and qat start from the same numbers.
+    Random numbers are drawn from train.seed, and weights loaded, before any layer is replaced: fp16 and qat start from
+    the same numbers.
 
     Returns:
         the model in training mode on the CPU, and the content of quant_config.json (None for fp16).
@@ -37,6 +44,8 @@ def build(config: Config, names: Sequence[str] = NAMES) -> tuple[DetectionModel,
     torch.manual_seed(config.train.seed)
     model = DetectionModel(config.model, ch=3, nc=len(names), verbose=False)
     model.names = dict(enumerate(names))
+    if weights:
+        fit(model, weights, config.model)
     return model, quantize(model, config.quant) if config.quant else None
 
 

@@ -11,6 +11,7 @@ from app.coco.dataset import mended_in
 from app.core.differences import difference, flatten
 from app.core.labels import scored_name
 from app.core.mounts import as_known
+from app.core.start import told
 from app.report.evidence import Evidence
 from app.report.findings import Findings
 from app.report.groups import N_HASH
@@ -81,6 +82,10 @@ def training_table(evidence: Evidence, findings: Findings) -> list[str]:
                 number(training["hours"], 2),
             ]
         )
+    starts = findings["starts"]
+    if any(starts.values()):
+        for row, start in zip(cells, ["weights began", *map(told, starts.values())], strict=True):
+            row.append(start)
     note = (
         "At the best epoch, by the trainer's own validator, which treats crowds and rounding otherwise than COCO does."
     )
@@ -255,6 +260,8 @@ def pointers(evidence: Evidence, findings: Findings) -> list[str]:
 def commands(evidence: Evidence) -> list[str]:
     """The commands that made these numbers, as they were run."""
     trained = [training.environment["command"] for training in evidence.trainings.values()]
+    if evidence.imported:
+        trained.insert(0, evidence.imported.environment["command"])
     scored = [metrics["environment"]["command"] for metrics in evidence.scored]
     each_once = list(dict.fromkeys([*trained, *scored]))
     note = "As they were run; between training and eval stands `export`, with the options of eval."

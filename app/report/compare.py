@@ -11,14 +11,16 @@ from app.coco.dataset import Dataset, check_unchanged, source_at
 from app.coco.detail import Metrics, analyse
 from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
+from app.core.labels import FOREIGN, Label
 from app.core.mounts import only_seen
 from app.core.run import RunRoot
 from app.core.shapes import Id, PathText, Shape, misfits
+from app.core.start import told
 from app.report.evidence import METRICS_SHAPE, as_row, name_of, scored_folders
 from app.report.figures import by_class, by_size
 from app.report.gallery import gallery
 from app.report.groups import change, describe, describe_meter, frequent_line, meter, stats_of
-from app.report.tables import markdown_table, number, plain, signed
+from app.report.tables import MISSING, markdown_table, number, plain, signed
 
 SHAPE: Shape = {**METRICS_SHAPE, "dataset.coco_dir": PathText, "dataset.image_ids": list[Id] | None}
 Pair = tuple[Metrics, Metrics]
@@ -175,7 +177,16 @@ def table(pairs: list[Pair]) -> list[str]:
     no_differences = [""] * len(pairs)
     cells.append(["file MB", *sizes, *no_differences])
     cells.append(["p50 ms", *times, *no_differences])
+    if any(metrics["model"].get("start") for metrics in rows):
+        cells.append(["weights began", *map(began, rows), *no_differences])
     return markdown_table(cells)
+
+
+def began(metrics: Metrics) -> str:
+    """What the training of a file started from; of a file from elsewhere that is not known."""
+    start = metrics["model"].get("start")
+    is_own = Label.parse(metrics["model"]["label"].partition(" (")[0]).method != FOREIGN
+    return told(start) if start or is_own else MISSING
 
 
 def class_table(old: Metrics, new: Metrics, facts: dict[str, Any]) -> list[str]:

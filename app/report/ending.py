@@ -43,6 +43,11 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
     """What a user does after this report."""
     if findings["missing"]:
         return "each line 'missing' names its command; 'make report' then writes the page anew"
+    if evidence.imported and not evidence.trainings:
+        return (
+            'open the page in a browser; what a few epochs of QAT win back: "make train-qat export eval report '
+            f"RUN={run.name} CONF=conf/finetune.yaml ARGS='--set train.weights={evidence.imported.start['file']}'\""
+        )
     if evidence.provenance and evidence.provenance["title"] == BUILTIN_TITLE:
         return (
             "open the page in a browser, 'make tensorboard' for the curves; COCO itself: 'make all COCO_DIR=path' "

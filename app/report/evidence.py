@@ -14,15 +14,17 @@ from app.coco.detail import Metrics
 from app.coco.score import STATS
 from app.core.config import UserError, read_yaml
 from app.core.files import read_json
-from app.core.labels import BASELINE, SCORES_ENDING, Label, by_label, scored_name, today
+from app.core.labels import BASELINE, FP16, SCORES_ENDING, Label, by_label, scored_name, today
 from app.core.results import AP, AP_FREQUENT, STATES, VAL_LOSS, Rows, column, is_validated, read_rows
 from app.core.run import PROVENANCE_SHAPE, RunRoot
-from app.core.shapes import Count, FolderName, Number, NumberOrNone, Positive, Shape, misfits
+from app.core.shapes import Count, FileName, FolderName, Number, NumberOrNone, Positive, Sha256, Shape, misfits
 
+START = TypedDict("START", {"file": FileName, "sha256": Sha256})  # noqa: UP013  a checkpoint, see LAYER below
 # What the page reads from each kind of file; a file of another shape is named and left out.
 METRICS_SHAPE: Shape = {
     "model.file": str, "model.sha256": str, "model.size_bytes": Positive, "model.label": str,
-    "model.imgsz": Count | str, "dataset.title": str, "dataset.split": FolderName, "dataset.annotation_sha256": str,
+    "model.imgsz": Count | str, "model.start?": START | None,
+    "dataset.title": str, "dataset.split": FolderName, "dataset.annotation_sha256": str,
     "dataset.n_images": Count, "dataset.n_images_listed": Count, "dataset.subset": bool,
     "dataset.image_ids_sha256": str, "dataset.complete_coco_val": bool,
     **{f"dataset.{key}": kind for key, kind in PLACE_SHAPE.items()},
@@ -56,7 +58,7 @@ QUANT_CONFIG_SHAPE: Shape = {
     "scheme": str, "scheme_sha256?": str, "layers": list[LAYER], "share_of_learned_weights": dict[str, Number],
 }  # fmt: skip
 HEALTH_SHAPE: Shape = {"epoch": Count, "snr_db": dict[str, Number]}
-DONE_SHAPE: Shape = {"best_sha256": str}
+DONE_SHAPE: Shape = {"best_sha256": str, "imported?": START}
 RECORD_SHAPE: Shape = {
     "label": str, "file": str, "sha256": str, "size_bytes": Count, "checkpoint_sha256": str, "gates": dict[str, Any],
     "gates.codes?": dict[str, Any], "gates.codes.layers?": dict[str, Count], "gates.parity?": dict[str, Any],
@@ -82,12 +84,22 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Imported:
+    """The baseline of a run that import-weights made: the file, the hash of best.pt, and how it was made."""
+
+    start: dict[str, str]
+    best_sha256: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything the report may speak of.
 
     `trainings` and `quantized` go by label; `quantized` holds the quant_config.json of QAT and PTQ, with `snr_db`
     (layer -> dB) of health.json. `records` are the .json of ONNX files, `scored` the metrics.json with `dir` and
-    `path` of their folders. `missing` are lines 'stage: what is not there and how to get it'.
+    `path` of their folders. `missing` are lines 'stage: what is not there and how to get it'. `imported` is set where
+    the baseline was not trained here.
     """
 
     run: RunRoot
@@ -97,6 +109,7 @@ class Evidence:
     records: list[dict[str, Any]]
     scored: list[Metrics]
     missing: list[str]
+    imported: Imported | None = None
 
     @property
     def finished(self) -> dict[str, Training]:
@@ -116,11 +129,15 @@ def gather(run: RunRoot) -> Evidence:
     provenance = _read(run, run.provenance, "data", PROVENANCE_SHAPE, missing)
     if provenance:
         provenance["title"] = title_of(provenance)
-    trainings = _trainings(run, missing)
+    imported = _imported(run, missing)
+    trainings = _trainings(run, imported, missing)
     quantized = _quantized(run, missing)
-    records = _records(run, _finished(run, trainings, missing), missing)
+    finished = _finished(run, trainings, missing)
+    if imported:
+        finished[str(FP16)] = imported.best_sha256
+    records = _records(run, finished, missing)
     scored = _scored(run, records, missing)
-    return Evidence(run, provenance, trainings, quantized, records, scored, missing)
+    return Evidence(run, provenance, trainings, quantized, records, scored, missing, imported)
 
 
 def name_of(metrics: Metrics) -> str:
@@ -177,12 +194,24 @@ def _read(run: RunRoot, path: Path, stage: str, shape: Shape, missing: list[str]
     return tree
 
 
-def _trainings(run: RunRoot, missing: list[str]) -> dict[str, Training]:
+def _imported(run: RunRoot, missing: list[str]) -> Imported | None:
+    """The imported baseline, if that is what the run has."""
+    folder = run.variant_dir(FP16)
+    if not run.done(FP16).exists() or (folder / "config.yaml").exists():
+        return None
+    done = _read(run, run.done(FP16), "import-weights", DONE_SHAPE, missing)
+    environment = _read(run, folder / "env.json", "import-weights", ENVIRONMENT_SHAPE, missing)
+    if done is None or environment is None or "imported" not in done:
+        return None
+    return Imported(done["imported"], done["best_sha256"], environment)
+
+
+def _trainings(run: RunRoot, imported: Imported | None, missing: list[str]) -> dict[str, Training]:
     labels = _labels_with(run, "config.yaml")
     methods = {Label.parse(label).method for label in labels}
-    if "fp16" not in methods:
+    if "fp16" not in methods and imported is None:
         missing.append("train: fp16 was not trained: run 'make train-fp16'")
-    if "qat" not in methods:
+    if "qat" not in methods and imported is None:
         missing.append("train: no QAT variant was trained: run 'make train-qat'")
     trainings = {}
     for label in labels:

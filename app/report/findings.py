@@ -12,8 +12,9 @@ from app.core.config import Report, UserError
 from app.core.differences import MACHINE_KEYS, difference, flatten, shown
 from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
+from app.core.start import start_in, told
 from app.report.curve import curve
-from app.report.evidence import Evidence, Training
+from app.report.evidence import Evidence, Imported, Training
 from app.report.groups import describe_meter, is_baseline, measured_alike, meter, rows_of
 from app.report.spread import TELLING_AP, enter_tellings, seed_spread, telling_of_means
 
@@ -54,6 +55,8 @@ def derive(evidence: Evidence, settings: Report) -> Findings:
         "seed_spread": spread_of_seeds,
         "doubts": doubts(evidence),
         "groups": groups,
+        "imported": evidence.imported and evidence.imported.start,
+        "starts": {label: start_of(training) for label, training in evidence.trainings.items()},
         "health": healths,
         "trainings": speeds,
         "losses": losses,
@@ -160,7 +163,13 @@ def best_epoch(training: Training) -> dict[str, Any]:
 def doubts(evidence: Evidence) -> list[str]:
     """Sentences about what makes the comparison of the variants weaker than it looks."""
     trainings = list(evidence.trainings.values())
-    return [*doubts_of_trainings(trainings), *doubts_of_files(evidence.records), *doubts_of_scores(evidence.scored)]
+    imported = doubts_of_imported(evidence.imported, trainings)
+    return [
+        *doubts_of_trainings(trainings),
+        *imported,
+        *doubts_of_files(evidence.records),
+        *doubts_of_scores(evidence.scored),
+    ]
 
 
 def doubts_of_trainings(trainings: list[Training]) -> list[str]:
@@ -176,6 +185,24 @@ def doubts_of_trainings(trainings: list[Training]) -> list[str]:
     versions = [str(training.environment["code_version"]) for training in trainings]
     if any(version.endswith("-dirty") for version in versions):
         lines.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
+    return lines
+
+
+def start_of(training: Training) -> dict[str, str] | None:
+    """File name and sha256 of the checkpoint that a training started from; None for random weights."""
+    start = start_in(training.config)
+    return start.facts if start else None
+
+
+def doubts_of_imported(imported: Imported | None, trainings: list[Training]) -> list[str]:
+    """A comparison with an imported baseline is fair for what was trained from the same file."""
+    if imported is None:
+        return []
+    lines = []
+    for training in trainings:
+        start = start_of(training)
+        if start is None or start["sha256"] != imported.start["sha256"]:
+            lines.append(f"{training.label} was trained {told(start)}, and the baseline is {imported.start['file']}.")
     return lines
 
 

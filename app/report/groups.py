@@ -111,6 +111,7 @@ def _row(metrics: Metrics, group: list[Metrics]) -> dict[str, Any]:
         "dir": metrics["dir"],
         "label": model["label"],
         "file": model["file"],
+        "start": model.get("start"),
         "AP": ap,
         "AP_difference": ap_difference,
         "AP_frequent": frequent,

@@ -17,8 +17,9 @@ from app.core.labels import SCORES_ENDING
 from app.core.mounts import as_known
 from app.core.results import AP, AP_FREQUENT
 from app.core.run import RunRoot
+from app.core.start import told
 from app.report.evidence import Evidence, gather
-from app.report.findings import Findings
+from app.report.findings import Findings, start_of
 from app.report.groups import sample
 from app.report.html import PICTURE, is_inside, page
 from app.report.page_files import PageFiles, page_of
@@ -153,6 +154,8 @@ def checked_entry(evidence: Evidence, findings: Findings, aim: str | None, files
 def entry(evidence: Evidence, findings: Findings, aim: str | None, folder: str) -> str:
     """Markdown of one entry: aim, command, commit, machine, result, verdict; `folder` below reports/ has the page."""
     environments = [training.environment for training in evidence.trainings.values()]
+    if evidence.imported:
+        environments.insert(0, evidence.imported.environment)
     environments += [metrics["environment"] for metrics in evidence.scored]
     commands = [f"`{environment['command']}`" for environment in environments]
     commits = [str(environment.get("code_version")) for environment in environments]
@@ -182,8 +185,13 @@ def compared(evidence: Evidence) -> str:
     settings = []
     for training in evidence.trainings.values():
         train = training.config["train"]
-        settings.append(f"{training.config['model']}, {train['epochs']} epochs, seed {train['seed']}")
-    return f"compare {listed(evidence.trainings)}: {listed(settings)}"
+        start = start_of(training)
+        began = f", {told(start)}" if start else ""
+        settings.append(f"{training.config['model']}, {train['epochs']} epochs, seed {train['seed']}{began}")
+    if evidence.imported is None:
+        return f"compare {listed(evidence.trainings)}: {listed(settings)}"
+    others = f", {listed(evidence.trainings)}: {listed(settings)}" if settings else ""
+    return f"compare PTQ with the imported weights {told(evidence.imported.start)}{others}"
 
 
 def machine(environment: dict[str, Any]) -> str:

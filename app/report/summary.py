@@ -9,13 +9,22 @@ from typing import Any
 from app.coco.detail import Metrics
 from app.core.labels import BASELINE, scored_name
 from app.core.results import AP_FREQUENT, FREQUENT_BOXES
+from app.core.start import told
 from app.report.appendix import appendix
 from app.report.curve import TITLE, curve_lines
 from app.report.evidence import Evidence, name_of
 from app.report.findings import Findings
 from app.report.groups import describe, frequent_line, measured_alike, stats_of
 from app.report.tables import markdown_table, number, plain, signed
-from app.report.verdict import ap_text, difference_text, health_lines, merged_text, telling_lines, verdict
+from app.report.verdict import (
+    ap_text,
+    difference_text,
+    health_lines,
+    merged_text,
+    start_lines,
+    telling_lines,
+    verdict,
+)
 
 COLUMN_WORDS = {"AP": "AP", "AP_difference": "difference"}
 COLUMN_WORDS |= {"AP_frequent": "AP frequent", "AP_frequent_difference": "difference of frequent"}
@@ -27,7 +36,7 @@ def summary(evidence: Evidence, findings: Findings, figures: list[str], curve: l
     """The whole page; `figures` are blocks of Markdown, `curve` that of the curve where there is one."""
     parts = [
         "\n".join(tables(evidence.scored, findings)),
-        names_line(evidence.scored),
+        names_line(evidence),
         *section(TITLE, [*curve_lines(findings["curve"]), *curve]),
         *section("## Seeds", seeds_lines(findings)),
         *section("## Read this before you compare", bullets(caveats(evidence, findings))),
@@ -38,6 +47,7 @@ def summary(evidence: Evidence, findings: Findings, figures: list[str], curve: l
     top = [
         f"# What 4-bit weights cost: run `{findings['run']}`",
         *verdict(findings),
+        *start_lines(findings),
         *telling_lines(findings),
         *health_lines(findings),
         contents(parts),
@@ -53,12 +63,13 @@ def contents(parts: list[str]) -> str:
     return f"**On this page:** {' · '.join(links)}" if links else ""
 
 
-def names_line(scored: list[Metrics]) -> str:
+def names_line(evidence: Evidence) -> str:
     """What the baseline is called, if it was scored."""
-    if str(BASELINE) not in map(name_of, scored):
+    if str(BASELINE) not in map(name_of, evidence.scored):
         return ""
+    what = "imported checkpoint" if evidence.imported else "training"
     return (
-        "`fp16` is the training, `baseline` its ONNX file with FP32 weights, `baseline-fp16` the same weights in FP16. "
+        f"`fp16` is the {what}, `baseline` its ONNX file with FP32 weights, `baseline-fp16` the same weights in FP16. "
         "A quantized model has one label as training and as file."
     )
 
@@ -87,6 +98,9 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     has_frequent = AP_FREQUENT in stats_of(group)
     head = ["AP frequent"] if has_frequent else []
     cells = [["variant", "AP", "difference", *head, "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
+    has_starts = any(row["start"] for row in rows)
+    if has_starts:
+        cells[0].insert(1, "weights began")
     for metrics, row in zip(group, rows, strict=True):
         cells.append(
             [
@@ -102,6 +116,8 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
                 metrics["model"]["file"],
             ]
         )
+        if has_starts:
+            cells[-1].insert(1, told(row["start"]))
     return markdown_table(cells)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from app.core.labels import Label
 from app.core.results import AP_FREQUENT
+from app.core.start import told
 from app.report.findings import Findings
 from app.report.groups import amount, describe, judged_labels, sample
 from app.report.spread import ENOUGH_RUNS, TELLING_AP
@@ -38,7 +39,8 @@ def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
         if has_baseline:
             reason = "the images have no object that counts"
         return f"**{label}: no verdict**, AP {number(row['AP'])}: {reason} ({describe(group['measured'])})."
-    aps = f"AP {ap_text(row)} against {ap_text(base)} of the FP16 training"
+    whose = "baseline" if base["start"] else "training"
+    aps = f"AP {ap_text(row)} against {ap_text(base)} of the FP16 {whose}"
     if _mean(base, "AP") < TELLING_AP:
         return (
             f"**{label}: cannot be judged**, {aps} ({_data(row, group)}): below {TELLING_AP:g} an AP rests on a "
@@ -50,6 +52,23 @@ def _sentence(row: dict[str, Any], group: dict[str, Any]) -> str:
         f" The file has {row['size_mb']:.2f} MB against {base['size_mb']:.2f} MB, "
         f"{row['size_share']:.2f} of it.{_packed(row, group)}"
     )
+
+
+def start_lines(findings: Findings) -> list[str]:
+    """Which networks did not begin with random weights; nothing where all did."""
+    parts = []
+    if findings["imported"]:
+        parts.append(f"the baseline is {_file(findings['imported'])}, imported and not trained here")
+    for label, start in findings["starts"].items():
+        if start:
+            parts.append(f"{plain(label)} was trained {plain(told(start))}")
+        elif any([findings["imported"], *findings["starts"].values()]):
+            parts.append(f"{plain(label)} was trained {told(None)}")
+    return [f"**Start:** {'; '.join(parts)}."] if parts else []
+
+
+def _file(start: dict[str, str]) -> str:
+    return plain(told(start)).removeprefix("from ")
 
 
 def _mean(row: dict[str, Any], key: str) -> float:

@@ -14,12 +14,14 @@ from app.core.labels import FP16, Label
 from app.core.results import read_rows
 from app.core.run import VIEW_SHAPE, RunRoot
 from app.core.scheme import Scheme, changed_rules, keep_scheme, kept_scheme
-from app.core.shapes import Count, Number, Shape
+from app.core.shapes import Count, Number, Shape, misfits
+from app.core.start import told
 from app.data.prepare import prepare
 
 WARMUP = "warmup_from.json"  # in a variant's folder: the hash of the checkpoint that quant.warmup_from named
 OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
 DONE_SHAPE: Shape = {"epochs": Count, "best_ap": Number}
+IMPORTED_SHAPE: Shape = {"imported": dict[str, str], "imported.file": str, "imported.sha256": str}
 log = logging.getLogger(__name__)
 
 
@@ -45,6 +47,10 @@ def is_trained(config: Config, run: RunRoot) -> bool:
 
 def is_finished(config: Config, run: RunRoot) -> bool:
     """As `is_trained`, whatever became of the dataset."""
+    if imported := imported_into(run, config.label):
+        raise UserError(
+            f"{run.variant_dir(config.label)} holds imported weights ({told(imported)}) and no training: {OTHER_RUN}"
+        )
     check_snapshot(config, run.variant_dir(config.label) / "config.yaml")
     if not run.done(config.label).exists():
         return False
@@ -73,6 +79,14 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
     if config.warmup_from and config.warmup_from.is_file():
         write_json(out_dir / WARMUP, {"sha256": sha256(config.warmup_from)})
     return True
+
+
+def imported_into(run: RunRoot, label: Label | str) -> dict[str, str] | None:
+    """File name and sha256 of the checkpoint that import-weights put under this label; None where it did not."""
+    if not run.done(label).exists():
+        return None
+    done = read_json(run.done(label), "train")
+    return done["imported"] if not misfits(done, IMPORTED_SHAPE) else None
 
 
 def check_snapshot(config: Config, snapshot: Path) -> None:

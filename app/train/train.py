@@ -11,6 +11,7 @@ from app.core.differences import config_hash
 from app.core.environment import environment, utc_now
 from app.core.files import sha256, write_json
 from app.core.run import RunRoot, record_stage
+from app.core.start import told
 from app.train.device import check_devices
 from app.train.done import After, make_ready
 from app.train.loop import Loop
@@ -46,7 +47,8 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE, after
         return
     write_loss_curve(out_dir)
     best_ap, best_sha256 = loop.state.best_fitness, sha256(trainer.best)
-    facts = {"epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
+    start = told(config.train.weights and config.train.weights.facts)
+    facts = {"start": start, "epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
     record_stage(run, f"train {config.label}", facts)
     write_json(run.done(config.label), {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
 

@@ -19,10 +19,12 @@ from app.core.config import Config
 from app.core.files import read_json, write_json
 from app.core.progress import Meter, counted
 from app.core.run import VIEW_SHAPE, RunRoot
+from app.core.start import RANDOM
 from app.quant.batchnorm import reestimate_batchnorm
 from app.quant.model import build
 from app.quant.norm import install, is_installed
 from app.quant.options import exempt_scales_from_decay
+from app.quant.start import read_start
 from app.train.bn_images import ema_decay
 from app.train.loader import CocoDataset, Part, Place, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
@@ -94,14 +96,17 @@ class Trainer(DetectionTrainer):
         n_images, title = self.provenance["splits"]["train"]["n_images"], self.provenance["title"]
         precision = "FP16 autocast" if train.amp and self.device.type == "cuda" else "float32"
         return (
-            f"{self.config.model_name} from random weights, {n_images:,} images of {title}, "
+            f"{self.config.model_name} {self.config.train.weights or RANDOM}, {n_images:,} images of {title}, "
             f"{train.epochs} epochs, batch {train.batch}, {train.imgsz} px, {precision}, "
             + (f"{n} processes, {self.device.type}" if n > 1 else str(self.device))
         )
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
         """Quantization happens here, before the optimizer and the EMA copy are made."""
-        model, quant_config = build(self.config, self.provenance["names"])
+        start = self.config.train.weights
+        is_new = not any(self.last.parent.glob("last*.pt"))  # else a checkpoint of this training replaces the weights
+        weights = read_start(start) if start and is_new else None
+        model, quant_config = build(self.config, self.provenance["names"], weights)
         if quant_config and self.ranks.is_main:
             write_json(self.save_dir / "quant_config.json", quant_config)
         if self.device.type == "cuda" and self.config.train.kernels:

@@ -320,6 +320,11 @@ SETTINGS = [
         ("quant.scheme=my.yaml",),
     ),
     Case(
+        "checkpoint to start from that is not there", nothing,
+        "configuration: train.weights = 'best.pt': best.pt does not exist: name a checkpoint such as best.pt",
+        ("train.weights=best.pt",),
+    ),
+    Case(
         "warm-up from FP16 without one in float", nothing,
         "configuration: quant: warmup_from takes warmup_bits=float and a warmup_share: it is an FP16 training's epochs",
         ("quant.warmup_from=runs/full/fp16/weights/epoch200.pt",),

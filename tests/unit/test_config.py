@@ -32,6 +32,7 @@ CHANGED = {
     "data.coco_dir": "elsewhere", "data.n_train": 7, "data.n_val": 7, "data.seed": 1, "data.skip_broken": True,
     "data.strict": True, "data.train_images": "a", "data.train_annotations": "b", "data.val_images": "c",
     "data.val_annotations": "d",
+    "train.weights": {"path": "best.pt", "sha256": 64 * "7"},
     "train.epochs": 7, "train.batch": 7, "train.imgsz": 32, "train.seed": 1, "train.deterministic": False,
     "train.amp": False, "train.workers": 7, "train.device": "cpu", "train.cache": True,
     "train.graph": False, "train.kernels": False, "train.bn_batches": 7,

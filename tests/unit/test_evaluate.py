@@ -69,7 +69,7 @@ def test_metrics_name_everything_they_depend_on(tmp_path: Path, coco_dir: Path) 
     assert facts["complete_coco_val"] is False
     assert metrics["model"] == {
         "file": "m.onnx", "sha256": sha256(onnx_path), "size_bytes": onnx_path.stat().st_size, "label": "fp16",
-        "scheme": None, "precision": None, "contract": "raw", "imgsz": 32,
+        "scheme": None, "precision": None, "contract": "raw", "imgsz": 32, "start": None,
     }  # fmt: skip
     assert metrics["runtime"]["provider"] == "CPUExecutionProvider"
     latency = metrics["latency_ms"]

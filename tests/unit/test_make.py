@@ -172,9 +172,11 @@ def test_the_container_gets_the_words_of_args_and_conf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", ["--set 'quant.scheme={}'", "'--set=quant.scheme={}'", "--scheme '{}'", "'--scheme={}'"]
-)
-def test_the_container_sees_a_scheme_file_under_its_own_name(tmp_path: Path, args: str) -> None:
+    "args",
+    ["--set 'quant.scheme={}'", "'--set=quant.scheme={}'", "--scheme '{}'", "'--scheme={}'",
+     "--set 'train.weights={}'", "'--set=train.weights={}'"],
+)  # fmt: skip
+def test_the_container_sees_a_file_of_a_setting_under_its_own_name(tmp_path: Path, args: str) -> None:
     file = tmp_path / "its own.yaml"
     file.touch()
     given = f"--set train.epochs=1 {args.format(file)} --set quant.scheme=w4a16"
@@ -275,6 +277,7 @@ def test_the_download_sees_the_dataset_folder_alone() -> None:
         (["all", "OMP_THREADS=2"], "a variable of the environment before make"),
         (["report", "A=runs/a"], "A=... and B=... are for make compare"),
         (["all", "ONNX=x.onnx"], "ONNX=... is for make eval"),
+        (["all", "WEIGHTS=x.pt"], 'import-weights; a training takes ARGS="--set train.weights=FILE"'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -321,9 +324,11 @@ HERE = {"RUNNER": "local", "ACCEL": "cpu"}
         (["compare", "A=docs"], "B is not given: make compare A=runs/a B=runs/b"),
         (["compare", "A=docs", "B=none"], "B=none is no folder: name a run, runs/NAME"),
         (["eval", "ONNX=none.onnx"], "ONNX=none.onnx is no file: name an ONNX file"),
+        (["import-weights"], "WEIGHTS is not given: make import-weights WEIGHTS=best.pt RUN=name"),
+        (["import-weights", "WEIGHTS=none.pt"], "WEIGHTS=none.pt is no file: name a checkpoint such as best.pt"),
         (["tensorboard", "TENSORBOARD_PORT=x"], "TENSORBOARD_PORT=x: write a number up to 65535"),
     ],
-    ids=["setting", "one run", "no run", "no file", "port"],
+    ids=["setting", "one run", "no run", "no file", "no weights", "no checkpoint", "port"],
 )
 def test_a_mistake_in_what_is_given_is_one_line(words: list[str], said: str) -> None:
     result = make(*words, **HERE)
@@ -418,6 +423,14 @@ def test_gpus_that_are_hidden_stay_hidden(tmp_path: Path, seen: str, gpus: str, 
         assert (result.returncode, "CUDA_VISIBLE_DEVICES is empty" in result.stderr) == (2, True)
     else:
         assert result.stdout == f"{left}\n"
+
+
+def test_weights_to_import_are_mounted_alone_and_read_only(outside: Path) -> None:
+    weights = outside / "names"
+    result = make("import-weights", f"WEIGHTS={weights}", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert f"<{weights}:/host{weights}:ro>" in result.stdout
+    assert f"WEIGHTS: /host{weights}\n" in result.stdout
 
 
 def test_a_link_is_mounted_under_its_own_name(outside: Path) -> None:

@@ -96,5 +96,6 @@ def test_a_missing_path_says_what_the_container_sees() -> None:
     line = explanation(gone, Path("runs"), "")
     assert line is not None
     assert line.endswith(
-        "(the container sees only runs/, data/, COCO_DIR, and what make is given as A, B, ONNX, CONF or scheme file)"
+        "(the container sees only runs/, data/, COCO_DIR, and what make is given as A, B, ONNX, WEIGHTS, CONF, "
+        "quant.scheme or train.weights)"
     )

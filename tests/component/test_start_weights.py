@@ -112,7 +112,7 @@ def test_the_page_names_the_checkpoint_and_misses_nothing(imported: RunRoot, pub
         f"**Start:** the baseline is {said}, imported and not trained here; qat-w4a16 was trained from {said}."
     ]
     assert compared(evidence).startswith(f"compare PTQ with the imported weights from {said}, qat-w4a16: ")
-    page = summary(evidence, findings, [])
+    page = summary(evidence, findings, [], [])
     assert page.count("weights began |") == 2, "in the tables of files and of trainings"
     rows = [line for line in page.splitlines() if ".onnx |" in line]
     assert len(rows) == 6

@@ -35,8 +35,8 @@ def stages() -> dict[str, Stage]:
         "ptq": Stage("quantize the trained fp16 baseline without training -> checkpoints", ptq_arguments, ptq),
         "export": Stage("checkpoints -> ONNX files, each checked against torch", job_arguments, export),
         "eval": Stage("ONNX files -> COCO numbers and latency; --onnx: any file", eval_arguments, evaluate),
-        "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", report_arguments, report),
-        "publish": Stage("the report without weights and photos -> runs/reports/NAME", publish_arguments, publish),
+        "report": Stage("JSON and CSV of the run -> summary.md; --runs merges seeds", reports.report_arguments, report),
+        "publish": Stage("the report without weights and photos -> runs/reports", reports.publish_arguments, publish),
         "compare": Stage("two runs or scored folders -> compare.md, differences", reports.compare_arguments, compare),
         "sweep": Stage("several schemes and seeds, each as by `all`, and one report", sweep_arguments, sweep),
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
@@ -147,21 +147,6 @@ def ptq_arguments(stage: argparse.ArgumentParser) -> None:
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
     evals.add_arguments(stage)
-
-
-def report_arguments(stage: argparse.ArgumentParser) -> None:
-    job_arguments(stage, None)  # beside --runs only a name that was given counts
-    stage.add_argument(
-        "--runs", nargs="+", default=[], metavar="NAME",
-        help="runs that differ only in seeds: means and spreads, on a page beside that of --run, or else of the first",
-    )  # fmt: skip
-
-
-def publish_arguments(stage: argparse.ArgumentParser) -> None:
-    run_arguments(stage)
-    stage.add_argument("--runs", nargs="+", default=[], metavar="NAME", help="the page merged with these runs")
-    stage.add_argument("--aim", help="for the log: what the run was to find out (default: what it compares)")
-    stage.add_argument("--force", action="store_true", help="replace what was published; adds another entry")
 
 
 def sweep_arguments(stage: argparse.ArgumentParser) -> None:

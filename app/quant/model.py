@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import nn
+from ultralytics.nn.modules import v10Detect
 from ultralytics.nn.tasks import DetectionModel
 
 from app.coco.categories import NAMES
@@ -41,6 +42,9 @@ def build(
     Returns:
         the model in training mode on the CPU, and the content of quant_config.json (None for fp16).
     """
+    # Ultralytics leaves the kind of the last head that it built on the class Detect (nn/tasks.py parse_model, 8.4.190).
+    # v10Detect first builds the layers of a Detect: after a YOLOv8 in the same process it would draw other numbers.
+    v10Detect.legacy = False
     torch.manual_seed(config.train.seed)
     model = DetectionModel(config.model, ch=3, nc=len(names), verbose=False)
     model.names = dict(enumerate(names))

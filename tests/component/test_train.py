@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from ultralytics.nn.modules import Detect
+from ultralytics.nn.tasks import DetectionModel
 
 from app.bench.soak import differences
 from app.core.config import UserError, load
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
-from app.quant.model import load_checkpoint, load_scored
+from app.quant.model import build, load_checkpoint, load_scored
 from app.train.interrupt import Interrupted
 from app.train.loop import Loop
 from app.train.train import train
@@ -144,6 +146,17 @@ def test_both_variants_start_from_the_same_weights_and_see_the_same_images(
             train(config, run, force=False)
     assert torch.equal(first["fp16"][0], first["qat"][0])
     assert torch.equal(first["fp16"][1], first["qat"][1])
+
+
+def test_random_weights_do_not_depend_on_what_the_process_has_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics' YOLOv8 leaves a mark on the class of which YOLOv10's head is a kind."""
+    monkeypatch.setattr(Detect, "legacy", False)
+    config = load("fp16", [], ["model=yolov10n.yaml"])
+    before = build(config)[0].state_dict()
+    DetectionModel("yolov8n.yaml", verbose=False)
+    assert Detect.legacy, "else the mark is gone, and build() need not mind it"
+    after = build(config)[0].state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def crash_before(patch: pytest.MonkeyPatch, *numbers: int) -> None:

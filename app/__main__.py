@@ -73,7 +73,7 @@ def main() -> int:
     from app.core.config import UserError
     from app.core.files import printable
     from app.core.os_errors import explain_os_errors
-    from app.core.terminal import set_up_terminal
+    from app.core.progress import set_up_terminal
     from app.train.guard import GuardStop
     from app.train.interrupt import Interrupted, PeerLost
 

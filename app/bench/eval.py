@@ -25,13 +25,12 @@ from app.coco.categories import ids_by_name
 from app.coco.dataset import SPLITS, annotation_path
 from app.coco.score import ImageFile, image_files, truth_of, usable_ids
 from app.core.config import Config, Eval, UserError, load
-from app.core.environment import environment
+from app.core.environment import cpu_name, environment
 from app.core.files import read_json, write_json
 from app.core.labels import BASELINE
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.eval.evaluate import METRICS, dataset_of_run, exported_files
-from app.eval.machine import cpu_name
 from app.eval.pipeline import load_input
 from app.eval.runtime import CPU, Model, gpu_name, open_model
 

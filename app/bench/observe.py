@@ -18,7 +18,7 @@ from typing import Any
 
 from app.core.config import UserError
 from app.core.environment import nvidia_smi
-from app.core.processes import processes
+from app.core.memory import processes
 
 PROGRAM = ["-m", "app.bench.every_second"]
 EVERY_S, GPU_EVERY_S = 1.0, 4.0

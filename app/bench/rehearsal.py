@@ -26,10 +26,9 @@ from app.core.child import job_words
 from app.core.config import Config, UserError, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
-from app.core.images import images_of, n_bn_images
 from app.core.progress import clock
 from app.core.results import read_rows
-from app.core.run import RunRoot
+from app.core.run import RunRoot, images_of, n_bn_images
 from app.data.coco_like import BASE_PX, CocoLike
 from app.data.shards import Drawing, draw_image, encode
 from app.report.tables import markdown_table

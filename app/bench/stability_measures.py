@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from app.bench.stability_rows import BASE, Row, base_of
 from app.bench.stability_table import at, lowest_share, mean_of, paired, ratio_of_means, rows_by_arm, worst
 from app.core.curves import COLOURS, NEUTRAL
-from app.core.ratios import N_PAIRS, error_of_mean, ratio_and_residuals
 from app.core.results import AP, AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES, SCORED
+from app.report.spread import N_PAIRS, error_of_mean, ratio_and_residuals
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import statistics
 from dataclasses import dataclass
 
 from app.bench.stability_rows import Row, all_up_to, base_of
-from app.core.ratios import N_PAIRS, error_of_mean, ratio_of_pairs
 from app.core.results import SCORED, STATES
+from app.report.spread import N_PAIRS, error_of_mean, ratio_of_pairs
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)

@@ -10,19 +10,22 @@ from typing import Any
 from app.coco.categories import check_categories, check_names, without_placeholder
 from app.coco.dataset import DRAWN, LAYOUT, Source
 from app.coco.entries import (
+    NOT_COCO,
     box_fault,
     check_annotation,
     check_image,
     could_be_corners,
+    ids_of_part,
     label_name,
     labelled,
     mend_box,
+    mend_names,
     name_fault,
     reaches_over,
+    shown,
+    whole,
 )
-from app.coco.parts import ids_of_part, mend_names
 from app.coco.split import Image, Split
-from app.coco.values import NOT_COCO, shown, whole
 from app.core.config import UserError
 
 NUMBERED, AREAS, NAMES_CUT = "annotation ids numbered anew", "areas taken from boxes", "file names shortened"

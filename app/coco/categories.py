@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from app.coco.values import NOT_COCO, shown, whole
+from app.coco.entries import NOT_COCO, shown, whole
 from app.core.config import UserError
 
 # Supercategory: official category ids and names, in the order of the ids. The n-th of them is class n of the network.

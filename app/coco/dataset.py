@@ -31,7 +31,7 @@ PLACE_SHAPE: Shape = {"images?": PathText, "annotations?": PathText, "part?": st
 class Source:
     """Where the images and annotations of a split lie.
 
-    `part` is 'train' or 'val' where the annotation file lists the images of both, see app.coco.parts.
+    `part` is 'train' or 'val' where the annotation file lists the images of both, see app.coco.entries.
     """
 
     name: str

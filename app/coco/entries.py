@@ -1,12 +1,13 @@
-"""Checks images and annotations of an annotation file, and mends in place what is only written otherwise."""
+"""Images and annotations of an annotation file, which anybody may have written: checked, and mended in place."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.coco.values import NOT_COCO, is_number, shown, whole
 from app.core.config import UserError
 
 IMAGE_KEYS = ("id", "file_name", "width", "height")
@@ -16,7 +17,35 @@ LEAST_SIDE_PX = 1.0  # of what is left of a box that reaches farther
 LEAST_SHARE = 1e-6  # of the image's side; smaller ones are 0 in a label file, which has six decimals
 MAX_NAME_BYTES = 255  # of a file, and of the label file that is named after it
 MAX_PATH_BYTES = 2000  # of a file name with its folders, which is put below the dataset's path and the view's
+TRAIN_NAMES = ("train2017", "train", "Train", "training", "Training")
+VAL_NAMES = ("val2017", "val", "valid", "Val", "Valid", "validation", "Validation", "test", "Test")
+VAL_EVERY = 5  # one image in so many is val, where nothing says which are
+N_TRIED = 20  # images whose files are looked for, to find out what stands before the names
+LARGEST_ID = 2**53  # COCOeval keeps ids in float64 arrays, which do not hold larger integers exactly
+MAX_SHOWN = 80  # characters of a value in a message
+NOT_COCO = "give an instances file in COCO's format (docs/own-detector.md)"
 Box = list[float]  # x, y, width, height in px
+
+
+def shown(value: Any) -> str:
+    """A value of the file for a message: short, and on one line."""
+    try:
+        return repr(value)[:MAX_SHOWN]
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def whole(value: Any) -> int | None:
+    """The whole number from 0 to 2^53 that an int or a float is (NumPy and pandas write 7.0); None for all else."""
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        return None
+    return number if 0 <= number <= LARGEST_ID else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether the value is a number of at most 2^53; Python's JSON reader accepts NaN and Infinity, this does not."""
+    return isinstance(value, int | float) and abs(value) <= LARGEST_ID
 
 
 def check_image(file: Path, image: Any) -> dict[str, Any]:
@@ -142,3 +171,65 @@ def labelled(bbox: Box, image: dict[str, Any]) -> Box | None:
     if clipped[2] < LEAST_SHARE * image["width"] or clipped[3] < LEAST_SHARE * image["height"]:
         return None
     return clipped
+
+
+def mend_names(images: list[dict[str, Any]], images_dir: Path | None) -> int:
+    """Makes the file names paths below the image folder, in place: / for \\, and without folders that lead to it.
+
+    `images_dir` None: the folder is not looked into. A file whose name holds a backslash keeps it.
+
+    Returns:
+        how many names have changed.
+    """
+    n_changed = 0
+    for image in images:
+        name = image["file_name"]
+        with_slashes = name.replace("\\", "/")
+        is_path = with_slashes != name and PurePosixPath(with_slashes).name != ""
+        if is_path and not (images_dir and _is_there(images_dir, name)):
+            image["file_name"] = with_slashes
+            n_changed += 1
+    prefix = _prefix(images, images_dir) if images_dir else ()
+    for image in images if prefix else []:
+        parts = PurePosixPath(image["file_name"]).parts
+        if parts[: len(prefix)] == prefix and len(parts) > len(prefix):
+            image["file_name"] = "/".join(parts[len(prefix) :])
+            n_changed += 1
+    return n_changed
+
+
+def _is_there(images_dir: Path, name: str) -> bool:
+    return os.path.exists(f"{images_dir}/{name}")  # noqa: PTH110  of Path it raises an error for a name that is too long
+
+
+def _prefix(images: list[dict[str, Any]], images_dir: Path) -> tuple[str, ...]:
+    """The folders that stand before a name and are not in the image folder, as the first image shows that is found."""
+    for image in images[:N_TRIED]:
+        name = image["file_name"]
+        parts = PurePosixPath(name).parts
+        if name_fault(name):
+            continue
+        if _is_there(images_dir, name):
+            return ()
+        for n_leading in range(1, len(parts)):
+            if _is_there(images_dir, "/".join(parts[n_leading:])):
+                return parts[:n_leading]
+    return ()
+
+
+def ids_of_part(images: list[dict[str, Any]], part: str) -> set[int]:
+    """The ids of 'train' or 'val' among images that one file lists.
+
+    The first folder of the names says it, if it does for all; else the hash of a name, which stays whatever is added.
+    Beside a val/, test/ is of neither.
+    """
+    folders = {PurePosixPath(image["file_name"]).parts[0] for image in images}
+    if folders <= {*TRAIN_NAMES, *VAL_NAMES}:
+        names = TRAIN_NAMES if part == "train" else [name for name in VAL_NAMES if name in folders][:1]
+        return {image["id"] for image in images if PurePosixPath(image["file_name"]).parts[0] in names}
+    return {image["id"] for image in images if is_val(image["file_name"]) == (part == "val")}
+
+
+def is_val(file_name: str) -> bool:
+    """Whether an image is val by the hash of its name."""
+    return int(hashlib.sha256(file_name.encode()).hexdigest(), 16) % VAL_EVERY == 0

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from app.coco.dataset import ANNOTATIONS, COCO_2017, LAYOUT, SPLITS, Source, Sources, annotation_path, official
+from app.coco.entries import TRAIN_NAMES, VAL_NAMES
 from app.coco.images import dead_link
-from app.coco.parts import TRAIN_NAMES, VAL_NAMES
 from app.core.config import Data, UserError
 from app.core.mounts import only_seen
 

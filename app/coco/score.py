@@ -35,7 +35,6 @@ from app.coco.dataset import (
 from app.coco.entries import name_fault
 from app.coco.images import content_hash
 from app.coco.layout import describe_source, find_split
-from app.coco.matching import Matcher
 from app.coco.split import Split, unlisted_line
 from app.core.config import Data, UserError
 from app.core.files import sha256
@@ -45,6 +44,7 @@ STATS = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
     "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large",
 )  # fmt: skip
+_Untyped: Any = COCOeval  # its stubs lack _gts and _dts
 log = logging.getLogger(__name__)
 
 
@@ -276,6 +276,35 @@ def as_array(rows: list[dict[str, Any]]) -> np.ndarray:
     """Rows of COCO's results format -> [n,7] with the columns of `read_results`."""
     values = [(row["image_id"], row["category_id"], *row["bbox"], row["score"]) for row in rows]
     return np.array(values, float).reshape(-1, 7)
+
+
+class Matcher(_Untyped):
+    """COCOeval with the same results, several times faster on a detector's 300 boxes an image.
+
+    On COCO val2017 an image has objects of 3 classes and detections of up to 80. Where it has no object of a class,
+    every detection of it is false at every IoU, and nothing has to be matched.
+    """
+
+    def computeIoU(self, imgId: int, catId: int) -> Any:
+        return super().computeIoU(imgId, catId) if self._gts[imgId, catId] else []
+
+    def evaluateImg(self, imgId: int, catId: int, aRng: list[float], maxDet: int) -> dict[str, Any] | None:
+        """One image, class and range of areas; what pycocotools 2.0.11 gives, in the keys that `accumulate` reads."""
+        if self._gts[imgId, catId]:
+            return super().evaluateImg(imgId, catId, aRng, maxDet)
+        found = self._dts[imgId, catId]
+        if not found:
+            return None
+        best_first = sorted(found, key=lambda detection: -detection["score"])[:maxDet]
+        n_ious = len(self.params.iouThrs)
+        is_outside = np.array([[not aRng[0] <= detection["area"] <= aRng[1] for detection in best_first]])
+        return {
+            "image_id": imgId,
+            "dtMatches": np.zeros((n_ious, len(best_first))),
+            "dtScores": [detection["score"] for detection in best_first],
+            "gtIgnore": np.zeros(0),
+            "dtIgnore": is_outside.repeat(n_ious, axis=0),
+        }
 
 
 def class_matcher(truth: COCO, detections: np.ndarray, category_id: int, image_ids: list[int]) -> Any:

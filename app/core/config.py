@@ -6,17 +6,17 @@ overrides an earlier one.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from app.core import values
 from app.core.errors import UserError, describe
 from app.core.labels import FP16, Label
 from app.core.scheme import Scheme, find_scheme, with_kept_scheme
-from app.core.start import Start, find_start, with_known_start
+from app.core.start import Start, check_path, find_start, path_or_none, with_known_start
 from app.core.yaml_files import merge, parse_yaml, read_yaml
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -24,8 +24,28 @@ BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 MAX_SEED = 2**32 - 1  # NumPy's largest
 SCHEME = "quant.scheme"
+DEVICES = re.compile(r"auto|cpu(,cpu)*|[0-9]{1,4}(,[0-9]{1,4})*")
+MODELS = tuple(f"yolov10{size}.yaml" for size in "nsmblx")
 
-PathOrNone = Annotated[str | None, values.IsPath(), BeforeValidator(values.path_or_none)]
+
+class IsPath:
+    """Marks a field whose value is a path: --set takes its text as it is, whatever YAML would make of it."""
+
+
+def _device(value: Any) -> str:
+    """train.device as text; YAML reads 0 as a number."""
+    if not DEVICES.fullmatch(str(value)):
+        raise ValueError("choose auto, cpu, or the numbers of GPUs such as 0 or 0,1")
+    return str(value)
+
+
+def _model(value: Any) -> str:
+    if value not in MODELS:
+        raise ValueError(f"choose one of {', '.join(MODELS)}")
+    return value
+
+
+PathOrNone = Annotated[str | None, IsPath(), BeforeValidator(path_or_none)]
 
 
 class Section(BaseModel):
@@ -35,7 +55,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    coco_dir: Annotated[str, values.IsPath(), BeforeValidator(values.path)]
+    coco_dir: Annotated[str, IsPath(), BeforeValidator(check_path)]
     train_images: PathOrNone
     train_annotations: PathOrNone
     val_images: PathOrNone
@@ -48,7 +68,7 @@ class Data(Section):
 
 
 class Train(Section):
-    weights: Annotated[Start | None, values.IsPath(), BeforeValidator(find_start)]
+    weights: Annotated[Start | None, IsPath(), BeforeValidator(find_start)]
     epochs: int = Field(gt=0)
     batch: int = Field(gt=0)
     imgsz: int = Field(ge=32, multiple_of=32)
@@ -56,7 +76,7 @@ class Train(Section):
     deterministic: bool
     amp: bool
     workers: int = Field(ge=0)
-    device: Annotated[str, BeforeValidator(values.device)]
+    device: Annotated[str, BeforeValidator(_device)]
     cache: bool
     graph: bool
     kernels: bool
@@ -97,7 +117,7 @@ class Hyp(Section):
 
 
 class Quant(Section):
-    scheme: Annotated[Scheme, values.IsPath(), BeforeValidator(find_scheme)]
+    scheme: Annotated[Scheme, IsPath(), BeforeValidator(find_scheme)]
     fast_path: bool
     learned_scale: bool
     warmup_share: float = Field(ge=0, lt=1)
@@ -179,7 +199,7 @@ class Config(Section):
     """The resolved configuration of one variant. `quant` is None for fp16."""
 
     variant: Literal["fp16", "qat"]
-    model: Annotated[str, BeforeValidator(values.model)]
+    model: Annotated[str, BeforeValidator(_model)]
     data: Data
     train: Train
     hyp: Hyp
@@ -269,7 +289,7 @@ def _is_path(names: list[str]) -> bool:
     """Whether the value of this key is a path."""
     fields = {section.__name__.lower(): section.model_fields for section in SECTIONS}
     field = fields.get(names[0], {}).get(names[-1]) if len(names) == 2 else None
-    return field is not None and any(isinstance(mark, values.IsPath) for mark in field.metadata)
+    return field is not None and any(isinstance(mark, IsPath) for mark in field.metadata)
 
 
 def validate(tree: dict[str, Any]) -> Config:

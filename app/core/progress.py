@@ -1,18 +1,23 @@
-"""Progress of long work: on a terminal one line, drawn anew; elsewhere a log line every minute and one at the end."""
+"""What a process shows: the log, and of long work its progress.
+
+On a terminal that is one line, drawn anew; elsewhere a log line every minute and one at the end.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
 from app.core.files import printable
+from app.core.mounts import as_known
 
 T = TypeVar("T")
 LOG_EVERY_S = 60.0
@@ -163,3 +168,42 @@ def clock(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{whole_seconds:02d}"
     return f"{minutes}:{whole_seconds:02d}"
+
+
+class Printable(logging.Formatter):
+    """Log lines with the paths that the user knows, and without control characters.
+
+    Names in foreign files must not steer the terminal.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = as_known(super().format(record)).split("\n")
+        return "\n".join(map(printable, lines))
+
+
+class AboveBars(logging.StreamHandler[TextIO]):
+    """Writes a record on lines of its own, above a progress line that is on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+def set_up_terminal() -> None:
+    """Shows our own lines, and of the libraries only warnings; a training's log.txt has everything.
+
+    Of the ranks of a training, rank 0 speaks for all; the other ranks log only their errors.
+    """
+    rank_text = os.environ.get("RANK", "")
+    rank = int(rank_text) if rank_text.isascii() and rank_text.isdigit() else 0
+    handler = AboveBars(sys.stderr)
+    handler.setFormatter(Printable(f"process {rank + 1}: %(message)s" if rank else "%(message)s"))
+    handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)
+    logging.basicConfig(handlers=[handler])
+    logging.raiseExceptions = False  # a full disk is reported once, by the file that matters, not by every log record
+    logging.getLogger("app").setLevel(logging.ERROR if rank else logging.INFO)
+    if rank:
+        handler.setLevel(logging.ERROR)
+        logging.captureWarnings(True)
+    # Brevitas imports it. Without a GPU it warns that there is none, which its owner knows.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The run root: the paths of its files, its lock, and its record of stages."""
+"""The run root: the paths of its files, its lock, its record of stages, and how many images it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.core.config import UserError
+from app.core.config import Config, UserError
 from app.core.environment import code_version, utc_now
 from app.core.files import printable, read_json, write_json
 from app.core.labels import Label
@@ -158,3 +158,22 @@ def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:
         record = read_json(run.run_json, "data", RECORD_SHAPE)
     record["stages"][stage] = {"time_utc": utc_now(), "code_version": code_version(), **facts}
     write_json(run.run_json, record)
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images a run trains and validates on."""
+
+    train: int
+    val: int
+
+
+def images_of(run: RunRoot) -> Images:
+    """The numbers that the data stage has chosen; raises a UserError if it has not run."""
+    splits = read_json(run.provenance, "data", VIEW_SHAPE)["splits"]
+    return Images(splits["train"]["n_images"], splits["val"]["n_images"])
+
+
+def n_bn_images(config: Config, images: Images) -> int:
+    """How many images BatchNorm is re-estimated on: train.bn_batches batches, or all where they are fewer."""
+    return min(config.train.bn_batches * config.train.batch, images.train)

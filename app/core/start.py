@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from app.core import values
 from app.core.errors import UserError
 from app.core.files import sha256
 from app.core.mounts import only_seen
@@ -24,11 +23,22 @@ SHOWN_DIGITS = 12  # of a hash in a sentence; configuration and JSON have all 64
 log = logging.getLogger(__name__)
 
 
+def check_path(value: Any) -> Any:
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise ValueError("give the path of a folder")
+    return value
+
+
+def path_or_none(value: Any) -> Any:
+    """The word null means no file, from --set too."""
+    return None if value == "null" else check_path(value)
+
+
 class Start(BaseModel):
     """A checkpoint to start from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    path: Annotated[str, BeforeValidator(values.path)]
+    path: Annotated[str, BeforeValidator(check_path)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
     def __str__(self) -> str:
@@ -57,7 +67,7 @@ def find_start(value: Any) -> Any:
     Raises:
         ValueError: there is no such file, or it is the pointer of git lfs.
     """
-    if isinstance(value, dict | Start) or values.path_or_none(value) is None:
+    if isinstance(value, dict | Start) or path_or_none(value) is None:
         return None if value == "null" else value
     try:
         return of_file(Path(value))

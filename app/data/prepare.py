@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from app.coco.categories import listed_names
 from app.coco.dataset import COCO_2017, Sources
-from app.coco.doubts import LEAST_SHARE
 from app.coco.layout import describe_layout, find_sources
+from app.coco.split import LEAST_SHARE
 from app.core.config import BUILTIN_DATASET, Config, Data, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import read_json, sha256, write_json, write_text

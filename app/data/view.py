@@ -16,9 +16,8 @@ import numpy as np
 
 from app.coco.annotations import read_source
 from app.coco.dataset import Source, Sources
-from app.coco.doubts import doubts
 from app.coco.images import content_hash, fault
-from app.coco.split import Split, agreed_names
+from app.coco.split import Split, agreed_names, doubts
 from app.core.config import UserError
 from app.core.files import new_folder, write_text
 from app.core.progress import track

@@ -16,13 +16,12 @@ from app.core.child import job_words
 from app.core.config import Config, load
 from app.core.environment import environment
 from app.core.files import read_json, write_json
-from app.core.images import Images, images_of
 from app.core.labels import SCORES_ENDING
 from app.core.memory import available_bytes
 from app.core.os_errors import free_bytes
 from app.core.progress import clock
 from app.core.results import read_rows
-from app.core.run import RunRoot
+from app.core.run import Images, RunRoot, images_of
 from app.estimate.price import Peaks, between_epochs, eval_seconds, limit, training_parts, training_seconds
 from app.estimate.watch import Took, run_watched
 

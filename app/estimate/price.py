@@ -16,8 +16,8 @@ from datetime import datetime
 from typing import Any
 
 from app.core.config import Config
-from app.core.images import Images, n_bn_images
 from app.core.results import Rows
+from app.core.run import Images, n_bn_images
 
 BN_TIME = "time/bn_reestimation_s"  # a column of results.csv
 EPOCH_LINE = re.compile(r"^(\S+ \S+) .* epoch \d+/\d+: loss ", re.MULTILINE)  # of log.txt, and its time

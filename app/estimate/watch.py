@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.core.config import UserError
-from app.core.processes import memory_of
+from app.core.memory import memory_of
 
 EVERY_S = 0.5
 PROGRAM = ["-m", "app"]

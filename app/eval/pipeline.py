@@ -19,8 +19,8 @@ from app.coco.detections import results, select
 from app.coco.images import InputSize, Placement, letterbox, read_image
 from app.coco.score import ImageFile
 from app.core.config import Eval, UserError
+from app.core.environment import clocks
 from app.core.progress import track
-from app.eval.machine import clocks
 from app.eval.runtime import CPU, Model, n_decoders
 
 BATCHES_AHEAD = 2

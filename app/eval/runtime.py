@@ -18,6 +18,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 
 from app.coco.categories import CATEGORY_IDS, OFFICIAL_IDS
 from app.core.config import UserError
+from app.core.environment import cpu_name
 from app.core.files import printable
 from app.core.mounts import only_seen
 from app.eval.classes import category_ids, without_unlisted
@@ -30,7 +31,6 @@ from app.eval.contract import (
     shape_fits,
     wanted_shape,
 )
-from app.eval.machine import cpu_name
 from app.eval.metadata import shortened
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from app.core.config import UserError
+from app.core.config import MODELS, UserError
 from app.core.start import Start
-from app.core.values import MODELS
 
 CLASS_LAYERS = re.compile(r"model\.\d+\.(one2one_)?cv3\..*")  # of v10Detect, both heads
 CLASS_ROWS = re.compile(r"model\.\d+\.(one2one_)?cv3\.\d+\.2\.(weight|bias)")  # of these the last: a row for each class

@@ -13,10 +13,10 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from app.coco.detail import Metrics
 from app.core.curves import COLOURS, NEUTRAL
 from app.core.labels import BASELINE, PACKED_BITS, Label
-from app.core.ratios import ratio_of_pairs
 from app.report.evidence import Evidence, label_of
 from app.report.figures import draw, legend_below, literal
 from app.report.groups import measured_alike
+from app.report.spread import ratio_of_pairs
 from app.report.tables import MISSING, markdown_table, number
 
 Point = dict[str, Any]  # an entry of the curve in report.json

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pycocotools.coco import COCO
 
-from app.coco.dataset import Dataset, check_unchanged, source_at
+from app.coco.dataset import BUILTIN_TITLE, Dataset, check_unchanged, source_at
 from app.coco.detail import Metrics, analyse
 from app.core.config import Config, Report, UserError
-from app.core.files import write_json, write_text
-from app.core.run import RunRoot, record_stage
-from app.report.current import is_current, state
-from app.report.curve import curve_block
-from app.report.ending import show
+from app.core.environment import REPO_DIR
+from app.core.files import read_json, write_json, write_text
+from app.core.run import PROVENANCE_SHAPE, RECORD_SHAPE, RunRoot, record_stage
+from app.report.curve import curve_block, curve_lines
 from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
-from app.report.findings import derive, enter_seeds
+from app.report.findings import Findings, derive, enter_seeds
 from app.report.gallery import gallery
 from app.report.groups import distinct, is_baseline, measured_alike, shown_apart
 from app.report.html import page
 from app.report.layer_figures import layers, quantizer_health
-from app.report.page_files import page_of
-from app.report.summary import summary
+from app.report.page_files import PageFiles, page_of
+from app.report.spread import ROWS
+from app.report.summary import summary, tables
 from app.report.tables import number, plain
+from app.report.verdict import verdict
 
+FIRST_SENTENCE = re.compile(r".*?\.(?= [A-Z]|$)", re.DOTALL)  # a number has no blank behind its point
+RECORD = "run.json"  # has what `state` gives, so it is no part of that
 log = logging.getLogger(__name__)
 
 
@@ -146,3 +152,98 @@ def check_min_ap50(evidence: Evidence, minimum: float | None) -> None:
         log.error("failed: no training was scored, report.min_ap50 asks for %.2f", minimum)
     if low or not trained:
         sys.exit(1)
+
+
+# --- whether a page is current ---------------------------------------------------------------------------------------
+
+
+def is_current(run: RunRoot, settings: Report) -> bool:
+    """Whether nothing has changed since the report stage wrote the page: no file of the run, the page included, no
+    setting, not the annotations of the val split, and not this program."""
+    if not run.run_json.exists():
+        return False
+    recorded = read_json(run.run_json, "data", RECORD_SHAPE)["stages"].get("report", {})
+    return recorded.get("state") == state(run, settings)
+
+
+def state(run: RunRoot, settings: Report) -> str:
+    """SHA-256 (16 hex digits) over all that a page depends on; files of the run count by name, size and time."""
+    files = sorted(path for path in run.root.rglob("*") if path.is_file() and path.name != RECORD)
+    parts: list[Any] = [settings.model_dump(mode="json"), program(), list(stamps([*files, *val_annotations(run)]))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def program() -> str:
+    """SHA-256 over the source of this program, the versions of its packages and the spread of seeds that it knows."""
+    digest = hashlib.sha256()
+    for path in [*sorted((REPO_DIR / "app").rglob("*.py")), REPO_DIR / "requirements.lock", ROWS]:
+        if path.exists():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def stamps(paths: Iterable[Path]) -> Iterable[tuple[str, int, int]]:
+    """Name, size in bytes and time of the last change in ns of every file."""
+    for path in paths:
+        status = path.stat()
+        yield str(path), status.st_size, status.st_mtime_ns
+
+
+def val_annotations(run: RunRoot) -> list[Path]:
+    """The annotations of the val split, where they are on this machine: without them a page has fewer figures."""
+    try:
+        provenance = read_json(run.provenance, "data", PROVENANCE_SHAPE)
+    except UserError:
+        return []
+    split = provenance["splits"]["val"]
+    path = source_at(Path(provenance["coco_dir"]), split["name"], split).annotation_file
+    return [path] if path.is_file() else []
+
+
+# --- what the stage, and with it a whole job, says at its end --------------------------------------------------------
+
+
+def show(files: PageFiles, evidence: Evidence, findings: Findings) -> None:
+    """Logs the end of a job, whose page `files` are."""
+    for line in [*tables(evidence.scored, findings), ""]:
+        log.info("%s", line)
+    for line in curve_lines(findings["curve"])[:-2]:  # without the note
+        log.info("%s", line)
+    for line in findings["missing"]:
+        log.info("missing: %s", line)
+    for paragraph in verdict(findings):
+        log.info("verdict: %s", first_sentence(paragraph))
+    log.info("report: %s, the same as Markdown: %s", files.html, files.markdown)
+    log.info("next: %s", next_step(files.run, evidence, findings))
+
+
+def first_sentence(paragraph: str) -> str:
+    """The first sentence of a paragraph of the page, without its Markdown."""
+    text = paragraph.replace("**", "").replace("\\|", "|").replace("`", "")
+    match = FIRST_SENTENCE.match(text)
+    return match.group() if match else text
+
+
+def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
+    """What a user does after this report."""
+    if findings["missing"]:
+        return "each line 'missing' names its command; 'make report' then writes the page anew"
+    if evidence.imported and not evidence.trainings:
+        return (
+            'open the page in a browser; what a few epochs of QAT win back: "make train-qat export eval report '
+            f"RUN={run.name} CONF=conf/finetune.yaml ARGS='--set train.weights={evidence.imported.start['file']}'\""
+        )
+    if evidence.provenance and evidence.provenance["title"] == BUILTIN_TITLE:
+        return (
+            "open the page in a browser, 'make tensorboard' for the curves; COCO itself: 'make all COCO_DIR=path' "
+            "(README, 'The full run')"
+        )
+    if findings["seeds"] is None:
+        return (
+            "open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: the "
+            f"commands of this run with RUN={run.name}-seed1 and '--set train.seed=1' added to ARGS, then 'make report "
+            f'RUN={run.name} ARGS="--runs {run.name}-seed1"\''
+        )
+    others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])
+    publish = f'make publish RUN={run.name} ARGS="--runs {others}"'
+    return f"open the page in a browser; '{publish}' keeps it in runs/reports"

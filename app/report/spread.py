@@ -1,12 +1,14 @@
-"""How large a difference of two APs says something: more than trainings differ that differ in their seed alone.
+"""What seeds change: how large a difference of two APs says something, and ratios of means over paired seeds.
 
-Of AP and, once the bench's rows hold it, of AP_FREQUENT, which differs less from seed to seed.
+A difference has to be larger than that of trainings which differ in their seed alone: of AP and, once the bench's rows
+hold it, of AP_FREQUENT, which differs less from seed to seed.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
 from app.core.environment import REPO_DIR
@@ -21,6 +23,7 @@ N_SIGMA = 2  # two standard deviations: by chance one comparison in twenty lies 
 RULE = "2 x sqrt(2) x"  # the difference of two trainings has sqrt(2) times the deviation of one
 TELLING_AP = 0.01  # below it an AP rests on a handful of boxes
 ENOUGH_RUNS = 3  # the spread of two says nothing yet
+N_PAIRS = 2  # so many seeds have a spread that says nothing yet
 
 
 def seed_spread() -> dict[str, Any]:
@@ -75,3 +78,33 @@ def telling_of_means(over_runs: dict[str, Any]) -> float | None:
     """What a mean of differences must exceed: two standard errors of it; None where there are too few runs."""
     n, sd = over_runs["n"], over_runs["sd"]
     return N_SIGMA * sd / math.sqrt(n) if n >= ENOUGH_RUNS else None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Mean over mean; `error` is its standard error, None for N_PAIRS pairs or fewer."""
+
+    value: float
+    error: float | None
+
+
+def ratio_of_pairs(values: list[float], bases: list[float]) -> Ratio | None:
+    """mean(values) / mean(bases), with its standard error (delta method); None where there is no such ratio: no pair,
+    bases whose mean is 0, or a NaN."""
+    if not sum(bases) or math.isnan(sum(values) + sum(bases)):
+        return None
+    ratio, residuals = ratio_and_residuals(values, bases)
+    return Ratio(ratio, error_of_mean(residuals) if len(residuals) > N_PAIRS else None)
+
+
+def ratio_and_residuals(values: list[float], bases: list[float]) -> tuple[float, list[float]]:
+    """Ratio of the means of paired values, and how far each pair is off it, as a share of the bases' mean: the standard
+    error of the mean of these is that of the ratio (delta method)."""
+    mean_base = statistics.fmean(bases)
+    ratio = statistics.fmean(values) / mean_base
+    return ratio, [(value - ratio * base) / mean_base for value, base in zip(values, bases, strict=True)]
+
+
+def error_of_mean(values: list[float]) -> float:
+    """Standard error of the mean of two values or more."""
+    return statistics.stdev(values) / math.sqrt(len(values))

@@ -22,7 +22,7 @@ from tensorboard import program
 
 from app.core.command_line import Parser
 from app.core.config import UserError
-from app.core.terminal import set_up_terminal
+from app.core.progress import set_up_terminal
 
 EVENTS_DIR = "tensorboard"  # in the folder of every variant
 REFRESH_S = 5.0  # seconds until a new training is seen, and until TensorBoard reads new events

@@ -24,11 +24,10 @@ import torch
 from ultralytics.cfg import get_cfg
 
 from app.core.config import Config, UserError
-from app.core.images import Images, images_of, n_bn_images
 from app.core.memory import available_bytes
 from app.core.progress import DAY_S, clock
 from app.core.results import STATES
-from app.core.run import RunRoot
+from app.core.run import Images, RunRoot, images_of, n_bn_images
 from app.quant.model import float_network
 from app.train.processes import ALONE
 from app.train.step import criterion_of_part

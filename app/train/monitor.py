@@ -19,9 +19,8 @@ from ultralytics.utils.plotting import plot_images
 from app.core.config import Config, dump
 from app.core.curves import curve_figure
 from app.core.differences import flatten
-from app.core.progress import LOSS, MEMORY, Meter, Part, clock
+from app.core.progress import LOSS, MEMORY, Meter, Part, Printable, clock
 from app.core.results import STATES, WARM_UP, Row, Rows, is_validated, train_loss, write_rows
-from app.core.terminal import Printable
 from app.train.done import After
 
 N_PICTURES = 20  # prediction pictures and loss figures a run, spread over its epochs, to keep event files small

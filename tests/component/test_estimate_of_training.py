@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from app.core.images import Images
 from app.core.results import read_rows
-from app.core.run import RunRoot
+from app.core.run import Images, RunRoot
 from app.data.prepare import prepare
 from app.estimate import estimate as estimate_module
 from app.estimate.estimate import Command, Pilot

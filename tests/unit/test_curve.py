@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from app.core.config import load
-from app.core.ratios import ratio_of_pairs
 from app.core.run import RunRoot, runs_of
 from app.report.compare import pair_up
 from app.report.curve import curve, curve_figure, places_of
@@ -17,6 +16,7 @@ from app.report.evidence import gather
 from app.report.page_files import page_of
 from app.report.publish import publish
 from app.report.report import report
+from app.report.spread import ratio_of_pairs
 from tests.support.drawn import kept_figures, x_of, y_of
 from tests.support.page_numbers import numbers_without_source
 from tests.support.report_fixtures import SHA, add_ptq, build_run, edit, layer, metrics, write

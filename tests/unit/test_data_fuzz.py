@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.coco.annotations import read_instances
-from app.coco.doubts import doubts
+from app.coco.split import doubts
 from app.core.config import UserError
 from app.core.run import RunRoot
 from app.data.view import read_split

@@ -19,10 +19,8 @@ from app.core.files import sha256, write_json, write_text
 from app.core.labels import FP16
 from app.core.results import write_rows
 from app.core.run import RunRoot
-from app.report import current
-from app.report.current import is_current
-from app.report.ending import first_sentence
-from app.report.report import is_reported, report
+from app.report import report as page_of_run
+from app.report.report import first_sentence, is_current, is_reported, report
 from app.train.done import epochs_left, is_ptq_done, is_quantized, is_trained, make_ready, ptq_labels
 from tests.support.drawn import kept_figures
 from tests.support.report_fixtures import build_run
@@ -179,7 +177,7 @@ def test_a_page_is_outdated_by_any_file_of_the_run(reported: RunRoot, name: str)
 def test_a_page_is_outdated_by_settings_and_program(reported: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_current(reported, load("qat").report)
     assert not is_current(reported, load("qat", sets=["report.gallery_images=1"]).report)
-    monkeypatch.setattr(current, "program", lambda: "another")
+    monkeypatch.setattr(page_of_run, "program", lambda: "another")
     assert not is_current(reported, load("qat").report)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.core.config import UserError, load
-from app.core.processes import pss_bytes
+from app.core.memory import pss_bytes
 from app.core.results import write_rows
 from app.core.run import RunRoot
 from app.estimate import estimate as estimate_module

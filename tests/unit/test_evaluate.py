@@ -17,11 +17,11 @@ from onnx import TensorProto
 from app.coco.dataset import Dataset, hash_contents, hash_ids
 from app.coco.score import first_of, load_truth, score, standalone_dataset
 from app.core.config import Eval, UserError, load
+from app.core.environment import clocks
 from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot
 from app.eval import pipeline
 from app.eval.evaluate import evaluate, evaluate_file, evaluate_standalone, is_scored
-from app.eval.machine import clocks
 from tests.support.eval_fixtures import IMGSZ, SETTINGS, raw_output, truth_box, write_coco, write_model
 
 # Images are 64 x 48, inputs 32 x 32: halved, 4 px of padding above and below.

@@ -12,8 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from app.coco.detail import ALL_SIZES, MAX_DETECTIONS, detail, hits_of, matched, precision_of
-from app.coco.matching import Matcher
-from app.coco.score import STATS, load_truth, quiet, read_results, score, with_annotations
+from app.coco.score import STATS, Matcher, load_truth, quiet, read_results, score, with_annotations
 from app.core.config import UserError
 from tests.support.eval_fixtures import truth_box, write_annotations
 

@@ -14,7 +14,7 @@ import pytest
 from app.core.environment import environment
 from app.core.mounts import MOUNTS, as_known, in_container, only_seen
 from app.core.os_errors import explanation
-from app.core.terminal import Printable
+from app.core.progress import Printable
 from app.report.appendix import dataset_lines, settings_block
 from app.report.tables import plain
 

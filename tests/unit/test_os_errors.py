@@ -70,7 +70,7 @@ def test_a_fault_of_ours_stays_one(tmp_path: Path, error: Exception) -> None:
 def end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *words: str) -> tuple[int, list[str]]:
     """Exit code and lines of a command, in this process."""
     monkeypatch.setattr(sys, "argv", ["app", *words])
-    monkeypatch.setattr("app.core.terminal.set_up_terminal", lambda: None)
+    monkeypatch.setattr("app.core.progress.set_up_terminal", lambda: None)
     code = cli.main()
     return code, [record.getMessage() for record in caplog.records]
 

@@ -10,8 +10,7 @@ import sys
 import pytest
 
 from app.core import progress
-from app.core.progress import COUNT, LOSS, MEMORY, NAME, RATE, Meter, Part, clock, fitted, line_format
-from app.core.terminal import AboveBars
+from app.core.progress import COUNT, LOSS, MEMORY, NAME, RATE, AboveBars, Meter, Part, clock, fitted, line_format
 
 FP16 = Part("fp16 epoch 3/10", NAME, "fp16 3/10")
 LONG = Part("qat-w4a16-mixed epoch 123/300", NAME, "qat-w4a16-mixed 123/300")

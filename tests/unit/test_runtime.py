@@ -7,8 +7,9 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 
+from app.core import environment as machine
 from app.core.config import UserError
-from app.eval import machine, runtime
+from app.eval import runtime
 from tests.support.eval_fixtures import raw_output, write_model
 
 

@@ -14,11 +14,11 @@ from app.coco.entries import (
     box_fault,
     check_annotation,
     check_image,
+    clip_to_image,
     could_be_corners,
     ids_of_part,
     label_name,
     labelled,
-    mend_box,
     mend_names,
     name_fault,
     reaches_over,
@@ -75,9 +75,8 @@ def parse_instances(file: Path, images_dir: Path | None = None, part: str | None
     kept = [image_id for image_id in sorted(images) if image_id not in others]
     if not kept:
         raise UserError(f"{file} lists no images of {part}: give data.{part}_images and data.{part}_annotations")
-    zeros = [dict.fromkeys(kept, 0) for _ in range(5)]
-    listed, boxes = [images[image_id] for image_id in kept], {image_id: [] for image_id in kept}
-    split = Split(file, listed, categories, boxes, *zeros, problems={}, is_drawn=_is_drawn(tree))
+    listed = {image_id: images[image_id] for image_id in kept}
+    split = Split(file, list(listed.values()), categories, {image_id: [] for image_id in kept}, _is_drawn(tree))
     if n_changed:
         split.notes[NAMES_CUT] = n_changed
     if part == "val" and (n_unused := len(others - ids_of_part(entries, "train"))):
@@ -85,8 +84,7 @@ def parse_instances(file: Path, images_dir: Path | None = None, part: str | None
     for image in split.images:
         if problem := name_fault(image["file_name"]):
             split.problems[image["id"]] = problem
-    annotations = _Annotations(split, {image_id: images[image_id] for image_id in kept}, others)
-    tree["annotations"] = annotations.read(tree["annotations"])
+    tree["annotations"] = _Annotations(split, listed, others).read(tree["annotations"])
     tree["images"] = split.images
     tree["categories"] = without_placeholder(categories, split.used)
     if not categories:
@@ -118,11 +116,7 @@ def _is_drawn(tree: Tree) -> bool:
 
 
 def _by_id(file: Path, entries: list[Image]) -> dict[int, Image]:
-    """The entries by image id, in the order of the file.
-
-    Raises:
-        UserError: two entries have the same id or would share a label file.
-    """
+    """The entries by image id; raises a UserError if two of them have the same id or would share a label file."""
     images: dict[int, Image] = {}
     label_names: set[PurePosixPath] = set()
     for image in entries:
@@ -158,11 +152,7 @@ class _Annotations:
         self.has_areas = True
 
     def read(self, entries: list[Any]) -> list[dict[str, Any]]:
-        """The annotations that count, mended.
-
-        Raises:
-            UserError: one of them, or all together, cannot be used.
-        """
+        """The annotations that count, mended; raises a UserError if one of them, or all together, cannot be used."""
         file = self.split.file
         # A tool that knows no areas may write 0 for all; a single one is COCO's own.
         self.has_areas = any(entry.get("area") for entry in entries if isinstance(entry, dict))
@@ -191,8 +181,9 @@ class _Annotations:
         if image_id in self.others:
             return None
         if image_id is None or image_id not in self.images:
-            of_what = f"annotation {shown(annotation['id'])}, image id {shown(annotation['image_id'])}"
-            self.split.unlisted.append(of_what)
+            self.split.unlisted.append(
+                f"annotation {shown(annotation['id'])}, image id {shown(annotation['image_id'])}"
+            )
             return None
         annotation["image_id"] = image_id
         return self.images[image_id]
@@ -213,8 +204,7 @@ class _Annotations:
         split.used.add(annotation["category_id"])
         if annotation["iscrowd"]:
             split.n_crowd[image_id] += 1
-        fault = box_fault(annotation["bbox"], annotation.get("area"))
-        if fault:
+        if fault := box_fault(annotation["bbox"], annotation.get("area")):
             split.problems.setdefault(image_id, f"annotation {shown(annotation['id'])}: {fault}")
             return True
         if annotation.get("area") is None or not self.has_areas:
@@ -224,11 +214,10 @@ class _Annotations:
             return False
         if annotation["iscrowd"]:
             return True
-        box = labelled(annotation["bbox"], image)
-        if box is None:
-            split.n_degenerate[image_id] += 1
-        else:
+        if box := labelled(annotation["bbox"], image):
             split.boxes[image_id].append([annotation["category_id"], *box])
+        else:
+            split.n_degenerate[image_id] += 1
         return True
 
     def _mend_border(self, image: Image, annotation: dict[str, Any]) -> bool:
@@ -239,13 +228,10 @@ class _Annotations:
         if not reaches_over(bbox, image):
             return True
         self.n_over += 1
-        mended = mend_box(annotation, image)
-        if mended is None:
-            self.split.n_dropped[image["id"]] += 1
-            return False
-        self.split.n_clipped[image["id"]] += 1
-        annotation |= {"bbox": mended.bbox, "area": mended.area}
-        return True
+        is_kept = clip_to_image(annotation, image)
+        counts = self.split.n_clipped if is_kept else self.split.n_dropped
+        counts[image["id"]] += 1
+        return is_kept
 
     def _refuse_corners(self) -> None:
         """Refuses boxes written as two corners: read as COCO's, the farther ones reach over the border."""

@@ -96,11 +96,7 @@ class Dataset:
 
 
 def check_unchanged(dataset: Dataset, annotation_sha256: str) -> Dataset:
-    """The dataset, whose annotation file must have this hash.
-
-    Raises:
-        UserError: the annotation file is missing or has another hash.
-    """
+    """The dataset; raises a UserError if its annotation file is missing or has another hash."""
     file = dataset.annotation_file
     if not file.is_file() or sha256(file) != annotation_sha256:
         raise UserError(

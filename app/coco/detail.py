@@ -61,7 +61,8 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
             by_class[truth.cats[category_id]["name"]] = precision_of(found)
         parts.append(hits_of(found))
     ap = float(np.mean(list(by_class.values()))) if by_class else None
-    if not is_same_ap(ap, expected_ap):
+    is_same = ap is expected_ap if ap is None or expected_ap is None else abs(ap - expected_ap) <= AP_TOLERANCE
+    if not is_same:
         raise UserError(f"{folder.name}/{path.name} does not give the AP of metrics.json")
     aps = {name: float(precision.mean()) for name, precision in by_class.items()}
     return {"ap_by_class": aps, "precision": over_recall(by_class), **f1(parts, ids)}
@@ -149,13 +150,6 @@ def over_recall(by_class: dict[str, np.ndarray]) -> dict[str, list[float | None]
         of_classes = [precision[nearest] for precision in by_class.values()]
         curves[str(iou)] = np.mean(of_classes, axis=0).tolist() if by_class else [None] * N_RECALLS
     return curves
-
-
-def is_same_ap(ap: float | None, expected: float | None) -> bool:
-    """Whether two APs are of one scoring; None where there was nothing to measure."""
-    if ap is None or expected is None:
-        return ap is expected
-    return abs(ap - expected) <= AP_TOLERANCE
 
 
 @dataclass(frozen=True)

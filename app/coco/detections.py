@@ -50,17 +50,16 @@ def select(output: np.ndarray, contract: str, settings: Eval, n_classes: int = l
 def _not_finite(output: np.ndarray) -> str:
     """The message about an output with NaN or infinite values, which names the first of them."""
     places = np.argwhere(~np.isfinite(output)).tolist()
-    where = (
-        f"{output[tuple(places[0])]} at {places[0]} of {list(output.shape)}" if places else "its boxes are too large"
-    )
+    where = "its boxes are too large"
+    if places:
+        where = f"{output[tuple(places[0])]} at {places[0]} of {list(output.shape)}"
     return f"the model puts out values that are not finite ({where}): it is damaged or its precision overflows"
 
 
 def _check_rows(rows: np.ndarray, numbers: np.ndarray, n_classes: int) -> None:
-    """Refuses end2end rows that are no detections; `numbers` are their places in the output. Padding is not among them.
+    """Raises a UserError if a class of end2end rows is not a whole number below `n_classes`, or a score is above 1.
 
-    Raises:
-        UserError: a class is not a whole number below `n_classes`, or a score is above 1.
+    `numbers` are the places of the rows in the output. Padding is not among them.
     """
     scores, classes = rows[:, 4], rows[:, 5]
     is_class = (classes >= 0) & (classes < n_classes) & (classes == np.floor(classes))
@@ -77,11 +76,7 @@ def _check_rows(rows: np.ndarray, numbers: np.ndarray, n_classes: int) -> None:
 
 
 def _check_scores(low: float, high: float) -> None:
-    """Refuses logits in the place of probabilities; what is not finite is left to `select`.
-
-    Raises:
-        UserError: a score lies outside 0..1.
-    """
+    """Raises a UserError if a score lies outside 0..1, as logits do; what is not finite is left to `select`."""
     if low < -SLACK or 1 + SLACK < high < np.inf:
         raise UserError(
             f"the model puts out scores from {low:.4g} to {high:.4g}, and probabilities lie in 0 to 1: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,11 +48,7 @@ def is_number(value: Any) -> bool:
 
 
 def check_image(file: Path, image: Any) -> dict[str, Any]:
-    """The entry, with whole numbers for its id and size.
-
-    Raises:
-        UserError: it cannot be used.
-    """
+    """The entry, with whole numbers for its id and size; raises a UserError if it cannot be used."""
     if not isinstance(image, dict) or not set(IMAGE_KEYS) <= set(image):
         raise UserError(f"{file}: an image entry lacks id, file_name, width or height: {shown(image)}")
     image_id = whole(image["id"])
@@ -93,12 +88,9 @@ def name_fault(file_name: str) -> str:
 
 
 def check_annotation(file: Path, annotation: Any, number: int) -> dict[str, Any]:
-    """The entry, with an id that is an int or a text, and with iscrowd.
+    """The entry, with an id that is an int or a text, and with iscrowd; raises a UserError if it cannot be used.
 
     `number` is its position in the file, for the message about an annotation that has no id.
-
-    Raises:
-        UserError: it cannot be used.
     """
     if not isinstance(annotation, dict) or not set(ANNOTATION_KEYS) <= set(annotation):
         raise UserError(f"{file}: annotation {number} lacks one of {', '.join(ANNOTATION_KEYS)}: {NOT_COCO}")
@@ -149,20 +141,13 @@ def inside(bbox: Box, image: dict[str, Any]) -> Box:
     return [left, top, right - left, bottom - top]
 
 
-@dataclass(frozen=True)
-class Mended:
-    """A box that reached over the border, and the area that is left of the annotation's; None: nothing is left."""
-
-    bbox: Box
-    area: float
-
-
-def mend_box(annotation: dict[str, Any], image: dict[str, Any]) -> Mended | None:
-    """What an annotation over the border becomes; the part of it in the image must be a pixel wide and high."""
+def clip_to_image(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
+    """Clips box and area of an annotation in place; False if less than a pixel is left of the width or the height."""
     bbox = inside(annotation["bbox"], image)
     if min(bbox[2:]) < LEAST_SIDE_PX:
-        return None
-    return Mended(bbox, min(annotation["area"], bbox[2] * bbox[3]))
+        return False
+    annotation |= {"bbox": bbox, "area": min(annotation["area"], bbox[2] * bbox[3])}
+    return True
 
 
 def labelled(bbox: Box, image: dict[str, Any]) -> Box | None:
@@ -227,9 +212,9 @@ def ids_of_part(images: list[dict[str, Any]], part: str) -> set[int]:
     if folders <= {*TRAIN_NAMES, *VAL_NAMES}:
         names = TRAIN_NAMES if part == "train" else [name for name in VAL_NAMES if name in folders][:1]
         return {image["id"] for image in images if PurePosixPath(image["file_name"]).parts[0] in names}
-    return {image["id"] for image in images if is_val(image["file_name"]) == (part == "val")}
-
-
-def is_val(file_name: str) -> bool:
-    """Whether an image is val by the hash of its name."""
-    return int(hashlib.sha256(file_name.encode()).hexdigest(), 16) % VAL_EVERY == 0
+    ids = set()
+    for image in images:
+        digest = hashlib.sha256(image["file_name"].encode()).hexdigest()
+        if (int(digest, 16) % VAL_EVERY == 0) == (part == "val"):
+            ids.add(image["id"])
+    return ids

@@ -71,11 +71,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 (first 16 hex digits) of an image file.
-
-    Raises:
-        UserError: the file is missing or unreadable.
-    """
+    """SHA-256 (first 16 hex digits) of an image file; raises a UserError if it is missing or unreadable."""
     data = _read(path)
     if isinstance(data, str):
         raise UserError(f"image {path} {data}: restore the file")
@@ -111,7 +107,8 @@ def _decode(path: Path, expected: WidthHeight | None = None) -> np.ndarray | str
         return TOO_LARGE
     except cv2.error:
         return "cannot be decoded"
-    if is_jpeg and (pixels is None or not _has_end(data, scan)):
+    # A broken download can leave zeros, which OpenCV decodes as grey blocks, in place of the end marker.
+    if is_jpeg and (pixels is None or data.rfind(JPEG_END, scan) < 0):
         return "is cut off or damaged"
     return "cannot be decoded" if pixels is None else pixels
 
@@ -173,14 +170,6 @@ def _jpeg_header(jpeg: bytes) -> tuple[WidthHeight | None, int]:
             size = (width, height)
         position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
     return size, position
-
-
-def _has_end(jpeg: bytes, scan: int) -> bool:
-    """Whether a JPEG has an end marker after the start of its scan; OpenCV decodes files without one.
-
-    A broken download can leave zeros, which decode as grey blocks, instead of the end.
-    """
-    return jpeg.rfind(JPEG_END, scan) >= 0
 
 
 def place(width: int, height: int, imgsz: InputSize) -> Placement:

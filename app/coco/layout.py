@@ -57,9 +57,9 @@ def said_source(coco_dir: Path, data: Data, role: str) -> Source | None:
     Raises:
         UserError: only one of the two is given.
     """
-    images, annotations = {
-        "train": (data.train_images, data.train_annotations), "val": (data.val_images, data.val_annotations)
-    }[role]  # fmt: skip
+    images, annotations = data.train_images, data.train_annotations
+    if role == "val":
+        images, annotations = data.val_images, data.val_annotations
     if images is None and annotations is None:
         return None
     if images is None or annotations is None:
@@ -97,7 +97,9 @@ def _named(coco_dir: Path, split: str | None) -> Source | None:
 def _found(coco_dir: Path) -> dict[str, Source]:
     if not coco_dir.is_dir():
         raise UserError(f"no COCO folder at {coco_dir}: give COCO_DIR=path, or run 'make download-coco'")
-    if _is_like_coco(coco_dir):
+    folders = [coco_dir / name for name in SPLITS.values()]
+    files = [annotation_path(coco_dir, name) for name in SPLITS.values()]
+    if any(path.exists() or path.is_symlink() for path in (*folders, *files)):  # a missing part is said by its name
         return _coco_sources(coco_dir)
     found: dict[str, Source] = {}
     for role, names in FOLDER_NAMES.items():
@@ -119,19 +121,8 @@ def _found(coco_dir: Path) -> dict[str, Source]:
     return found or shared
 
 
-def _is_like_coco(coco_dir: Path) -> bool:
-    """Whether the folder has a part of COCO's layout; a part that is missing is then said by its name."""
-    folders = [coco_dir / name for name in SPLITS.values()]
-    files = [annotation_path(coco_dir, name) for name in SPLITS.values()]
-    return any(path.exists() or path.is_symlink() for path in (*folders, *files))
-
-
 def _coco_sources(coco_dir: Path) -> dict[str, Source]:
-    """The two splits as COCO has them, their images in train2017/ or images/train2017/.
-
-    Raises:
-        UserError: a folder or an annotation file is missing.
-    """
+    """The two splits as COCO has them, in train2017/ or images/train2017/; raises a UserError if a part is missing."""
     images = {}
     for role, name in SPLITS.items():
         below = coco_dir / "images" / name
@@ -193,5 +184,4 @@ def describe_source(source: Source, coco_dir: Path) -> str:
 
 def describe_layout(sources: Sources, coco_dir: Path) -> str:
     """'train: train/ with train/_annotations.coco.json; val: ...'."""
-    parts = [f"{role}: {describe_source(source, coco_dir)}" for role, source in sources.items()]
-    return "; ".join(parts)
+    return "; ".join(f"{role}: {describe_source(source, coco_dir)}" for role, source in sources.items())

@@ -97,7 +97,7 @@ def standalone_title(name: str, split: Split) -> str:
     if split.is_drawn:
         return DRAWN_TITLE
     names = [category["name"] for category in without_placeholder(split.categories, split.used)]
-    listed = {name: (len(split.images), sum(split.n_annotations.values()))}
+    listed = {name: (len(split.images), split.n_annotations.total())}
     return own_title(names) or (coco_title(listed) if split.is_official else OTHER_COCO)
 
 
@@ -153,11 +153,7 @@ def image_files(truth: COCO, dataset: Dataset, image_ids: list[int]) -> list[Ima
 
 
 def check_images(truth: COCO, dataset: Dataset, image_ids: list[int]) -> None:
-    """Reads all images of a dataset whose `images_sha256` is known, and refuses those that have changed since.
-
-    Raises:
-        UserError: they have another hash, or one cannot be read.
-    """
+    """Raises a UserError if images of a dataset whose `images_sha256` is known have changed, or cannot be read."""
     if dataset.images_sha256 is None:
         return
     contents = {image.id: content_hash(image.path) for image in image_files(truth, dataset, image_ids)}
@@ -244,7 +240,8 @@ def read_results(detections_path: Path, image_ids: Collection[int] | None = None
         except ValueError:  # another program wrote the file, with rows that spread over several lines
             parts = [as_array(json.loads(detections_path.read_text(encoding="utf-8")))]
         rows = np.concatenate([np.zeros((0, 7)), *parts])
-        check_finite(rows)
+        if not np.isfinite(rows).all():  # Python's JSON reader takes NaN and Infinity
+            raise ValueError("a number is not finite")
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"{detections_path} is missing or no COCO results: run 'make eval ARGS=--force'") from error
     return rows if image_ids is None else rows[np.isin(rows[:, 0], list(image_ids))]
@@ -264,12 +261,6 @@ def read_lines(detections_path: Path, image_ids: Collection[int] | None) -> list
                 rows = line.strip().strip("[],")
                 parts.append(as_array(json.loads(f"[{rows}]")))
     return parts
-
-
-def check_finite(rows: np.ndarray) -> None:
-    """Raises a ValueError for NaN and Infinity, which Python's JSON reader takes."""
-    if not np.isfinite(rows).all():
-        raise ValueError("a number is not finite")
 
 
 def as_array(rows: list[dict[str, Any]]) -> np.ndarray:

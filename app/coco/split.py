@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,24 @@ MOST_CROWDS = 0.5
 class Split:
     """A checked annotation file. `images` are its image entries in the order of their ids.
 
-    `boxes`, the counts and `problems` are dicts by image id: `boxes` are rows [category_id, x, y, w, h] in px without
-    crowds, `n_degenerate` counts boxes without area, `n_clipped` and `n_dropped` those that reached over the border,
-    `problems` says why an image cannot be used. Of the whole file: `used` are the category ids of its annotations,
-    `notes` counts what was written otherwise than in COCO, `unlisted` names annotations of images that it lacks,
-    `is_drawn` says that the draw stage made the images.
+    `boxes`, the counts and `problems` go by image id: `boxes` are rows [category_id, x, y, w, h] in px without crowds,
+    `n_degenerate` counts boxes without area, `n_clipped` and `n_dropped` those that reached over the border, `problems`
+    says why an image cannot be used. Of the whole file: `is_drawn` says that the draw stage made the images, `used` are
+    the category ids of its annotations, `notes` counts what was written otherwise than in COCO, `unlisted` names
+    annotations of images that it lacks.
     """
 
     file: Path
     images: list[Image]
     categories: Categories
-    boxes: dict[int, list[list[float]]]
-    n_annotations: dict[int, int]
-    n_crowd: dict[int, int]
-    n_degenerate: dict[int, int]
-    n_clipped: dict[int, int]
-    n_dropped: dict[int, int]
-    problems: dict[int, str]
-    is_drawn: bool = False
+    boxes: dict[int, Boxes]
+    is_drawn: bool
+    n_annotations: Counter[int] = field(default_factory=Counter)
+    n_crowd: Counter[int] = field(default_factory=Counter)
+    n_degenerate: Counter[int] = field(default_factory=Counter)
+    n_clipped: Counter[int] = field(default_factory=Counter)
+    n_dropped: Counter[int] = field(default_factory=Counter)
+    problems: dict[int, str] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
     notes: Counter[str] = field(default_factory=Counter)
     unlisted: list[str] = field(default_factory=list)
@@ -49,9 +48,7 @@ class Split:
     @property
     def is_official(self) -> bool:
         """Whether everything but the number of images is as in COCO 2017: categories, ids, and nothing to mend."""
-        is_as_written = not (
-            self.notes or self.unlisted or any(self.n_clipped.values()) or any(self.n_dropped.values())
-        )
+        is_as_written = not (self.notes or self.unlisted or self.n_clipped or self.n_dropped)
         return is_as_written and self.categories == CATEGORIES and all(map(is_named_by_its_id, self.images))
 
 
@@ -93,8 +90,8 @@ def unlisted_line(file: Path, n: int, first: str) -> str:
 
 def doubts(split: Split) -> list[str]:
     """A line for each mistake that many annotations share, with their number and the first; empty for a sound file."""
-    n_annotations, n_crowds = sum(split.n_annotations.values()), sum(split.n_crowd.values())
-    n_boxes = sum(len(boxes) for boxes in split.boxes.values())
+    n_annotations, n_crowds = split.n_annotations.total(), split.n_crowd.total()
+    n_boxes = sum(map(len, split.boxes.values()))
     lines = []
     if n_crowds > MOST_CROWDS * n_annotations:
         lines.append(
@@ -103,28 +100,31 @@ def doubts(split: Split) -> list[str]:
         )
     if n_annotations == 0:
         lines.append("it lists no annotations, so there is nothing to learn: check the export")
-    in_shares = _counts(split, n_in_shares)
+    in_shares, repeated = Counter[int](), Counter[int]()
+    for image in split.images:
+        boxes = split.boxes[image["id"]]
+        in_shares[image["id"]] = n_in_shares(image, boxes)
+        repeated[image["id"]] = len(boxes) - len(set(map(tuple, boxes)))
     if _are_many(in_shares, n_boxes):
         lines.append(
-            f"{sum(in_shares.values()):,} of {n_boxes:,} boxes have no number above 1 (first: "
+            f"{in_shares.total():,} of {n_boxes:,} boxes have no number above 1 (first: "
             f"{_first(split, in_shares)}): COCO's are x, y, w, h in px, not shares of the image; multiply them"
         )
-    over = {image_id: split.n_clipped[image_id] + split.n_dropped[image_id] for image_id in split.boxes}
+    over = split.n_clipped + split.n_dropped
     if _are_many(over, n_boxes):
         lines.append(
-            f"{sum(over.values()):,} of {n_annotations:,} boxes reach over the border of their image (first: "
+            f"{over.total():,} of {n_annotations:,} boxes reach over the border of their image (first: "
             f"{_first(split, over)}) and were clipped to it: check that they are x, y, width, height in px of this size"
         )
-    if _are_many(split.n_degenerate, n_boxes) and sum(split.n_degenerate.values()) > FEW:
+    if _are_many(split.n_degenerate, n_boxes) and split.n_degenerate.total() > FEW:
         lines.append(
-            f"{sum(split.n_degenerate.values()):,} of {n_annotations:,} boxes have no area (first: "
+            f"{split.n_degenerate.total():,} of {n_annotations:,} boxes have no area (first: "
             f"{_first(split, split.n_degenerate)}): they are not learnt, and each counts as an object not found; "
             "delete them"
         )
-    repeated = _counts(split, n_repeated)
     if _are_many(repeated, n_boxes):
         lines.append(
-            f"{sum(repeated.values()):,} of {n_boxes:,} boxes repeat another of their image and class exactly (first: "
+            f"{repeated.total():,} of {n_boxes:,} boxes repeat another of their image and class exactly (first: "
             f"{_first(split, repeated)}), and only one of two can be found: delete the copies"
         )
     return [f"{split.file}: {line}" for line in lines]
@@ -137,19 +137,10 @@ def n_in_shares(image: Image, boxes: Boxes) -> int:
     return sum(max(box[1:]) <= 1 for box in boxes)
 
 
-def n_repeated(image: Image, boxes: Boxes) -> int:
-    """Boxes less distinct boxes."""
-    return len(boxes) - len(set(map(tuple, boxes)))
+def _are_many(counts: Counter[int], n_boxes: int) -> bool:
+    return counts.total() > LEAST_SHARE * n_boxes
 
 
-def _counts(split: Split, count: Callable[[Image, Boxes], int]) -> dict[int, int]:
-    return {image["id"]: count(image, split.boxes[image["id"]]) for image in split.images}
-
-
-def _are_many(counts: dict[int, int], n_boxes: int) -> bool:
-    return sum(counts.values()) > LEAST_SHARE * n_boxes
-
-
-def _first(split: Split, counts: dict[int, int]) -> str:
+def _first(split: Split, counts: Counter[int]) -> str:
     """File name of the first image that has one."""
     return next(image["file_name"] for image in split.images if counts[image["id"]])

@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -66,16 +65,12 @@ class Answers:
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
     """Context of a stage without a state to save: after the answer SIGINT interrupts it, and SIGTERM exits with 143."""
-    handler = signal.signal(signal.SIGTERM, _leave)
+    handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with Answers(lambda: FIRST, lambda: SECOND):
             yield
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

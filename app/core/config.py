@@ -23,7 +23,6 @@ CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 BUILTIN_DATASET = "coco-subset"
 VARIANTS = ("fp16", "qat")
 MAX_SEED = 2**32 - 1  # NumPy's largest
-SCHEME = "quant.scheme"
 DEVICES = re.compile(r"auto|cpu(,cpu)*|[0-9]{1,4}(,[0-9]{1,4})*")
 MODELS = tuple(f"yolov10{size}.yaml" for size in "nsmblx")
 

@@ -73,7 +73,12 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
         variants: label -> rows; a label is written beside its colour.
         reference: epoch -> AP of a published training, drawn as far as the variants reach.
     """
-    figure, loss_axes, ap_axes = two_axes()
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    loss_axes, ap_axes = figure.subplots(1, 2)
+    for axes, label in ((loss_axes, LOSS_LABEL), (ap_axes, AP_LABEL)):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     last_epoch = max(rows[-1]["epoch"] for rows in variants.values())
     marker = "o" if last_epoch == 1 else ""  # a line of one point shows nothing
     colours = palette(variants)
@@ -81,8 +86,8 @@ def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None
         draw_losses(loss_axes, rows, colours[label], marker)
         draw_aps(ap_axes, rows, colours[label], marker)
         mark_warm_up((loss_axes, ap_axes), rows, colours[label])
-    if reference:
-        draw_reference(ap_axes, reference, last_epoch)
+    if reached := {epoch: ap for epoch, ap in (reference or {}).items() if epoch <= last_epoch}:
+        ap_axes.plot(list(reached), list(reached.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
     ap_axes.set_ylim(bottom=0)
     explain(figure, list(variants))
     return figure
@@ -119,13 +124,6 @@ def mark_warm_up(panels: tuple[Axes, Axes], rows: Rows, colour: str) -> None:
         axes.axvline(max(epochs), color=colour, linewidth=0.8, label="last validation of the quant warm-up")
 
 
-def draw_reference(axes: Axes, reference: dict[int, float], last_epoch: float) -> None:
-    """The AP of a published training, as far as the variants reach."""
-    reached = {epoch: ap for epoch, ap in reference.items() if epoch <= last_epoch}
-    if reached:
-        axes.plot(list(reached), list(reached.values()), "s-.", color=NEUTRAL, label="authors' YOLOv10m, 500 epochs")
-
-
 def explain(figure: Figure, labels: list[str]) -> None:
     """Legends under the axes: variants by colour, states by style; nothing is drawn over the lines."""
     colours = palette(labels)
@@ -134,32 +132,19 @@ def explain(figure: Figure, labels: list[str]) -> None:
         variants.append(Line2D([], [], color=colours[label], linewidth=4, label=label))
     scored_first = reversed(STYLES.values())
     for axes, styles in zip(figure.axes, (LOSS_STYLES, scored_first), strict=True):
-        lines: list[Artist] = list(map(style_line, styles))
+        lines: list[Artist] = []
+        for style in styles:
+            lines.append(Line2D([], [], color=NEUTRAL, ls=style.line, lw=style.width, label=style.name))
         lines += axes.get_legend_handles_labels()[0]
         n_rows = max(len(variants), len(lines))
         handles = filled(variants, n_rows) + filled(lines, n_rows)
         axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
-def style_line(style: Style) -> Line2D:
-    """The entry of a style in a legend."""
-    return Line2D([], [], color=NEUTRAL, ls=style.line, lw=style.width, label=style.name)
-
-
 def filled(handles: Sequence[Artist], n_rows: int) -> list[Artist]:
     """One column of a legend, filled up with invisible entries, as Matplotlib fills column by column."""
     invisible = Line2D([], [], alpha=0, label=" ")
     return [*handles, *[invisible] * (n_rows - len(handles))]
-
-
-def two_axes() -> tuple[Figure, Axes, Axes]:
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    loss_axes, ap_axes = figure.subplots(1, 2)
-    for axes, label in ((loss_axes, LOSS_LABEL), (ap_axes, AP_LABEL)):
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, loss_axes, ap_axes
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from app.core.config import SCHEME, Config
-from app.core.scheme import changed_rules, scheme_in
+from app.core.config import Config
+from app.core.scheme import SCHEME, changed_rules, scheme_in
 from app.core.start import SHOWN_DIGITS, WEIGHTS
 
 # Keys and whole sections that do not change what a training computes, each with the reason. They are left out of

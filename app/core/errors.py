@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 MIN_SIMILARITY = 0.7  # of two names, for "did you mean"
+_SHORT = reprlib.Repr()  # of values in a message, however long or deep they are
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 class UserError(Exception):
@@ -41,13 +43,3 @@ def _advice(names: list[str], keys: list[str]) -> str:
         if close := difflib.get_close_matches(names[-1], by_name, n=1, cutoff=MIN_SIMILARITY):
             return f"did you mean {by_name[close[0]]}?"
     return "see conf/base.yaml for all keys"
-
-
-def _short_repr() -> reprlib.Repr:
-    """Values of a message, however long or deep they are."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 80, 80
-    return short
-
-
-_SHORT = _short_repr()

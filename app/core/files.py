@@ -19,13 +19,8 @@ from app.core.shapes import Shape, misfits
 
 ABANDONED_S = 2 * 24 * 3600.0
 NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # a rename to a folder that is not empty; POSIX allows both
-NO_SYNC_ERRNOS = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-    errno.ENOSYS,
-    errno.EACCES,
-    errno.EISDIR,
-)  # of a folder: CIFS, FUSE, exFAT
+# A folder cannot be flushed on CIFS, FUSE and exFAT.
+NO_SYNC_ERRNOS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EISDIR)
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | None = None) -> None:
@@ -160,12 +155,8 @@ def _refuse_constant(name: str) -> None:
 
 def printable(text: object) -> str:
     """Text without control characters, line breaks and marks that turn its direction: each as its escape, \\x1b."""
-    shown = [char if char.isprintable() else _escape(char) for char in str(text)]
+    shown = [char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text)]
     return "".join(shown)
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode()
 
 
 def sha256(path: Path) -> str:

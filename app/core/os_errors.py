@@ -36,15 +36,12 @@ REMEDIES = {
     errno.EINVAL: "has a name, or is used in a way, that its file system does not know: use a folder on another disk",
     errno.ENOTSUP: "needs what its file system does not have (links or locks): use a folder on another disk",
     errno.EXDEV: f"reaches from one disk to another: {OTHER_PATH}",
-    errno.ENXIO: f"is not a regular file: {OTHER_PATH}",
-    errno.ENODEV: f"is not a regular file: {OTHER_PATH}",
+    **dict.fromkeys((errno.ENXIO, errno.ENODEV), f"is not a regular file: {OTHER_PATH}"),
     errno.ESTALE: f"is on a network file system that has lost it: {NOT_READY}",
     errno.EIO: f"cannot be read or written, its disk fails: {NOT_READY}",
-    errno.ENOTCONN: f"is on a mount that is gone: {NOT_READY}",
-    errno.EHOSTDOWN: f"is on a mount that is gone: {NOT_READY}",
+    **dict.fromkeys((errno.ENOTCONN, errno.EHOSTDOWN), f"is on a mount that is gone: {NOT_READY}"),
     errno.EREMOTEIO: f"is on a mount that fails: {NOT_READY}",
-    errno.EBUSY: "is in use by another process: end that process",
-    errno.ETXTBSY: "is in use by another process: end that process",
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "is in use by another process: end that process"),
     errno.EMFILE: "cannot be opened, too many files are open: raise the limit (ulimit -n), or lower train.workers",
     errno.ENFILE: "cannot be opened, too many files are open on this machine: end other processes",
     errno.ENOMEM: "cannot be used, memory is short: end other processes, or lower train.batch and train.workers",
@@ -133,9 +130,7 @@ def explanation(error: OSError, folder: Path, need: str) -> str | None:
 def _path_of(error: OSError) -> Path | None:
     """The file that the error is about; of a rename or a link, whose source was just made, the target."""
     name = error.filename2 or error.filename
-    if isinstance(name, bytes):
-        name = os.fsdecode(name)
-    return Path(name) if isinstance(name, str | Path) else None
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes | Path) else None
 
 
 def _room(folder: Path) -> str:

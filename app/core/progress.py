@@ -93,7 +93,8 @@ class Meter:
         self.shown = now
         if self.bar is not None:
             self.bar.n = self.done
-            self.bar.bar_format = line_format(self.name, [*parts_of(self), *notes()], terminal_width())
+            width = shutil.get_terminal_size().columns - 1  # in the last column some terminals begin a new line
+            self.bar.bar_format = line_format(self.name, [*parts_of(self), *notes()], width)
             self.bar.refresh()
         elif self.done < self.total:
             log.info("%s: %s", *fitted(self.name, [*parts_of(self), *notes()], LOG_WIDTH))
@@ -102,11 +103,6 @@ class Meter:
         """Removes the line from the terminal."""
         if self.bar is not None:
             self.bar.close()
-
-
-def terminal_width() -> int:
-    """Columns of the terminal but the last one, where some terminals begin a new line."""
-    return shutil.get_terminal_size().columns - 1
 
 
 def line_format(name: Part, parts: list[Part], width: int) -> str:

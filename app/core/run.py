@@ -60,15 +60,10 @@ def hold(run: RunRoot, stage: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"'{stage}' (process {os.getpid()} on {socket.gethostname()}, since {utc_now()})\n")
         file.flush()
-        if is_locked:
-            _remove_half_written(run.root)
+        for part in run.root.rglob(".*.part") if is_locked else ():
+            if part.is_file() or part.is_symlink():
+                part.unlink()
         yield
-
-
-def _remove_half_written(root: Path) -> None:
-    for part in root.rglob(".*.part"):
-        if part.is_file() or part.is_symlink():
-            part.unlink()
 
 
 @dataclass(frozen=True)

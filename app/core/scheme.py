@@ -19,8 +19,10 @@ from app.core.errors import UserError, describe
 from app.core.files import write_text
 from app.core.labels import SCORES_ENDING, Label
 from app.core.mounts import in_container, only_seen
+from app.core.shapes import value_at
 from app.core.yaml_files import load_yaml, merge
 
+SCHEME = "quant.scheme"
 SCHEMES_DIR = Path(__file__).resolve().parents[2] / "conf" / "schemes"
 BITS = range(2, 9)
 FLOAT = "float"
@@ -197,7 +199,7 @@ def with_kept_scheme(tree: dict[str, Any], run_root: Path | None) -> dict[str, A
     Raises:
         UserError: in a container, which cannot tell a file that is gone from one that it does not see.
     """
-    file = _value_in(tree)
+    file = value_at(tree, SCHEME)
     if run_root is None or not is_file(file) or Path(file).exists():
         return tree
     folders = sorted(run_root.glob("*"), reverse=True)  # that of the training, qat-..., before those of ptq-...
@@ -217,15 +219,9 @@ def with_kept_scheme(tree: dict[str, Any], run_root: Path | None) -> dict[str, A
 def scheme_in(tree: dict[str, Any]) -> Scheme | None:
     """The scheme of a dumped configuration; None where it spells out none."""
     try:
-        return Scheme.model_validate(_value_in(tree))
+        return Scheme.model_validate(value_at(tree, SCHEME))
     except ValidationError:
         return None
-
-
-def _value_in(tree: dict[str, Any]) -> Any:
-    """The value of quant.scheme, however broken the tree is."""
-    quant = tree.get("quant")
-    return quant.get("scheme") if isinstance(quant, dict) else None
 
 
 def changed_rules(old: Scheme | None, new: Scheme | None) -> tuple[str, str] | None:

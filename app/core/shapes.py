@@ -21,39 +21,29 @@ PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00/]+$", max_length=255)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 N_SHOWN = 3  # misfits in a message
+_ABSENT = object()  # the value of a key that is not there
 
 
 def misfits(tree: Any, shape: Shape) -> list[str]:
     """What keeps a tree from having the shape, for a message; empty where nothing does."""
-    if missing := lacking(tree, shape):
-        return [f"lacks {', '.join(missing)}"]
-    faults: list[str] = []
+    missing, faults = [], []
     for dotted, kind in shape.items():
         key = dotted.removesuffix("?")
-        if _has(tree, key):
-            faults += _faults(_value(tree, key), key, kind)
+        value = value_at(tree, key, _ABSENT)
+        if value is not _ABSENT:
+            faults += _faults(value, key, kind)
+        elif key == dotted:
+            missing.append(key)
+    if missing:
+        return [f"lacks {', '.join(missing)}"]
     return [*faults[:N_SHOWN], "..."] if len(faults) > N_SHOWN else faults
 
 
-def lacking(tree: Any, shape: Shape) -> list[str]:
-    """The dotted keys that a tree has to have and does not."""
-    return [dotted for dotted in shape if not dotted.endswith("?") and not _has(tree, dotted)]
-
-
-def _keys(dotted: str) -> list[str]:
-    return dotted.split(".") if dotted else []
-
-
-def _has(tree: Any, dotted: str) -> bool:
-    for key in _keys(dotted):
+def value_at(tree: Any, dotted: str, default: Any = None) -> Any:
+    """The value of a dotted key, however broken the tree is."""
+    for key in dotted.split(".") if dotted else []:
         if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
-
-
-def _value(tree: Any, dotted: str) -> Any:
-    for key in _keys(dotted):
+            return default
         tree = tree[key]
     return tree
 
@@ -63,7 +53,7 @@ def _faults(value: Any, dotted: str, kind: Any) -> list[str]:
         _checker(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join([*_keys(dotted), *map(str, first["loc"])]) or "the whole"
+        where = ".".join(filter(None, [dotted, *map(str, first["loc"])])) or "the whole"
         return [f"{where}: {first['msg']}"]
     return []
 

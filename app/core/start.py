@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from app.core.errors import UserError
 from app.core.files import sha256
 from app.core.mounts import only_seen
+from app.core.shapes import value_at
 from app.core.yaml_files import merge, read_yaml
 
 WEIGHTS = "train.weights"
@@ -93,15 +94,9 @@ def of_file(path: Path) -> Start:
 def start_in(tree: dict[str, Any]) -> Start | None:
     """The start of a dumped configuration; None for random weights, and where it is not spelled out."""
     try:
-        return Start.model_validate(_value_in(tree))
+        return Start.model_validate(value_at(tree, WEIGHTS))
     except ValidationError:
         return None
-
-
-def _value_in(tree: dict[str, Any]) -> Any:
-    """The value of train.weights, however broken the tree is."""
-    train = tree.get("train")
-    return train.get("weights") if isinstance(train, dict) else None
 
 
 def with_known_start(tree: dict[str, Any], run_root: Path | None) -> dict[str, Any]:
@@ -109,7 +104,7 @@ def with_known_start(tree: dict[str, Any], run_root: Path | None) -> dict[str, A
 
     A training that has begun does not need it again.
     """
-    file = _value_in(tree)
+    file = value_at(tree, WEIGHTS)
     if run_root is None or not isinstance(file, str) or Path(file).exists():
         return tree
     for snapshot in sorted(run_root.glob("*/config.yaml")):

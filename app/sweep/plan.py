@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.child import job_words
-from app.core.config import SCHEME, Config, UserError, load
+from app.core.config import Config, UserError, load
 from app.core.files import read_json
 from app.core.run import SWEEP_FILE, RunRoot, open_run
+from app.core.scheme import SCHEME
 from app.train.done import DONE_SHAPE, check_snapshot, epochs_left
 
 SEED = "train.seed"

@@ -64,7 +64,9 @@ class CocoLike:
             if rng.random() < CROWD_SHARE:
                 objects.append(draw_crowd(pixels, rng)[0])
             objects += self._draw_objects(pixels, rng)
-        pixels = _with_grain(pixels, rng, self.size_px)
+        height, width = pixels.shape[:2]
+        grain = _part(_grain(self.size_px), rng, (width, height))
+        pixels = cv2.addWeighted(pixels, 1.0, grain, 1.0, -GREY)
         if rng.random() < GREY_SHARE:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
         return pixels, objects
@@ -124,11 +126,6 @@ def _background(rng: np.random.Generator, size_px: int) -> np.ndarray:
     size = max(1, round(width * size_px / BASE_PX)), max(1, round(height * size_px / BASE_PX))
     texture = _textures(size_px)[int(rng.integers(N_TEXTURES))]
     return _part(texture, rng, size).copy()
-
-
-def _with_grain(pixels: np.ndarray, rng: np.random.Generator, size_px: int) -> np.ndarray:
-    height, width = pixels.shape[:2]
-    return cv2.addWeighted(pixels, 1.0, _part(_grain(size_px), rng, (width, height)), 1.0, -GREY)
 
 
 def _part(image: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:

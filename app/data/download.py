@@ -224,7 +224,9 @@ def unpack(zip_path: Path, folder: Path) -> None:
             for member in track(files, f"unpacking {zip_path.name}", len(files), "files"):
                 archive.extract(member, part_dir)
             for member in files if folder.is_dir() else []:
-                _move(part_dir / member.filename, folder / member.filename)
+                target = folder / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(part_dir / member.filename, target)
             os.sync()  # the caller deletes the archive, so its content must be on the disk
     except zipfile.BadZipFile as error:
         raise UserError(f"{zip_path} is damaged ({error}): delete it and start the same command again") from error
@@ -247,11 +249,6 @@ def _has(folder: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> boo
             f"{path} is not the file of {archive.filename}, and is kept: move it away, or give another folder with --to"
         )
     return False
-
-
-def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(source, target)
 
 
 def _put_into(folder_name: str, member: zipfile.ZipInfo, zip_path: Path) -> None:

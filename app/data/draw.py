@@ -62,7 +62,11 @@ def draw(target_dir: Path, wanted: Wanted, n_processes: int | None = None) -> No
         UserError: wrong values, no space, another dataset in the folder, or another process that draws there.
     """
     drawing = Drawing(scene_of(wanted), wanted.n_train, wanted.n_val, wanted.seed)
-    check_numbers(drawing)
+    for option, number in (("--n-train", drawing.n_train), ("--n-val", drawing.n_val)):
+        if number < 1:
+            raise UserError(f"{option} {number}: a dataset needs at least one image in each split")
+    if drawing.seed < 0:
+        raise UserError(f"--seed {drawing.seed}: choose a whole number from 0 on")
     with only_one(target_dir, "drawing"), explain_os_errors(target_dir, REMEDY):
         claim(target_dir, drawing)
         if (target_dir / ANNOTATIONS).is_dir():
@@ -88,31 +92,17 @@ def scene_of(wanted: Wanted) -> Scene:
     return CocoLike(size_px, n_classes)
 
 
-def check_numbers(drawing: Drawing) -> None:
-    for option, number in (("--n-train", drawing.n_train), ("--n-val", drawing.n_val)):
-        if number < 1:
-            raise UserError(f"{option} {number}: a dataset needs at least one image in each split")
-    if drawing.seed < 0:
-        raise UserError(f"--seed {drawing.seed}: choose a whole number from 0 on")
-
-
 def claim(target_dir: Path, drawing: Drawing) -> None:
-    """Records what is drawn in a folder.
-
-    Raises:
-        UserError: another drawing, or a dataset that was not drawn, is there.
-    """
+    """Records what is drawn in a folder; raises a UserError if another drawing, or what was not drawn, is there."""
     path = target_dir / RECORD
     if path.exists():
-        differences = difference(read_json(path, "draw", SHAPE), asdict(drawing))
-        if differences:
+        if differences := difference(read_json(path, "draw", SHAPE), asdict(drawing)):
             raise UserError(
                 f"{target_dir} holds another drawing ({shown(differences)}): "
                 "give another folder with --to DIR, or delete that one"
             )
         return
-    there = [name for name in FOLDERS if (target_dir / name).exists()]
-    if there:
+    if there := [name for name in FOLDERS if (target_dir / name).exists()]:
         raise UserError(
             f"{target_dir} has a {there[0]}/ that was not drawn, and is kept: give another folder with --to DIR"
         )

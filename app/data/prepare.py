@@ -110,22 +110,14 @@ def locate(coco_dir: str, cache_dir: Path) -> Path:
 
 
 def check_same_settings(run: RunRoot, recorded: dict[str, Any], data: Data) -> None:
-    """Refuses settings other than those that the run was made with; the place of the dataset may be another.
-
-    Raises:
-        UserError: lists old -> new for every setting that has changed.
-    """
-    differences = difference({"data": recorded["settings"]}, {"data": data.model_dump()}, tuple(WITHOUT_EFFECT))
-    if differences:
+    """Raises a UserError with old -> new of every changed setting; only the place of the dataset may be another."""
+    old, new = {"data": recorded["settings"]}, {"data": data.model_dump()}
+    if differences := difference(old, new, tuple(WITHOUT_EFFECT)):
         raise UserError(f"{run.root} was made with other data settings ({shown(differences)}): {OTHER_RUN}")
 
 
 def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Refuses a dataset with other annotations or images than the run was made with; its place may have changed.
-
-    Raises:
-        UserError: names the split and the hash that differs.
-    """
+    """Raises a UserError if the annotations or images are others than those that the run was made with."""
     for split, new in provenance["splits"].items():
         old = recorded["splits"][split]
         for key in ("annotation_sha256", "image_ids_sha256", "images_sha256"):
@@ -156,11 +148,7 @@ def tell_layout(sources: Sources, coco_dir: Path, provenance: dict[str, Any]) ->
 
 
 def tell_doubts(indices: Indices, strict: bool, is_new: bool) -> None:
-    """Warns of what is doubtful in the annotations, for a new run; with data.strict it is an error.
-
-    Raises:
-        UserError: with `strict`.
-    """
+    """Warns of what is doubtful in the annotations, for a new run; with data.strict it is a UserError."""
     lines = [line for index in indices.values() for line in index["doubts"]]
     lines += images_in_both(indices)
     if lines and strict:
@@ -183,11 +171,7 @@ def images_in_both(indices: Indices) -> list[str]:
 
 
 def hash_annotations(sources: Sources) -> dict[str, str]:
-    """SHA-256 of the annotation files, by 'train' and 'val'.
-
-    Raises:
-        UserError: an annotation file may not be read.
-    """
+    """SHA-256 of the annotation files, by 'train' and 'val'; raises a UserError if one may not be read."""
     try:
         return {role: sha256(source.annotation_file) for role, source in sources.items()}
     except PermissionError as error:

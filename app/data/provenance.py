@@ -108,7 +108,6 @@ def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
     `entries` are all images that the annotation file lists; `broken` and `used` are parts of them.
     """
     ids = [entry["id"] for entry in used]
-    n_without_objects = len([entry for entry in used if entry["n_boxes"] == 0])
     return {
         "n_listed": len(entries),
         "n_images": len(used),
@@ -119,7 +118,7 @@ def count(entries: Entries, broken: Entries, used: Entries) -> dict[str, Any]:
         "n_degenerate_boxes": total(used, "n_degenerate"),
         "n_clipped": total(used, "n_clipped"),
         "n_dropped": total(used, "n_dropped"),
-        "n_without_objects": n_without_objects,
+        "n_without_objects": sum(entry["n_boxes"] == 0 for entry in used),
         "subset": len(used) < len(entries) - len(broken),
         "image_ids_sha256": hash_ids(ids),
         "images_sha256": hash_contents({entry["id"]: entry["content"] for entry in used}),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -99,8 +100,7 @@ def draw_shard(root: Path, drawing: Drawing, shard: Shard) -> int:
 
 
 def draw_image(drawing: Drawing, image_id: int, position: int) -> tuple[np.ndarray, list[Annotation]]:
-    rng = np.random.default_rng([drawing.seed, image_id])
-    return drawing.scene.draw(rng, position)
+    return drawing.scene.draw(np.random.default_rng([drawing.seed, image_id]), position)
 
 
 def encode(pixels: np.ndarray, quality: int) -> bytes:
@@ -146,22 +146,14 @@ def _write_instances(file: Path, root: Path, drawing: Drawing, split: str) -> No
         out.write(json.dumps(head)[:-1] + ', "images": [')
         _write_list(out, (record["images"] for record in _records(root, parts)))
         out.write('], "annotations": [')
-        _write_list(out, _numbered(_records(root, parts)))
+        texts = chain.from_iterable(record["annotations"] for record in _records(root, parts))
+        _write_list(out, (f'{{"id": {number}, {text[1:]}' for number, text in enumerate(texts, start=1)))
         out.write(f'], "categories": {json.dumps(scene.categories)}' + "}")
 
 
 def _records(root: Path, parts: list[Shard]) -> Iterator[dict[str, Any]]:
     for shard in parts:
         yield json.loads(record_path(root, shard).read_text(encoding="utf-8"))
-
-
-def _numbered(records: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The annotations of all records, each with its number in the split as its id."""
-    number = 0
-    for record in records:
-        for text in record["annotations"]:
-            number += 1
-            yield f'{{"id": {number}, {text[1:]}'
 
 
 def _write_list(out: IO[str], texts: Iterator[str]) -> None:

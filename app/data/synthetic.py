@@ -86,17 +86,13 @@ class CocoSubset:
 def _free_box(rng: np.random.Generator, height: int, width: int, taken: list[Box]) -> Box | None:
     """A box with sides of 25 to 60 % of the image's short side that overlaps none of `taken`, to which it is added.
 
-    Returns:
-        None if N_TRIES random boxes all overlap another one.
+    None if N_TRIES random boxes all overlap another one.
     """
     short_side = min(height, width)
     smallest, largest = short_side // 4, int(short_side * 0.6)
     for _ in range(N_TRIES):
-        w = int(rng.integers(smallest, largest))
-        h = int(rng.integers(smallest, largest))
-        x = int(rng.integers(0, width - w))
-        y = int(rng.integers(0, height - h))
-        box = (x, y, w, h)
+        w, h = int(rng.integers(smallest, largest)), int(rng.integers(smallest, largest))
+        box = (int(rng.integers(0, width - w)), int(rng.integers(0, height - h)), w, h)
         if not any(_overlap(box, other) for other in taken):
             taken.append(box)
             return box

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -57,7 +58,7 @@ def view_dir(cache_dir: Path, sources: Sources, digests: dict[str, str]) -> Path
 def make_current(view: Path, sources: Sources, digests: dict[str, str]) -> Indices:
     """Builds the view if it is not whole, else checks again every image whose file has changed since its last check."""
     indices = _whole_indices(view, sources)
-    if indices is None or not all(map(_found_files, indices.values())):
+    if indices is None:
         build_view(view, sources, digests)
         return read_indices(view, sources)
     for split, source in sources.items():
@@ -66,19 +67,20 @@ def make_current(view: Path, sources: Sources, digests: dict[str, str]) -> Indic
 
 
 def _whole_indices(view: Path, sources: Sources) -> Indices | None:
-    """The view's indices; None if it was deleted or spoiled, as can be seen without a look at every label file."""
+    """The view's indices; None if it was deleted or spoiled, as can be seen without a look at every label file.
+
+    None too if no file of a split was there when it was checked: then nobody knows where its names start.
+    """
     try:
         indices = read_indices(view, sources)
-        listed = [bool(index["images"]) for index in indices.values()]
     except (OSError, ValueError):
         return None
-    folders = [view / kind / source.name for kind in ("images", "labels") for source in sources.values()]
-    return indices if all(listed) and all(map(Path.is_dir, folders)) else None
-
-
-def _found_files(index: dict[str, Any]) -> bool:
-    """Whether a file of the split was there when it was checked: without one nobody knows where its names start."""
-    return any(entry["stamp"] for entry in index["images"])
+    for split, source in sources.items():
+        folders = [view / "images" / source.name, view / "labels" / source.name]
+        has_files = any(entry["stamp"] for entry in indices[split]["images"])
+        if not has_files or not all(map(Path.is_dir, folders)):
+            return None
+    return indices
 
 
 def build_view(target_dir: Path, sources: Sources, digests: dict[str, str]) -> None:
@@ -111,6 +113,7 @@ def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> 
     (root / "images" / source.name).symlink_to(source.images_dir)
     label_dir = root / "labels" / source.name
     label_dir.mkdir(parents=True)
+    listed = Counter(category["name"] for category in split.categories)
     ids = {category["name"]: category["id"] for category in split.categories}
     class_index = {ids[name]: index for index, name in enumerate(names)}
     entries = [_enter(label_dir, split, image, class_index) for image in split.images]
@@ -119,7 +122,7 @@ def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> 
     return {
         "names": names,
         "drawn": split.is_drawn,
-        "left_out": left_out(split, names),
+        "left_out": list((listed - Counter(names)).elements()),  # Roboflow's supercategory of all others
         "is_official": split.is_official,
         "notes": dict(split.notes),
         "n_unlisted": len(split.unlisted),
@@ -127,14 +130,6 @@ def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> 
         "doubts": doubts(split),
         "images": entries,
     }
-
-
-def left_out(split: Split, names: list[str]) -> list[str]:
-    """Names of listed categories that are no class: Roboflow's, which stands for the supercategory of all others."""
-    listed = [category["name"] for category in split.categories]
-    for name in names:
-        listed.remove(name)
-    return listed
 
 
 def _enter(label_dir: Path, split: Split, image: dict[str, Any], class_index: dict[int, int]) -> dict[str, Any]:

@@ -35,20 +35,11 @@ def side_cells(result: dict[str, Any], session_s: float) -> Cells:
     cells = [["", "images/s", "seconds", "in ONNX Runtime", "process s", "peak MiB", "AP"]]
     for name in (OURS, STOCK):
         sides = [turn[name] for turn in result["turns"]]
-        medians = {}
-        for key in ("total_s", "session_s", "process_s", "peak_mib"):
-            medians[key] = statistics.median(side[key] for side in sides)
-        total_s = medians["total_s"]
-        row = [
-            name,
-            f"{n_images / total_s:.1f}",
-            f"{total_s:.2f}",
-            f"{medians['session_s'] / total_s:.3f}",
-            f"{medians['process_s']:.2f}",
-            f"{medians['peak_mib']:.0f}",
-            f"{sides[0]['AP']:.4f}",
-        ]
-        cells.append(row)
+        total_s, in_session_s, process_s, peak_mib = (
+            statistics.median(side[key] for side in sides) for key in ("total_s", "session_s", "process_s", "peak_mib")
+        )
+        own = [f"{n_images / total_s:.1f}", f"{total_s:.2f}", f"{in_session_s / total_s:.3f}", f"{process_s:.2f}"]
+        cells.append([name, *own, f"{peak_mib:.0f}", f"{sides[0]['AP']:.4f}"])
     rate = f"{n_images / session_s:.1f}"
     cells.append(["session alone", rate, f"{session_s:.2f}", "1.000", MISSING, MISSING, MISSING])
     return cells
@@ -56,11 +47,9 @@ def side_cells(result: dict[str, Any], session_s: float) -> Cells:
 
 def step_cells(ap: dict[str, Any]) -> Cells:
     """What `explain` gave: each change and what it adds to AP."""
-    cells = [["from our AP to that of yolo val", "AP"], [OURS, f"{ap['ours']:.4f}"]]
-    for change, added in ap["steps"].items():
-        cells.append([change, f"{added:+.4f}"])
-    cells.append([STOCK, f"{ap['stock']:.4f}"])
-    return cells
+    steps = [[change, f"{added:+.4f}"] for change, added in ap["steps"].items()]
+    ends = [OURS, f"{ap['ours']:.4f}"], [STOCK, f"{ap['stock']:.4f}"]
+    return [["from our AP to that of yolo val", "AP"], ends[0], *steps, ends[1]]
 
 
 def image_cells(result: dict[str, Any], session_s: float) -> Cells:

@@ -64,12 +64,8 @@ def explain(truth: COCO, ids: list[int], ours_dir: str, recorded: dict[str, Any]
 def with_ids(truth: COCO, rows: Rows) -> Rows:
     """The rows with the image id in place of the file name."""
     ids = {Path(image["file_name"]).name: image_id for image_id, image in truth.imgs.items()}
-    results = []
-    for row in rows:
-        result = {"image_id": ids[row["file"]], **row}
-        del result["file"]
-        results.append(result)
-    return results
+    keys = ("category_id", "bbox", "score")
+    return [{"image_id": ids[row["file"]], **{key: row[key] for key in keys}} for row in rows]
 
 
 def without_crowds(annotations: list[Any]) -> Rows:

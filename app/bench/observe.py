@@ -166,16 +166,13 @@ def thirds(values: list[float]) -> tuple[float, float, float] | None:
     n = len(values) // N_THIRDS
     if not n:
         return None
-    parts = (values[:n], values[n : len(values) - n], values[len(values) - n :])
-    first, second, last = map(statistics.median, parts)
-    return first, second, last
+    middle, last = values[n:-n], values[-n:]
+    return statistics.median(values[:n]), statistics.median(middle), statistics.median(last)
 
 
 def described(observed: Observed) -> dict[str, Any]:
     """Numbers of a training for the JSON; memory in MiB, by thirds of the time in which it trained."""
     at_work = [look for look in observed.looks if is_trained_at(observed, look.seconds)]
-    mains = [look.main_bytes / MIB for look in at_work]
-    largest = [max(look.loader_bytes, default=0) / MIB for look in at_work]
     return {
         "seconds": observed.seconds,
         "exit_code": observed.code,
@@ -184,9 +181,9 @@ def described(observed: Observed) -> dict[str, Any]:
         "images": trained(observed.progress),
         "images_per_s": thirds(rates(observed.progress)),
         "gpu_use": thirds([use for seconds, use in observed.gpu_use if is_trained_at(observed, seconds)]),
-        "main_mib": thirds(mains),
+        "main_mib": thirds([look.main_bytes / MIB for look in at_work]),
         "n_loaders": max((len(look.loader_bytes) for look in at_work), default=0),
-        "largest_loader_mib": thirds(largest),
+        "largest_loader_mib": thirds([max(look.loader_bytes, default=0) / MIB for look in at_work]),
         "main_files": thirds([look.main_files for look in at_work]),
         "loader_files": thirds([max(look.loader_files, default=0) for look in at_work]),
         "over_time": over_time(observed),

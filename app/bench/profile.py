@@ -63,9 +63,7 @@ def bench_profile(run: RunRoot, overlays: list[Path], sets: list[str]) -> None:
     on_gpu = device != "cpu"
     prepare(config, run, force=False)
     trainer = ProfiledTrainer(config, run, device)
-    activities = [ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(ProfilerActivity.CUDA)
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     plan = schedule(wait=N_WAIT, warmup=N_WARMUP, active=N_STEPS, repeat=1)
     with profile(activities=activities, schedule=plan) as profiler:
         try:

@@ -112,16 +112,13 @@ def bench_rehearsal(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
         facts = work[name](rehearsal)
         parts[name] = {"part_s": time.monotonic() - start, **facts}
         log.info("rehearsal: %s in %s", name, clock(parts[name]["part_s"]))
-        result |= {"settings": settings_of(rehearsal.config), "environment": environment()}
+        of_train = rehearsal.config.train
+        settings = {"imgsz": of_train.imgsz, "batch": of_train.batch, "workers": of_train.workers}
+        result |= {"settings": {"model": rehearsal.config.model, **settings}, "environment": environment()}
         write_json(path, result)
     for line in shown(result):
         log.info("%s", line)
     log.info("rehearsal: %s", path)
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    train = config.train
-    return {"model": config.model, "imgsz": train.imgsz, "batch": train.batch, "workers": train.workers}
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -135,9 +132,8 @@ def draw(rehearsal: Rehearsal) -> dict[str, Any]:
     n_val = plan.n_val or OFFICIAL_SIZES[SPLITS["val"]]
     n_most = plan.n_train or OFFICIAL_SIZES[SPLITS["train"]]
     n_cores = len(os.sched_getaffinity(0))
-    n_train = max(
-        min(int(n_cores * DRAW_SHARE * plan.draw_s / image_s()) - n_val, n_most), rehearsal.config.train.batch
-    )
+    n_in_time = int(n_cores * DRAW_SHARE * plan.draw_s / image_s()) - n_val
+    n_train = max(min(n_in_time, n_most), rehearsal.config.train.batch)
     if record.exists():
         begun = read_json(record, "draw", {"n_train": int, "n_val": int})
         n_train, n_val = begun["n_train"], begun["n_val"]
@@ -167,13 +163,12 @@ def data(rehearsal: Rehearsal) -> dict[str, Any]:
 
 def train(rehearsal: Rehearsal) -> dict[str, Any]:
     """Half of the time, a SIGTERM, the same command again for the other half, and another SIGTERM."""
-    halves = []
-    for _ in range(2):
-        half = rehearsal.stage("train --variant fp16", rehearsal.run, stop_after_s=rehearsal.plan.train_s / 2)
-        halves.append(described(half))
-    said = rehearsal.log_path("train --variant fp16").read_text(encoding="utf-8", errors="replace")
-    continues = [line for line in said.split("\n") if ": continues after " in line]
-    return {"begun": halves[0], "resumed": halves[1], "continues": continues}
+    words, half_s = "train --variant fp16", rehearsal.plan.train_s / 2
+    halves = {}
+    for name in ("begun", "resumed"):
+        halves[name] = described(rehearsal.stage(words, rehearsal.run, stop_after_s=half_s))
+    said = rehearsal.log_path(words).read_text(encoding="utf-8", errors="replace")
+    return {**halves, "continues": [line for line in said.split("\n") if ": continues after " in line]}
 
 
 def short(rehearsal: Rehearsal) -> dict[str, Any]:

@@ -22,14 +22,8 @@ from app.train.trainer import recipe_args
 def main(folder: Path, compiles: bool) -> None:
     """Trains config.train.epochs epochs and writes how many images a second each one took in."""
     config = validate(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    arguments = {
-        "data": str(folder / "coco.yaml"),
-        "save_dir": str(folder / "train"),
-        "val": False,
-        "save": False,
-        "compile": compiles,
-        **recipe_args(config, check_devices(config)[0]),
-    }
+    arguments = {"data": str(folder / "coco.yaml"), "save_dir": str(folder / "train"), "val": False, "save": False}
+    arguments |= {"compile": compiles, **recipe_args(config, check_devices(config)[0])}
     trainer = DetectionTrainer(overrides=arguments)
     rates: list[float] = []
     started: list[float] = []

@@ -38,13 +38,8 @@ class Recorder(DetectionValidator):
             boxes = torch.cat([corners[:, :2], sizes], 1).tolist()
             scores, classes = scaled["conf"].tolist(), scaled["cls"].int().tolist()
             for box, score, class_index in zip(boxes, scores, classes, strict=True):
-                row = {
-                    "file": file_name,
-                    "category_id": Recorder.category_ids[class_index],
-                    "bbox": box,
-                    "score": score,
-                }
-                Recorder.rows.append(row)
+                category_id = Recorder.category_ids[class_index]
+                Recorder.rows.append({"file": file_name, "category_id": category_id, "bbox": box, "score": score})
 
 
 def main(folder: Path) -> None:

@@ -57,8 +57,7 @@ OFFICIAL_IDS = ids_by_name(CATEGORIES)
 def check_categories(file: Path, entries: Iterable[Any]) -> Categories:
     """The entries in the order of their ids, with whole ids and without blanks around their names.
 
-    Raises:
-        UserError: an id is no whole number or is listed twice, or a name cannot be shown.
+    Raises a UserError if an id is no whole number or is listed twice, or a name cannot be shown.
     """
     by_id: dict[int, dict[str, Any]] = {}
     for category in entries:

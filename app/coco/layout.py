@@ -52,10 +52,9 @@ def find_sources(coco_dir: Path, data: Data) -> Sources:
 
 
 def said_source(coco_dir: Path, data: Data, role: str) -> Source | None:
-    """The split as data.<role>_images and data.<role>_annotations name it, from `coco_dir`; None: they do not.
+    """The split as data.<role>_images and data.<role>_annotations name it; None if neither does.
 
-    Raises:
-        UserError: only one of the two is given.
+    Raises a UserError if only one of the two is given.
     """
     images, annotations = data.train_images, data.train_annotations
     if role == "val":
@@ -69,11 +68,7 @@ def said_source(coco_dir: Path, data: Data, role: str) -> Source | None:
 
 
 def find_split(coco_dir: Path, split: str | None, data: Data | None = None) -> Source:
-    """The split of an evaluation without a run: that of the name, else val as `find_sources` has it.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """The split of an evaluation without a run: that of the name, else val. Raises a UserError if it is not there."""
     said = said_source(coco_dir, data, "val") if data and split is None else None
     source = said or _named(coco_dir, split) or _shared(coco_dir, None if split == ALL else "val")
     if source is None and split is None:

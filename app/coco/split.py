@@ -53,11 +53,7 @@ class Split:
 
 
 def agreed_names(train: Split, val: Split) -> list[str]:
-    """The names of the classes, in the order of the ids in `train`; ids may differ between the two.
-
-    Raises:
-        UserError: the two do not list the same names.
-    """
+    """The names of the classes, in the order of the ids in `train`; raises a UserError if `val` has others."""
     names, others = _class_names(train, val), _class_names(val, train)
     differences = []
     for split, mine, theirs in ((train, names, others), (val, others, names)):

@@ -292,11 +292,7 @@ def _is_path(names: list[str]) -> bool:
 
 
 def validate(tree: dict[str, Any]) -> Config:
-    """Tree of plain values -> Config.
-
-    Raises:
-        UserError: lists all unknown keys and wrong values.
-    """
+    """Tree of plain values -> Config; raises a UserError that lists all unknown keys and wrong values."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

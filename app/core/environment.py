@@ -149,9 +149,7 @@ def _is_one_of_several() -> bool:
 
 def cpu_name() -> str:
     names = cpuinfo_values("model name")
-    if names:
-        return names[0]
-    return platform.processor() or platform.machine()
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def clocks(on_gpu: bool) -> dict[str, str]:
@@ -161,16 +159,11 @@ def clocks(on_gpu: bool) -> dict[str, str]:
     the governor of core 0 with its range in kHz; a virtual machine often has neither.
     """
     if on_gpu:
-        rows = [row.split(", ") for row in nvidia_smi(GPU_CLOCKS)]
-        columns = zip(*rows, strict=True)
+        columns = zip(*(row.split(", ") for row in nvidia_smi(GPU_CLOCKS)), strict=True)
         return {name: "; ".join(values) for name, values in zip(GPU_CLOCKS, columns, strict=False)}
-    values = {}
-    for name in CPU_CLOCKS:
-        path = CPUFREQ_DIR / name
-        if path.exists():
-            values[name] = path.read_text(encoding="utf-8").strip()
-    mhz = cpuinfo_values("cpu MHz")
-    if mhz:
+    paths = [CPUFREQ_DIR / name for name in CPU_CLOCKS]
+    values = {path.name: path.read_text(encoding="utf-8").strip() for path in paths if path.exists()}
+    if mhz := cpuinfo_values("cpu MHz"):
         values["MHz"] = ", ".join(mhz)
     return values
 

@@ -147,11 +147,7 @@ def of_file(file: Path) -> Scheme:
 
 
 def read_scheme(file: Path) -> Scheme:
-    """Reads a scheme file.
-
-    Raises:
-        UserError: it cannot be read, or is no scheme; the message lists every problem with its entry.
-    """
+    """Reads a scheme file; raises a UserError that lists every problem with its entry."""
     entries = load_yaml(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{file} is no scheme: write {FORM}")

@@ -77,11 +77,7 @@ def find_start(value: Any) -> Any:
 
 
 def of_file(path: Path) -> Start:
-    """The start that a file is.
-
-    Raises:
-        UserError: there is no such file, or it is the pointer of git lfs.
-    """
+    """The start that a file is; raises a UserError if there is no such file, or if it is the pointer of git lfs."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}{only_seen()}: name a checkpoint such as best.pt")

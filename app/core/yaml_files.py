@@ -13,11 +13,7 @@ YAML_FAULTS = (ValueError, KeyError, IndexError, AttributeError, TypeError, Over
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Reads a YAML mapping.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, gives a key twice, or does not hold a mapping.
-    """
+    """Reads a YAML mapping; raises a UserError as `load_yaml`, or if the file holds something else."""
     tree = load_yaml(file)
     if not isinstance(tree, dict):
         raise UserError(f"{file} must be a mapping of sections, see conf/base.yaml")
@@ -25,11 +21,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def load_yaml(file: Path) -> Any:
-    """Reads a YAML file.
-
-    Raises:
-        UserError: the file cannot be read, is not YAML, or gives a key twice.
-    """
+    """Reads a YAML file; raises a UserError if it cannot be read, is not YAML, or gives a key twice."""
     try:
         return parse_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -233,11 +233,7 @@ def unpack(zip_path: Path, folder: Path) -> None:
 
 
 def _has(folder: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
-    """Whether the folder has a member already: a file of its name and size.
-
-    Raises:
-        UserError: a file of its name is not the beginning of it, so it is somebody's own.
-    """
+    """Whether the folder has a member already; raises a UserError if a file of its name is not the beginning of it."""
     path = folder / member.filename
     n_there = _size(path)
     if path.is_file() and n_there == member.file_size:

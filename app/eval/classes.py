@@ -64,11 +64,7 @@ def without_unlisted(output: np.ndarray, contract: str, ids: Sequence[int | None
 
 
 def _compare(path: Path, names: list[str], categories: Mapping[str, int], source: str) -> None:
-    """Says which classes only one side has.
-
-    Raises:
-        UserError: both sides have classes that the other lacks, which is another spelling or another model.
-    """
+    """Says which classes only one side has; raises a UserError if both sides have some: another spelling or model."""
     only_here, only_there = _differences(names, categories)
     if only_here and only_there:
         raise UserError(_others(path, names, categories, source))
@@ -87,8 +83,7 @@ def _compare(path: Path, names: list[str], categories: Mapping[str, int], source
 def _differences(names: list[str], categories: Mapping[str, int]) -> tuple[list[str], list[str]]:
     """The names that only the file has, and those that only the annotations have."""
     only_here = [name for name in names if name not in categories]
-    only_there = [name for name in categories if name not in names]
-    return only_here, only_there
+    return only_here, [name for name in categories if name not in names]
 
 
 def _others(path: Path, names: list[str], categories: Mapping[str, int], source: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from google.protobuf.message import DecodeError, Message
+from onnx import GraphProto, TensorProto
 
 from app.core.config import UserError
 from app.eval.metadata import shortened, size_of
@@ -104,45 +104,22 @@ def _check_ranks(path: Path, graph: GraphProto) -> None:
 
 
 def _is_inside(folder: str, location: str) -> bool:
-    if "\0" in location:
-        return False
-    target = os.path.realpath(Path(folder) / location)
-    return Path(target).is_relative_to(folder)
+    return "\0" not in location and Path(os.path.realpath(Path(folder) / location)).is_relative_to(folder)
 
 
-def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor stored in a model: in its graph, in subgraphs, and in its functions."""
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _node_tensors(node)
-
-
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _node_tensors(node)
-
-
-def _node_tensors(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        if attribute.HasField("g"):
-            yield from _graph_tensors(attribute.g)
-        for graph in attribute.graphs:
-            yield from _graph_tensors(graph)
+def _tensors(message: Message) -> Iterator[TensorProto]:
+    """Every tensor stored anywhere in a model: in its graph, subgraphs and functions, dense or sparse."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _tensors(part)
 
 
 def read_input(path: Path, inputs: Sequence[Any], metadata: Mapping[str, str], said: Said) -> Input:
-    """The input of an open session.
-
-    Raises:
-        UserError: the input differs from the contract, or nobody says its size.
-    """
+    """The input of an open session; raises a UserError if it differs from the contract, or nobody says its size."""
     if len(inputs) != 1 or inputs[0].type not in INPUT_TYPES:
         types = ", ".join(f"{shortened(value.name)}: {value.type}" for value in inputs)
         raise UserError(f"{path}: inputs are {types}; the contract is one input, {', '.join(INPUT_TYPES)}")
@@ -211,8 +188,7 @@ def read_shape(
     if not all(sides):
         raise UserError(f"{facts}and no metadata 'imgsz' that can be read: say the side in px with --imgsz")
     if stated and tuple(sides) != stated:
-        by_user = said.imgsz is not None
-        source = f"--imgsz {said.imgsz}" if by_user else f"metadata imgsz {shortened(metadata['imgsz'])}"
+        source = f"--imgsz {said.imgsz}" if said.imgsz is not None else f"metadata imgsz {shortened(metadata['imgsz'])}"
         raise UserError(f"{facts}{source}; both must be the size that the file takes")
     batch = shape[0] if isinstance(shape[0], int) else None
     n_numbers = (1 if batch is None else batch) * 3 * sides[0] * sides[1]

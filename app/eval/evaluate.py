@@ -126,11 +126,7 @@ def scores_folder(onnx_path: Path, runs_dir: Path, force: bool) -> Path:
 
 
 def without_broken(dataset: Dataset) -> Dataset:
-    """The dataset without the images that cannot be used; each is decoded, and those left out are counted and named.
-
-    Raises:
-        UserError: no image is left.
-    """
+    """The dataset without the images that cannot be used, which are counted; raises a UserError if no image is left."""
     truth = truth_of(dataset)
     images = image_files(truth, dataset, usable_ids(truth, dataset))
     usable, faults = [], []
@@ -276,9 +272,8 @@ def is_done(out_dir: Path, model_sha256: str, wanted_hash: str, dataset: Dataset
     if not (out_dir / METRICS).exists() or not (out_dir / DETECTIONS).exists():
         return False
     metrics = read_json(out_dir / METRICS, "eval", SCORED)
-    has_other_images = metrics["dataset"].get("images_sha256") not in (None, dataset.images_sha256)
     is_same = metrics["model"]["sha256"] == model_sha256 and metrics["settings_hash"] == wanted_hash
-    return is_same and not has_other_images
+    return is_same and metrics["dataset"].get("images_sha256") in (None, dataset.images_sha256)
 
 
 def tell_outdated(out_dir: Path, model_sha256: str) -> None:
@@ -306,18 +301,14 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 def result(metrics: dict[str, Any]) -> str:
     """AP, AP50, AP_FREQUENT where there is one, images, speed and latency in one line."""
-    dataset, latency = metrics["dataset"], metrics["latency_ms"]
+    dataset, coco, latency = metrics["dataset"], metrics["coco"], metrics["latency_ms"]
+    frequent = f"AP of frequent classes {shown(coco[AP_FREQUENT])}, " if AP_FREQUENT in coco else ""
     subset = f" (subset of {dataset['n_images_listed']:,})" if dataset["subset"] else ""
     rate = dataset["n_images"] / metrics["time_s"]["total"]
-    parts = [
-        f"AP {shown(metrics['coco']['AP'])}",
-        f"AP50 {shown(metrics['coco']['AP50'])}",
-        *([f"AP of frequent classes {shown(metrics['coco'][AP_FREQUENT])}"] if AP_FREQUENT in metrics["coco"] else []),
-        f"{dataset['n_images']:,} images{subset}",
-        f"{rate:.1f} images/s",
-        f"latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}",
-    ]
-    return ", ".join(parts)
+    return (
+        f"AP {shown(coco['AP'])}, AP50 {shown(coco['AP50'])}, {frequent}{dataset['n_images']:,} images{subset}, "
+        f"{rate:.1f} images/s, latency p50 {latency['p50']:.2f} ms at batch {latency['batch']}"
+    )
 
 
 def shown(ap: float | None) -> str:

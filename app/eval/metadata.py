@@ -44,11 +44,7 @@ def shortened(text: object) -> str:
 
 
 def names_of(metadata: Mapping[str, str]) -> list[str] | None:
-    """The class names in the order of the classes; None if the metadata have none.
-
-    Raises:
-        UserError: the value is no list of texts, and no dict of them by the numbers from 0.
-    """
+    """The class names in the order of the classes; None if the metadata have none. Raises a UserError as `as_names`."""
     text = metadata.get("names")
     return None if text is None else as_names(parse(text))
 

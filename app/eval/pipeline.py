@@ -76,8 +76,7 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
             seconds["preprocess"] += sum(image.seconds for image in batch)
             asked = time.perf_counter()
             seconds["postprocess"] += asked - end
-    is_empty = separator == "[\n"
-    file.write("[]\n" if is_empty else "\n]\n")
+    file.write("[]\n" if separator == "[\n" else "\n]\n")  # the first: no rows
     seconds["total"] = time.perf_counter() - begin
     if 0 < farthest < SMALL_PX:
         log.warning(
@@ -111,11 +110,7 @@ def batches(items: Iterator[Input], size: int) -> Iterator[list[Input]]:
 
 
 def load_input(image: ImageFile, imgsz: InputSize) -> Input:
-    """Decodes and letterboxes one image.
-
-    Raises:
-        UserError: the image cannot be read, or its size is not that of the annotations.
-    """
+    """Decodes and letterboxes one image; raises a UserError if it is unreadable or its annotations say another size."""
     start = time.perf_counter()
     pixels = read_image(image.path)
     height, width = pixels.shape[:2]
@@ -150,14 +145,13 @@ def measure_latency(model: Model, image: ImageFile, settings: Eval) -> dict[str,
         results(image.id, detections, loaded.placement, model.category_ids)
         whole_ms.append((time.perf_counter() - begin) * 1e3)
         session_ms.append((end - start) * 1e3)
-    clocks_after = clocks(model.provider != CPU)
     return {
         "batch": len(inputs),
         "warmup": n_warmup,
         "runs": settings.latency_runs,
         **percentiles(session_ms[n_warmup:]),
         "with_processing": percentiles(whole_ms[n_warmup:]),
-        "clocks": clocks_after,
+        "clocks": clocks(model.provider != CPU),
     }
 
 

@@ -279,10 +279,9 @@ def reason(error: BaseException) -> str:
 
 
 def choose_provider(wanted: str) -> str:
-    """'auto', 'cpu' or 'cuda' -> name of the execution provider; 'auto' is CUDA if it can be used.
+    """'auto' (CUDA if it can be used), 'cpu' or 'cuda' -> name of the execution provider.
 
-    Raises:
-        UserError: 'cuda' cannot be used.
+    Raises a UserError if 'cuda' cannot be used.
     """
     # onnxruntime-gpu lists CUDA as available also on a machine without a GPU.
     has_cuda = gpu_name() is not None and CUDA in ort.get_available_providers()

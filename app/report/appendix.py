@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import yaml
@@ -56,11 +57,7 @@ def appendix(evidence: Evidence, findings: Findings) -> list[str]:
         "## Where things are": pointers(evidence, findings),
         "## Reproduce": commands(evidence),
     }
-    blocks = []
-    for title, lines in sections.items():
-        if lines:
-            blocks.append("\n".join([title, "", *lines]))
-    return blocks
+    return ["\n".join([title, "", *lines]) for title, lines in sections.items() if lines]
 
 
 def training_table(evidence: Evidence, findings: Findings) -> list[str]:
@@ -168,14 +165,12 @@ def difference_table(trained: dict[str, dict[str, Any]]) -> list[str]:
     labels = list(trained)
     if len(labels) < 2:
         return []
-    keys: set[str] = set()
-    for label in labels[1:]:
-        keys.update(difference(trained[labels[0]], trained[label]))
-    flats = [flatten(config) for config in trained.values()]
+    first, *others = trained.values()
+    keys = chain.from_iterable(difference(first, other) for other in others)
+    flats = list(map(flatten, trained.values()))
     cells = [["key", *labels]]
-    for key in sorted(keys):
-        values = [_value(flat.get(key)) for flat in flats]
-        cells.append([f"`{key}`", *values])
+    for key in sorted(set(keys)):
+        cells.append([f"`{key}`", *[_value(flat.get(key)) for flat in flats]])
     return markdown_table(cells)
 
 
@@ -205,10 +200,8 @@ def environment_table(evidence: Evidence) -> list[str]:
     for key in ENVIRONMENT_ROWS:
         values = {stage: facts[key] for stage, facts in environments.items() if key in facts}
         cells.append([ENVIRONMENT_NAMES.get(key, key), _by_stage(values)])
-    packages: set[str] = set()
-    for facts in environments.values():
-        packages.update(facts["packages"])
-    for package in sorted(packages):
+    packages = chain.from_iterable(facts["packages"] for facts in environments.values())
+    for package in sorted(set(packages)):
         versions = {stage: facts["packages"].get(package) for stage, facts in environments.items()}
         cells.append([package, _by_stage(versions)])
     return markdown_table(cells, text_columns=2)
@@ -246,14 +239,11 @@ def pointers(evidence: Evidence, findings: Findings) -> list[str]:
         links = f"[metrics.json]({folder}/metrics.json), [detections.json]({folder}/detections.json)"
         where = f"`onnx/{model['file']}`, sha256 `{model['sha256'][:N_HASH]}`"
         lines.append(f"- {plain(model['label'])}: {where}, {links}")
-    of_the_run = []
     merged = findings["seeds"]["runs"][1:] if findings["seeds"] else []
     numbers = PageFiles(evidence.run, ending([run["name"] for run in merged])).numbers
-    for what, path in {**FILES_OF_RUN, "numbers of this page": numbers.name}.items():
-        if (evidence.run.root / path).exists():
-            of_the_run.append(f"{what}: [{path}]({path})")
-    if of_the_run:
-        lines.append(f"- {'; '.join(of_the_run)}")
+    files = {**FILES_OF_RUN, "numbers of this page": numbers.name}.items()
+    if links := [f"{what}: [{path}]({path})" for what, path in files if (evidence.run.root / path).exists()]:
+        lines.append(f"- {'; '.join(links)}")
     return lines
 
 

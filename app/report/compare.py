@@ -41,7 +41,7 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: 
     """
     places = [*([Path(coco_dir)] if coco_dir else []), out_dir.parent / ".cache"]
     pairs = [(found(old, places), found(new, places)) for old, new in pair_up(left, right)]
-    rows = both_sides(pairs)
+    rows = list(chain.from_iterable(pairs))
     check_meter(rows)
     facts, truth = analyse(scored_dataset(rows[0]), rows)
     out = RunRoot(out_dir.parent, out_dir.name)
@@ -61,11 +61,6 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: 
     for line in overall:
         log.info("%s", line)
     log.info("compare: %s", out_dir / "compare.md")
-
-
-def both_sides(pairs: list[Pair]) -> list[Metrics]:
-    """The rows of all pairs, one after the other."""
-    return list(chain.from_iterable(pairs))
 
 
 def pair_up(left: Path, right: Path) -> list[Pair]:
@@ -111,25 +106,19 @@ def read_row(folder: Path) -> Metrics:
 
 def told_apart(old: Metrics, new: Metrics) -> Pair:
     """Adds the run's name, or where that is the same too the path, to what is equal in both."""
-    old_mark, new_mark = run_name(old), run_name(new)
+    old_mark, new_mark = [Path(metrics["path"]).resolve().parent.name for metrics in (old, new)]
     if old_mark == new_mark:
         old_mark, new_mark = old["path"], new["path"]
     if name_of(old) == name_of(new):
         old, new = renamed(old, old_mark), renamed(new, new_mark)
     if old["dir"] == new["dir"]:
-        old = {**old, "dir": f"left-{old['dir']}"}
-        new = {**new, "dir": f"right-{new['dir']}"}
+        old, new = old | {"dir": f"left-{old['dir']}"}, new | {"dir": f"right-{new['dir']}"}
     return old, new
-
-
-def run_name(metrics: Metrics) -> str:
-    return Path(metrics["path"]).resolve().parent.name
 
 
 def renamed(metrics: Metrics, mark: str) -> Metrics:
     """A copy whose label has the mark in brackets."""
-    model = {**metrics["model"], "label": f"{name_of(metrics)} ({mark})"}
-    return {**metrics, "model": model}
+    return metrics | {"model": metrics["model"] | {"label": f"{name_of(metrics)} ({mark})"}}
 
 
 def check_meter(rows: list[Metrics]) -> None:
@@ -152,7 +141,7 @@ def found(metrics: Metrics, places: list[Path]) -> Metrics:
     in_places = [folder for place in places for folder in (place, place / recorded.name)]
     for folder in [recorded, *in_places]:
         if source_at(folder, split, metrics["dataset"]).annotation_file.is_file():
-            return {**metrics, "dataset": {**metrics["dataset"], "coco_dir": str(folder)}}
+            return metrics | {"dataset": metrics["dataset"] | {"coco_dir": str(folder)}}
     return metrics
 
 
@@ -166,7 +155,7 @@ def scored_dataset(metrics: Metrics) -> Dataset:
 
 def table(pairs: list[Pair]) -> list[str]:
     """The numbers of `stats_of`, file size and latency: both rows of a pair and the difference."""
-    rows = both_sides(pairs)
+    rows = list(chain.from_iterable(pairs))
     cells = [["", *map(name_of, rows), *["difference"] * len(pairs)]]
     for stat in stats_of(rows):
         values = [number(metrics["coco"].get(stat)) for metrics in rows]

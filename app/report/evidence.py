@@ -117,11 +117,7 @@ class Evidence:
 
 
 def gather(run: RunRoot) -> Evidence:
-    """Reads the run root and changes nothing.
-
-    Raises:
-        UserError: there is no such run.
-    """
+    """Reads the run root and changes nothing; raises a UserError if there is no such run."""
     if not run.root.is_dir():
         what = "is a file and no run" if run.root.exists() else "does not exist"
         raise UserError(f"{run.root} {what}: give --run the name of a run, or run 'make all' first")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,8 @@ def curves(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Loss and AP over epochs of all variants, with the authors' curve where it is the same task."""
     if not evidence.trainings:
         return []
-    variants, models = {}, set()
-    for label, training in evidence.trainings.items():
-        variants[label] = training.history
-        models.add(training.config["model"])
+    variants = {label: training.history for label, training in evidence.trainings.items()}
+    models = {training.config["model"] for training in evidence.trainings.values()}
     is_whole = evidence.provenance is not None and is_whole_coco(evidence.provenance)
     reference = AUTHORS_YOLOV10M if is_whole and models == {AUTHORS_MODEL} else None
     text = "**Loss and AP over the epochs**, validated as raw weights, as EMA, and as EMA with re-estimated BN."
@@ -108,7 +106,7 @@ def size_figure(group: list[Metrics]) -> Figure:
     axes = figure.subplots()
     names = row_names(group)
     colours = palette(names)
-    hatches = hatches_of(colours)
+    hatches = {name: HATCHES[i // len(COLOURS)] for i, name in enumerate(colours)}  # where the colours begin again
     width, middle = 0.8 / len(group), (len(group) - 1) / 2
     is_narrow = len(group) > MAX_BARS_UPRIGHT
     font_size, rotation = (8, 90) if is_narrow else (9, 0)
@@ -123,14 +121,6 @@ def size_figure(group: list[Metrics]) -> Figure:
     axes.set(ylabel="AP")
     axes.margins(y=0.25 if is_narrow else 0.12)
     return legend_below(figure)
-
-
-def hatches_of(colours: Iterable[str]) -> dict[str, str]:
-    """Name -> hatch: another one each time that the colours begin again."""
-    hatches = {}
-    for i, name in enumerate(colours):
-        hatches[name] = HATCHES[i // len(COLOURS)]
-    return hatches
 
 
 def row_names(group: list[Metrics]) -> list[str]:
@@ -176,16 +166,12 @@ def by_class(metrics: Metrics, base: Metrics, facts: dict[str, Any], figures_dir
     name, base_name = name_of(metrics), name_of(base)
     old = facts["variants"][base["dir"]]["ap_by_class"]
     new = facts["variants"][metrics["dir"]]["ap_by_class"]
-    changes = {}
-    for category in old:
-        if old[category] or new[category]:
-            changes[category] = new[category] - old[category]
+    changes = {category: new[category] - old[category] for category in old if old[category] or new[category]}
     text = (
         f"**AP by class, {plain(name)} minus {plain(base_name)}**, sorted: where the loss sits. "
         "Classes with few objects jump by chance."
     )
-    n_left_out = len(old) - len(changes)
-    if n_left_out:
+    if n_left_out := len(old) - len(changes):
         text += f" Left out: {n_left_out} of {len(old)} classes, AP 0 in both."
     order = sorted(changes, key=lambda category: (-changes[category], category))
     ordered = {category: changes[category] for category in order}

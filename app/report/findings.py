@@ -94,10 +94,9 @@ def shares_of_best(history: Rows, after: int) -> list[tuple[int, float]]:
     best = 0.0
     shares = []
     for row in candidates(history):
-        ap = row[SCORED_AP]
-        best = max(best, ap)
+        best = max(best, row[SCORED_AP])
         if row["epoch"] > after and best >= TELLING_AP:
-            shares.append((int(row["epoch"]), ap / best))
+            shares.append((int(row["epoch"]), row[SCORED_AP] / best))
     return shares
 
 
@@ -163,10 +162,9 @@ def best_epoch(training: Training) -> dict[str, Any]:
 def doubts(evidence: Evidence) -> list[str]:
     """Sentences about what makes the comparison of the variants weaker than it looks."""
     trainings = list(evidence.trainings.values())
-    imported = doubts_of_imported(evidence.imported, trainings)
     return [
         *doubts_of_trainings(trainings),
-        *imported,
+        *doubts_of_imported(evidence.imported, trainings),
         *doubts_of_files(evidence.records),
         *doubts_of_scores(evidence.scored),
     ]
@@ -182,8 +180,7 @@ def doubts_of_trainings(trainings: list[Training]) -> list[str]:
         values = {str(training.environment.get(key)) for training in trainings}
         if len(values) > 1:
             lines.append(f"The variants were trained with different {what}: see Environment.")
-    versions = [str(training.environment["code_version"]) for training in trainings]
-    if any(version.endswith("-dirty") for version in versions):
+    if any(str(training.environment["code_version"]).endswith("-dirty") for training in trainings):
         lines.append("A training ran on code with uncommitted changes: its revision does not reproduce it.")
     return lines
 
@@ -231,12 +228,7 @@ def doubts_of_scores(scored: list[Metrics]) -> list[str]:
 
 
 def check_same(first: Evidence, other: Evidence) -> None:
-    """Refuses two runs that are not the same experiment.
-
-    Raises:
-        UserError: a variant of both was trained with other settings than its seed, or with the same seed; or the two
-            baselines were measured differently.
-    """
+    """Raises a UserError if two runs differ in more than seeds, have the same seed, or were measured differently."""
     names = f"{other.run.name} cannot be merged with {first.run.name}"
     for label in first.finished.keys() & other.finished.keys():
         config = first.finished[label].config

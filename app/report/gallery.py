@@ -65,11 +65,7 @@ def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> di
     """Image id -> the file of every image that the gallery shows."""
     dataset = metrics["dataset"]
     folder = source_at(Path(dataset["coco_dir"]), dataset["split"], dataset).images_dir
-    paths = {}
-    for row in rows:
-        image_id = row["image_id"]
-        paths[image_id] = folder / truth.imgs[image_id]["file_name"]
-    return paths
+    return {row["image_id"]: folder / truth.imgs[row["image_id"]]["file_name"] for row in rows}
 
 
 def detections(

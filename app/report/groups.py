@@ -31,9 +31,8 @@ def meter(metrics: Metrics) -> tuple[Any, ...]:
 def describe_meter(metrics: Metrics) -> dict[str, Any]:
     """How a group was measured, for the line above its table."""
     dataset, settings = metrics["dataset"], metrics["settings"]
-    facts = {key: dataset[key] for key in DATASET_KEYS}
     return {
-        **facts,
+        **{key: dataset[key] for key in DATASET_KEYS},
         "annotations": dataset["annotation_sha256"][:N_HASH],
         "images": dataset["image_ids_sha256"][:N_HASH],
         "imgsz": metrics["model"]["imgsz"],
@@ -82,12 +81,7 @@ def measured_alike(scored: list[Metrics]) -> list[list[Metrics]]:
     groups: dict[tuple[Any, ...], list[Metrics]] = {}
     for metrics in scored:
         groups.setdefault(meter(metrics), []).append(metrics)
-    return sorted(groups.values(), key=_page_order)
-
-
-def _page_order(group: list[Metrics]) -> tuple[bool, int]:
-    first = group[0]
-    return not is_baseline(first), -first["dataset"]["n_images"]
+    return sorted(groups.values(), key=lambda group: (not is_baseline(group[0]), -group[0]["dataset"]["n_images"]))
 
 
 def is_baseline(metrics: Metrics) -> bool:
@@ -127,9 +121,7 @@ def _row(metrics: Metrics, group: list[Metrics]) -> dict[str, Any]:
 
 def change(old: float | None, new: float | None) -> float | None:
     """new - old, where both could be measured."""
-    if old is None or new is None:
-        return None
-    return new - old
+    return None if old is None or new is None else new - old
 
 
 def over_ptq(metrics: Metrics, group: list[Metrics]) -> float | None:
@@ -153,11 +145,7 @@ def judged_labels(labels: list[Label]) -> list[Label]:
     """
     quantized = [label for label in labels if label.is_quantized and not label.is_repacked]
     trained = {label.scheme for label in quantized if label.method == "qat"}
-    judged = []
-    for label in quantized:
-        if label.method == "qat" or label.scheme not in trained:
-            judged.append(label)
-    return judged
+    return [label for label in quantized if label.method == "qat" or label.scheme not in trained]
 
 
 def shown_apart(group: list[Metrics]) -> list[Metrics]:

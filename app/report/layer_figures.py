@@ -42,9 +42,7 @@ def layers(evidence: Evidence, figures_dir: Path) -> list[str]:
             variants[label] = quantized
     if not variants:
         return []
-    noisiest = []
-    for label, quantized in variants.items():
-        noisiest.append(f"{plain(label)} {worst(quantized['snr_db'])}")
+    noisiest = [f"{plain(label)} {worst(quantized['snr_db'])}" for label, quantized in variants.items()]
     text = (
         "**Noise and bits by layer**, from the input to the heads: signal-to-noise ratio of the quantized weights at "
         "the best epoch (power of w over power of w - w_q, in dB), and the bits of each layer. Noisiest: "
@@ -92,10 +90,8 @@ def layer_figure(variants: dict[str, dict[str, Any]]) -> Figure:
 def draw_noise(axes: Axes, quantized: dict[str, Any], marker: str, label: str, colour: str) -> None:
     """The SNR of the layers that have one, each at its place among all layers."""
     snr_db = quantized["snr_db"]
-    measured = {}
-    for place, layer in enumerate(quantized["layers"]):
-        if layer["name"] in snr_db:
-            measured[place] = snr_db[layer["name"]]
+    names = [layer["name"] for layer in quantized["layers"]]
+    measured = {place: snr_db[name] for place, name in enumerate(names) if name in snr_db}
     axes.plot(list(measured), list(measured.values()), marker, ms=4, alpha=0.85, color=colour, label=label)
 
 
@@ -118,8 +114,7 @@ def quantizer_health(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Shares of weights that flip and oscillate, and the quantization noise, over the epochs; where recorded."""
     variants = {}
     for label, training in evidence.trainings.items():
-        recorded = [row for row in training.history if "health/oscillating" in row]
-        if recorded:
+        if recorded := [row for row in training.history if "health/oscillating" in row]:
             variants[label] = recorded
     if not variants:
         return []
@@ -140,7 +135,8 @@ def health_figure(variants: dict[str, Rows]) -> Figure:
         if label == SHARE:
             axes.set_ylim(bottom=0)
         if len(lines) > 1:
-            explain_lines(axes, lines)
+            styles = [Line2D([], [], color=NEUTRAL, ls=line, label=NOISE_LINES[name]) for name, line in lines.items()]
+            axes.legend(handles=styles, frameon=False)
     return legend_below(figure)
 
 
@@ -153,11 +149,3 @@ def draw_health(axes: Axes, lines: dict[str, str], variants: dict[str, Rows]) ->
             values = {row["epoch"]: row[key] for row in rows if key in row}
             legend_entry = label if line == "-" else None
             axes.plot(list(values), list(values.values()), line, marker=".", color=colours[label], label=legend_entry)
-
-
-def explain_lines(axes: Axes, lines: dict[str, str]) -> None:
-    """A legend of the line styles."""
-    styles = []
-    for name, line in lines.items():
-        styles.append(Line2D([], [], color=NEUTRAL, ls=line, label=NOISE_LINES[name]))
-    axes.legend(handles=styles, frameon=False)

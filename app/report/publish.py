@@ -74,18 +74,15 @@ def publish(run: RunRoot, aim: str | None, force: bool, others: Sequence[RunRoot
     pictures = [name for names in PICTURE.findall(text) for name in names[:2]]
     log_entry = checked_entry(evidence, findings, aim, files)
     without = private_paths(run, evidence)
-    shown = pictures if is_builtin else list(filter(is_figure, pictures))
+    shown = pictures if is_builtin else [name for name in pictures if name.endswith(".png")]  # photos are JPEG
     copy(run, target, [files.numbers.name, *shown], without)
     text = anonymous(without_dead_ends(text, target), without)
     write_text(target / "summary.md", text)
     write_text(target / "summary.html", page(text, target, target.name))
-    append_log(run.runs_dir / "LOG.md", anonymous(log_entry, without))
-    log.info("publish: %s, and an entry in %s", target, run.runs_dir / "LOG.md")
-
-
-def is_figure(name: str) -> bool:
-    """Whether a picture was drawn from numbers: photos are JPEG."""
-    return name.endswith(".png")
+    log_file = run.runs_dir / "LOG.md"
+    before = log_file.read_text(encoding="utf-8") if log_file.exists() else LOG_HEAD
+    write_text(log_file, f"{before.rstrip()}\n\n{anonymous(log_entry, without)}\n")
+    log.info("publish: %s, and an entry in %s", target, log_file)
 
 
 def copy(run: RunRoot, target: Path, names: list[str], without: dict[str, str]) -> None:
@@ -93,10 +90,9 @@ def copy(run: RunRoot, target: Path, names: list[str], without: dict[str, str]) 
 
     Only files of the run itself are published, none that a link in it leads to, and none of `without` in their text.
     """
-    files: set[Path] = set()
+    files = {run.root / name for name in names}
     for pattern in KEPT:
         files.update(run.root.glob(pattern))
-    files |= {run.root / name for name in names}
     with new_folder(target, replace=True) as part:
         for path in sorted(files):
             if not is_inside(path, run.root):
@@ -169,10 +165,8 @@ def entry(evidence: Evidence, findings: Findings, aim: str | None, folder: str) 
         "missing": plain("; ".join(findings["missing"])) or "nothing",
         "report": f"[reports/{folder}/summary.md](reports/{folder}/summary.md)",
     }
-    lines = [f"## {utc_now()[:10]} {plain(findings['run'])}", ""]
-    for name, value in facts.items():
-        lines.append(f"- **{name}:** {value}")
-    return "\n".join(lines)
+    lines = [f"- **{name}:** {value}" for name, value in facts.items()]
+    return "\n".join([f"## {utc_now()[:10]} {plain(findings['run'])}", "", *lines])
 
 
 def listed(values: Iterable[str]) -> str:
@@ -232,8 +226,3 @@ def aps_of(group: dict[str, Any], ap: str) -> list[str]:
 def n_runs(row: dict[str, Any], ap: str) -> int:
     """How many runs AP or AP_FREQUENT of a row is the mean of: not all have every row, and only one table is merged."""
     return row["over_runs"][ap]["n"] if row["over_runs"] else 1
-
-
-def append_log(path: Path, text: str) -> None:
-    before = path.read_text(encoding="utf-8") if path.exists() else LOG_HEAD
-    write_text(path, f"{before.rstrip()}\n\n{text}\n")

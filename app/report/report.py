@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,7 @@ def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None
 
 
 def is_reported(config: Config, run: RunRoot) -> bool:
-    """Whether the page is there and current; logs that it is, and what the report stage ends with.
-
-    Raises:
-        SystemExit: as `report`.
-    """
+    """Whether the page is there and current; logs that it is, and ends as `report` does, with exit status 1 too."""
     if not is_current(run, config.report):
         return False
     evidence = gather(run)
@@ -119,11 +115,7 @@ def galleries(
 
 
 def scored_dataset(evidence: Evidence, metrics: Metrics) -> Dataset:
-    """The val split of the run, if it is the one that was scored.
-
-    Raises:
-        UserError: it is not, or the annotations are gone; the message is the reason.
-    """
+    """The val split of the run; raises a UserError with the reason if it is not the one that was scored, or is gone."""
     if evidence.provenance is None:
         raise UserError("dataset/provenance.json is not there")
     split, coco_dir = evidence.provenance["splits"]["val"], Path(evidence.provenance["coco_dir"])
@@ -169,7 +161,11 @@ def is_current(run: RunRoot, settings: Report) -> bool:
 def state(run: RunRoot, settings: Report) -> str:
     """SHA-256 (16 hex digits) over all that a page depends on; files of the run count by name, size and time."""
     files = sorted(path for path in run.root.rglob("*") if path.is_file() and path.name != RECORD)
-    parts: list[Any] = [settings.model_dump(mode="json"), program(), list(stamps([*files, *val_annotations(run)]))]
+    stamps = []
+    for path in [*files, *val_annotations(run)]:
+        status = path.stat()
+        stamps.append([str(path), status.st_size, status.st_mtime_ns])
+    parts = [settings.model_dump(mode="json"), program(), stamps]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -180,13 +176,6 @@ def program() -> str:
         if path.exists():
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def stamps(paths: Iterable[Path]) -> Iterable[tuple[str, int, int]]:
-    """Name, size in bytes and time of the last change in ns of every file."""
-    for path in paths:
-        status = path.stat()
-        yield str(path), status.st_size, status.st_mtime_ns
 
 
 def val_annotations(run: RunRoot) -> list[Path]:
@@ -205,9 +194,8 @@ def val_annotations(run: RunRoot) -> list[Path]:
 
 def show(files: PageFiles, evidence: Evidence, findings: Findings) -> None:
     """Logs the end of a job, whose page `files` are."""
-    for line in [*tables(evidence.scored, findings), ""]:
-        log.info("%s", line)
-    for line in curve_lines(findings["curve"])[:-2]:  # without the note
+    curve = curve_lines(findings["curve"])[:-2]  # without the note
+    for line in [*tables(evidence.scored, findings), "", *curve]:
         log.info("%s", line)
     for line in findings["missing"]:
         log.info("missing: %s", line)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from app.coco.detail import Metrics
@@ -121,52 +119,32 @@ def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
     return markdown_table(cells)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table of seeds: one value (a key of COLUMN_WORDS) of one scored folder."""
-
-    value: str
-    folder: str
-    write: Callable[[float | None], str]
-
-    @property
-    def title(self) -> str:
-        return f"{COLUMN_WORDS[self.value]} {scored_name(self.folder)}"
-
-    def of_run(self, run: dict[str, Any]) -> str:
-        return self.write(run[self.value].get(self.folder))
-
-    def of_all_runs(self, over_runs: dict[str, Any], statistic: str) -> str:
-        """The number of runs (n), the mean or the standard deviation (sd)."""
-        result = over_runs[self.folder][self.value][statistic]
-        return str(result) if statistic == "n" else self.write(result)
-
-
 def seeds_lines(findings: Findings) -> list[str]:
     """A row for every merged run, then their means and spreads; nothing for a single run."""
     if findings["seeds"] is None:
         return []
-    runs, over_runs = findings["seeds"]["runs"], findings["seeds"]["over_runs"]
-    columns = []
-    for value, write in zip(COLUMN_WORDS, (number, signed) * 2, strict=True):
-        for folder, merged in over_runs.items():
-            if value == "AP" or merged[value]["n"]:
-                columns.append(Column(value, folder, write))
-    cells = [["run", *runs[0]["seeds"], *(column.title for column in columns), "healthy"]]
-    for run in runs:
-        seeds = map(str, run["seeds"].values())
-        values = [column.of_run(run) for column in columns]
-        healthy = [f"{label} {HEALTH_WORDS[judgement]}" for label, judgement in run["healthy"].items()]
-        cells.append([run["name"], *seeds, *values, ", ".join(healthy)])
-    no_seeds = [""] * len(runs[0]["seeds"])
-    for statistic in ("n", "mean", "sd"):
-        values = [column.of_all_runs(over_runs, statistic) for column in columns]
-        cells.append([statistic, *no_seeds, *values, ""])
+    runs = findings["seeds"]["runs"]
+    no_statistics = [""] * 3
+    columns = [["run", *(run["name"] for run in runs), "n", "mean", "sd"]]
+    for key in runs[0]["seeds"]:
+        columns.append([key, *(str(run["seeds"][key]) for run in runs), *no_statistics])
+    for (value, words), write in zip(COLUMN_WORDS.items(), (number, signed) * 2, strict=True):
+        for folder, merged in findings["seeds"]["over_runs"].items():
+            n, mean, sd = merged[value]["n"], merged[value]["mean"], merged[value]["sd"]
+            if value == "AP" or n:
+                own = [write(run[value].get(folder)) for run in runs]
+                columns.append([f"{words} {scored_name(folder)}", *own, str(n), write(mean), write(sd)])
+    columns.append(["healthy", *map(healthy_text, runs), *no_statistics])
+    cells = list(map(list, zip(*columns, strict=True)))
     note = (
         "sd is the sample standard deviation; the difference is taken within each run, against its own baseline. "
         "Sizes, latencies, pictures and all that follows are those of the first run."
     )
     return [*markdown_table(cells), "", note]
+
+
+def healthy_text(run: dict[str, Any]) -> str:
+    return ", ".join(f"{label} {HEALTH_WORDS[judgement]}" for label, judgement in run["healthy"].items())
 
 
 def caveats(evidence: Evidence, findings: Findings) -> list[str]:
@@ -199,10 +177,8 @@ def coco_tables(scored: list[Metrics], findings: Findings) -> list[str]:
     lines: list[str] = []
     for group, about in zip(measured_alike(scored), findings["groups"], strict=True):
         lines += ["", ANOTHER_METER + describe(about["measured"]), ""] if lines else []
-        names = [scored_name(metrics["dir"]) for metrics in group]
-        cells = [["", *names]]
+        cells = [["", *(scored_name(metrics["dir"]) for metrics in group)]]
         for stat in stats_of(group):
-            values = [number(metrics["coco"].get(stat)) for metrics in group]
-            cells.append([stat, *values])
+            cells.append([stat, *(number(metrics["coco"].get(stat)) for metrics in group)])
         lines += markdown_table(cells)
     return lines

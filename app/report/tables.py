@@ -15,38 +15,19 @@ MIN_WIDTH = 3  # characters of a column: a rule needs as many
 def markdown_table(cells: list[list[str]], text_columns: int = 1) -> list[str]:
     """Aligned, so that it reads well on a terminal too; all but the first columns are right-aligned."""
     rows = [list(map(plain, row)) for row in cells]
-    widths = column_widths(rows)
-    lines = [_line(row, widths, text_columns) for row in rows]
-    return [lines[0], _rule(widths, text_columns), *lines[1:]]
+    widths = [max(MIN_WIDTH, *map(len, column)) for column in zip(*rows, strict=True)]
+    is_text = [place < text_columns for place in range(len(widths))]
+    # A colon at the end of the rule aligns a column to the right.
+    rule = ["-" * (width - 1) + ("-" if text else ":") for width, text in zip(widths, is_text, strict=True)]
+    lines = []
+    for row in [rows[0], rule, *rows[1:]]:
+        padded = map(_padded, row, widths, is_text)
+        lines.append(f"| {' | '.join(padded)} |")
+    return lines
 
 
-def column_widths(rows: list[list[str]]) -> list[int]:
-    """Characters of the longest cell of each column."""
-    widths = []
-    for column in zip(*rows, strict=True):
-        longest = max(map(len, column))
-        widths.append(max(MIN_WIDTH, longest))
-    return widths
-
-
-def _line(row: list[str], widths: list[int], text_columns: int) -> str:
-    padded = []
-    for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
-        padded.append(cell.ljust(width) if i < text_columns else cell.rjust(width))
-    return _joined(padded)
-
-
-def _rule(widths: list[int], text_columns: int) -> str:
-    """The line below the header; a colon at its end aligns a column to the right."""
-    dashes = []
-    for i, width in enumerate(widths):
-        end = "-" if i < text_columns else ":"
-        dashes.append("-" * (width - 1) + end)
-    return _joined(dashes)
-
-
-def _joined(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _padded(cell: str, width: int, is_text: bool) -> str:
+    return cell.ljust(width) if is_text else cell.rjust(width)
 
 
 def plain(text: str) -> str:
@@ -56,12 +37,8 @@ def plain(text: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:.{digits}f}"
+    return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:+.4f}"
+    return MISSING if value is None else f"{value:+.4f}"

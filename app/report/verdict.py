@@ -58,17 +58,14 @@ def start_lines(findings: Findings) -> list[str]:
     """Which networks did not begin with random weights; nothing where all did."""
     parts = []
     if findings["imported"]:
-        parts.append(f"the baseline is {_file(findings['imported'])}, imported and not trained here")
+        file = plain(told(findings["imported"])).removeprefix("from ")
+        parts.append(f"the baseline is {file}, imported and not trained here")
     for label, start in findings["starts"].items():
         if start:
             parts.append(f"{plain(label)} was trained {plain(told(start))}")
         elif any([findings["imported"], *findings["starts"].values()]):
             parts.append(f"{plain(label)} was trained {told(None)}")
     return [f"**Start:** {'; '.join(parts)}."] if parts else []
-
-
-def _file(start: dict[str, str]) -> str:
-    return plain(told(start)).removeprefix("from ")
 
 
 def _mean(row: dict[str, Any], key: str) -> float:
@@ -153,12 +150,9 @@ def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
         return ""
     plain_ptq = Label("ptq", Label.parse(row["label"]).scheme)
     prefixes = {str(plain_ptq): "", str(replace(plain_ptq, bn=True)): "with BatchNorm re-estimated "}
-    results = []
-    for other in group["rows"]:
-        if other["label"] in prefixes:
-            results.append(f"{prefixes[other['label']]}{ap_text(other)} ({difference_text(other)})")
+    rivals = [other for other in group["rows"] if other["label"] in prefixes]
+    ptq = ", ".join(f"{prefixes[rival['label']]}{ap_text(rival)} ({difference_text(rival)})" for rival in rivals)
     over = merged_text(row, "AP_over_ptq", signed)
-    ptq = ", ".join(results)
     return f" The baseline quantized without training (PTQ) has AP {ptq}. QAT against the better PTQ: {over}."
 
 

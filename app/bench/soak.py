@@ -96,8 +96,7 @@ def uninterrupted(run: RunRoot, config: Config) -> Uninterrupted:
 def check_same(whole: Uninterrupted, root: RunRoot) -> None:
     """Raises RuntimeError where the training of a run root did not end as the uninterrupted one."""
     ended_as = final_state(root.variant_dir(whole.config.label))
-    places = differences(final_state(whole.folder), ended_as)
-    if places:
+    if places := differences(final_state(whole.folder), ended_as):
         raise RuntimeError(f"soak: {root.root} differs from {whole.folder}: {', '.join(places[:N_SHOWN])}")
 
 

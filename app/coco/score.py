@@ -126,8 +126,7 @@ def usable_ids(truth: COCO, dataset: Dataset) -> list[int]:
         UserError: one is not listed, or its file name leads out of the dataset: a run may come from somebody else.
     """
     image_ids = sorted(truth.imgs if dataset.image_ids is None else dataset.image_ids)
-    unknown = set(image_ids) - set(truth.imgs)
-    if unknown:
+    if unknown := set(image_ids) - set(truth.imgs):
         raise UserError(f"{dataset.annotation_file} does not list image {min(unknown)}: run 'make data ARGS=--force'")
     for image_id in image_ids:
         if reason := name_fault(truth.imgs[image_id]["file_name"]):

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-HELP = "--help lists the arguments"
-
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser without its page of usage above an error; it knows how a setting is written.
@@ -33,12 +31,11 @@ def advice(words: list[str]) -> str:
         name, separator, value = word.strip("'").partition("=")
         if not separator and not name.startswith("--"):
             continue
-        keys = keys_of(name.removeprefix("--"), known_keys())
-        if keys:
+        if keys := keys_of(name.removeprefix("--"), known_keys()):
             return f"a setting is written {' or '.join(f'--set {key}={value or following}' for key in keys)}"
         if separator and "." in name:
             return "a setting is written --set key=value; conf/base.yaml lists the keys"
-    return HELP
+    return "--help lists the arguments"
 
 
 def keys_of(name: str, known: set[str]) -> list[str]:

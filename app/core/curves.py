@@ -127,9 +127,7 @@ def mark_warm_up(panels: tuple[Axes, Axes], rows: Rows, colour: str) -> None:
 def explain(figure: Figure, labels: list[str]) -> None:
     """Legends under the axes: variants by colour, states by style; nothing is drawn over the lines."""
     colours = palette(labels)
-    variants = []
-    for label in filter(None, labels):
-        variants.append(Line2D([], [], color=colours[label], linewidth=4, label=label))
+    variants = [Line2D([], [], color=colours[label], linewidth=4, label=label) for label in filter(None, labels)]
     scored_first = reversed(STYLES.values())
     for axes, styles in zip(figure.axes, (LOSS_STYLES, scored_first), strict=True):
         lines: list[Artist] = []

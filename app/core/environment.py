@@ -34,8 +34,7 @@ CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
 
 def code_version() -> str:
     """Git revision, with '-dirty' if tracked files differ; in the image that of its build; 'unknown' without git."""
-    revision = os.environ.get("APP_REVISION")
-    if revision:
+    if revision := os.environ.get("APP_REVISION"):
         return revision
     git = ["git", "-C", str(REPO_DIR), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

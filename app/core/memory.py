@@ -8,24 +8,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Files of a cgroup, by version: limit, usage, and the key in memory.stat of cached files, which the kernel gives back.
 FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-SESSION, PARENT = 3, 1  # places in /proc/PID/stat, counted after the name in brackets
 KIB = 2**10
 
 
 def available_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """What this process can still take: the smallest of MemAvailable and of what every cgroup above it leaves."""
-    return min([_machine(proc), *_left_by_cgroups(proc, cgroups)])
-
-
-def _machine(proc: Path) -> int:
     lines = (proc / "meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    of_machine = next(int(line.split()[1]) * KIB for line in lines if line.startswith("MemAvailable:"))
+    return min([of_machine, *_left_by_cgroups(proc, cgroups)])
 
 
 def _left_by_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
@@ -60,35 +58,27 @@ class Process:
     n_files: int
 
 
-def of_session(session: int) -> Iterator[Path]:
-    """The folders in /proc of the processes of a session."""
-    for folder in PROC.glob("[0-9]*"):
+def _of_session(session: int) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
         with contextlib.suppress(OSError):  # it has ended
-            if int(_fields(folder)[SESSION]) == session:
-                yield folder
-
-
-def _fields(folder: Path) -> list[str]:
-    return (folder / "stat").read_text().rpartition(")")[2].split()
+            if os.getsid(process.pid) == session:
+                yield process
 
 
 def processes(session: int) -> list[Process]:
     found = []
-    for folder in of_session(session):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            n_pages = int((folder / "statm").read_text().split()[1])
-            resident = n_pages * os.sysconf("SC_PAGE_SIZE")
-            n_files = len(os.listdir(folder / "fd"))
-            found.append(Process(int(folder.name), int(_fields(folder)[PARENT]), resident, n_files))
+    for process in _of_session(session):
+        with contextlib.suppress(psutil.Error):  # it has ended, or is somebody else's
+            found.append(Process(process.pid, process.ppid(), process.memory_info().rss, process.num_fds()))
     return found
 
 
 def memory_of(session: int) -> int:
     """Bytes of all processes of a session; what several share counts once."""
     total = 0
-    for folder in of_session(session):
+    for process in _of_session(session):
         with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            total += pss_bytes((folder / "smaps_rollup").read_text())
+            total += pss_bytes((PROC / str(process.pid) / "smaps_rollup").read_text())
     return total
 
 

@@ -153,8 +153,7 @@ def start_worker() -> None:
 
 
 def end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent:
+    if parent := multiprocessing.parent_process():
         parent.join()
     os._exit(1)  # a killed main process closes no pool, and its workers would wait for work for ever
 

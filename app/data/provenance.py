@@ -45,9 +45,9 @@ def assemble(data: Data, coco_dir: Path, sources: Sources, indices: Indices, dig
                 f"{name_faults(broken)}; repair them, or go on without them with --set data.skip_broken=true"
             )
         sound = [entry for entry in entries if not entry["fault"]]
-        used = choose(sound, n_wanted[split], (split, source.name), data.seed)
-        if split == "val":
-            check_scorable(used, source.images_dir)
+        used = choose(sound, n_wanted[split], data.seed, split, source.name)
+        if split == "val" and not total(used, "n_boxes"):
+            raise UserError(none_to_score(used, source.images_dir))
         splits[split] = {
             "name": source.name,
             "annotation_file": str(source.annotation_file),
@@ -71,15 +71,11 @@ def assemble(data: Data, coco_dir: Path, sources: Sources, indices: Indices, dig
     }
 
 
-def choose(sound: Entries, n_wanted: int | None, of: tuple[str, str], seed: int) -> Entries:
+def choose(sound: Entries, n_wanted: int | None, seed: int, role: str, name: str) -> Entries:
     """A seeded choice of `n_wanted` usable images, or all of them for None, in the order of their ids.
 
-    `of` are role and name of the split, for messages.
-
-    Raises:
-        UserError: fewer images are usable than wanted, or none.
+    Raises a UserError with role and name of the split if fewer images are usable than wanted, or none.
     """
-    role, name = of
     if not sound:
         raise UserError(f"no image of {name} can be used: repair the dataset")
     if n_wanted is None:
@@ -91,12 +87,10 @@ def choose(sound: Entries, n_wanted: int | None, of: tuple[str, str], seed: int)
     return [entry for entry in sound if entry["id"] in chosen]
 
 
-def check_scorable(used: Entries, image_dir: Path) -> None:
-    """Raises a UserError if the images have no object that a score can count: after training there would be no AP."""
-    if total(used, "n_boxes"):
-        return
+def none_to_score(used: Entries, image_dir: Path) -> str:
+    """The message about images without an object that a score can count: after training there would be no AP."""
     n_annotations, n_crowd = total(used, "n_annotations"), total(used, "n_crowd")
-    raise UserError(
+    return (
         f"{len(used):,} images of {image_dir} have no object to score ({n_annotations:,} annotations, {n_crowd:,} of "
         "them crowds, the others without area): mend the annotations, or choose more images with data.n_val"
     )

@@ -13,16 +13,7 @@ from typing import Any
 
 from app.coco.categories import ids_by_name
 from app.coco.dataset import Dataset, check_unchanged, hash_ids, source_at
-from app.coco.score import (
-    ImageFile,
-    check_images,
-    describe_dataset,
-    first_of,
-    image_files,
-    score,
-    truth_of,
-    usable_ids,
-)
+from app.coco.score import ImageFile, check_images, describe_dataset, first_of, image_files, score, truth_of, usable_ids
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import environment
 from app.core.files import printable, read_json, sha256, write_atomic, write_json

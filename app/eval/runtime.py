@@ -22,15 +22,7 @@ from app.core.environment import cpu_name
 from app.core.files import printable
 from app.core.mounts import only_seen
 from app.eval.classes import category_ids, without_unlisted
-from app.eval.contract import (
-    Input,
-    Said,
-    read_contract,
-    read_input,
-    refuse_foreign_data,
-    shape_fits,
-    wanted_shape,
-)
+from app.eval.contract import Input, Said, read_contract, read_input, refuse_foreign_data, shape_fits, wanted_shape
 from app.eval.metadata import shortened
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

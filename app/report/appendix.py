@@ -67,18 +67,10 @@ def training_table(evidence: Evidence, findings: Findings) -> list[str]:
         epochs = str(training["epochs"])
         if label not in evidence.finished:
             epochs += f" of {training['epochs_planned']}, unfinished"
-        cells.append(
-            [
-                label,
-                epochs,
-                _value(training["best_epoch"]),
-                *map(number, training["AP"].values()),
-                number(training["train_loss"], 3),
-                number(training["val_loss"], 3),
-                number(training["images_per_s"], 1),
-                number(training["hours"], 2),
-            ]
-        )
+        aps = map(number, training["AP"].values())
+        losses = [number(training["train_loss"], 3), number(training["val_loss"], 3)]
+        times = [number(training["images_per_s"], 1), number(training["hours"], 2)]
+        cells.append([label, epochs, _value(training["best_epoch"]), *aps, *losses, *times])
     starts = findings["starts"]
     if any(starts.values()):
         for row, start in zip(cells, ["weights began", *map(told, starts.values())], strict=True):
@@ -92,10 +84,8 @@ def training_table(evidence: Evidence, findings: Findings) -> list[str]:
 def quantization_lines(evidence: Evidence) -> list[str]:
     """Layers by bits, in training (both heads) and in the file (one head); the schemes; every exempt layer with why."""
     cells = [["variant", "bits", "layers in training", "in the ONNX file", "weights", "quantizer"]]
-    in_file = {}
-    for record in evidence.records:
-        if "codes" in record["gates"]:
-            in_file[record["label"]] = record["gates"]["codes"]["layers"]
+    with_codes = [record for record in evidence.records if "codes" in record["gates"]]
+    in_file = {record["label"]: record["gates"]["codes"]["layers"] for record in with_codes}
     notes = []
     for label, quant_config in evidence.quantized.items():
         cells += _layer_rows(label, quant_config, in_file.get(label))
@@ -189,9 +179,7 @@ def settings_block(trained: dict[str, dict[str, Any]]) -> list[str]:
 
 def environment_table(evidence: Evidence) -> list[str]:
     """Machine and software: one value where all stages agree, else each with its stages."""
-    environments = {}
-    for label, training in evidence.trainings.items():
-        environments[f"train {label}"] = training.environment
+    environments = {f"train {label}": training.environment for label, training in evidence.trainings.items()}
     for metrics in evidence.scored:
         environments[f"eval {scored_name(metrics['dir'])}"] = metrics["environment"]
     if not environments:

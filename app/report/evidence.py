@@ -19,11 +19,29 @@ from app.core.results import AP, AP_FREQUENT, STATES, VAL_LOSS, Rows, column, is
 from app.core.run import PROVENANCE_SHAPE, RunRoot
 from app.core.shapes import Count, FileName, FolderName, Number, NumberOrNone, Positive, Sha256, Shape, misfits
 
-START = TypedDict("START", {"file": FileName, "sha256": Sha256})  # noqa: UP013  a checkpoint, see LAYER below
+
+class Start(TypedDict):
+    """A checkpoint that a training started from. TypedDict is that of typing_extensions: pydantic asks for it."""
+
+    file: FileName
+    sha256: Sha256
+
+
+class Layer(TypedDict):
+    """An entry of quant_config.json."""
+
+    name: str
+    bits: Count | None
+    exempt: bool
+    why: str | None
+    quantizer: str | None
+    granularity: str | None
+
+
 # What the page reads from each kind of file; a file of another shape is named and left out.
 METRICS_SHAPE: Shape = {
     "model.file": str, "model.sha256": str, "model.size_bytes": Positive, "model.label": str,
-    "model.imgsz": Count | str, "model.start?": START | None,
+    "model.imgsz": Count | str, "model.start?": Start | None,
     "dataset.title": str, "dataset.split": FolderName, "dataset.annotation_sha256": str,
     "dataset.n_images": Count, "dataset.n_images_listed": Count, "dataset.subset": bool,
     "dataset.image_ids_sha256": str, "dataset.complete_coco_val": bool,
@@ -43,22 +61,11 @@ CONFIG_SHAPE: Shape = {
 ENVIRONMENT_SHAPE: Shape = {
     "command": str, "packages": dict[str, str | None], "code_version": str, "gpus?": list[str]
 }  # fmt: skip
-LAYER = TypedDict(  # noqa: UP013  of pydantic, for Python 3.11
-    "LAYER",
-    {
-        "name": str,
-        "bits": Count | None,
-        "exempt": bool,
-        "why": str | None,
-        "quantizer": str | None,
-        "granularity": str | None,
-    },
-)
 QUANT_CONFIG_SHAPE: Shape = {
-    "scheme": str, "scheme_sha256?": str, "layers": list[LAYER], "share_of_learned_weights": dict[str, Number],
+    "scheme": str, "scheme_sha256?": str, "layers": list[Layer], "share_of_learned_weights": dict[str, Number],
 }  # fmt: skip
 HEALTH_SHAPE: Shape = {"epoch": Count, "snr_db": dict[str, Number]}
-DONE_SHAPE: Shape = {"best_sha256": str, "imported?": START}
+DONE_SHAPE: Shape = {"best_sha256": str, "imported?": Start}
 RECORD_SHAPE: Shape = {
     "label": str, "file": str, "sha256": str, "size_bytes": Count, "checkpoint_sha256": str, "gates": dict[str, Any],
     "gates.codes?": dict[str, Any], "gates.codes.layers?": dict[str, Count], "gates.parity?": dict[str, Any],
@@ -209,12 +216,8 @@ def _trainings(run: RunRoot, imported: Imported | None, missing: list[str]) -> d
         missing.append("train: fp16 was not trained: run 'make train-fp16'")
     if "qat" not in methods and imported is None:
         missing.append("train: no QAT variant was trained: run 'make train-qat'")
-    trainings = {}
-    for label in labels:
-        training = _training(run, label, missing)
-        if training:
-            trainings[label] = training
-    return trainings
+    trainings = {label: _training(run, label, missing) for label in labels}
+    return {label: training for label, training in trainings.items() if training}
 
 
 def _labels_with(run: RunRoot, file_name: str) -> list[str]:
@@ -258,12 +261,9 @@ def check_columns(history: Rows) -> None:
 
 
 def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
-    labels = set(_labels_with(run, "quant_config.json"))
-    for label in _labels_with(run, "config.yaml"):
-        if Label.parse(label).method == "qat":
-            labels.add(label)
+    trained = [label for label in _labels_with(run, "config.yaml") if Label.parse(label).method == "qat"]
     quantized = {}
-    for label in sorted(labels, key=by_label):
+    for label in sorted({*trained, *_labels_with(run, "quant_config.json")}, key=by_label):
         folder = run.variant_dir(label)
         stage = "ptq" if Label.parse(label).method == "ptq" else "train"
         quant_config = _read(run, folder / "quant_config.json", stage, QUANT_CONFIG_SHAPE, missing)
@@ -288,10 +288,8 @@ def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) 
     for path in sorted(run.onnx_dir.glob("*.json")):
         if record := _read(run, path, "export", RECORD_SHAPE, missing):
             records.append({**record, "label": today(record["label"])})
-    exported = set()
-    for record in records:
-        checkpoint = str(Label.parse(record["label"]).checkpoint)
-        exported.add(checkpoint)
+    exported = [str(Label.parse(record["label"]).checkpoint) for record in records]
+    for record, checkpoint in zip(records, exported, strict=True):
         best_sha256 = finished.get(checkpoint)
         if best_sha256 and best_sha256 != record["checkpoint_sha256"]:
             missing.append(f"export: {record['file']} is not of the best checkpoint of now: run 'make export'")
@@ -311,9 +309,8 @@ def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> 
         file, digest = metrics["model"]["file"], metrics["model"]["sha256"]
         if digests.get(file, digest) != digest:
             missing.append(f"eval: {metrics['dir']}/metrics.json is of an older {file}: run 'make eval'")
-    exported = dict.fromkeys(record["label"] for record in records)
     names = set(map(name_of, scored))
-    for label in exported:
+    for label in dict.fromkeys(record["label"] for record in records):
         if label not in names:
             missing.append(f"eval: {label} was exported but not scored: run 'make eval'")
     if not scored:

@@ -267,16 +267,13 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
         check_same(first, other)
     min_share = findings["settings"]["min_share_of_best"]
     runs = [one_run(evidence, min_share) for evidence in evidences]
-    over_runs = {}
-    for run in runs:
-        for folder in run["AP"]:
-            over_runs[folder] = over_all(runs, folder)
+    folders = chain.from_iterable(run["AP"] for run in runs)
+    over_runs = {folder: over_all(runs, folder) for folder in dict.fromkeys(folders)}
     findings["seeds"] = {"runs": runs, "over_runs": over_runs}
     findings["curve"] = curve(evidences)
     findings["run"] = ", ".join(run["name"] for run in runs)
     for other in evidences[1:]:
-        missing = [f"{other.run.name}: {line}" for line in other.missing]
-        findings["missing"] = [*findings["missing"], *missing]
+        findings["missing"] = [*findings["missing"], *(f"{other.run.name}: {line}" for line in other.missing)]
     for row in findings["groups"][0]["rows"]:
         row["over_runs"] = over_runs[row["dir"]]
         row["telling_difference"] = telling_of_means(row["over_runs"]["AP_difference"])
@@ -287,21 +284,18 @@ def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:
     """The entry of a run in seeds.runs."""
     trainings = list(evidence.trainings.values())
     config = flatten(trainings[0].config) if trainings else {}
-    seeds = {key: config.get(key) for key in SEEDS}
-    entry: dict[str, Any] = {"name": evidence.run.name, "seeds": seeds}
     rows = rows_of(measured_alike(evidence.scored)[0])
-    for value in MERGED:
-        entry[value] = {row["dir"]: row[value] for row in rows}
-    entry["healthy"] = {training.label: health(training, min_share)["healthy"] for training in trainings}
-    return entry
+    return {
+        "name": evidence.run.name,
+        "seeds": {key: config.get(key) for key in SEEDS},
+        **{value: {row["dir"]: row[value] for row in rows} for value in MERGED},
+        "healthy": {training.label: health(training, min_share)["healthy"] for training in trainings},
+    }
 
 
 def over_all(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
     """Number, mean and spread of every merged value of a scored folder."""
-    merged = {}
-    for value in MERGED:
-        merged[value] = spread([run[value].get(folder) for run in runs])
-    return merged
+    return {value: spread([run[value].get(folder) for run in runs]) for value in MERGED}
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:

@@ -35,11 +35,9 @@ FLOAT = 10  # where layers without bits are drawn on the axis of bits
 
 def layers(evidence: Evidence, figures_dir: Path) -> list[str]:
     """Quantization SNR and bits of every layer, all variants on the same axes; where health.json has them."""
-    variants = {}
-    for label, quantized in evidence.quantized.items():
-        # PTQ with re-estimated BatchNorm has the weights of PTQ without.
-        if quantized["snr_db"] and not Label.parse(label).bn:
-            variants[label] = quantized
+    measured = {label: quantized for label, quantized in evidence.quantized.items() if quantized["snr_db"]}
+    # PTQ with re-estimated BatchNorm has the weights of PTQ without.
+    variants = {label: quantized for label, quantized in measured.items() if not Label.parse(label).bn}
     if not variants:
         return []
     noisiest = [f"{plain(label)} {worst(quantized['snr_db'])}" for label, quantized in variants.items()]

@@ -14,15 +14,7 @@ from app.report.evidence import Evidence, name_of
 from app.report.findings import Findings
 from app.report.groups import describe, frequent_line, measured_alike, stats_of
 from app.report.tables import markdown_table, number, plain, signed
-from app.report.verdict import (
-    ap_text,
-    difference_text,
-    health_lines,
-    merged_text,
-    start_lines,
-    telling_lines,
-    verdict,
-)
+from app.report.verdict import ap_text, difference_text, health_lines, merged_text, start_lines, telling_lines, verdict
 
 COLUMN_WORDS = {"AP": "AP", "AP_difference": "difference"}
 COLUMN_WORDS |= {"AP_frequent": "AP frequent", "AP_frequent_difference": "difference of frequent"}
@@ -93,30 +85,21 @@ def tables(scored: list[Metrics], findings: Findings) -> list[str]:
 
 
 def _rows(group: list[Metrics], rows: list[dict[str, Any]]) -> list[str]:
-    has_frequent = AP_FREQUENT in stats_of(group)
-    head = ["AP frequent"] if has_frequent else []
-    cells = [["variant", "AP", "difference", *head, "AP50", "size MB", "p50 ms", "p90 ms", "provider", "file"]]
-    has_starts = any(row["start"] for row in rows)
-    if has_starts:
-        cells[0].insert(1, "weights began")
-    for metrics, row in zip(group, rows, strict=True):
-        cells.append(
-            [
-                row["label"],
-                ap_text(row),
-                difference_text(row),
-                *([merged_text(row, AP_FREQUENT, number)] if has_frequent else []),
-                number(metrics["coco"]["AP50"]),
-                f"{row['size_mb']:.2f}",
-                f"{row['p50_ms']:.2f}",
-                f"{metrics['latency_ms']['p90']:.2f}",
-                row["provider"],
-                metrics["model"]["file"],
-            ]
-        )
-        if has_starts:
-            cells[-1].insert(1, told(row["start"]))
-    return markdown_table(cells)
+    columns = {"variant": [row["label"] for row in rows]}
+    if any(row["start"] for row in rows):
+        columns["weights began"] = [told(row["start"]) for row in rows]
+    columns |= {"AP": list(map(ap_text, rows)), "difference": list(map(difference_text, rows))}
+    if AP_FREQUENT in stats_of(group):
+        columns["AP frequent"] = [merged_text(row, AP_FREQUENT, number) for row in rows]
+    columns |= {
+        "AP50": [number(metrics["coco"]["AP50"]) for metrics in group],
+        "size MB": [number(row["size_mb"], 2) for row in rows],
+        "p50 ms": [number(row["p50_ms"], 2) for row in rows],
+        "p90 ms": [number(metrics["latency_ms"]["p90"], 2) for metrics in group],
+        "provider": [row["provider"] for row in rows],
+        "file": [metrics["model"]["file"] for metrics in group],
+    }
+    return markdown_table([list(columns), *map(list, zip(*columns.values(), strict=True))])
 
 
 def seeds_lines(findings: Findings) -> list[str]:

@@ -128,20 +128,14 @@ def telling_lines(findings: Findings) -> list[str]:
         "epochs: anywhere else it is only an orientation."
     )
     if any(row["telling_frequent"] is not None for row in rows):
-        text += _spread_of_frequent(spread["frequent"])
-    repeat = (
-        " The spread of this run shows when it is repeated with `--set train.seed=1` and more, and merged: "
-        '`make report RUN=A ARGS="--runs B C"`.'
-    )
-    return [text + repeat]
-
-
-def _spread_of_frequent(frequent: dict[str, Any]) -> str:
-    return (
-        f" For the AP of frequent classes it is about {frequent['telling_share']:.2f} of that AP, as FP16 trainings "
-        f"spread by {frequent['share']:.3f} of it (n={frequent['n']}, at an AP of {frequent['mean']:.3f} after "
-        f"{frequent['epoch']} epochs)."
-    )
+        frequent = spread["frequent"]
+        text += (
+            f" For the AP of frequent classes it is about {frequent['telling_share']:.2f} of that AP, as FP16 "
+            f"trainings spread by {frequent['share']:.3f} of it (n={frequent['n']}, at an AP of {frequent['mean']:.3f} "
+            f"after {frequent['epoch']} epochs)."
+        )
+    text += " The spread of this run shows when it is repeated with `--set train.seed=1` and more, and merged: "
+    return [text + '`make report RUN=A ARGS="--runs B C"`.']
 
 
 def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
@@ -184,9 +178,7 @@ def _packed(row: dict[str, Any], group: dict[str, Any]) -> str:
 def health_lines(findings: Findings) -> list[str]:
     """Whether each training was healthy; where runs were merged, the others than the first in a word."""
     share, of_run = findings["settings"]["min_share_of_best"], _of_first_run(findings)
-    sentences = []
-    for label, judged in findings["health"].items():
-        sentences.append(f"{plain(label)}{of_run} {_health(judged, share)}")
+    sentences = [f"{plain(label)}{of_run} {_health(judged, share)}" for label, judged in findings["health"].items()]
     for run in findings["seeds"]["runs"][1:] if findings["seeds"] else []:
         sentences += _health_of_other(run)
     return [f"**Training:** {'; '.join(sentences)}.", *losses_lines(findings)] if sentences else []

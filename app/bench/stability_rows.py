@@ -7,7 +7,7 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import Any, cast
 
-from app.core.config import SCHEME, Config, Quant, UserError, load, read_yaml
+from app.core.config import Config, Quant, UserError, load, read_yaml
 from app.core.differences import WITHOUT_EFFECT, difference, flatten, shown
 from app.core.files import read_json, write_text
 from app.core.results import (
@@ -24,7 +24,7 @@ from app.core.results import (
     read_rows,
     train_loss,
 )
-from app.core.scheme import Scheme, find_scheme
+from app.core.scheme import SCHEME, Scheme, find_scheme
 
 Row = dict[str, Any]
 BASE = "fp16"  # the arm that the others are compared with; names of other float arms begin with it

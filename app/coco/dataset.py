@@ -122,11 +122,11 @@ def coco_title(listed: dict[str, tuple[int, int]]) -> str:
     return COCO_2017
 
 
-def own_title(names: list[str]) -> str:
-    """The title of a dataset with classes of its own; '' for those of COCO."""
-    if names == NAMES:
-        return ""
-    return f"own dataset, {len(names):,} class{'es' if len(names) > 1 else ''}"
+def title_of(names: list[str], listed: dict[str, tuple[int, int]], is_official: bool) -> str:
+    """The title of a dataset by its classes, and by what its splits list (see coco_title); `is_official`: as COCO's."""
+    if names != NAMES:
+        return f"own dataset, {len(names):,} class{'es' if len(names) > 1 else ''}"
+    return coco_title(listed) if is_official else OTHER_COCO
 
 
 def mended_in(split: Mapping[str, Any]) -> dict[str, int]:

@@ -54,18 +54,19 @@ def detail(truth: COCO, folder: Path, ids: list[int], expected_ap: float | None)
         raise UserError(f"{folder.name}/{path.name} is not there")
     detections = read_results(path)
     detections = detections[np.isin(detections[:, 0], ids)]
-    by_class, parts = {}, []
+    by_class, hits, n_objects = {}, [np.zeros((0, 3))], Counter[int]()
     for category_id in sorted(truth.getCatIds()):
         found = matched(truth, detections, category_id, ids)
         if found.n_objects.total():
             by_class[truth.cats[category_id]["name"]] = precision_of(found)
-        parts.append(hits_of(found))
+        hits.append(hits_of(found))
+        n_objects.update(found.n_objects)
     ap = float(np.mean(list(by_class.values()))) if by_class else None
     is_same = ap is expected_ap if ap is None or expected_ap is None else abs(ap - expected_ap) <= AP_TOLERANCE
     if not is_same:
         raise UserError(f"{folder.name}/{path.name} does not give the AP of metrics.json")
     aps = {name: float(precision.mean()) for name, precision in by_class.items()}
-    return {"ap_by_class": aps, "precision": over_recall(by_class), **f1(parts, ids)}
+    return {"ap_by_class": aps, "precision": over_recall(by_class), **f1(np.concatenate(hits), n_objects, ids)}
 
 
 @dataclass(frozen=True)
@@ -152,33 +153,22 @@ def over_recall(by_class: dict[str, np.ndarray]) -> dict[str, list[float | None]
     return curves
 
 
-@dataclass(frozen=True)
-class Hits:
-    """Detections of one class that count: `rows` [n,3] of image id, score and 1 if correct at IoU 0.5.
-
-    `n_objects` maps image id -> objects of the class. Crowds, and detections that match a crowd, do not count.
-    """
-
-    rows: np.ndarray
-    n_objects: Counter[int]
+def hits_of(found: Matched) -> np.ndarray:
+    """Image id, score, and 1 if correct at IoU 0.5, [n,3], of the detections that count: none that match a crowd."""
+    rows = np.stack([found.images, found.scores, found.is_hit[0]], axis=1)  # row 0 is IoU 0.5
+    return rows[~found.is_ignored[0]]
 
 
-def hits_of(found: Matched) -> Hits:
-    counts = ~found.is_ignored[0]  # row 0 is IoU 0.5
-    rows = np.stack([found.images, found.scores, found.is_hit[0]], axis=1)
-    return Hits(rows[counts], found.n_objects)
-
-
-def f1(parts: list[Hits], ids: list[int]) -> dict[str, Any]:
+def f1(rows: np.ndarray, n_objects: Counter[int], ids: list[int]) -> dict[str, Any]:
     """The score threshold of the best F1 over all images and classes at IoU 0.5, and every image's F1 there.
 
     F1 = 2 TP / (2 TP + FP + FN). An image with nothing to find and nothing found has F1 1.
+
+    Args:
+        rows: of `hits_of` for all classes, one after the other.
+        n_objects: image id -> objects of all classes.
     """
-    rows = np.concatenate([np.zeros((0, 3)), *(part.rows for part in parts)])
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    n_objects: Counter[int] = Counter()
-    for part in parts:
-        n_objects.update(part.n_objects)
     best_f1, threshold = best_threshold(rows[:, 1:], n_objects.total())
     shown = rows[rows[:, 1] >= threshold]
     n_shown = Counter(shown[:, 0].tolist())

@@ -41,7 +41,13 @@ def find_sources(coco_dir: Path, data: Data) -> Sources:
     if len(said) < len(SPLITS):
         said = {**_found(coco_dir), **said}
     for source in said.values():
-        check_source(source)
+        for path in (source.images_dir, source.annotation_file):
+            if reason := dead_link(path):
+                raise UserError(f"{path} {reason}: {ANOTHER_LINK}")
+        if not source.images_dir.is_dir():
+            raise UserError(f"{source.images_dir} is no folder: it must hold the images of {source.name}")
+        if not source.annotation_file.is_file():
+            raise UserError(f"{source.annotation_file} is missing: it must list the images of {source.name}")
     train, val = (said[role] for role in SPLITS)
     if (train.annotation_file, train.part) == (val.annotation_file, val.part):
         raise UserError(
@@ -156,17 +162,6 @@ def _shared(coco_dir: Path, part: str | None) -> Source | None:
     file = next(_existing(coco_dir, SHARED_FILES, ""), None)
     folder = next((path for path in _existing(coco_dir, SHARED_FOLDERS, "") if path.is_dir()), None)
     return Source(part or ALL, folder, file, part) if file and folder else None
-
-
-def check_source(source: Source) -> None:
-    """Raises a UserError if the folder of images or the annotation file of a split is not there."""
-    for path in (source.images_dir, source.annotation_file):
-        if reason := dead_link(path):
-            raise UserError(f"{path} {reason}: {ANOTHER_LINK}")
-    if not source.images_dir.is_dir():
-        raise UserError(f"{source.images_dir} is no folder: it must hold the images of {source.name}")
-    if not source.annotation_file.is_file():
-        raise UserError(f"{source.annotation_file} is missing: it must list the images of {source.name}")
 
 
 def describe_source(source: Source, coco_dir: Path) -> str:

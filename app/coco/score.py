@@ -24,18 +24,16 @@ from app.coco.dataset import (
     COCO_2017,
     DRAWN_TITLE,
     OFFICIAL_SIZES,
-    OTHER_COCO,
     SPLITS,
     Dataset,
-    coco_title,
     hash_contents,
     hash_ids,
-    own_title,
+    title_of,
 )
 from app.coco.entries import name_fault
 from app.coco.images import content_hash
 from app.coco.layout import describe_source, find_split
-from app.coco.split import Split, unlisted_line
+from app.coco.split import unlisted_line
 from app.core.config import Data, UserError
 from app.core.files import sha256
 from app.core.results import AP_FREQUENT, FREQUENT_BOXES
@@ -90,15 +88,10 @@ def standalone_dataset(
             raise UserError(f"{listed.file}: {first}: {remedy}")
         log.warning("%s: %d images left out, the first: %s", listed.file, len(listed.problems), first)
         image_ids = [image["id"] for image in listed.images if image["id"] not in listed.problems]
-    return Dataset(coco_dir, source.name, image_ids, standalone_title(source.name, listed), source)
-
-
-def standalone_title(name: str, split: Split) -> str:
-    if split.is_drawn:
-        return DRAWN_TITLE
-    names = [category["name"] for category in without_placeholder(split.categories, split.used)]
-    listed = {name: (len(split.images), split.n_annotations.total())}
-    return own_title(names) or (coco_title(listed) if split.is_official else OTHER_COCO)
+    names = [category["name"] for category in without_placeholder(listed.categories, listed.used)]
+    counts = {source.name: (len(listed.images), listed.n_annotations.total())}
+    title = DRAWN_TITLE if listed.is_drawn else title_of(names, counts, listed.is_official)
+    return Dataset(coco_dir, source.name, image_ids, title, source)
 
 
 def load_truth(annotation_file: Path, images_dir: Path | None = None, part: str | None = None) -> COCO:

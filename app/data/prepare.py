@@ -42,7 +42,9 @@ def prepare(config: Config, run: RunRoot, force: bool, says_done: bool = True) -
     """
     recorded = read_json(run.provenance, "data", SHAPE) if run.provenance.exists() and not force else None
     if recorded:
-        check_same_settings(run, recorded, config.data)
+        old, new = {"data": recorded["settings"]}, {"data": config.data.model_dump()}
+        if differences := difference(old, new, tuple(WITHOUT_EFFECT)):
+            raise UserError(f"{run.root} was made with other data settings ({shown(differences)}): {OTHER_RUN}")
     provenance = make_ready(config.data, run, recorded, force)
     if provenance != recorded:
         log.info("data: %s", describe(provenance))
@@ -107,13 +109,6 @@ def locate(coco_dir: str, cache_dir: Path) -> Path:
     if coco_dir == BUILTIN_DATASET:
         return cache_dir.resolve() / f"drawn-shapes-v{VERSION}"
     return Path(coco_dir).resolve()
-
-
-def check_same_settings(run: RunRoot, recorded: dict[str, Any], data: Data) -> None:
-    """Raises a UserError with old -> new of every changed setting; only the place of the dataset may be another."""
-    old, new = {"data": recorded["settings"]}, {"data": data.model_dump()}
-    if differences := difference(old, new, tuple(WITHOUT_EFFECT)):
-        raise UserError(f"{run.root} was made with other data settings ({shown(differences)}): {OTHER_RUN}")
 
 
 def check_same_images(run: RunRoot, recorded: dict[str, Any], provenance: dict[str, Any]) -> None:

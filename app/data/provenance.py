@@ -9,13 +9,11 @@ from typing import Any
 from app.coco.dataset import (
     BUILTIN_TITLE,
     DRAWN_TITLE,
-    OTHER_COCO,
     Sources,
-    coco_title,
     hash_contents,
     hash_ids,
     mended_in,
-    own_title,
+    title_of,
 )
 from app.coco.split import unlisted_line
 from app.core.config import BUILTIN_DATASET, Data, UserError
@@ -142,7 +140,7 @@ def title(data: Data, splits: dict[str, Any], indices: Indices) -> str:
     for role, facts in splits.items():
         listed[facts["name"]] = (facts["n_listed"], total(indices[role]["images"], "n_annotations"))
     is_official = all(index["is_official"] for index in indices.values())
-    return own_title(indices["train"]["names"]) or (coco_title(listed) if is_official else OTHER_COCO)
+    return title_of(indices["train"]["names"], listed, is_official)
 
 
 def describe(provenance: dict[str, Any]) -> str:

@@ -161,7 +161,17 @@ def evaluate_file(
     coco = score(truth, out_dir / DETECTIONS, ids)
     time_s["score"] = time.perf_counter() - start
     metrics = {
-        "model": describe_model(model),
+        "model": {
+            "file": printable(model.path.name),
+            "sha256": sha256(model.path),
+            "size_bytes": model.path.stat().st_size,
+            "label": model.label,
+            "scheme": model.scheme,
+            "precision": model.precision,
+            "contract": model.contract,
+            "imgsz": model.imgsz,
+            "start": start_of(model.metadata),
+        },
         "dataset": facts,
         "coco": coco,
         "settings": {
@@ -274,20 +284,6 @@ def tell_outdated(out_dir: Path, model_sha256: str) -> None:
         is_same_model = read_json(metrics_path, "eval", SCORED)["model"]["sha256"] == model_sha256
         other = "settings or images" if is_same_model else "model file"
         log.info("eval: %s is of another %s, scoring again", metrics_path, other)
-
-
-def describe_model(model: Model) -> dict[str, Any]:
-    return {
-        "file": printable(model.path.name),
-        "sha256": sha256(model.path),
-        "size_bytes": model.path.stat().st_size,
-        "label": model.label,
-        "scheme": model.scheme,
-        "precision": model.precision,
-        "contract": model.contract,
-        "imgsz": model.imgsz,
-        "start": start_of(model.metadata),
-    }
 
 
 def result(metrics: dict[str, Any]) -> str:

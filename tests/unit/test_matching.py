@@ -117,7 +117,7 @@ def test_a_class_is_to_the_last_bit_what_cocoeval_finds(
         joined = np.concatenate([cell[key] for cell in cells], axis=1)
         np.testing.assert_array_equal(getattr(found, name), joined > 0, err_msg=key)
     assert found.scores.tolist() == [score for cell in cells for score in cell["dtScores"]]
-    assert len(hits_of(found).rows) == (~found.is_ignored[0]).sum()
+    assert len(hits_of(found)) == (~found.is_ignored[0]).sum()
     precision = expected.eval["precision"][:, :, 0, 0, 0]
     if category_id == CATEGORY_IDS[-1]:
         assert (precision == -1).all() and not found.n_objects.total(), "no image has an object of this class"

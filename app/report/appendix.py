@@ -237,10 +237,6 @@ def pointers(evidence: Evidence, findings: Findings) -> list[str]:
 
 def commands(evidence: Evidence) -> list[str]:
     """The commands that made these numbers, as they were run."""
-    trained = [training.environment["command"] for training in evidence.trainings.values()]
-    if evidence.imported:
-        trained.insert(0, evidence.imported.environment["command"])
-    scored = [metrics["environment"]["command"] for metrics in evidence.scored]
-    each_once = list(dict.fromkeys([*trained, *scored]))
+    each_once = dict.fromkeys(environment["command"] for environment in evidence.environments)
     note = "As they were run; between training and eval stands `export`, with the options of eval."
     return [note, "", "```", *each_once, "```"] if each_once else []

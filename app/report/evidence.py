@@ -122,6 +122,12 @@ class Evidence:
     def finished(self) -> dict[str, Training]:
         return {label: training for label, training in self.trainings.items() if training.done}
 
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """The env.json of everything that was made: an imported baseline, trainings, scores."""
+        made = [*([self.imported] if self.imported else []), *self.trainings.values()]
+        return [*(each.environment for each in made), *(metrics["environment"] for metrics in self.scored)]
+
 
 def gather(run: RunRoot) -> Evidence:
     """Reads the run root and changes nothing; raises a UserError if there is no such run."""

@@ -38,14 +38,9 @@ def derive(evidence: Evidence, settings: Report) -> Findings:
         for row in rows:
             enter_tellings(row, rows[0], spread_of_seeds)
         groups.append({"measured": describe_meter(group[0]), "rows": rows})
+    trainings = evidence.trainings.items()
     base = evidence.trainings.get(str(FP16))
-    healths, speeds, losses, configs = {}, {}, {}, {}
-    for label, training in evidence.trainings.items():
-        healths[label] = health(training, settings.min_share_of_best)
-        speeds[label] = speed(training)
-        configs[label] = training.config
-        if base and training is not base:
-            losses[label] = loss_over(training, base)
+    compared = [(label, training) for label, training in trainings if base and training is not base]
     return {
         "run": evidence.run.name,
         "settings": settings.model_dump(mode="json"),
@@ -56,11 +51,11 @@ def derive(evidence: Evidence, settings: Report) -> Findings:
         "doubts": doubts(evidence),
         "groups": groups,
         "imported": evidence.imported and evidence.imported.start,
-        "starts": {label: start_of(training) for label, training in evidence.trainings.items()},
-        "health": healths,
-        "trainings": speeds,
-        "losses": losses,
-        "configs": configs,
+        "starts": {label: start_of(training) for label, training in trainings},
+        "health": {label: health(training, settings.min_share_of_best) for label, training in trainings},
+        "trainings": {label: speed(training) for label, training in trainings},
+        "losses": {label: loss_over(training, base) for label, training in compared if base},
+        "configs": {label: training.config for label, training in trainings},
     }
 
 

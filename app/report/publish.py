@@ -149,16 +149,11 @@ def checked_entry(evidence: Evidence, findings: Findings, aim: str | None, files
 
 def entry(evidence: Evidence, findings: Findings, aim: str | None, folder: str) -> str:
     """Markdown of one entry: aim, command, commit, machine, result, verdict; `folder` below reports/ has the page."""
-    environments = [training.environment for training in evidence.trainings.values()]
-    if evidence.imported:
-        environments.insert(0, evidence.imported.environment)
-    environments += [metrics["environment"] for metrics in evidence.scored]
-    commands = [f"`{environment['command']}`" for environment in environments]
-    commits = [str(environment.get("code_version")) for environment in environments]
+    environments = evidence.environments
     facts = {
         "aim": aim or plain(compared(evidence)),
-        "command": plain(listed(commands)),
-        "commit": plain(listed(commits)),
+        "command": plain(listed(f"`{environment['command']}`" for environment in environments)),
+        "commit": plain(listed(str(environment.get("code_version")) for environment in environments)),
         "machine": plain(listed(map(machine, environments))),
         "result": "; ".join(results(findings)) or "nothing was scored",
         "verdict": " ".join([*verdict(findings), *telling_lines(findings), *health_lines(findings)]),

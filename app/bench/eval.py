@@ -67,15 +67,8 @@ class Amount:
 def bench_eval(run: RunRoot, overlays: list[Path], sets: list[str], onnx_path: Path | None, amount: Amount) -> None:
     """Times both evaluators in turns, each in a process of its own, then ours with the images repeated.
 
-    Writes bench-eval.json.
-
-    Args:
-        run: its val images are scored; its exported baseline is the file, unless `onnx_path` names another.
-        overlays, sets: as for every stage; eval.* are the settings of both sides.
-        onnx_path: a file of a contract whose input size is that of the training's.
-
-    Raises:
-        UserError: nothing exported, or a file that keeps no contract.
+    Writes bench-eval.json. The val images of the run are scored with the settings eval.*; the file is the exported
+    baseline of the run, or `onnx_path`, whose input size must be that of the training's.
     """
     config = load("qat", overlays, sets)
     prepare(config, run, force=False)
@@ -201,11 +194,7 @@ def run_stock(given: Given, model: Model, record: bool) -> dict[str, Any]:
 
 
 def run_measured(command: list[str]) -> dict[str, float]:
-    """Runs a command to its end: process_s (wall, imports included) and peak_mib (resident memory).
-
-    Raises:
-        RuntimeError: it failed; ends with the last lines that it wrote.
-    """
+    """Runs a command to its end: process_s (wall, imports included) and peak_mib; a RuntimeError has its last lines."""
     start, peak_kib = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

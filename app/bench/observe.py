@@ -63,11 +63,8 @@ class Observed:
 def observe(words: list[str], log_path: Path, stop_after_s: float | None = None) -> Observed:
     """Runs `python -m app` with these words; what it says goes into a file.
 
-    Args:
-        stop_after_s: then it gets a SIGTERM, but not before it has trained images.
-
-    Raises:
-        UserError: it failed; the message ends with its last line.
+    After `stop_after_s`, but not before it has trained images, it gets a SIGTERM. Raises a UserError that ends with its
+    last line if it failed.
     """
     observed, over = Observed(), threading.Event()
     log_path.parent.mkdir(parents=True, exist_ok=True)

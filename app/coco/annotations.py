@@ -136,13 +136,7 @@ def _by_id(file: Path, entries: list[Image]) -> dict[int, Image]:
 
 
 class _Annotations:
-    """Reads the annotations of a file into its Split.
-
-    Args:
-        split: gets boxes, counts and notes.
-        images: the entries of the split by their ids.
-        others: ids of images whose annotations belong to another part.
-    """
+    """Reads annotations into the Split; `images` are its entries by id, `others` ids of images of another part."""
 
     def __init__(self, split: Split, images: dict[int, Image], others: set[int]) -> None:
         self.split, self.images, self.others = split, images, others

@@ -162,11 +162,8 @@ def hits_of(found: Matched) -> np.ndarray:
 def f1(rows: np.ndarray, n_objects: Counter[int], ids: list[int]) -> dict[str, Any]:
     """The score threshold of the best F1 over all images and classes at IoU 0.5, and every image's F1 there.
 
-    F1 = 2 TP / (2 TP + FP + FN). An image with nothing to find and nothing found has F1 1.
-
-    Args:
-        rows: of `hits_of` for all classes, one after the other.
-        n_objects: image id -> objects of all classes.
+    F1 = 2 TP / (2 TP + FP + FN). An image with nothing to find and nothing found has F1 1. `rows` are those of
+    `hits_of` for all classes, `n_objects` maps image id -> objects of all classes.
     """
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     best_f1, threshold = best_threshold(rows[:, 1:], n_objects.total())

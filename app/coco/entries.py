@@ -159,12 +159,10 @@ def labelled(bbox: Box, image: dict[str, Any]) -> Box | None:
 
 
 def mend_names(images: list[dict[str, Any]], images_dir: Path | None) -> int:
-    """Makes the file names paths below the image folder, in place: / for \\, and without folders that lead to it.
+    """Makes the file names paths below the image folder, in place, and returns how many have changed.
 
-    `images_dir` None: the folder is not looked into. A file whose name holds a backslash keeps it.
-
-    Returns:
-        how many names have changed.
+    A slash takes the place of a backslash, but in the name of a file that is there. Folders before the names that are
+    not in `images_dir` go; None: it is not looked into.
     """
     n_changed = 0
     for image in images:

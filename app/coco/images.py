@@ -43,11 +43,9 @@ class Placement:
 
 
 def fault(image_dir: Path, file_name: str, width: int, height: int) -> str:
-    """What is wrong with an image file of a dataset, or ''. The whole file is decoded, because a header can be intact
-    while the pixels are damaged.
+    """What is wrong with an image file of a dataset, or ''; `width` and `height` are those after its EXIF rotation.
 
-    Args:
-        width, height: size in px from the annotations, which is that of the decoded image after its EXIF rotation.
+    The whole file is decoded, because a header can be intact while the pixels are damaged.
     """
     pixels = _decode(image_dir / file_name, (width, height))
     if isinstance(pixels, str):

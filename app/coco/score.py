@@ -218,13 +218,9 @@ def frequent_classes(truth: COCO, image_ids: list[int]) -> list[int]:
 
 
 def read_results(detections_path: Path, image_ids: Collection[int] | None = None) -> np.ndarray:
-    """COCO results -> [n,7]: image id, category id, x, y, w, h (px), score.
+    """COCO results -> [n,7]: image id, category id, x, y, w, h (px), score; of `image_ids` alone, None: of all images.
 
-    Args:
-        image_ids: the rows of these images alone; None: of all.
-
-    Raises:
-        UserError: the file is missing or does not hold COCO results.
+    Raises a UserError if the file is missing or does not hold COCO results.
     """
     try:
         try:

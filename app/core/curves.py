@@ -67,11 +67,9 @@ def curve_figure(rows: Rows) -> Figure:
 
 
 def overlay_figure(variants: dict[str, Rows], reference: dict[int, float] | None = None) -> Figure:
-    """All variants on the same axes: losses left, AP of the three validated states right.
+    """All variants (label -> rows) on the same axes: losses left, AP of the three validated states right.
 
-    Args:
-        variants: label -> rows; a label is written beside its colour.
-        reference: epoch -> AP of a published training, drawn as far as the variants reach.
+    `reference` has epoch -> AP of a published training, drawn as far as the variants reach.
     """
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     loss_axes, ap_axes = figure.subplots(1, 2)

@@ -46,11 +46,8 @@ def write_atomic(path: Path, write: Callable[[Path], object], previous: Path | N
 def new_folder(path: Path, replace: bool = False, alone: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `path`, which the block fills; after the block it is renamed to `path`.
 
-    So `path` is never half-filled. If another process has created `path` in the meantime, that folder is kept.
-
-    Args:
-        replace: replace an older folder at `path`.
-        alone: the caller holds a lock, so no other process creates this folder; what a killed one left is removed.
+    So `path` is never half-filled. If another process has created it in the meantime, that folder is kept; `replace`
+    replaces an older one. `alone`: the caller holds a lock, so what is half-filled is of a killed process, and goes.
     """
     mark = f".{path.name}" if alone else f".{path.name}.{os.getpid()}"
     part, old = path.with_name(f"{mark}.part"), path.with_name(f"{mark}.old")
@@ -125,14 +122,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, made_by: str, shape: Shape | None = None) -> Any:
-    """Reads a JSON file of the run root, which may come from somebody else.
+    """Reads a JSON file of the run root, which anybody may have written; `made_by` is the make target that writes it.
 
-    Args:
-        made_by: the make target that writes the file, for the message.
-        shape: what the reader takes from it; None: nothing is taken for granted.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or has another shape.
+    Raises a UserError if the file is missing, is not JSON, or has another shape (None: any will do).
     """
     again = f"delete it and run 'make {made_by}' again"
     try:

@@ -52,9 +52,7 @@ REMEDIES = {
 def explain_os_errors(folder: Path, need: str) -> Iterator[None]:
     """Turns an error of the operating system inside the block into a UserError that names path and remedy.
 
-    Args:
-        folder: the block writes there.
-        need: what to do when no space is left in it.
+    The block writes to `folder`; `need` says what to do when no space is left in it.
     """
     try:
         yield
@@ -85,13 +83,9 @@ def lock(file: IO[Any], take: Callable[[IO[Any], int], object] = fcntl.lockf) ->
 
 @contextlib.contextmanager
 def only_one(folder: Path, work: str) -> Iterator[None]:
-    """Makes the folder and holds a lock on it, because two processes would write to the same files.
+    """Makes the folder and locks it, because two processes would write to the same files; `work` is a noun: download.
 
-    Args:
-        work: a noun for the message and the lock's name, such as download.
-
-    Raises:
-        UserError: another process holds the lock, or the folder cannot be written to.
+    Raises a UserError if another process holds the lock, or the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -59,11 +59,7 @@ def fitted(name: Part, parts: list[Part], width: int) -> tuple[str, str]:
 class Meter:
     """Counts finished units of work, and shows their number, the rate and the time left.
 
-    Args:
-        desc: the work, in a few words.
-        total: number of units when all is done.
-        unit: name of the units, plural.
-        short: of `desc`, for a narrow terminal.
+    `desc` are a few words for the work, `short` fewer for a narrow terminal; `unit` is the plural of what is counted.
     """
 
     def __init__(self, desc: str, total: int, unit: str = "images", short: str | None = None) -> None:

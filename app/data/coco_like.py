@@ -42,9 +42,7 @@ GREY = 128
 class CocoLike:
     """The scene: shapes of any size on one of a few textures; a class is a shape in a hue, the first ones are frequent.
 
-    Args:
-        size_px: long side of most images.
-        n_classes: how many of COCO's categories are drawn and listed.
+    Most images have a long side of `size_px`; the first `n_classes` of COCO's categories are drawn and listed.
     """
 
     size_px: int

@@ -54,9 +54,7 @@ def draw(target_dir: Path, wanted: Wanted, n_processes: int | None = None) -> No
     """Fills `target_dir` with train2017/, val2017/ and annotations/; goes on where a killed drawing has stopped.
 
     The folders get their names when all is drawn. A dataset that was drawn with the same values is left alone.
-
-    Args:
-        n_processes: None for one on each core that this process may use.
+    `n_processes` None: one on each core that this process may use.
 
     Raises:
         UserError: wrong values, no space, another dataset in the folder, or another process that draws there.

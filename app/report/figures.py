@@ -38,11 +38,7 @@ SIZES = {"AP": "all", "AP_small": "small\n(< 32² px)", "AP_medium": "medium", "
 def draw(figures_dir: Path, name: str, text: str, make: Callable[[], Figure]) -> str:
     """Saves the light picture and its dark twin; returns the Markdown block, with HTML that Git hosts keep.
 
-    Args:
-        figures_dir: folder for the files.
-        name: of the file, .png or for photos .jpg.
-        text: caption: what the picture shows.
-        make: draws it; called once for each version.
+    `name` is that of the file, .png or for photos .jpg; `text` is the caption; `make` is called once for each version.
     """
     name = re.sub(r"[^\w.-]", "_", name)  # it has the name of a folder, which may be anything
     for theme, (paper, ink) in INK.items():

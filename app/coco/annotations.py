@@ -27,6 +27,7 @@ from app.coco.entries import (
 )
 from app.coco.split import Image, Split
 from app.core.config import UserError
+from app.core.shapes import value_at
 
 NUMBERED, AREAS, NAMES_CUT = "annotation ids numbered anew", "areas taken from boxes", "file names shortened"
 UNUSED = "images of neither train nor val left out"
@@ -76,7 +77,8 @@ def parse_instances(file: Path, images_dir: Path | None = None, part: str | None
     if not kept:
         raise UserError(f"{file} lists no images of {part}: give data.{part}_images and data.{part}_annotations")
     listed = {image_id: images[image_id] for image_id in kept}
-    split = Split(file, list(listed.values()), categories, {image_id: [] for image_id in kept}, _is_drawn(tree))
+    is_drawn = str(value_at(tree, "info.description")).startswith(f"{DRAWN} ")
+    split = Split(file, list(listed.values()), categories, {image_id: [] for image_id in kept}, is_drawn)
     if n_changed:
         split.notes[NAMES_CUT] = n_changed
     if part == "val" and (n_unused := len(others - ids_of_part(entries, "train"))):
@@ -108,11 +110,6 @@ def _read_json(file: Path) -> Tree:
     if not tree["images"]:
         raise UserError(f"{file} lists no images: {NOT_COCO}")
     return tree
-
-
-def _is_drawn(tree: Tree) -> bool:
-    info = tree.get("info")
-    return isinstance(info, dict) and str(info.get("description")).startswith(f"{DRAWN} ")
 
 
 def _by_id(file: Path, entries: list[Image]) -> dict[int, Image]:

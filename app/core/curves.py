@@ -116,9 +116,7 @@ def values_of(name: str, rows: Rows) -> list[float]:
 def mark_warm_up(panels: tuple[Axes, Axes], rows: Rows, colour: str) -> None:
     """A line at the last validated epoch of the quant warm-up, where there was one."""
     epochs = [row["epoch"] for row in rows if row.get(WARM_UP)]
-    if not epochs:
-        return
-    for axes in panels:
+    for axes in panels if epochs else ():
         axes.axvline(max(epochs), color=colour, linewidth=0.8, label="last validation of the quant warm-up")
 
 

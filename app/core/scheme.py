@@ -19,7 +19,7 @@ from app.core.errors import UserError, describe
 from app.core.files import write_text
 from app.core.labels import SCORES_ENDING, Label
 from app.core.mounts import in_container, only_seen
-from app.core.shapes import value_at
+from app.core.shapes import model_at, value_at
 from app.core.yaml_files import load_yaml, merge
 
 SCHEME = "quant.scheme"
@@ -214,10 +214,7 @@ def with_kept_scheme(tree: dict[str, Any], run_root: Path | None) -> dict[str, A
 
 def scheme_in(tree: dict[str, Any]) -> Scheme | None:
     """The scheme of a dumped configuration; None where it spells out none."""
-    try:
-        return Scheme.model_validate(value_at(tree, SCHEME))
-    except ValidationError:
-        return None
+    return model_at(tree, SCHEME, Scheme)
 
 
 def changed_rules(old: Scheme | None, new: Scheme | None) -> tuple[str, str] | None:

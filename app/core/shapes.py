@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AllowInfNan, Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BaseModel, Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 
+M = TypeVar("M", bound=BaseModel)
 # Dotted key -> type of its value, as pydantic checks it without conversion. "" is the tree itself; a key that ends in
 # "?" may be missing.
 Shape = Mapping[str, Any]
@@ -46,6 +47,14 @@ def value_at(tree: Any, dotted: str, default: Any = None) -> Any:
             return default
         tree = tree[key]
     return tree
+
+
+def model_at(tree: Any, dotted: str, model: type[M]) -> M | None:
+    """The value of a dotted key as a pydantic model; None where it is not one."""
+    try:
+        return model.model_validate(value_at(tree, dotted))
+    except ValidationError:
+        return None
 
 
 def _faults(value: Any, dotted: str, kind: Any) -> list[str]:

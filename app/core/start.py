@@ -9,12 +9,12 @@ import logging
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.core.errors import UserError
 from app.core.files import sha256
 from app.core.mounts import only_seen
-from app.core.shapes import value_at
+from app.core.shapes import model_at, value_at
 from app.core.yaml_files import merge, read_yaml
 
 WEIGHTS = "train.weights"
@@ -89,10 +89,7 @@ def of_file(path: Path) -> Start:
 
 def start_in(tree: dict[str, Any]) -> Start | None:
     """The start of a dumped configuration; None for random weights, and where it is not spelled out."""
-    try:
-        return Start.model_validate(value_at(tree, WEIGHTS))
-    except ValidationError:
-        return None
+    return model_at(tree, WEIGHTS, Start)
 
 
 def with_known_start(tree: dict[str, Any], run_root: Path | None) -> dict[str, Any]:

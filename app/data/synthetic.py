@@ -110,8 +110,5 @@ def _overlap(first: Box, second: Box) -> bool:
 def _draw_shape(pixels: np.ndarray, rng: np.random.Generator, box: Box) -> Annotation:
     category = int(rng.choice(list(KINDS)))
     shape, base_colour = KINDS[category]
-    colour = []
-    for channel in base_colour:
-        shade = channel + rng.integers(-25, 26)
-        colour.append(int(np.clip(shade, 0, 255)))
+    colour = [int(np.clip(channel + rng.integers(-25, 26), 0, 255)) for channel in base_colour]
     return draw_polygon(pixels, outline(shape, box), colour, category)

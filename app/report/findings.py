@@ -72,7 +72,8 @@ def health(training: Training, min_share: float) -> dict[str, Any]:
     for epoch, share in shares:
         if lowest is None or not share >= lowest:  # a NaN counts as a fall
             lowest, lowest_epoch = share, epoch
-    is_finite = all_finite(training.history)
+    cells = chain.from_iterable(row.values() for row in training.history)
+    is_finite = all(map(math.isfinite, cells))
     stayed = None if lowest is None else lowest >= min_share
     return {
         "healthy": stayed if is_finite else False,
@@ -93,12 +94,6 @@ def shares_of_best(history: Rows, after: int) -> list[tuple[int, float]]:
         if row["epoch"] > after and best >= TELLING_AP:
             shares.append((int(row["epoch"]), row[SCORED_AP] / best))
     return shares
-
-
-def all_finite(history: Rows) -> bool:
-    """Whether results.csv holds neither NaN nor infinity."""
-    cells = chain.from_iterable(row.values() for row in history)
-    return all(map(math.isfinite, cells))
 
 
 def loss_over(training: Training, base: Training) -> dict[str, Any] | None:
@@ -237,15 +232,11 @@ def check_same(first: Evidence, other: Evidence) -> None:
     for evidence in (first, other):
         if not evidence.scored:
             raise UserError(f"{names}: {evidence.run.name} has no scores, run 'make eval' first")
-    if first_meter(first) != first_meter(other):
+    own, theirs = (meter(measured_alike(evidence.scored)[0][0]) for evidence in (first, other))  # of the baselines
+    if own != theirs:
         raise UserError(
             f"{names}: their files were measured differently, run 'make eval' for both with the same settings"
         )
-
-
-def first_meter(evidence: Evidence) -> tuple[Any, ...]:
-    """How the group with the baseline was measured."""
-    return meter(measured_alike(evidence.scored)[0][0])
 
 
 def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:

@@ -87,7 +87,8 @@ def gallery_figure(
     rows: list[dict[str, Any]], images: dict[int, Path], columns: dict[str, Any], names: dict[int, str]
 ) -> Figure:
     """One row an image, one column each for the ground truth and the variants."""
-    pictures = [picture(images[row["image_id"]]) for row in rows]
+    # As training and eval see a photo: turned as its EXIF says, 16-bit greys made 8-bit, OpenCV's BGR made RGB.
+    pictures = [Image.fromarray(read_image(images[row["image_id"]])[:, :, ::-1]) for row in rows]
     heights = [min(photo.height / photo.width, MAX_RATIO) for photo in pictures]
     height = min(0.4 + PANEL_INCH * sum(heights) + 0.1 * len(rows), MAX_INCH)
     figure = Figure(figsize=(10, height), layout="constrained")
@@ -101,11 +102,6 @@ def gallery_figure(
             draw_boxes(axes, boxes[row["image_id"]], names, colour)
         line[0].set_ylabel(f"{row['why']}, F1 {row['f1_difference']:+.2f}\nimage {row['image_id']}")
     return figure
-
-
-def picture(path: Path) -> Image.Image:
-    """The photo as training and eval see it: turned as its EXIF says, 16-bit greys made 8-bit RGB."""
-    return Image.fromarray(read_image(path)[:, :, ::-1])  # OpenCV's order is BGR
 
 
 def shrunk(photo: Image.Image) -> Image.Image:

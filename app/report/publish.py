@@ -22,7 +22,7 @@ from app.report.evidence import Evidence, gather
 from app.report.findings import Findings, start_of
 from app.report.groups import sample
 from app.report.html import PICTURE, is_inside, page
-from app.report.page_files import PageFiles, page_of
+from app.report.page_files import page_of
 from app.report.tables import number, plain, signed
 from app.report.verdict import health_lines, merged_text, telling_lines, verdict
 
@@ -72,7 +72,10 @@ def publish(run: RunRoot, aim: str | None, force: bool, others: Sequence[RunRoot
     text = files.markdown.read_text(encoding="utf-8")
     is_builtin = evidence.provenance is not None and evidence.provenance["title"] == BUILTIN_TITLE
     pictures = [name for names in PICTURE.findall(text) for name in names[:2]]
-    log_entry = checked_entry(evidence, findings, aim, files)
+    try:
+        log_entry = entry(evidence, findings, aim, target.name)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # anybody may have written it
+        raise UserError(f"{files.numbers} is not what 'make report' writes: run 'make report' again") from error
     without = private_paths(run, evidence)
     shown = pictures if is_builtin else [name for name in pictures if name.endswith(".png")]  # photos are JPEG
     copy(run, target, [files.numbers.name, *shown], without)
@@ -133,18 +136,6 @@ def without_dead_ends(text: str, target: Path) -> str:
     title, _, rest = text.partition("\n")
     note = "Published without weights, ONNX files, logs and detections: names without a link are of the whole run root."
     return f"{title}\n{rest.rstrip()}\n\n{note}\n"
-
-
-def checked_entry(evidence: Evidence, findings: Findings, aim: str | None, files: PageFiles) -> str:
-    """The entry; report.json may come from somebody else.
-
-    Raises:
-        UserError: it is not what the report stage writes.
-    """
-    try:
-        return entry(evidence, findings, aim, files.published_dir.name)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{files.numbers} is not what 'make report' writes: run 'make report' again") from error
 
 
 def entry(evidence: Evidence, findings: Findings, aim: str | None, folder: str) -> str:

@@ -170,8 +170,3 @@ def describe_source(source: Source, coco_dir: Path) -> str:
     folder = "" if place["images"] == "." else f"{place['images']}/ with "
     by = f", its {source.part} part" if source.part else ""
     return f"{folder}{place['annotations']}{by}"
-
-
-def describe_layout(sources: Sources, coco_dir: Path) -> str:
-    """'train: train/ with train/_annotations.coco.json; val: ...'."""
-    return "; ".join(f"{role}: {describe_source(source, coco_dir)}" for role, source in sources.items())

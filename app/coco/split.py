@@ -17,6 +17,16 @@ Boxes = list[list[float]]  # of one image: category id, x, y, w, h in px
 LEAST_SHARE = 0.01
 FEW = 3  # boxes without area: COCO has some, and they are a large share of a set of ten images
 MOST_CROWDS = 0.5
+# What many boxes may have in common; {} is the first image that has one.
+IN_SHARES = "have no number above 1 (first: {}): COCO's are x, y, w, h in px, not shares of the image; multiply them"
+OVER_BORDER = (
+    "reach over the border of their image (first: {}) and were clipped to it: check that they are x, y, width, height "
+    "in px of this size"
+)
+NO_AREA = "have no area (first: {}): they are not learnt, and each counts as an object not found; delete them"
+REPEATED = (
+    "repeat another of their image and class exactly (first: {}), and only one of two can be found: delete the copies"
+)
 
 
 @dataclass(frozen=True)
@@ -99,42 +109,20 @@ def doubts(split: Split) -> list[str]:
     in_shares, repeated = Counter[int](), Counter[int]()
     for image in split.images:
         boxes = split.boxes[image["id"]]
-        in_shares[image["id"]] = n_in_shares(image, boxes)
+        if min(image["width"], image["height"]) > 1:  # else such a box is no corner of it
+            in_shares[image["id"]] = sum(max(box[1:]) <= 1 for box in boxes)
         repeated[image["id"]] = len(boxes) - len(set(map(tuple, boxes)))
-    if _are_many(in_shares, n_boxes):
-        lines.append(
-            f"{in_shares.total():,} of {n_boxes:,} boxes have no number above 1 (first: "
-            f"{_first(split, in_shares)}): COCO's are x, y, w, h in px, not shares of the image; multiply them"
-        )
-    over = split.n_clipped + split.n_dropped
-    if _are_many(over, n_boxes):
-        lines.append(
-            f"{over.total():,} of {n_annotations:,} boxes reach over the border of their image (first: "
-            f"{_first(split, over)}) and were clipped to it: check that they are x, y, width, height in px of this size"
-        )
-    if _are_many(split.n_degenerate, n_boxes) and split.n_degenerate.total() > FEW:
-        lines.append(
-            f"{split.n_degenerate.total():,} of {n_annotations:,} boxes have no area (first: "
-            f"{_first(split, split.n_degenerate)}): they are not learnt, and each counts as an object not found; "
-            "delete them"
-        )
-    if _are_many(repeated, n_boxes):
-        lines.append(
-            f"{repeated.total():,} of {n_boxes:,} boxes repeat another of their image and class exactly (first: "
-            f"{_first(split, repeated)}), and only one of two can be found: delete the copies"
-        )
+    degenerate = split.n_degenerate if split.n_degenerate.total() > FEW else Counter[int]()
+    mistakes = (
+        (IN_SHARES, in_shares, n_boxes),
+        (OVER_BORDER, split.n_clipped + split.n_dropped, n_annotations),
+        (NO_AREA, degenerate, n_annotations),
+        (REPEATED, repeated, n_boxes),
+    )
+    for sentence, counts, n_all in mistakes:
+        if counts.total() > LEAST_SHARE * n_boxes:
+            lines.append(f"{counts.total():,} of {n_all:,} boxes {sentence.format(_first(split, counts))}")
     return [f"{split.file}: {line}" for line in lines]
-
-
-def n_in_shares(image: Image, boxes: Boxes) -> int:
-    """Boxes whose numbers are all at most 1, in an image where such a box would be a corner of it."""
-    if min(image["width"], image["height"]) == 1:
-        return 0
-    return sum(max(box[1:]) <= 1 for box in boxes)
-
-
-def _are_many(counts: Counter[int], n_boxes: int) -> bool:
-    return counts.total() > LEAST_SHARE * n_boxes
 
 
 def _first(split: Split, counts: Counter[int]) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from app.coco.categories import listed_names
 from app.coco.dataset import COCO_2017, Sources
-from app.coco.layout import describe_layout, find_sources
+from app.coco.layout import describe_source, find_sources
 from app.coco.split import LEAST_SHARE
 from app.core.config import BUILTIN_DATASET, Config, Data, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
@@ -134,7 +134,8 @@ def carried_over(recorded: dict[str, Any], provenance: dict[str, Any]) -> dict[s
 
 def tell_layout(sources: Sources, coco_dir: Path, provenance: dict[str, Any]) -> None:
     """Says once where the dataset's files were found, and which classes they have."""
-    log.info("data: %s: %s", coco_dir, describe_layout(sources, coco_dir))
+    places = [f"{role}: {describe_source(source, coco_dir)}" for role, source in sources.items()]
+    log.info("data: %s: %s", coco_dir, "; ".join(places))
     if provenance["title"] != COCO_2017:
         names = provenance["names"]
         log.info("data: %d classes: %s", len(names), listed_names(names))

@@ -17,6 +17,7 @@ import numpy as np
 
 from app.coco.annotations import read_source
 from app.coco.dataset import Source, Sources
+from app.coco.entries import label_name
 from app.coco.images import content_hash, fault
 from app.coco.split import Split, agreed_names, doubts
 from app.core.config import UserError
@@ -142,7 +143,7 @@ def _enter(label_dir: Path, split: Split, image: dict[str, Any], class_index: di
     boxes = split.boxes[image_id]
     problem = split.problems.get(image_id)
     if problem is None:
-        path = _label_path(label_dir, file_name)
+        path = label_dir / label_name(file_name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yolo_rows(image, boxes, class_index), encoding="utf-8")
     return {
@@ -216,10 +217,6 @@ def _index_path(view: Path, name: str) -> Path:
     return view / f"{name}.json"
 
 
-def _label_path(label_dir: Path, file_name: str) -> Path:
-    return (label_dir / file_name).with_suffix(".txt")
-
-
 def yolo_rows(image: dict[str, Any], boxes: list[list[float]], class_index: dict[int, int]) -> str:
     """COCO boxes [category_id, x, y, w, h] in px -> lines 'class cx cy w h', centre and size as shares of the image.
 
@@ -259,7 +256,7 @@ def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
     name, image_ids = provenance["splits"][split]["name"], provenance["splits"][split]["image_ids"]
     image_dir, label_dir = view / "images" / name, view / "labels" / name
     entries = chosen(read_index(view, name)["images"], image_ids)
-    label_paths = [_label_path(label_dir, entry["file"]) for entry in entries]
+    label_paths = [label_dir / label_name(entry["file"]) for entry in entries]
     images = []
     with ThreadPoolExecutor(N_THREADS) as pool:
         for entry, labels in zip(entries, pool.map(_read_labels, label_paths), strict=True):

@@ -25,13 +25,11 @@ ENVIRONMENT_ROWS = (
 )  # fmt: skip
 ENVIRONMENT_NAMES = {"gpus": "gpus: name, driver, memory, power limit, highest SM clock"}
 VARIANT_KEYS = ("variant", "quant")  # the table of differences has them
-TRAINING_COLUMNS: tuple[str, ...] = (
-    "variant", "epochs", "best epoch", "AP raw", "AP EMA", "AP EMA+BN", "train loss", "val loss", "images/s", "hours",
-)  # fmt: skip
-SPLIT_COLUMNS: tuple[str, ...] = (
-    "split", "images used", "listed", "broken", "annotations", "crowd", "without objects", "annotation sha256",
-)  # fmt: skip
-SPLIT_COUNTS = ("n_images", "n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects")
+TRAINING_COLUMNS = "variant,epochs,best epoch,AP raw,AP EMA,AP EMA+BN,train loss,val loss,images/s,hours".split(",")
+SPLIT_COUNTS = {  # key in provenance.json -> title of its column
+    "n_images": "images used", "n_listed": "listed", "n_broken": "broken", "n_annotations": "annotations",
+    "n_crowd": "crowd", "n_without_objects": "without objects",
+}  # fmt: skip
 HEADS = (
     "A training has more layers than its file: it has both heads of YOLOv10, one2many, which only helps to train, and "
     "one2one, which is scored. The file has one2one alone."
@@ -118,7 +116,7 @@ def _layer_rows(label: str, quant_config: dict[str, Any], in_file: dict[str, int
 def dataset_lines(provenance: dict[str, Any] | None) -> list[str]:
     if provenance is None:
         return []
-    cells = [list(SPLIT_COLUMNS)]
+    cells = [["split", *SPLIT_COUNTS.values(), "annotation sha256"]]
     splits = provenance["splits"].values()
     for split in splits:
         counts = [f"{split[name]:,}" for name in SPLIT_COUNTS]

@@ -35,17 +35,14 @@ def _left_by_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
         version, root = (1, cgroups / "memory") if controllers else (2, cgroups)
         folder = root / path.lstrip("/")
         for group in (folder, *folder.parents):
-            if group.is_relative_to(root) and (group / FILES[version][0]).exists():
-                yield from _left(group, *FILES[version])
-
-
-def _left(group: Path, limit_file: str, usage_file: str, cache_key: str) -> Iterator[int]:
-    limit = (group / limit_file).read_text().strip()
-    if limit == "max":
-        return
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    used = int((group / usage_file).read_text()) - int(stat[cache_key])
-    yield max(int(limit) - used, 0)
+            limit_file, usage_file, cache_key = FILES[version]
+            if not group.is_relative_to(root) or not (group / limit_file).exists():
+                continue
+            limit = (group / limit_file).read_text().strip()
+            if limit != "max":
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / usage_file).read_text()) - int(stat[cache_key])
+                yield max(int(limit) - used, 0)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from app.core.files import read_json, write_json
 from app.core.os_errors import explain_os_errors, free_bytes, only_one
 from app.core.progress import Meter, clock
 from app.data.coco_like import BASE_PX, SIDES_PX, CocoLike
-from app.data.shards import Drawing, Scene, Shard, draw_image, draw_shard, encode, is_drawn, join, shards
+from app.data.shards import Drawing, Scene, draw_image, draw_shard, encode, is_drawn, join, shards
 from app.data.synthetic import CocoSubset
 
 log = logging.getLogger(__name__)
@@ -115,9 +115,12 @@ def fill(root: Path, drawing: Drawing, n_processes: int) -> None:
     n_missing = sum(len(shard.image_ids) for shard in missing)
     check_space(root, drawing, n_missing)
     meter = Meter("drawing", n_missing)
+    pool = ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), start_worker)
     try:
-        draw_all(root, drawing, missing, n_processes, meter)
+        for n_images in pool.map(partial(draw_shard, root, drawing), missing):
+            meter.update(n_images)
     finally:
+        pool.shutdown(cancel_futures=True)
         meter.close()
     rate = meter.done / max(meter.seconds, 0.001)
     log.info("drawing: %s images, %.0f images/s, in %s", f"{meter.done:,}", rate, clock(meter.seconds))
@@ -129,16 +132,6 @@ def name_folders(target_dir: Path) -> None:
     for folder in FOLDERS:
         if (target_dir / WORK / folder).is_dir():
             (target_dir / WORK / folder).rename(target_dir / folder)
-
-
-def draw_all(root: Path, drawing: Drawing, missing: list[Shard], n_processes: int, meter: Meter) -> None:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(n_processes, context, start_worker)
-    try:
-        for n_images in pool.map(partial(draw_shard, root, drawing), missing):
-            meter.update(n_images)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def start_worker() -> None:

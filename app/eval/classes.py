@@ -41,12 +41,23 @@ def category_ids(
         if "contract" not in metadata:
             raise UserError(f"{path}: its metadata name no classes: {remedy}")
         names, source = list(categories), "the annotations' categories"
-    if output.n_classes not in (None, len(names)):
-        if names == list(categories):
-            wanted = wanted_shape(output.contract, len(names))
-            raise UserError(f"{path}: its output has {output.n_classes:,} classes, {wanted}")
+    has_other_shape = output.n_classes not in (None, len(names))
+    if has_other_shape and names == list(categories):
+        wanted = wanted_shape(output.contract, len(names))
+        raise UserError(f"{path}: its output has {output.n_classes:,} classes, {wanted}")
+    only_here, only_there = _differences(names, categories)
+    if has_other_shape or (only_here and only_there):  # another spelling, or another model
         raise UserError(_others(path, names, categories, source))
-    _compare(path, names, categories, source)
+    if only_here:
+        log.info(
+            "%s: %d of its %d classes are not in the annotations, their detections are left out: %s",
+            printable(path.name), len(only_here), len(names), shortened(listed_names(only_here)),
+        )  # fmt: skip
+    if only_there:
+        log.warning(
+            "%s: it has no class for %d of the %d categories of the annotations, whose AP is 0: %s",
+            printable(path.name), len(only_there), len(categories), shortened(listed_names(only_there)),
+        )  # fmt: skip
     return [categories.get(name) for name in names]
 
 
@@ -61,23 +72,6 @@ def without_unlisted(output: np.ndarray, contract: str, ids: Sequence[int | None
     output = output.copy()
     output[:, rows] = 0
     return output
-
-
-def _compare(path: Path, names: list[str], categories: Mapping[str, int], source: str) -> None:
-    """Says which classes only one side has; raises a UserError if both sides have some: another spelling or model."""
-    only_here, only_there = _differences(names, categories)
-    if only_here and only_there:
-        raise UserError(_others(path, names, categories, source))
-    if only_here:
-        log.info(
-            "%s: %d of its %d classes are not in the annotations, their detections are left out: %s",
-            printable(path.name), len(only_here), len(names), shortened(listed_names(only_here)),
-        )  # fmt: skip
-    if only_there:
-        log.warning(
-            "%s: it has no class for %d of the %d categories of the annotations, whose AP is 0: %s",
-            printable(path.name), len(only_there), len(categories), shortened(listed_names(only_there)),
-        )  # fmt: skip
 
 
 def _differences(names: list[str], categories: Mapping[str, int]) -> tuple[list[str], list[str]]:

@@ -168,7 +168,7 @@ def test_a_drawing_that_was_killed_while_its_folders_got_their_names_goes_on(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     (tmp_path / "draw.json").write_text(json.dumps(asdict(DRAWING)))
-    monkeypatch.setattr(draw_module, "draw_all", None)
+    monkeypatch.setattr(draw_module, "ProcessPoolExecutor", None)
     draw(tmp_path, SMALL)
     assert contents(tmp_path) == expected
     draw(tmp_path, SMALL)

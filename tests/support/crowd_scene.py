@@ -12,7 +12,6 @@ What lies in a crowd of its own class counts neither as found nor as a fault; a 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from app.coco.dataset import Dataset
 from app.core.files import sha256
 from app.core.run import RunRoot
 from tests.support.eval_fixtures import truth_box, write_annotations
-from tests.support.report_fixtures import build_run, provenance, score_detections, write
+from tests.support.report_fixtures import build_run, edit, provenance, score_detections, write
 
 PERSON, CAR = 1, 3
 SIZE_WH: tuple[int, int] = (64, 48)
@@ -61,7 +60,7 @@ def build_crowds(runs_dir: Path, coco_dir: Path) -> RunRoot:
     write(run.provenance, tree | {"coco_dir": str(coco_dir)})
     dataset = Dataset(coco_dir, "val2017", None, "small set")
     for folder, rows in FOUND.items():
-        enter_latency(run.root / folder / "metrics.json", P50_MS[folder])
+        edit(run.root / folder / "metrics.json", "latency_ms.p50", P50_MS[folder])
         score_detections(run.root / folder, list(map(result, rows)), dataset)
     return run
 
@@ -69,9 +68,3 @@ def build_crowds(runs_dir: Path, coco_dir: Path) -> RunRoot:
 def result(row: tuple[int, int, list[float], float]) -> dict[str, Any]:
     image_id, category_id, bbox, score = row
     return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
-
-
-def enter_latency(path: Path, p50_ms: float) -> None:
-    tree = json.loads(path.read_text())
-    tree["latency_ms"]["p50"] = p50_ms
-    write(path, tree)

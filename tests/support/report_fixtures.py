@@ -80,9 +80,8 @@ def history(shift: float) -> list[dict[str, float]]:
     return rows
 
 
-def train_variant(run: RunRoot, label: str, shift: float, made: tuple[str, int]) -> None:
-    """`made`: hash of the checkpoint, and the seed."""
-    checkpoint, seed = made
+def train_variant(run: RunRoot, label: str, shift: float, checkpoint: str, seed: int) -> None:
+    """`checkpoint` is the hash of best.pt."""
     sets = ["train.epochs=4", "hyp.warmup_epochs=1", f"train.seed={seed}"]
     config = load("fp16" if label == "fp16" else "qat", sets=sets)
     folder = run.variant_dir(label)
@@ -151,8 +150,8 @@ def build_run(runs_dir: Path, name: str = "small", seed: int = 0) -> RunRoot:
     run = RunRoot(runs_dir, name)
     write(run.run_json, {"name": name, "stages": {}})
     write(run.provenance, provenance())
-    train_variant(run, "fp16", 0.02, (SHA["fp16 checkpoint"], seed))
-    train_variant(run, "qat-w4a16", 0.0, (SHA["qat checkpoint"], seed))
+    train_variant(run, "fp16", 0.02, SHA["fp16 checkpoint"], seed)
+    train_variant(run, "qat-w4a16", 0.0, SHA["qat checkpoint"], seed)
     export_file(run, "baseline", "net-baseline-fp32.onnx", SHA["fp16 checkpoint"])
     export_file(run, "qat-w4a16", "net-w4a16-qcdq-qat.onnx", SHA["qat checkpoint"])
     baseline = metrics("baseline", "net-baseline-fp32.onnx", SHA["fp16"], 0.4321, 9284375)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,9 @@ import yaml
 from app.core.config import load
 from app.core.results import write_rows
 from app.core.run import RunRoot
-from tests.support.report_fixtures import SHA, environment, layer, metrics, write
+from tests.support.report_fixtures import SHA, edit, environment, layer, metrics, write
 
 STATS = "AP AP50 AP75 AP_small AP_medium AP_large AR_1 AR_10 AR_100 AR_small AR_medium AR_large".split()
-LABELS = {
-    "baseline-coco": "baseline",
-    "ptq-w4a16-coco": "ptq-w4a16",
-    "ptq-w4a16-bn-coco": "ptq-w4a16-bn",
-    "qat-w4a16-coco": "qat-w4a16",
-    "qat-w4a16-int4-coco": "qat-w4a16-int4",
-}
 COCO = {
     "baseline-coco": "0.5123 0.7034 0.5541 0.3019 0.5628 0.6637 0.3846 0.6055 0.6264 0.4173 0.6682 0.8091",
     "ptq-w4a16-coco": "0.3561 0.5247 0.3819 0.1606 0.3988 0.4729 0.2974 0.4452 0.4635 0.2288 0.5094 0.6276",
@@ -28,6 +20,7 @@ COCO = {
     "qat-w4a16-coco": "0.4887 0.6795 0.5302 0.2713 0.5379 0.6404 0.3692 0.5816 0.6019 0.3925 0.6431 0.7853",
     "qat-w4a16-int4-coco": "0.4879 0.6783 0.5296 0.2708 0.5366 0.6398 0.3687 0.5807 0.6012 0.3918 0.6427 0.7848",
 }
+LABELS = {folder: folder.removesuffix("-coco") for folder in COCO}
 SIZE_BYTES = dict(zip(COCO, (61_437_952, 16_318_207, 16_431_501, 16_205_110, 8_704_333), strict=True))
 LATENCY_MS = {  # mean, p50, p90, p99
     "baseline-coco": (43.07, 41.52, 47.83, 53.91),
@@ -139,7 +132,4 @@ def export(run: RunRoot, label: str) -> None:
 def enter_ap(run: RunRoot, aps: dict[str, float]) -> None:
     """Changes the AP of some folders."""
     for folder, ap in aps.items():
-        path = run.root / folder / "metrics.json"
-        tree = json.loads(path.read_text())
-        tree["coco"]["AP"] = ap
-        write(path, tree)
+        edit(run.root / folder / "metrics.json", "coco.AP", ap)

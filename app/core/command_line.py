@@ -31,17 +31,14 @@ def advice(words: list[str]) -> str:
         name, separator, value = word.strip("'").partition("=")
         if not separator and not name.startswith("--"):
             continue
-        if keys := keys_of(name.removeprefix("--"), known_keys()):
+        option = name.removeprefix("--")
+        last_part = option.replace("-", "_")
+        dotted = sorted(key for key in known_keys() if "." in key)
+        if keys := [key for key in dotted if key == option or key.rpartition(".")[2] == last_part]:
             return f"a setting is written {' or '.join(f'--set {key}={value or following}' for key in keys)}"
         if separator and "." in name:
             return "a setting is written --set key=value; conf/base.yaml lists the keys"
     return "--help lists the arguments"
-
-
-def keys_of(name: str, known: set[str]) -> list[str]:
-    """The dotted keys that a name may mean: train.epochs for itself and for epochs, two for seed."""
-    last_part = name.replace("-", "_")
-    return sorted(key for key in known if "." in key and (key == name or key.rpartition(".")[2] == last_part))
 
 
 def not_empty(text: str) -> str:

@@ -86,11 +86,11 @@ def refuse_foreign_data(path: Path) -> None:
     _check_ranks(path, model.graph)
     folder = os.path.realpath(path.parent)
     for tensor in _tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            for entry in tensor.external_data:
-                if entry.key == "location" and not _is_inside(folder, entry.value):
-                    weights = f"weights of {shortened(tensor.name)}"
-                    raise UserError(f"{path}: {weights} lie outside its folder, in {shortened(entry.value)}: refused")
+        entries = tensor.external_data if tensor.data_location == TensorProto.EXTERNAL else ()
+        for location in [entry.value for entry in entries if entry.key == "location"]:
+            if "\0" in location or not Path(os.path.realpath(Path(folder) / location)).is_relative_to(folder):
+                weights = f"weights of {shortened(tensor.name)}"
+                raise UserError(f"{path}: {weights} lie outside its folder, in {shortened(location)}: refused")
 
 
 def _check_ranks(path: Path, graph: GraphProto) -> None:
@@ -101,10 +101,6 @@ def _check_ranks(path: Path, graph: GraphProto) -> None:
         if value.name not in constants and n_axes != 4:
             name = shortened(value.name)
             raise UserError(f"{path}: input {name} has {n_axes} axes, the contract is [N,3,H,W], RGB: another model")
-
-
-def _is_inside(folder: str, location: str) -> bool:
-    return "\0" not in location and Path(os.path.realpath(Path(folder) / location)).is_relative_to(folder)
 
 
 def _tensors(message: Message) -> Iterator[TensorProto]:

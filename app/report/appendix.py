@@ -25,7 +25,9 @@ ENVIRONMENT_ROWS = (
 )  # fmt: skip
 ENVIRONMENT_NAMES = {"gpus": "gpus: name, driver, memory, power limit, highest SM clock"}
 VARIANT_KEYS = ("variant", "quant")  # the table of differences has them
-TRAINING_COLUMNS = "variant,epochs,best epoch,AP raw,AP EMA,AP EMA+BN,train loss,val loss,images/s,hours".split(",")
+TRAINING_COLUMNS: tuple[str, ...] = (
+    "variant", "epochs", "best epoch", "AP raw", "AP EMA", "AP EMA+BN", "train loss", "val loss", "images/s", "hours",
+)  # fmt: skip
 SPLIT_COUNTS = {  # key in provenance.json -> title of its column
     "n_images": "images used", "n_listed": "listed", "n_broken": "broken", "n_annotations": "annotations",
     "n_crowd": "crowd", "n_without_objects": "without objects",

@@ -281,12 +281,11 @@ def _quantized(run: RunRoot, missing: list[str]) -> dict[str, dict[str, Any]]:
 
 def _finished(run: RunRoot, trainings: dict[str, Training], missing: list[str]) -> dict[str, str | None]:
     """SHA-256 of best.pt by the label of every checkpoint, of trainings and of PTQ; None where it is not finished."""
-    finished = {label: training.done["best_sha256"] if training.done else None for label, training in trainings.items()}
+    done = {label: training.done for label, training in trainings.items()}
     for label in _labels_with(run, "done.json"):
         if Label.parse(label).method == "ptq":
-            done = _read(run, run.done(label), "ptq", DONE_SHAPE, missing)
-            finished[label] = done["best_sha256"] if done else None
-    return finished
+            done[label] = _read(run, run.done(label), "ptq", DONE_SHAPE, missing)
+    return {label: facts["best_sha256"] if facts else None for label, facts in done.items()}
 
 
 def _records(run: RunRoot, finished: dict[str, str | None], missing: list[str]) -> list[dict[str, Any]]:
@@ -321,8 +320,4 @@ def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> 
             missing.append(f"eval: {label} was exported but not scored: run 'make eval'")
     if not scored:
         missing.append("eval: nothing was scored: run 'make eval'")
-    return sorted(scored, key=_page_order)
-
-
-def _page_order(metrics: Metrics) -> tuple[Any, ...]:
-    return metrics["dir"] != BASELINE.scores_dir, label_of(metrics).order, metrics["dir"]
+    return sorted(scored, key=lambda row: (row["dir"] != BASELINE.scores_dir, label_of(row).order, row["dir"]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,8 @@ def size_figure(group: list[Metrics]) -> Figure:
 
 def row_names(group: list[Metrics]) -> list[str]:
     """The labels; with the folder where rows share one."""
-    labels = list(map(name_of, group))
-    names = []
-    for label, metrics in zip(labels, group, strict=True):
-        is_shared = labels.count(label) > 1
-        names.append(f"{label} ({metrics['dir']})" if is_shared else label)
-    return names
+    n_rows = Counter(map(name_of, group))
+    return [f"{name_of(row)} ({row['dir']})" if n_rows[name_of(row)] > 1 else name_of(row) for row in group]
 
 
 def legend_below(figure: Figure) -> Figure:

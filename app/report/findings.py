@@ -253,8 +253,9 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
         check_same(first, other)
     min_share = findings["settings"]["min_share_of_best"]
     runs = [one_run(evidence, min_share) for evidence in evidences]
-    folders = chain.from_iterable(run["AP"] for run in runs)
-    over_runs = {folder: over_all(runs, folder) for folder in dict.fromkeys(folders)}
+    over_runs = {}
+    for folder in dict.fromkeys(chain.from_iterable(run["AP"] for run in runs)):
+        over_runs[folder] = {value: spread([run[value].get(folder) for run in runs]) for value in MERGED}
     findings["seeds"] = {"runs": runs, "over_runs": over_runs}
     findings["curve"] = curve(evidences)
     findings["run"] = ", ".join(run["name"] for run in runs)
@@ -277,11 +278,6 @@ def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:
         **{value: {row["dir"]: row[value] for row in rows} for value in MERGED},
         "healthy": {training.label: health(training, min_share)["healthy"] for training in trainings},
     }
-
-
-def over_all(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
-    """Number, mean and spread of every merged value of a scored folder."""
-    return {value: spread([run[value].get(folder) for run in runs]) for value in MERGED}
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:

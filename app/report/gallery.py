@@ -56,16 +56,11 @@ def gallery(run: RunRoot, pair: tuple[Metrics, Metrics], facts: dict[str, Any], 
         f"by the change of F1 in the image at IoU {facts['iou_of_f1']}: largest losses, largest gains, random (seed "
         f"{settings.gallery_seed})."
     )
-    images = image_paths(base, rows, truth)
+    dataset = base["dataset"]
+    folder = source_at(Path(dataset["coco_dir"]), dataset["split"], dataset).images_dir
+    images = {image_id: folder / truth.imgs[image_id]["file_name"] for image_id in ids}
     file = f"gallery-{other['dir']}.jpg"
     return draw(run.figures_dir, file, text, lambda: gallery_figure(rows, images, columns, names))
-
-
-def image_paths(metrics: Metrics, rows: list[dict[str, Any]], truth: COCO) -> dict[int, Path]:
-    """Image id -> the file of every image that the gallery shows."""
-    dataset = metrics["dataset"]
-    folder = source_at(Path(dataset["coco_dir"]), dataset["split"], dataset).images_dir
-    return {row["image_id"]: folder / truth.imgs[row["image_id"]]["file_name"] for row in rows}
 
 
 def detections(

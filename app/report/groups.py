@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from app.coco.detail import Metrics
@@ -129,13 +130,10 @@ def over_ptq(metrics: Metrics, group: list[Metrics]) -> float | None:
     label, ap = label_of(metrics), metrics["coco"]["AP"]
     if label.method != "qat" or label.is_repacked or ap is None:
         return None
-    ptq_aps = []
-    for other in group:
-        rival, rival_ap = label_of(other), other["coco"]["AP"]
-        is_ptq = rival.method == "ptq" and rival.scheme == label.scheme and not rival.is_repacked
-        if is_ptq and rival_ap is not None:
-            ptq_aps.append(rival_ap)
-    return ap - max(ptq_aps) if ptq_aps else None
+    ptq = [replace(label, method="ptq", bn=bn) for bn in (False, True)]
+    aps = [rival["coco"]["AP"] for rival in group if label_of(rival) in ptq]
+    measured = [rival_ap for rival_ap in aps if rival_ap is not None]
+    return ap - max(measured) if measured else None
 
 
 def judged_labels(labels: list[Label]) -> list[Label]:

@@ -10,14 +10,16 @@ import os
 import random
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Sampler, default_collate, get_worker_info
+from torch.utils.data import Sampler, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
@@ -25,6 +27,7 @@ from app.coco.dataset import SPLITS
 from app.coco.images import place, read_image
 from app.core.config import UserError
 from app.data.view import read_split
+from app.train.augment import N_PARTNERS, Augmentation, Boxes, Sample, takes
 
 STRIDE = 32  # px of the input to a px of the network's smallest map
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
@@ -143,6 +146,27 @@ class UnreadableImage(UserError):
         super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
+class Memory:
+    """Shared memory of a loader process for the images of its batches, used again and again.
+
+    Fresh pages cost more time than a sample's bytes in them. A process has `PREFETCH_BATCHES` batches under way at most:
+    torch asks it for another one when it hands one out (torch/utils/data/dataloader.py _process_data, 2.10). By then the
+    thread that pins memory has copied that one, so this is right for loaders that pin, and for no others.
+    """
+
+    def __init__(self) -> None:
+        self.slots: deque[torch.Tensor] = deque()
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A uint8 tensor in the slot that was taken longest ago; the first batch of a process is a whole one."""
+        if len(self.slots) < PREFETCH_BATCHES:
+            slot = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        else:
+            slot = self.slots.popleft()
+        self.slots.append(slot)
+        return slot[: shape[0]]
+
+
 class CocoDataset(YOLODataset):
     """YOLODataset whose labels come from the checked view and whose train samples are functions of their tickets.
 
@@ -150,12 +174,15 @@ class CocoDataset(YOLODataset):
     (ultralytics/data/utils.py check_image); its samples depend on what the loader process did before (8.4.190).
     """
 
+    colours_later = False  # a batch gets `colours` uint8 [N,3,256] (app/train/augment.py) in place of new colours
+
     def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
         """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
         self.provenance, self.split, self.seed = provenance, split, seed
         self.stream_of: tuple[int, int, int] | None = None  # epoch, worker, number of workers
-        self.recent: dict[int, None] = {}
-        self.partners: list[int] = []
+        self.recent: deque[int] = deque()
+        self.boxes: Boxes | None = None
+        self.memory: Memory | None = None
         train = split == "train"
         in_ram = kwargs.pop("cache", None) == "ram"
         super().__init__(
@@ -184,31 +211,66 @@ class CocoDataset(YOLODataset):
             for image in self.images
         ]  # fmt: skip
 
-    @staticmethod
-    def collate_fn(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch as YOLODataset's own gives it. A loader process writes the images into shared memory at once.
+    def build_transforms(self, hyp: Any) -> Any:
+        """For training an Augmentation, where it does all that `hyp` asks for, else Ultralytics' own transforms."""
+        if not self.augment or not takes(hyp):
+            return super().build_transforms(hyp)
+        self.boxes = self.boxes or Boxes(self.labels)
+        return Augmentation(cast(int, self.imgsz), hyp, self.boxes, self._pixels, self.colours_later)
 
-        Ultralytics' own stacks them elsewhere first, and they are copied once more when the batch is sent (8.4.190).
-        """
-        images = default_collate([sample.pop("img") for sample in batch])
-        return {"img": images, **YOLODataset.collate_fn(batch)}
+    def __getitems__(self, keys: list[Any]) -> Any:
+        """What `collate_fn` makes a batch of: for tickets where an Augmentation makes the samples, the batch itself."""
+        if not isinstance(keys[0], Ticket) or not isinstance(self.transforms, Augmentation):
+            return [self[key] for key in keys]
+        shape = len(keys), 3, self.imgsz, self.imgsz
+        images = self.memory.take(shape) if self.memory else torch.empty(shape, dtype=torch.uint8)
+        samples = [self._sample(ticket, image) for ticket, image in zip(keys, images.numpy(), strict=True)]
+        counts = [len(sample.classes) for sample in samples]
+        batch = {
+            "img": images,
+            "im_file": [self.im_files[sample.image] for sample in samples],
+            "cls": torch.from_numpy(np.concatenate([sample.classes for sample in samples])),
+            "bboxes": torch.from_numpy(np.concatenate([sample.boxes for sample in samples])),
+            "batch_idx": torch.from_numpy(np.repeat(np.arange(len(keys), dtype=np.float32), counts)),
+        }
+        colours = [sample.colours for sample in samples if sample.colours is not None]
+        return {**batch, "colours": torch.from_numpy(np.stack(colours))} if colours else batch
+
+    @staticmethod
+    def collate_fn(batch: Any) -> dict[str, Any]:
+        """A batch, from what `__getitems__` gives."""
+        return batch if isinstance(batch, dict) else YOLODataset.collate_fn(batch)
 
     def __getitem__(self, key: int | Ticket) -> dict[str, Any]:
         """Sample of a ticket (training) or of an image number (validation)."""
         if not isinstance(key, Ticket):
             return super().__getitem__(key)
+        image, window = self._seed(key)
+        self.buffer = self.stream.take(window, mode="wrap").tolist()
+        return super().__getitem__(image)
+
+    def _sample(self, ticket: Ticket, out: np.ndarray) -> Sample:
+        image, window = self._seed(ticket)
+
+        def partners() -> list[int]:
+            if self.cache == "ram":
+                return [random.randint(0, self.ni - 1) for _ in range(N_PARTNERS)]
+            return [int(self.stream[place % len(self.stream)]) for place in random.choices(window, k=N_PARTNERS)]
+
+        return self.transforms(image, partners, out)
+
+    def _seed(self, ticket: Ticket) -> tuple[int, range]:
+        """The image of a ticket, and the places in the stream of what mosaic may put beside it; sets all seeds."""
         info = get_worker_info()
-        batch, in_batch = divmod(key.position, self.batch_size)
+        batch, in_batch = divmod(ticket.position, self.batch_size)
         n_workers = info.num_workers if info else 1
-        self._choose_stream(key.epoch, batch % n_workers, n_workers)
+        self._choose_stream(ticket.epoch, batch % n_workers, n_workers)
         at = batch // n_workers * self.batch_size + in_batch  # place in the stream
         n_partners = max(min(self.n_recent, len(self.stream)) - 1, 1)
-        self.partners = self.stream.take(range(at - n_partners, at), mode="wrap").tolist()
-        self.buffer = self.partners.copy()
-        state = np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
-        random.seed(int(state))
+        state = int(np.random.SeedSequence([self.seed, *ticket]).generate_state(1)[0])
+        random.seed(state)
         np.random.seed(state)
-        return super().__getitem__(int(self.stream[at % len(self.stream)]))
+        return int(self.stream[at % len(self.stream)]), range(at - n_partners, at)
 
     def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> None:
         """Sets `stream`, the images that a loader process reads in an epoch, in order: batches go round the workers.
@@ -231,17 +293,19 @@ class CocoDataset(YOLODataset):
         The last `n_recent` decoded images of training are kept for mosaic.
         """
         images, sizes, new_sizes = cast(tuple[list[Any], ...], (self.ims, self.im_hw0, self.im_hw))
-        is_kept = images[i] is not None
-        image = (images[i], sizes[i], new_sizes[i]) if is_kept else self._read(i)
+        kept = images[i]
+        if kept is not None:
+            return kept, sizes[i], new_sizes[i]
+        image = self._read(i)
         if self.augment and self.cache != "ram":
             images[i], sizes[i], new_sizes[i] = image
-            self.recent.pop(i, None)
-            self.recent[i] = None
+            self.recent.append(i)
             if len(self.recent) > self.n_recent:
-                oldest = next(iter(self.recent))
-                del self.recent[oldest]
-                images[oldest] = None
+                images[self.recent.popleft()] = None
         return image
+
+    def _pixels(self, i: int) -> np.ndarray:
+        return self.load_image(i)[0]
 
     def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
         """Decodes and scales an image.
@@ -283,7 +347,7 @@ def train_loader(
         timeout=WAIT_S if workers else 0,
         pin_memory=pin_memory,
         collate_fn=dataset.collate_fn,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, pins=pin_memory and torch.cuda.is_available()),
     )
     # DataLoader has none beside a batch sampler; Ultralytics' trainer asks for it (_build_train_pipeline, 8.4.190).
     object.__setattr__(loader, "batch_size", batch_size)
@@ -297,8 +361,15 @@ def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
     return loader
 
 
-def _init_worker(worker: int) -> None:
-    """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here."""
+def _init_worker(worker: int, pins: bool = False) -> None:
+    """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here.
+
+    Args:
+        pins: the loader copies every batch into pinned memory.
+    """
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    info = get_worker_info()
+    if info and pins:
+        info.dataset.memory = Memory()

@@ -135,11 +135,11 @@ class Augmentation:
         half, most = self.imgsz / 2, 2 * self.imgsz - self.imgsz / 2
         centre_y, centre_x = int(random.uniform(half, most)), int(random.uniform(half, most))
         patches = []
-        for quarter, (number, pixels) in enumerate([(image, pixels), *others]):
-            height, width = pixels.shape[:2]
+        for quarter, (number, part) in enumerate([(image, pixels), *others]):
+            height, width = part.shape[:2]
             left = centre_x if quarter % 2 else centre_x - width
             top = centre_y if quarter // 2 else centre_y - height
-            patches.append(Patch(number, pixels, left, top))
+            patches.append(Patch(number, part, left, top))
         return patches, self.canvas
 
     def _paste(self, patches: list[Patch], canvas: np.ndarray, visible: tuple[slice, slice]) -> None:

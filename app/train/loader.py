@@ -11,15 +11,15 @@ import random
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
@@ -28,36 +28,12 @@ from app.coco.images import place, read_image
 from app.core.config import UserError
 from app.data.view import read_split
 from app.train.augment import N_PARTNERS, Augmentation, Boxes, Sample, takes
+from app.train.batches import BEGINNING, STRIDE, WHOLE, EpochBatches, Part, Place, Ticket, epoch_order
 
-STRIDE = 32  # px of the input to a px of the network's smallest map
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
+COLOURS = "colours"  # entry of a batch whose images have their old colours: Sample.colours, uint8 [N,3,256]
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
-
-
-class Ticket(NamedTuple):
-    """What to read: `position` counts the images of an epoch in its shuffled order."""
-
-    epoch: int
-    position: int
-
-
-class Place(NamedTuple):
-    """A batch of an epoch, both counted from 0."""
-
-    epoch: int
-    batch: int
-
-
-class Part(NamedTuple):
-    """The share of one of n ranks: of a batch of b images those from b * rank // n to b * (rank + 1) // n."""
-
-    rank: int
-    n: int
-
-
-BEGINNING = Place(0, 0)
-WHOLE = Part(0, 1)
 
 
 def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:
@@ -68,74 +44,6 @@ def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:
     names = dict(enumerate(classes))
     lists = {split: str(folder / f"{split}.txt") for split in SPLITS}
     return {"path": folder, **lists, "names": names, "nc": len(names), "channels": 3}
-
-
-class EpochBatches(Sampler[list[Ticket]]):
-    """Tickets of batch after batch, epoch after epoch; a pass of `iter` gives what is left of an epoch.
-
-    Args:
-        n_images: of the dataset.
-        batch_size: of a batch, over all ranks.
-        part: of each batch.
-        start: where the first pass begins.
-
-    Raises:
-        UserError: a rank would get nothing of an epoch's last batch.
-    """
-
-    def __init__(self, n_images: int, batch_size: int, part: Part = WHOLE, start: Place = BEGINNING) -> None:
-        self.n_images, self.batch_size, self.part = n_images, batch_size, part
-        self.n_last = n_images % batch_size or batch_size
-        if self.n_last < part.n:
-            raise UserError(
-                f"train.batch={batch_size} leaves {self.n_last} of {n_images} images for the last batch of an epoch, "
-                f"fewer than {part.n} processes: choose another train.batch, or fewer devices"
-            )
-        self.start(*start)
-
-    def check_batchnorm(self, imgsz: int) -> None:
-        """BatchNorm needs two values a channel, and its smallest map has one value for every `STRIDE` px of an image.
-
-        Raises:
-            UserError: a rank would get one value a channel in an epoch's last batch.
-        """
-        n_smallest = self.n_last // self.part.n
-        if n_smallest * (imgsz // STRIDE) ** 2 < 2:
-            raise UserError(
-                f"train.imgsz={imgsz} with {n_smallest} image for a process in the last batch of an epoch "
-                f"({self.n_images} images, train.batch={self.batch_size}) leaves BatchNorm one value a channel: choose "
-                f"another train.batch or data.n_train, or train.imgsz={imgsz + STRIDE}"
-            )
-
-    def start(self, epoch: int, batch: int) -> None:
-        """The next pass begins at this batch of `epoch`, both counted from 0."""
-        self.epoch, self.batch = epoch, batch
-
-    def __len__(self) -> int:
-        return -(-self.n_images // self.batch_size)
-
-    @property
-    def n_own(self) -> int:
-        """Images of this rank's part of a full batch."""
-        rank, n = self.part
-        return self.batch_size * (rank + 1) // n - self.batch_size * rank // n
-
-    def __iter__(self) -> Iterator[list[Ticket]]:
-        epoch, first = self.epoch, self.batch
-        self.start(epoch + 1, 0)
-        return (self._tickets(epoch, batch) for batch in range(first, len(self)))
-
-    def _tickets(self, epoch: int, batch: int) -> list[Ticket]:
-        start = batch * self.batch_size
-        size = min(self.batch_size, self.n_images - start)
-        rank, n = self.part
-        own = range(start + size * rank // n, start + size * (rank + 1) // n)
-        return [Ticket(epoch, position) for position in own]
-
-
-def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of range(n_images) that an epoch reads its images in, int64 [n_images]."""
-    return np.random.default_rng([seed, epoch]).permutation(n_images)
 
 
 class UnreadableImage(UserError):
@@ -149,9 +57,9 @@ class UnreadableImage(UserError):
 class Memory:
     """Shared memory of a loader process for the images of its batches, used again and again.
 
-    Fresh pages cost more time than a sample's bytes in them. A process has `PREFETCH_BATCHES` batches under way at most:
-    torch asks it for another one when it hands one out (torch/utils/data/dataloader.py _process_data, 2.10). By then the
-    thread that pins memory has copied that one, so this is right for loaders that pin, and for no others.
+    Fresh pages cost more time than a sample's bytes in them. A process has `PREFETCH_BATCHES` batches under way at
+    most: torch asks it for another one when it hands one out (torch/utils/data/dataloader.py _process_data, 2.10). By
+    then the thread that pins memory has copied that one, so this is right for loaders that pin, and for no others.
     """
 
     def __init__(self) -> None:
@@ -174,13 +82,13 @@ class CocoDataset(YOLODataset):
     (ultralytics/data/utils.py check_image); its samples depend on what the loader process did before (8.4.190).
     """
 
-    colours_later = False  # a batch gets `colours` uint8 [N,3,256] (app/train/augment.py) in place of new colours
+    colours_later = False  # the images keep their colours, and a batch has the entry COLOURS
 
     def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
         """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
         self.provenance, self.split, self.seed = provenance, split, seed
         self.stream_of: tuple[int, int, int] | None = None  # epoch, worker, number of workers
-        self.recent: deque[int] = deque()
+        self.recent: dict[int, None] = {}  # decoded images, in order
         self.boxes: Boxes | None = None
         self.memory: Memory | None = None
         train = split == "train"
@@ -194,6 +102,7 @@ class CocoDataset(YOLODataset):
         if in_ram and self.check_cache_ram():  # BaseDataset's own would advise cache=disk, which writes beside images
             self.cache = "ram"
             self.cache_images()
+            self.recent.clear()
         del self.images  # `labels` has them
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
@@ -218,6 +127,13 @@ class CocoDataset(YOLODataset):
         self.boxes = self.boxes or Boxes(self.labels)
         return Augmentation(cast(int, self.imgsz), hyp, self.boxes, self._pixels, self.colours_later)
 
+    def view(self, hyp: Any, colours_later: bool = False) -> CocoDataset:
+        """A dataset that shares this one's images, with other augmentation."""
+        other = copy(self)
+        other.colours_later = colours_later
+        other.transforms = other.build_transforms(hyp)
+        return other
+
     def __getitems__(self, keys: list[Any]) -> Any:
         """What `collate_fn` makes a batch of: for tickets where an Augmentation makes the samples, the batch itself."""
         if not isinstance(keys[0], Ticket) or not isinstance(self.transforms, Augmentation):
@@ -234,7 +150,7 @@ class CocoDataset(YOLODataset):
             "batch_idx": torch.from_numpy(np.repeat(np.arange(len(keys), dtype=np.float32), counts)),
         }
         colours = [sample.colours for sample in samples if sample.colours is not None]
-        return {**batch, "colours": torch.from_numpy(np.stack(colours))} if colours else batch
+        return {**batch, COLOURS: torch.from_numpy(np.stack(colours))} if colours else batch
 
     @staticmethod
     def collate_fn(batch: Any) -> dict[str, Any]:
@@ -245,6 +161,9 @@ class CocoDataset(YOLODataset):
         """Sample of a ticket (training) or of an image number (validation)."""
         if not isinstance(key, Ticket):
             return super().__getitem__(key)
+        if isinstance(self.transforms, Augmentation):
+            batch = self.__getitems__([key])
+            return {**batch, "img": batch["img"][0], "im_file": batch["im_file"][0]}
         image, window = self._seed(key)
         self.buffer = self.stream.take(window, mode="wrap").tolist()
         return super().__getitem__(image)
@@ -264,25 +183,46 @@ class CocoDataset(YOLODataset):
         info = get_worker_info()
         batch, in_batch = divmod(ticket.position, self.batch_size)
         n_workers = info.num_workers if info else 1
-        self._choose_stream(ticket.epoch, batch % n_workers, n_workers)
+        is_new = self._choose_stream(ticket.epoch, batch % n_workers, n_workers)
         at = batch // n_workers * self.batch_size + in_batch  # place in the stream
         n_partners = max(min(self.n_recent, len(self.stream)) - 1, 1)
+        window = range(at - n_partners, at)
+        self._forget(window, is_new)
         state = int(np.random.SeedSequence([self.seed, *ticket]).generate_state(1)[0])
         random.seed(state)
         np.random.seed(state)
-        return int(self.stream[at % len(self.stream)]), range(at - n_partners, at)
+        return int(self.stream[at % len(self.stream)]), window
 
-    def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> None:
+    def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> bool:
         """Sets `stream`, the images that a loader process reads in an epoch, in order: batches go round the workers.
 
         Mosaic partners are taken from a worker's own stream: those images are decoded already. At the beginning of an
         epoch the window of partners wraps to the end of the stream.
+
+        Returns:
+            whether it is another stream than before.
         """
-        if self.stream_of != (epoch, worker, n_workers):
-            self.stream_of = (epoch, worker, n_workers)
-            order = epoch_order(self.ni, self.seed, epoch)
-            batches = np.arange(self.ni) // self.batch_size
-            self.stream = order[batches % n_workers == worker]
+        if self.stream_of == (epoch, worker, n_workers):
+            return False
+        self.stream_of = (epoch, worker, n_workers)
+        order = epoch_order(self.ni, self.seed, epoch)
+        batches = np.arange(self.ni) // self.batch_size
+        self.stream = order[batches % n_workers == worker]
+        return True
+
+    def _forget(self, window: range, is_new: bool) -> None:
+        """Lets go of decoded images that are not in the window, given as places in the stream: all of them in a new
+        stream, else the one that has just left it."""
+        gone: list[int] = []
+        if is_new:
+            kept = set(self.stream.take(window, mode="wrap").tolist())
+            gone = [image for image in self.recent if image not in kept]
+        elif len(self.stream) > len(window) + 1:
+            gone = [int(self.stream[(window.start - 1) % len(self.stream)])]
+        for image in gone:
+            if image in self.recent:
+                del self.recent[image]
+                cast(list[Any], self.ims)[image] = None
 
     def load_image(self, i: int, rect_mode: bool = True, resize_short: bool = False) -> Any:
         """An image with its long side scaled to imgsz, its own height and width, and those after the scaling.
@@ -290,7 +230,7 @@ class CocoDataset(YOLODataset):
         As BaseDataset.load_image (8.4.190) for these arguments, but the file is read as everywhere else. Ultralytics
         would prefer an .npy file beside the image, whatever is in it, and overwrite or delete it.
 
-        The last `n_recent` decoded images of training are kept for mosaic.
+        Decoded images of training are kept for mosaic, `n_recent` at most.
         """
         images, sizes, new_sizes = cast(tuple[list[Any], ...], (self.ims, self.im_hw0, self.im_hw))
         kept = images[i]
@@ -299,9 +239,11 @@ class CocoDataset(YOLODataset):
         image = self._read(i)
         if self.augment and self.cache != "ram":
             images[i], sizes[i], new_sizes[i] = image
-            self.recent.append(i)
+            self.recent[i] = None
             if len(self.recent) > self.n_recent:
-                images[self.recent.popleft()] = None
+                oldest = next(iter(self.recent))
+                del self.recent[oldest]
+                images[oldest] = None
         return image
 
     def _pixels(self, i: int) -> np.ndarray:
@@ -347,7 +289,7 @@ def train_loader(
         timeout=WAIT_S if workers else 0,
         pin_memory=pin_memory,
         collate_fn=dataset.collate_fn,
-        worker_init_fn=partial(_init_worker, pins=pin_memory and torch.cuda.is_available()),
+        worker_init_fn=partial(start_worker, pins=pin_memory and torch.cuda.is_available()),
     )
     # DataLoader has none beside a batch sampler; Ultralytics' trainer asks for it (_build_train_pipeline, 8.4.190).
     object.__setattr__(loader, "batch_size", batch_size)
@@ -357,11 +299,11 @@ def train_loader(
 def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
     """Gives a loader of Ultralytics' making, before it is first used, what train_loader has: no endless wait."""
     if loader.num_workers:
-        loader.timeout, loader.worker_init_fn = WAIT_S, _init_worker
+        loader.timeout, loader.worker_init_fn = WAIT_S, start_worker
     return loader
 
 
-def _init_worker(worker: int, pins: bool = False) -> None:
+def start_worker(worker: int, pins: bool = False) -> None:
     """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here.
 
     Args:

@@ -101,7 +101,7 @@ class Loop:
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
         n_own = trainer.train_loader.batch_sampler.sampler.n_own
-        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train)
+        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train, trainer.palette)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or state_from_fp16(self.state, self.config)
         if first:

@@ -34,6 +34,7 @@ from app.train.trainer import recipe_args
 
 log = logging.getLogger(__name__)
 STOCK, OURS, ON_GPU = "Ultralytics", "ours", "ours, colours on the GPU"
+N_TIMED = 40  # batches of a turn, at most
 N_WARM_UPS = MOSAIC_WINDOW + 1  # batches until the window of decoded images is full
 
 
@@ -89,14 +90,14 @@ def datasets(config: Config, run: RunRoot) -> dict[str, YOLODataset]:
 
 
 def measure(dataset: YOLODataset) -> Turn:
-    """An epoch, or as many of its batches as say something, in a loader process of its own.
+    """Some batches of an epoch in a loader process of its own.
 
     Warm-up batches are read before the process is forked: it begins with their decoded images.
     """
     batches = list(EpochBatches(dataset.ni, dataset.batch_size))
     own = isinstance(dataset, CocoDataset)
-    keys = batches if own else [[ticket.position for ticket in batch] for batch in batches]
-    warm_ups, timed = keys[:N_WARM_UPS], keys[N_WARM_UPS:] or keys
+    keys: list[list[Any]] = [list(batch) if own else [ticket.position for ticket in batch] for batch in batches]
+    warm_ups, timed = keys[:N_WARM_UPS], keys[N_WARM_UPS : N_WARM_UPS + N_TIMED] or keys
     for batch in warm_ups:
         for key in batch:
             dataset[key]

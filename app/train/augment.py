@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -194,7 +194,7 @@ class Augmentation:
         moved = self.affine.apply_bboxes(corners, params["M"]).clip(0, self.imgsz)
         scaled = corners * np.float32(params["scale"])
         kept = self.affine.box_candidates(scaled.T, moved.T, area_thr=SMALLEST_AREA)
-        return classes[kept], xyxy2xywh(moved[kept])
+        return classes[kept], cast(np.ndarray, xyxy2xywh(moved[kept]))
 
 
 def takes(hyp: Any) -> bool:

@@ -79,7 +79,7 @@ def recolour(
 
 
 @triton.jit
-def _recolour(images, colours, hsv_of, rgb_of, out, n_pixels, BLOCK: tl.constexpr):
+def _recolour(images, colours, hsv_of, rgb_of, out, n_pixels, BLOCK: tl.constexpr):  # noqa: PLR0913 - a kernel
     image = tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = pixel < n_pixels

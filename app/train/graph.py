@@ -177,7 +177,7 @@ class StepGraph:
             images, *colours = (batch[name].to(self.device, non_blocking=True) for name in names)
         current.wait_stream(self.copies)
         if colours:
-            recolour(images, *colours, cast(Palette, self.palette), out=passes.images)
+            recolour(images, colours[0], cast(Palette, self.palette), passes.images)
         else:
             passes.images.copy_(images)
         for part in (images, *colours):

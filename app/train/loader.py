@@ -19,7 +19,7 @@ from typing import Any, cast
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
@@ -138,7 +138,7 @@ class CocoDataset(YOLODataset):
         """What `collate_fn` makes a batch of: for tickets where an Augmentation makes the samples, the batch itself."""
         if not isinstance(keys[0], Ticket) or not isinstance(self.transforms, Augmentation):
             return [self[key] for key in keys]
-        shape = len(keys), 3, self.imgsz, self.imgsz
+        shape = (len(keys), 3, *[cast(int, self.imgsz)] * 2)
         images = self.memory.take(shape) if self.memory else torch.empty(shape, dtype=torch.uint8)
         samples = [self._sample(ticket, image) for ticket, image in zip(keys, images.numpy(), strict=True)]
         counts = [len(sample.classes) for sample in samples]
@@ -154,8 +154,14 @@ class CocoDataset(YOLODataset):
 
     @staticmethod
     def collate_fn(batch: Any) -> dict[str, Any]:
-        """A batch, from what `__getitems__` gives."""
-        return batch if isinstance(batch, dict) else YOLODataset.collate_fn(batch)
+        """A batch, from what `__getitems__` gives. A loader process writes the images into shared memory at once.
+
+        Ultralytics' own stacks them elsewhere first, and they are copied once more when the batch is sent (8.4.190).
+        """
+        if isinstance(batch, dict):
+            return batch
+        images = default_collate([sample.pop("img") for sample in batch])
+        return {"img": images, **YOLODataset.collate_fn(batch)}
 
     def __getitem__(self, key: int | Ticket) -> dict[str, Any]:
         """Sample of a ticket (training) or of an image number (validation)."""
@@ -176,7 +182,7 @@ class CocoDataset(YOLODataset):
                 return [random.randint(0, self.ni - 1) for _ in range(N_PARTNERS)]
             return [int(self.stream[place % len(self.stream)]) for place in random.choices(window, k=N_PARTNERS)]
 
-        return self.transforms(image, partners, out)
+        return cast(Augmentation, self.transforms)(image, partners, out)
 
     def _seed(self, ticket: Ticket) -> tuple[int, range]:
         """The image of a ticket, and the places in the stream of what mosaic may put beside it; sets all seeds."""
@@ -314,4 +320,4 @@ def start_worker(worker: int, pins: bool = False) -> None:
     torch.set_num_threads(1)
     info = get_worker_info()
     if info and pins:
-        info.dataset.memory = Memory()
+        cast(CocoDataset, info.dataset).memory = Memory()

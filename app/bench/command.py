@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # --help answers without it
     from app.core.run import RunRoot
 
-BENCHES = ("step", "train", "epoch", "agreement", "eval", "profile", "stability", "soak", "rehearsal")
+BENCHES = ("step", "train", "epoch", "loader", "agreement", "eval", "profile", "stability", "soak", "rehearsal")
 
 
 def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
     stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
     stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
-    stage.add_argument("--rounds", type=int, help="step, train, eval: turns of every arm (default: 7, 2, 3)")
+    stage.add_argument("--rounds", type=int, help="step, train, loader, eval: turns of every arm (default: 7, 2, 5, 3)")
     stage.add_argument("--steps", type=int, help="step: steps of a turn (default: 5); agreement: of a training (300)")
     stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
@@ -51,6 +51,10 @@ def run(args: argparse.Namespace, run: RunRoot) -> None:
             from app.bench.epoch import bench_epoch
 
             bench_epoch(run, args.conf, sets)
+        case "loader":
+            from app.bench.loader import bench_loader
+
+            bench_loader(run, args.conf, sets, args.rounds or 5)
         case "agreement":
             from app.bench.agreement import VARIANTS, bench_agreement
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from app.core.config import Config, Train
-from app.train.loader import CocoDataset, Place, train_loader
+from app.train.batches import Place
+from app.train.loader import CocoDataset, train_loader
 
 BN_EPOCH = 2**31 - 1  # never trained: the tickets of these batches
 
@@ -48,8 +49,7 @@ class BnImages:
         """Batches first..end-1 of BN_EPOCH."""
         if first == end:
             return []
-        view = copy(self.dataset)  # shares the images; transforms of its own
-        view.transforms = view.build_transforms(copy(self.hyp))
+        view = self.dataset.view(copy(self.hyp))
         if not mosaic:
             view.close_mosaic(copy(self.hyp))
         loader = train_loader(view, self.hyp.workers, pin_memory=False, start=Place(BN_EPOCH, first))

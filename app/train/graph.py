@@ -17,6 +17,8 @@ from torch.func import functional_call
 
 from app.core.config import Train
 from app.train.assign_kernels import COLUMNS
+from app.train.colours import Palette, recolour
+from app.train.loader import COLOURS
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
 from app.train.step import criterion_of_part
@@ -124,10 +126,11 @@ class StepGraph:
         n_images: of this rank's part of a full batch.
         amp: whether the forward runs under FP16 autocast.
         train: section of the configuration; a graph takes train.graph, train.kernels and a GPU.
+        palette: for batches whose images get their colours here.
     """
 
-    def __init__(self, state: State, n_images: int, amp: bool, train: Train) -> None:
-        self.state, self.n_images, self.amp = state, n_images, amp
+    def __init__(self, state: State, n_images: int, amp: bool, train: Train, palette: Palette | None = None) -> None:
+        self.state, self.n_images, self.amp, self.palette = state, n_images, amp, palette
         self.device = next(state.net.parameters()).device
         self.enabled = train.graph and train.kernels and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -170,10 +173,15 @@ class StepGraph:
         """
         passes, criterion, current = self.passes, self.state.net.criterion, torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.copies):
-            images = batch["img"].to(self.device, non_blocking=True)
+            names = [name for name in ("img", COLOURS) if name in batch]
+            images, *colours = (batch[name].to(self.device, non_blocking=True) for name in names)
         current.wait_stream(self.copies)
-        passes.images.copy_(images)
-        images.record_stream(current)
+        if colours:
+            recolour(images, colours[0], cast(Palette, self.palette), passes.images)
+        else:
+            passes.images.copy_(images)
+        for part in (images, *colours):
+            part.record_stream(current)
         # From memory that is not pinned a copy may wait for the GPU.
         pad_rows(label_rows(batch).pin_memory(), passes.rows, self.n_images)
         passes.head_weights[0].fill_(criterion.o2m)

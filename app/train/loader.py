@@ -10,14 +10,16 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+from collections import deque
+from copy import copy
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import Sampler, default_collate, get_worker_info
+from torch.utils.data import default_collate, get_worker_info
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
@@ -25,36 +27,13 @@ from app.coco.dataset import SPLITS
 from app.coco.images import place, read_image
 from app.core.config import UserError
 from app.data.view import read_split
+from app.train.augment import N_PARTNERS, Augmentation, Boxes, Sample, takes
+from app.train.batches import BEGINNING, STRIDE, WHOLE, EpochBatches, Part, Place, Ticket, epoch_order
 
-STRIDE = 32  # px of the input to a px of the network's smallest map
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
+COLOURS = "colours"  # entry of a batch whose images have their old colours: Sample.colours, uint8 [N,3,256]
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
-
-
-class Ticket(NamedTuple):
-    """What to read: `position` counts the images of an epoch in its shuffled order."""
-
-    epoch: int
-    position: int
-
-
-class Place(NamedTuple):
-    """A batch of an epoch, both counted from 0."""
-
-    epoch: int
-    batch: int
-
-
-class Part(NamedTuple):
-    """The share of one of n ranks: of a batch of b images those from b * rank // n to b * (rank + 1) // n."""
-
-    rank: int
-    n: int
-
-
-BEGINNING = Place(0, 0)
-WHOLE = Part(0, 1)
 
 
 def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:
@@ -67,80 +46,33 @@ def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:
     return {"path": folder, **lists, "names": names, "nc": len(names), "channels": 3}
 
 
-class EpochBatches(Sampler[list[Ticket]]):
-    """Tickets of batch after batch, epoch after epoch; a pass of `iter` gives what is left of an epoch.
-
-    Args:
-        n_images: of the dataset.
-        batch_size: of a batch, over all ranks.
-        part: of each batch.
-        start: where the first pass begins.
-
-    Raises:
-        UserError: a rank would get nothing of an epoch's last batch.
-    """
-
-    def __init__(self, n_images: int, batch_size: int, part: Part = WHOLE, start: Place = BEGINNING) -> None:
-        self.n_images, self.batch_size, self.part = n_images, batch_size, part
-        self.n_last = n_images % batch_size or batch_size
-        if self.n_last < part.n:
-            raise UserError(
-                f"train.batch={batch_size} leaves {self.n_last} of {n_images} images for the last batch of an epoch, "
-                f"fewer than {part.n} processes: choose another train.batch, or fewer devices"
-            )
-        self.start(*start)
-
-    def check_batchnorm(self, imgsz: int) -> None:
-        """BatchNorm needs two values a channel, and its smallest map has one value for every `STRIDE` px of an image.
-
-        Raises:
-            UserError: a rank would get one value a channel in an epoch's last batch.
-        """
-        n_smallest = self.n_last // self.part.n
-        if n_smallest * (imgsz // STRIDE) ** 2 < 2:
-            raise UserError(
-                f"train.imgsz={imgsz} with {n_smallest} image for a process in the last batch of an epoch "
-                f"({self.n_images} images, train.batch={self.batch_size}) leaves BatchNorm one value a channel: choose "
-                f"another train.batch or data.n_train, or train.imgsz={imgsz + STRIDE}"
-            )
-
-    def start(self, epoch: int, batch: int) -> None:
-        """The next pass begins at this batch of `epoch`, both counted from 0."""
-        self.epoch, self.batch = epoch, batch
-
-    def __len__(self) -> int:
-        return -(-self.n_images // self.batch_size)
-
-    @property
-    def n_own(self) -> int:
-        """Images of this rank's part of a full batch."""
-        rank, n = self.part
-        return self.batch_size * (rank + 1) // n - self.batch_size * rank // n
-
-    def __iter__(self) -> Iterator[list[Ticket]]:
-        epoch, first = self.epoch, self.batch
-        self.start(epoch + 1, 0)
-        return (self._tickets(epoch, batch) for batch in range(first, len(self)))
-
-    def _tickets(self, epoch: int, batch: int) -> list[Ticket]:
-        start = batch * self.batch_size
-        size = min(self.batch_size, self.n_images - start)
-        rank, n = self.part
-        own = range(start + size * rank // n, start + size * (rank + 1) // n)
-        return [Ticket(epoch, position) for position in own]
-
-
-def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of range(n_images) that an epoch reads its images in, int64 [n_images]."""
-    return np.random.default_rng([seed, epoch]).permutation(n_images)
-
-
 class UnreadableImage(UserError):
     """An image that a loader process cannot read. Torch makes the error anew with a traceback for its text."""
 
     def __init__(self, text: str) -> None:
         line = text.strip().rpartition("\n")[2]
         super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class Memory:
+    """Shared memory of a loader process for the images of its batches, used again and again.
+
+    Fresh pages cost more time than a sample's bytes in them. A process has `PREFETCH_BATCHES` batches under way at
+    most: torch asks it for another one when it hands one out (torch/utils/data/dataloader.py _process_data, 2.10). By
+    then the thread that pins memory has copied that one, so this is right for loaders that pin, and for no others.
+    """
+
+    def __init__(self) -> None:
+        self.slots: deque[torch.Tensor] = deque()
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """A uint8 tensor in the slot that was taken longest ago; the first batch of a process is a whole one."""
+        if len(self.slots) < PREFETCH_BATCHES:
+            slot = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        else:
+            slot = self.slots.popleft()
+        self.slots.append(slot)
+        return slot[: shape[0]]
 
 
 class CocoDataset(YOLODataset):
@@ -150,12 +82,15 @@ class CocoDataset(YOLODataset):
     (ultralytics/data/utils.py check_image); its samples depend on what the loader process did before (8.4.190).
     """
 
+    colours_later = False  # the images keep their colours, and a batch has the entry COLOURS
+
     def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
         """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
         self.provenance, self.split, self.seed = provenance, split, seed
         self.stream_of: tuple[int, int, int] | None = None  # epoch, worker, number of workers
-        self.recent: dict[int, None] = {}
-        self.partners: list[int] = []
+        self.recent: dict[int, None] = {}  # decoded images, in order
+        self.boxes: Boxes | None = None
+        self.memory: Memory | None = None
         train = split == "train"
         in_ram = kwargs.pop("cache", None) == "ram"
         super().__init__(
@@ -167,6 +102,7 @@ class CocoDataset(YOLODataset):
         if in_ram and self.check_cache_ram():  # BaseDataset's own would advise cache=disk, which writes beside images
             self.cache = "ram"
             self.cache_images()
+            self.recent.clear()
         del self.images  # `labels` has them
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
@@ -184,12 +120,46 @@ class CocoDataset(YOLODataset):
             for image in self.images
         ]  # fmt: skip
 
+    def build_transforms(self, hyp: Any) -> Any:
+        """For training an Augmentation, where it does all that `hyp` asks for, else Ultralytics' own transforms."""
+        if not self.augment or not takes(hyp):
+            return super().build_transforms(hyp)
+        self.boxes = self.boxes or Boxes(self.labels)
+        return Augmentation(cast(int, self.imgsz), hyp, self.boxes, self._pixels, self.colours_later)
+
+    def view(self, hyp: Any, colours_later: bool = False) -> CocoDataset:
+        """A dataset that shares this one's images, with other augmentation."""
+        other = copy(self)
+        other.colours_later = colours_later
+        other.transforms = other.build_transforms(hyp)
+        return other
+
+    def __getitems__(self, keys: list[Any]) -> Any:
+        """What `collate_fn` makes a batch of: for tickets where an Augmentation makes the samples, the batch itself."""
+        if not isinstance(keys[0], Ticket) or not isinstance(self.transforms, Augmentation):
+            return [self[key] for key in keys]
+        shape = (len(keys), 3, *[cast(int, self.imgsz)] * 2)
+        images = self.memory.take(shape) if self.memory else torch.empty(shape, dtype=torch.uint8)
+        samples = [self._sample(ticket, image) for ticket, image in zip(keys, images.numpy(), strict=True)]
+        counts = [len(sample.classes) for sample in samples]
+        batch = {
+            "img": images,
+            "im_file": [self.im_files[sample.image] for sample in samples],
+            "cls": torch.from_numpy(np.concatenate([sample.classes for sample in samples])),
+            "bboxes": torch.from_numpy(np.concatenate([sample.boxes for sample in samples])),
+            "batch_idx": torch.from_numpy(np.repeat(np.arange(len(keys), dtype=np.float32), counts)),
+        }
+        colours = [sample.colours for sample in samples if sample.colours is not None]
+        return {**batch, COLOURS: torch.from_numpy(np.stack(colours))} if colours else batch
+
     @staticmethod
-    def collate_fn(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch as YOLODataset's own gives it. A loader process writes the images into shared memory at once.
+    def collate_fn(batch: Any) -> dict[str, Any]:
+        """A batch, from what `__getitems__` gives. A loader process writes the images into shared memory at once.
 
         Ultralytics' own stacks them elsewhere first, and they are copied once more when the batch is sent (8.4.190).
         """
+        if isinstance(batch, dict):
+            return batch
         images = default_collate([sample.pop("img") for sample in batch])
         return {"img": images, **YOLODataset.collate_fn(batch)}
 
@@ -197,30 +167,68 @@ class CocoDataset(YOLODataset):
         """Sample of a ticket (training) or of an image number (validation)."""
         if not isinstance(key, Ticket):
             return super().__getitem__(key)
+        if isinstance(self.transforms, Augmentation):
+            batch = self.__getitems__([key])
+            return {**batch, "img": batch["img"][0], "im_file": batch["im_file"][0]}
+        image, window = self._seed(key)
+        self.buffer = self.stream.take(window, mode="wrap").tolist()
+        return super().__getitem__(image)
+
+    def _sample(self, ticket: Ticket, out: np.ndarray) -> Sample:
+        image, window = self._seed(ticket)
+
+        def partners() -> list[int]:
+            if self.cache == "ram":
+                return [random.randint(0, self.ni - 1) for _ in range(N_PARTNERS)]
+            return [int(self.stream[place % len(self.stream)]) for place in random.choices(window, k=N_PARTNERS)]
+
+        return cast(Augmentation, self.transforms)(image, partners, out)
+
+    def _seed(self, ticket: Ticket) -> tuple[int, range]:
+        """The image of a ticket, and the places in the stream of what mosaic may put beside it; sets all seeds."""
         info = get_worker_info()
-        batch, in_batch = divmod(key.position, self.batch_size)
+        batch, in_batch = divmod(ticket.position, self.batch_size)
         n_workers = info.num_workers if info else 1
-        self._choose_stream(key.epoch, batch % n_workers, n_workers)
+        is_new = self._choose_stream(ticket.epoch, batch % n_workers, n_workers)
         at = batch // n_workers * self.batch_size + in_batch  # place in the stream
         n_partners = max(min(self.n_recent, len(self.stream)) - 1, 1)
-        self.partners = self.stream.take(range(at - n_partners, at), mode="wrap").tolist()
-        self.buffer = self.partners.copy()
-        state = np.random.SeedSequence([self.seed, *key]).generate_state(1)[0]
-        random.seed(int(state))
+        window = range(at - n_partners, at)
+        self._forget(window, is_new)
+        state = int(np.random.SeedSequence([self.seed, *ticket]).generate_state(1)[0])
+        random.seed(state)
         np.random.seed(state)
-        return super().__getitem__(int(self.stream[at % len(self.stream)]))
+        return int(self.stream[at % len(self.stream)]), window
 
-    def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> None:
+    def _choose_stream(self, epoch: int, worker: int, n_workers: int) -> bool:
         """Sets `stream`, the images that a loader process reads in an epoch, in order: batches go round the workers.
 
         Mosaic partners are taken from a worker's own stream: those images are decoded already. At the beginning of an
         epoch the window of partners wraps to the end of the stream.
+
+        Returns:
+            whether it is another stream than before.
         """
-        if self.stream_of != (epoch, worker, n_workers):
-            self.stream_of = (epoch, worker, n_workers)
-            order = epoch_order(self.ni, self.seed, epoch)
-            batches = np.arange(self.ni) // self.batch_size
-            self.stream = order[batches % n_workers == worker]
+        if self.stream_of == (epoch, worker, n_workers):
+            return False
+        self.stream_of = (epoch, worker, n_workers)
+        order = epoch_order(self.ni, self.seed, epoch)
+        batches = np.arange(self.ni) // self.batch_size
+        self.stream = order[batches % n_workers == worker]
+        return True
+
+    def _forget(self, window: range, is_new: bool) -> None:
+        """Lets go of decoded images that are not in the window, given as places in the stream: all of them in a new
+        stream, else the one that has just left it."""
+        gone: list[int] = []
+        if is_new:
+            kept = set(self.stream.take(window, mode="wrap").tolist())
+            gone = [image for image in self.recent if image not in kept]
+        elif len(self.stream) > len(window) + 1:
+            gone = [int(self.stream[(window.start - 1) % len(self.stream)])]
+        for image in gone:
+            if image in self.recent:
+                del self.recent[image]
+                cast(list[Any], self.ims)[image] = None
 
     def load_image(self, i: int, rect_mode: bool = True, resize_short: bool = False) -> Any:
         """An image with its long side scaled to imgsz, its own height and width, and those after the scaling.
@@ -228,20 +236,24 @@ class CocoDataset(YOLODataset):
         As BaseDataset.load_image (8.4.190) for these arguments, but the file is read as everywhere else. Ultralytics
         would prefer an .npy file beside the image, whatever is in it, and overwrite or delete it.
 
-        The last `n_recent` decoded images of training are kept for mosaic.
+        Decoded images of training are kept for mosaic, `n_recent` at most.
         """
         images, sizes, new_sizes = cast(tuple[list[Any], ...], (self.ims, self.im_hw0, self.im_hw))
-        is_kept = images[i] is not None
-        image = (images[i], sizes[i], new_sizes[i]) if is_kept else self._read(i)
+        kept = images[i]
+        if kept is not None:
+            return kept, sizes[i], new_sizes[i]
+        image = self._read(i)
         if self.augment and self.cache != "ram":
             images[i], sizes[i], new_sizes[i] = image
-            self.recent.pop(i, None)
             self.recent[i] = None
             if len(self.recent) > self.n_recent:
                 oldest = next(iter(self.recent))
                 del self.recent[oldest]
                 images[oldest] = None
         return image
+
+    def _pixels(self, i: int) -> np.ndarray:
+        return self.load_image(i)[0]
 
     def _read(self, i: int) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
         """Decodes and scales an image.
@@ -283,7 +295,7 @@ def train_loader(
         timeout=WAIT_S if workers else 0,
         pin_memory=pin_memory,
         collate_fn=dataset.collate_fn,
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(start_worker, pins=pin_memory and torch.cuda.is_available()),
     )
     # DataLoader has none beside a batch sampler; Ultralytics' trainer asks for it (_build_train_pipeline, 8.4.190).
     object.__setattr__(loader, "batch_size", batch_size)
@@ -293,12 +305,19 @@ def train_loader(
 def limit_wait(loader: InfiniteDataLoader) -> InfiniteDataLoader:
     """Gives a loader of Ultralytics' making, before it is first used, what train_loader has: no endless wait."""
     if loader.num_workers:
-        loader.timeout, loader.worker_init_fn = WAIT_S, _init_worker
+        loader.timeout, loader.worker_init_fn = WAIT_S, start_worker
     return loader
 
 
-def _init_worker(worker: int) -> None:
-    """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here."""
+def start_worker(worker: int, pins: bool = False) -> None:
+    """Signals are the trainer's business: Ctrl-C and torchrun's reach its whole process group, which is left here.
+
+    Args:
+        pins: the loader copies every batch into pinned memory.
+    """
     os.setpgrp()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    info = get_worker_info()
+    if info and pins:
+        cast(CocoDataset, info.dataset).memory = Memory()

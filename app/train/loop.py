@@ -53,7 +53,7 @@ class Loop:
     bn_images: BnImages
     graph: StepGraph
     full_accumulate: int
-    scored_model: nn.Module
+    scored_model: Any = None  # that of the last validation
 
     def __init__(self, trainer: Trainer, after: After | None = None) -> None:
         self.trainer, self.config, self.ranks = trainer, trainer.config, trainer.ranks
@@ -101,7 +101,7 @@ class Loop:
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
         n_own = trainer.train_loader.batch_sampler.sampler.n_own
-        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train)
+        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train, trainer.palette)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or state_from_fp16(self.state, self.config)
         if first:
@@ -140,7 +140,7 @@ class Loop:
             trainer.read_from(epoch, state.batch_in_epoch)
             self.restarts_loader = False
         if epoch == self.config.n_quant_warmup_epochs:
-            state.codes_before = torch.zeros(0, dtype=torch.int8)  # codes of other bits do not compare
+            state.codes_before, self.scored_model = torch.zeros(0, dtype=torch.int8), None  # those are of other bits
         for stabiliser in state.stabilisers:
             stabiliser.start_epoch(epoch)
         trainer._model_train()
@@ -232,7 +232,7 @@ class Loop:
             columns of results.csv.
         """
         state = self.state
-        scores = score_states(state, self._score, self._reestimate)
+        scores = score_states(state, self._score, self._reestimate, self.scored_model)
         self.scored_model, state.scored = scores.model, cpu_state_dict(scores.model)
         columns, fitness = scores.columns, scores.columns[SCORED_AP]
         if state.epoch < self.config.n_quant_warmup_epochs:

@@ -89,12 +89,21 @@ class State(Progress):
         return terms.sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; those of the model and of its EMA are FP32 copies on the CPU."""
+        """Tensors and plain values; those of the model and of its EMA are FP32 copies on the CPU.
+
+        What the scored weights have in common with the EMA, after a validation all but BatchNorm's statistics, is the
+        same tensor: a file holds it once.
+        """
         progress = {name: vars(self)[name] for name in _progress_names()}
+        ema = cpu_state_dict(self.ema.ema)
+        scored = {}
+        for name, weights in self.scored.items():
+            scored[name] = ema[name] if name in ema and torch.equal(ema[name], weights) else weights
         return {
             **progress,
+            "scored": scored,
             "model": cpu_state_dict(self.net),
-            "ema": cpu_state_dict(self.ema.ema),
+            "ema": ema,
             "ema_updates": self.ema.updates,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

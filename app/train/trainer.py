@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any, cast
 
 import torch
@@ -25,8 +25,10 @@ from app.quant.model import build
 from app.quant.norm import install, is_installed
 from app.quant.options import exempt_scales_from_decay
 from app.quant.start import read_start
+from app.train.batches import Part, Place
 from app.train.bn_images import ema_decay
-from app.train.loader import CocoDataset, Part, Place, dataset_of, limit_wait, train_loader
+from app.train.colours import Palette, palette, recolour
+from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
 from app.train.step import criterion_of_part, fuse
 from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
@@ -68,11 +70,14 @@ class Trainer(DetectionTrainer):
         # Deterministic mode also fills every new tensor with NaN, to show reads of unwritten memory; at 640 px that is
         # a second pass of writes over all activations.
         cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
+        self.palette: Palette | None = None  # set where the GPU gives the images their colours
         self.held_out: Any = None  # the weights that the validator scores
         self.epoch = 0  # the validator compares it with the last one, where it would draw plots
 
     def set_up(self) -> None:
         """Builds network, EMA, loaders, optimizer, scaler and validator."""
+        if self.device.type == "cuda" and self.config.train.kernels:
+            self.palette = palette(self.config.train.imgsz, self.device)
         self._setup_train()
         if self.ranks.n > 1:
             self.ranks.share(self.model)
@@ -128,10 +133,19 @@ class Trainer(DetectionTrainer):
         return limit_wait(loader)
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CocoDataset:
-        return CocoDataset(
+        dataset = CocoDataset(
             mode, self.data, self.provenance, self.args.seed,
             imgsz=self.args.imgsz, batch_size=batch, hyp=self.args, cache=self.args.cache or None,
         )  # fmt: skip
+        return dataset.view(copy(self.args), colours_later=True) if mode == "train" and self.palette else dataset
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch on the device, images float32 0..1, whose colours are new where a loader process has left them."""
+        colours = batch.pop(COLOURS, None)
+        if colours is not None:
+            images, colours = (part.to(self.device, non_blocking=True) for part in (batch["img"], colours))
+            batch["img"] = recolour(images, colours, cast(Palette, self.palette))
+        return super().preprocess_batch(batch)
 
     def build_optimizer(self, model: Any, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Ultralytics' optimizer and groups; fused on a GPU."""

@@ -25,7 +25,8 @@ from app.eval.evaluate import evaluate
 from app.export.export import export
 from app.quant.model import load_checkpoint
 from app.report.report import report
-from app.train.loader import EpochBatches, Part, UnreadableImage
+from app.train.batches import EpochBatches, Part
+from app.train.loader import UnreadableImage
 from app.train.loop import Loop
 from app.train.ptq import bn_images, ptq
 from app.train.train import train

@@ -23,7 +23,7 @@ from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.core.run import RunRoot
 from app.quant.model import load_checkpoint, load_scored
-from app.train.loader import EpochBatches, Part
+from app.train.batches import EpochBatches, Part
 from app.train.processes import Ranks
 from app.train.train import device_of, train
 from app.train.trainer import Trainer

@@ -15,7 +15,8 @@ import torch
 from ultralytics.nn.tasks import DetectionModel
 
 from app.quant.model import load_checkpoint
-from app.train.loader import Part, train_loader
+from app.train.batches import Part
+from app.train.loader import train_loader
 from app.train.ptq import bn_images
 from app.train.train import train
 from tests.support.scripted import (

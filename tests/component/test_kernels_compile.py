@@ -19,6 +19,7 @@ from ultralytics.utils.loss import E2ELoss
 from app.quant.kernels import Layout, Spec, gradient, quantize
 from app.quant.norm import Place, norm_act
 from app.quant.upsample import double
+from app.train.colours import Palette, recolour
 from app.train.loss import HeadLoss
 from app.train.match import match, targets_of
 from app.train.processes import ALONE
@@ -30,7 +31,7 @@ TYPES = {
     torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 NHWC = torch.channels_last
-N_KERNELS = 16  # of norm, upsample, loss, assign, match and quant, at least
+N_KERNELS = 17  # of norm, upsample, loss, assign, match, quant and colours, at least
 
 
 def test_every_kernel_compiles_for_the_gpu_of_the_image(tmp_path: Path) -> None:
@@ -107,6 +108,12 @@ def matching() -> None:
         match(torch.rand(4, 300, 6), targets, torch.linspace(0.5, 0.95, 10), 0.001)
 
 
+def colours() -> None:
+    table = torch.zeros(4, dtype=torch.int32)
+    images, tables = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, 256, dtype=torch.uint8)
+    recolour(images, tables, Palette(table, table))
+
+
 if __name__ == "__main__":
     from triton.runtime.jit import JITFunction
 
@@ -121,5 +128,6 @@ if __name__ == "__main__":
         losses()
         quantizers()
         matching()
+        colours()
     sys.stdout.write(f"{len(compiled)}\n")
     sys.stderr.write(" ".join(sorted(compiled)))

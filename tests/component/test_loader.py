@@ -52,12 +52,12 @@ def test_a_loader_process_that_fails_is_a_line(
     runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augment: bool, end: Any, said: str
 ) -> None:
     config, run = settle(runs_dir, tmp_path.name, "fp16", SETTINGS)
-    get_item, get_dataloader = CocoDataset.__getitem__, Trainer.get_dataloader
+    get_items, get_dataloader = CocoDataset.__getitems__, Trainer.get_dataloader
 
-    def fail(self: CocoDataset, key: Any) -> Any:
+    def fail(self: CocoDataset, keys: list[Any]) -> Any:
         if get_worker_info() and self.augment == augment:
             end()
-        return get_item(self, key)
+        return get_items(self, keys)
 
     def with_a_process(self: Trainer, path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         self.args.workers = 1  # Ultralytics takes them away on a CPU
@@ -66,7 +66,7 @@ def test_a_loader_process_that_fails_is_a_line(
                 patch.setattr("app.train.loader.WAIT_S", WAIT_S)
             return get_dataloader(self, path, batch_size, rank, mode)
 
-    monkeypatch.setattr(CocoDataset, "__getitem__", fail)
+    monkeypatch.setattr(CocoDataset, "__getitems__", fail)
     monkeypatch.setattr(Trainer, "get_dataloader", with_a_process)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", END_S)
     with pytest.raises(UserError) as error:

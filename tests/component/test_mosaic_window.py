@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from app.train import loader
-from app.train.loader import CocoDataset, Ticket
+from app.train.batches import Ticket
+from app.train.loader import CocoDataset
 from app.train.ptq import bn_images
 from tests.support.settle import settle
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,26 @@ def test_reestimated_batchnorm_is_what_is_scored(trained: dict[str, Path]) -> No
     name = "model.0.bn.running_mean"
     assert not torch.equal(checkpoint["scored"][name], checkpoint["ema"][name])
     assert torch.equal(checkpoint["scored"]["model.0.conv.weight"], checkpoint["ema"]["model.0.conv.weight"])
+
+
+def test_a_checkpoint_holds_weights_that_scored_and_averaged_state_share_once(trained: dict[str, Path]) -> None:
+    checkpoint = load_checkpoint(trained["qat"] / "weights" / "last.pt")
+    shared = {
+        name for name, value in checkpoint["scored"].items() if value.data_ptr() == checkpoint["ema"][name].data_ptr()
+    }
+    assert "model.0.conv.weight" in shared
+    assert "model.0.bn.running_mean" not in shared
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_scored_copy_is_made_anew_for_other_bits_alone(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three validations, two of them in the warm-up."""
+    copied: list[Any] = []
+    monkeypatch.setattr("app.train.validation.deepcopy", lambda model: copied.append(model) or deepcopy(model))
+    config, run = settle(runs_dir, "copies", "qat", {**SETTINGS, "quant.warmup_share": 0.67})
+    train(config, run, force=False)
+    assert len(rows(run.variant_dir(config.label))) == 3
+    assert len(copied) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "other"])

@@ -42,6 +42,7 @@ LOW = "hyp.lrf=0.01"
 ARMS: dict[str, list[str]] = {
     BASE: [],
     "w4a16": [],
+    "w4a16-full": ["quant.scheme=w4a16-full"],
     "w4a16-mixed": ["quant.scheme=w4a16-mixed"],
     "w4a16-mixed-dw": ["quant.scheme=w4a16-mixed-dw"],
     "earlier recipe": [EARLIER, "quant.averaged_scales=false"],

@@ -205,7 +205,9 @@ def check_codes(
             f"the model has {dict(layers_by_bits)}"
         )
     if full != wanted_full:
-        raise RuntimeError(f"{name_of(path)}: layers of full range by bits {dict(+full)}; the model has {dict(wanted_full)}")
+        raise RuntimeError(
+            f"{name_of(path)}: layers of full range by bits {dict(+full)}; the model has {dict(wanted_full)}"
+        )
     facts: dict[str, Any] = {"layers": _as_texts(layers), "max_codes_per_channel": max_codes}
     return facts | ({"full_range": _as_texts(+full)} if wanted_full else {})
 

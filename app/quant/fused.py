@@ -14,9 +14,9 @@ Backward, with g the gradient of q and the straight-through estimator for the ro
     grad       = g * scale / scale, plus sign(w) * scale_grad / -lowest where |w| is the absmax: at the first such
                  element of a channel (torch.max over a dim), in equal shares if the scale is per tensor (torch.max over
                  all)
-A clipped weight gets its gradient too, as Brevitas' TensorClampSte gives it. max(absmax, 1e-10) passes the gradient on in both cases, as Brevitas' clamp does. A channel of zeros gives zeros. A
-channel with an infinite or NaN weight gives NaN, as in Brevitas, so the loss shows it at once. For trained scales see
-app/quant/learned.py.
+A clipped weight gets its gradient too, as Brevitas' TensorClampSte gives it. max(absmax, 1e-10) passes the gradient on
+in both cases, as Brevitas' clamp does. A channel of zeros gives zeros. A channel with an infinite or NaN weight gives
+NaN, as in Brevitas, so the loss shows it at once. For trained scales see app/quant/learned.py.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ LONG_ROW = 65536  # elements; longer rows, which only per-tensor scales have, ar
 
 _MIN_ABSMAX: Any = tl.constexpr(MIN_ABSMAX)
 # Adding and then subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, halves to even, by IEEE
-# arithmetic alone. |weight / scale| is at most -lowest code * (1 + 2**-22), which is below 2**22 and rounds to the lowest
-# code at least. It is above the largest code only where the range is full.
+# arithmetic alone. |weight / scale| is at most -lowest code * (1 + 2**-22), which is below 2**22 and rounds to the
+# lowest code at least. It is above the largest code only where the range is full.
 _ROUND: Any = tl.constexpr(12582912.0)
 _NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
 # Typed as Any, because pyright infers that a function never returns if it calls tl.load.
@@ -34,8 +34,8 @@ Kind = Literal["abs-max", "lsq", "decoupled"]
 class Spec:
     """What a layer's quantizer computes: codes lowest..largest with one scale per output channel or per tensor.
 
-    The abs-max of an "abs-max" scale is -lowest steps. `kind` says where the scale comes from: the abs-max of the weights, or a trained parameter as app/quant/learned.py
-    describes for "lsq" and "decoupled".
+    `kind` says where the scale comes from: the abs-max of the weights, which is -lowest steps, or a trained parameter as
+    app/quant/learned.py describes for "lsq" and "decoupled".
     """
 
     largest: int
@@ -54,8 +54,8 @@ class Layout:
 
     `table` int32 [n_rows, 7] describes the rows: first element in the flat buffer; number of elements; n_inner and
     stride, which turn the position k in memory into the logical one, k % n_inner * stride + k // n_inner; largest code;
-    1 if the scale is per tensor; lowest code. `largest` float32 [n_rows] is the largest code of each row; `rows_per_weight` the
-    number of rows of each weight.
+    1 if the scale is per tensor; lowest code. `largest` float32 [n_rows] is the largest code of each row;
+    `rows_per_weight` the number of rows of each weight.
     """
 
     def __init__(self, weights: list[torch.Tensor], specs: list[Spec]) -> None:
@@ -156,7 +156,10 @@ def gradient(
 
 @jit
 def load_row(table, row):
-    """One row of Layout.table: start, length, n_inner, stride, largest code, per_tensor, lowest code (codes as floats)."""
+    """One row of Layout.table: start, length, n_inner, stride, largest code, per_tensor, lowest code.
+
+    The codes are floats.
+    """
     start = tl.load(table + row * 7)
     length = tl.load(table + row * 7 + 1)
     n_inner = tl.load(table + row * 7 + 2)

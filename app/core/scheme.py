@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from app.core.errors import UserError, describe
 from app.core.files import write_text
-from app.core.labels import SCORES_ENDING, Label
+from app.core.labels import DISTILLED, SCORES_ENDING, Label
 from app.core.mounts import in_container, only_seen
 from app.core.yaml_files import load_yaml, merge
 
@@ -83,10 +83,15 @@ def _name(name: str) -> str:
     """Checks a label, which becomes part of the names of folders and files."""
     labels = [Label(method, name) for method in ("qat", "ptq")]
     is_read_back = all(Label.parse(str(label)) == label for label in labels)
-    if not NAME.fullmatch(name) or len(name) > MAX_NAME or not is_read_back or name.endswith(SCORES_ENDING):
+    if (
+        not NAME.fullmatch(name)
+        or len(name) > MAX_NAME
+        or not is_read_back
+        or name.endswith((SCORES_ENDING, DISTILLED))
+    ):
         raise ValueError(
             f"the file's name '{name[:MAX_NAME]}' is the label of the scheme: use at most {MAX_NAME} letters, digits, "
-            f"'.', '_' and '-', none of the endings -bn, -int4, -end2end and {SCORES_ENDING}"
+            f"'.', '_' and '-', none of the endings -bn, -int4, -end2end, {DISTILLED} and {SCORES_ENDING}"
         )
     return name
 

@@ -152,6 +152,7 @@ def _spec(name: str, layer: FastQuantConv2d) -> Spec:
             raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
     quant = cast(Any, layer.weight_quant).tensor_quant
     kind: Kind
+    int_quant: Any
     if isinstance(quant, DecoupledRescalingIntQuant):
         kind, int_quant = "decoupled", quant.decoupled_int_quant
         scale_shape = _decoupled_shape(quant)

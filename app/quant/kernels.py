@@ -34,8 +34,8 @@ Kind = Literal["abs-max", "lsq", "decoupled"]
 class Spec:
     """What a layer's quantizer computes: codes lowest..largest with one scale per output channel or per tensor.
 
-    `kind` says where the scale comes from: the abs-max of the weights, which is -lowest steps, or a trained parameter as
-    app/quant/learned.py describes for "lsq" and "decoupled".
+    `kind` says where the scale comes from: the abs-max of the weights, which is -lowest steps, or a trained parameter
+    as app/quant/learned.py describes for "lsq" and "decoupled".
     """
 
     largest: int

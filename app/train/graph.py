@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from app.core.config import Train
 from app.train.assign_kernels import COLUMNS
+from app.train.distill import Teacher
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
 from app.train.step import criterion_of_part
@@ -58,10 +59,11 @@ class Passes:
         state: of the training.
         shape: of a batch of images, [N,3,S,S].
         amp: whether the forward runs under FP16 autocast.
+        teacher: whose distillation is added to the loss; None without any.
     """
 
-    def __init__(self, state: State, shape: torch.Size, amp: bool) -> None:
-        self.net, self.amp = state.net, amp
+    def __init__(self, state: State, shape: torch.Size, amp: bool, teacher: Teacher | None = None) -> None:
+        self.net, self.amp, self.teacher = state.net, amp, teacher
         self.loss = HeadLoss(criterion_of_part(self.net, state.ranks), state.ranks)
         trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         device = next(iter(trained.values())).device
@@ -90,6 +92,8 @@ class Passes:
         with torch.autocast("cuda", torch.float16, enabled=self.amp, cache_enabled=False):
             preds = functional_call(self.net, self.half, (self.inputs,)) if self.half else self.net(self.inputs)
             loss, items = self.loss(preds, self.rows, self.head_weights)
+            if self.teacher:
+                loss = loss + self.teacher.loss(self.inputs, preds, self.head_weights)
         sources = [*self.half.values(), *self.others]
         grads = torch.autograd.grad(loss * self.scale, sources, allow_unused=True)
         return items, [*_as_float(list(grads[: len(self.half)])), *grads[len(self.half) :]]
@@ -124,10 +128,11 @@ class StepGraph:
         n_images: of this rank's part of a full batch.
         amp: whether the forward runs under FP16 autocast.
         train: section of the configuration; a graph takes train.graph, train.kernels and a GPU.
+        teacher: as for Passes.
     """
 
-    def __init__(self, state: State, n_images: int, amp: bool, train: Train) -> None:
-        self.state, self.n_images, self.amp = state, n_images, amp
+    def __init__(self, state: State, n_images: int, amp: bool, train: Train, teacher: Teacher | None = None) -> None:
+        self.state, self.n_images, self.amp, self.teacher = state, n_images, amp, teacher
         self.device = next(state.net.parameters()).device
         self.enabled = train.graph and train.kernels and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -194,7 +199,7 @@ class StepGraph:
         buffers = list(self.state.net.buffers())
         kept = [buffer.clone() for buffer in buffers]
         try:
-            self.passes = Passes(self.state, batch["img"].shape, self.amp)
+            self.passes = Passes(self.state, batch["img"].shape, self.amp, self.teacher)
             self._fill(batch)
             self._warm_up()
             self._record()

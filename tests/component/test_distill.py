@@ -19,12 +19,11 @@ from app.core.differences import config_hash
 from app.core.files import read_json, sha256
 from app.core.run import RunRoot
 from app.quant.model import load_checkpoint, load_scored
-from app.report.findings import doubts_of_trainings
 from app.report.evidence import Training
-from app.train.done import is_finished, make_ready
+from app.report.findings import doubts_of_trainings
 from app.train.distill import Teacher, divergences, read_teacher
+from app.train.done import is_finished, make_ready
 from app.train.graph import Passes
-from app.train.loop import Loop
 from app.train.processes import ALONE
 from app.train.train import train
 from tests.support.recorder import Recorder
@@ -37,6 +36,7 @@ SETTINGS = {
 }  # fmt: skip
 WITH = {**SETTINGS, "quant.distill": 1.0}
 LABEL = "qat-w4a16-distilled"
+HEADS = ("one2many", "one2one")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,23 +89,21 @@ def test_the_divergence_by_hand() -> None:
 
 
 class Fixed(torch.nn.Module):
-    """A network with the teacher's outputs, whatever the image is."""
+    """A network with these outputs, whatever the image is."""
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
         super().__init__()
+        self.outputs = outputs
         self.model = torch.nn.ModuleList([torch.nn.Identity()])
 
     def forward(self, images: torch.Tensor) -> Any:
-        return {head: {name: part.repeat(len(images), 1, 1) for name, part in TEACHER.items()} for head in HEADS}
-
-
-HEADS = ("one2many", "one2one")
+        return {head: {name: part.repeat(len(images), 1, 1) for name, part in self.outputs.items()} for head in HEADS}
 
 
 def test_heads_are_weighted_as_in_the_detection_loss_and_the_gradient_is_that_of_the_student_alone() -> None:
     """For two images: each head gives the divergence over the sum of best scores times 2; half of it, 0.7 + 0.2."""
     given = {head: {name: part.repeat(2, 1, 1).requires_grad_() for name, part in STUDENT.items()} for head in HEADS}
-    teacher = Teacher(Fixed(), 0.5, ALONE)
+    teacher = Teacher(Fixed(TEACHER), 0.5, ALONE)
     loss = teacher.loss(torch.zeros(2, 3, 8, 8), given, torch.tensor([0.7, 0.2]))
     mean = (OF_CLASSES + BEST * OF_SIDES) / BEST
     assert loss.item() == pytest.approx(0.5 * (0.7 + 0.2) * mean * 2, rel=1e-5)
@@ -113,6 +111,28 @@ def test_heads_are_weighted_as_in_the_detection_loss_and_the_gradient_is_that_of
     # d KL / d logit is q - p = 0.5 - 0.8, over the sum of best scores of both images, times 2 images.
     gradient: Any = given["one2one"]["scores"].grad
     assert gradient[0, 0, 0].item() == pytest.approx(0.5 * 0.2 * (0.5 - 0.8) / (2 * BEST) * 2, rel=1e-5)
+
+
+class OfTwo:
+    """One of two ranks: what the other has to add is known."""
+
+    def __init__(self, other_best: float) -> None:
+        self.other = torch.tensor([other_best, 1.0])
+
+    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums + self.other
+
+
+def test_the_losses_of_two_ranks_add_up_to_that_of_the_whole_batch() -> None:
+    """The second image has the student's and the teacher's places changed: its best scores are 0.5 + 0.5."""
+    weights, image = torch.tensor([0.7, 0.2]), torch.zeros(1, 3, 8, 8)
+    first, second = (dict.fromkeys(HEADS, outputs) for outputs in (STUDENT, TEACHER))
+    parts = []
+    for given, wanted, other_best in ((first, TEACHER, 1.0), (second, STUDENT, BEST)):
+        ranks: Any = OfTwo(other_best)
+        parts.append(Teacher(Fixed(wanted), 1.0, ranks).loss(image, given, weights))
+    sums = [divergences(TEACHER, STUDENT)[0], divergences(STUDENT, TEACHER)[0]]
+    assert sum(parts).item() == pytest.approx(0.9 * 2 * sum(sums).item() / (BEST + 1.0), rel=1e-5)
 
 
 # --- a training ------------------------------------------------------------------------------------------------------
@@ -273,8 +293,3 @@ def test_the_arm_learns_from_fp16_of_its_own_seed(tmp_path: Path) -> None:
     assert "w4a16-full" in ARMS
     with pytest.raises(UserError, match="it is distilled from the weights of fp16, name that arm too"):
         check_arms([arm])
-
-
-def test_a_fault_is_looked_for_with_the_distillation(fp16: RunRoot, runs_dir: Path) -> None:
-    """The loop's forward, which find_cause gets, has the teacher's loss."""
-    assert "self.forward" in Loop._roll_back.__code__.co_names or "forward" in Loop._roll_back.__code__.co_names

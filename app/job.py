@@ -78,6 +78,6 @@ def after_training(job: Job, command: str) -> list[str]:
         return []
     n_epochs = epochs_left(job.config, job.run) if "fp16" in command else 0
     n_files = 0
-    for label in (FP16, Label("qat", quant.scheme.name), *ptq_labels(quant)):
+    for label in (FP16, Label.parse(job.config.label), *ptq_labels(quant)):
         n_files += len(labels_of_files(label, job.config.export, has_packed_bits=True))
     return ["--then", str(n_epochs), str(n_files)]

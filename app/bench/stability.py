@@ -24,14 +24,17 @@ from app.bench.stability_table import show
 from app.bench.train import train_command, visible_gpus
 from app.core.config import Config, UserError, load
 from app.core.curves import save_png
+from app.core.labels import FP16
 from app.core.results import AP_FREQUENT
 from app.core.run import RunRoot
 from app.data.prepare import prepare
+from app.train.done import teacher_path
 from app.train.interrupt import Interrupt
 
 log = logging.getLogger(__name__)
 WARM, EARLIER = "quant.warmup_share=0.67", "quant.scheme=w4a16-decoupled"
 BRANCH = "float warm-up"
+DISTILLED = ", distilled"  # end of the names of the arms that learn from fp16 of the same seed
 IN_FLOAT = "quant.warmup_bits=float"
 FLOAT = [WARM, IN_FLOAT]
 LOW = "hyp.lrf=0.01"
@@ -42,6 +45,7 @@ LOW = "hyp.lrf=0.01"
 ARMS: dict[str, list[str]] = {
     BASE: [],
     "w4a16": [],
+    "w4a16-full": ["quant.scheme=w4a16-full"],
     "w4a16-mixed": ["quant.scheme=w4a16-mixed"],
     "w4a16-mixed-dw": ["quant.scheme=w4a16-mixed-dw"],
     "earlier recipe": [EARLIER, "quant.averaged_scales=false"],
@@ -59,6 +63,7 @@ ARMS: dict[str, list[str]] = {
     f"{BRANCH}, correction": [*FLOAT, "quant.correction_epochs=1"],
     f"{BRANCH} for a third": ["quant.warmup_share=0.3334", IN_FLOAT],
     f"{BRANCH} for a half": ["quant.warmup_share=0.5", IN_FLOAT],
+    f"w4a16{DISTILLED}": ["quant.distill=1.0"],
     f"{BASE}{LOW_RATE}": [LOW],
     f"w4a16{LOW_RATE}": [LOW],
     f"w4a16-mixed-dw{LOW_RATE}": [LOW, "quant.scheme=w4a16-mixed-dw"],
@@ -109,8 +114,10 @@ class Training:
 
     @property
     def can_start(self) -> bool:
-        """Whether the checkpoint that it begins with is there."""
-        return self.config.warmup_from is None or self.config.warmup_from.exists()
+        """Whether the checkpoint that it begins with is there, or its teacher has been trained."""
+        teacher = teacher_path(self.config, self.root.root)
+        needed = teacher.parents[1] / "done.json" if teacher else self.config.warmup_from
+        return needed is None or needed.exists()
 
 
 @dataclass(frozen=True)
@@ -172,13 +179,14 @@ def of_recipe(common: dict[str, Any]) -> str:
 
 
 def check_arms(arms: list[str]) -> None:
-    """Raises UserError for an unknown arm, and for one that begins with weights of BASE where BASE is not named."""
+    """Raises UserError for an unknown arm, and for one that needs the weights of BASE where BASE is not named."""
     for arm in arms:
         if arm not in ARMS:
             raise UserError(f"--arms {arm}: choose among {', '.join(ARMS)}")
     for arm in arms:
-        if branches(arm) and BASE not in arms:
-            raise UserError(f"--arms {arm}: it begins with the weights of {BASE}, name that arm too")
+        if (branches(arm) or arm.endswith(DISTILLED)) and BASE not in arms:
+            verb = "begins with" if branches(arm) else "is distilled from"
+            raise UserError(f"--arms {arm}: it {verb} the weights of {BASE}, name that arm too")
 
 
 def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> Training:
@@ -192,6 +200,8 @@ def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: l
         n_warm = load("qat", overlays, own).n_quant_warmup_epochs
         kept = root_of(run, BASE, seed).variant_dir("fp16") / "weights" / f"epoch{n_warm}.pt"
         own.append(f"quant.warmup_from={kept}")
+    if arm.endswith(DISTILLED):
+        own.append(f"quant.teacher={root_of(run, BASE, seed).best(FP16)}")
     return Training(arm, seed, root_of(run, arm, seed), load(variant, overlays, own), own)
 
 
@@ -276,7 +286,7 @@ def explain_waiting(waiting: list[Training]) -> None:
         log.warning(
             "%s, seed %d, cannot begin without %s: %s of this seed failed, or ended before it was to keep that "
             "checkpoint and has to be made again without its folder",
-            it.arm, it.seed, it.config.warmup_from, BASE,
+            it.arm, it.seed, teacher_path(it.config, it.root.root) or it.config.warmup_from, BASE,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from app.core.run import RunRoot
 from app.quant.model import build
 from app.quant.norm import install
 from app.report.tables import MISSING, markdown_table
+from app.train.distill import Teacher
 from app.train.graph import StepGraph
 from app.train.processes import ALONE
 from app.train.state import State
@@ -85,10 +87,14 @@ class Stock:
 
 
 class Ours:
-    """The product's step; arguments as for Stock, and the number of images of a batch."""
+    """The product's step; arguments as for Stock, the number of images of a batch, and the network to learn from."""
 
-    def __init__(self, config: Config, model: Any, device: torch.device, n_images: int) -> None:
+    def __init__(
+        self, config: Config, model: Any, device: torch.device, n_images: int, twin: nn.Module | None = None
+    ) -> None:
         self.device = device
+        weight = config.quant.distill if config.quant else 0.0
+        self.teacher = Teacher(on_device(twin, device), weight, ALONE) if twin else None
         if device.type == "cuda" and config.train.kernels:
             install(model)
         on_device(model, device)
@@ -101,16 +107,21 @@ class Ours:
             scaler=GradScaler("cuda", enabled=amp), stabilisers=[], ranks=ALONE,
         )  # fmt: skip
         self.amp = amp
-        self.graph = StepGraph(self.state, n_images, amp, config.train)
+        self.graph = StepGraph(self.state, n_images, config.train, teacher=self.teacher)
 
     def step(self, batch: Batch) -> None:
         state = self.state
         if self.graph.run(batch) is None:
-            with autocast(self.amp, device=self.device.type):
-                loss = state.net(on_gpu(batch, self.device))[0].sum()
-            state.scaler.scale(loss).backward()
+            state.scaler.scale(self.loss(batch)).backward()
         clipped_step(state.optimizer, state.scaler, lambda norm: None)
         state.ema.update(state.net)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch as the loader gives it."""
+        if self.teacher:
+            return self.teacher.forward(partial(on_gpu, device=self.device), self.amp, self.state.net, batch)[0]
+        with autocast(self.amp, device=self.device.type):
+            return self.state.net(on_gpu(batch, self.device))[0].sum()
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -183,7 +194,9 @@ class Workbench:
         model = deepcopy(self.networks[config.variant])
         if name == BASE:
             return Stock(config, model, self.device)
-        return Ours(config, model, self.device, n_images)
+        is_distilled = config.quant is not None and config.quant.distill > 0
+        twin = deepcopy(self.networks["fp16"]) if is_distilled else None
+        return Ours(config, model, self.device, n_images, twin)
 
 
 ARMS = (BASE, "fp16", "qat")

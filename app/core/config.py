@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from app.core.errors import UserError, describe
-from app.core.labels import FP16, Label
+from app.core.labels import DISTILLED, FP16, Label
 from app.core.scheme import Scheme, find_scheme, with_kept_scheme
 from app.core.start import Start, check_path, find_start, path_or_none, with_known_start
 from app.core.yaml_files import merge, parse_yaml, read_yaml
@@ -128,6 +128,8 @@ class Quant(Section):
     freeze_momentum: float = Field(gt=0, le=1)
     correction_epochs: Literal[0, 1]
     correction_lr: float = Field(gt=0)
+    distill: float = Field(ge=0)
+    teacher: PathOrNone
 
     @model_validator(mode="after")
     def _only_a_float_warmup_is_fp16(self) -> Quant:
@@ -143,11 +145,17 @@ class Quant(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _only_a_distillation_has_a_teacher(self) -> Quant:
+        if self.teacher and not self.distill:
+            raise ValueError("teacher takes a distill above 0: it is the weight of the teacher's loss")
+        return self
+
     def without_options(self) -> Quant:
         """The scheme alone: plain Brevitas layers, and every option off that changes a training."""
         off: dict[str, Any] = {"fast_path": False, "learned_scale": False, "averaged_scales": True}
         off |= {"dampening": 0.0, "freeze_threshold": 0.0}
-        off |= {"warmup_share": 0.0, "warmup_from": None, "correction_epochs": 0}
+        off |= {"warmup_share": 0.0, "warmup_from": None, "correction_epochs": 0, "distill": 0.0, "teacher": None}
         return self.model_copy(update=off)
 
 
@@ -217,8 +225,10 @@ class Config(Section):
 
     @property
     def label(self) -> str:
-        """Name of the variant's folder in the run root: fp16 or qat-<scheme>."""
-        return str(Label("qat", self.quant.scheme.name) if self.quant else FP16)
+        """Name of the variant's folder in the run root: fp16, qat-<scheme> or qat-<scheme>-distilled."""
+        if self.quant is None:
+            return str(FP16)
+        return str(Label("qat", self.quant.scheme.name + (DISTILLED if self.quant.distill else "")))
 
     @property
     def model_name(self) -> str:

@@ -28,6 +28,7 @@ WITHOUT_EFFECT = {
     "train.graph": "A CUDA graph launches the kernels that would be launched one by one.",
     "train.kernels": "Its kernels compute what PyTorch's and Ultralytics' do, to within rounding.",
     "quant.fast_path": "Weights and gradients are bit-equal to those of plain Brevitas, by test.",
+    "quant.teacher": "teacher.json has the hash of the checkpoint, which decides, and not its place.",
     "guard": "It says when a training that goes wrong stops, not what is computed until then.",
     "export": "Only the export stage reads it, after training.",
     "eval": "Only the eval stage reads it, after training.",
@@ -97,4 +98,6 @@ def config_hash(config: Config) -> str:
         flat[WEIGHTS] = config.train.weights.sha256
     else:
         del flat[WEIGHTS]  # the hash of a training from random weights is that from before there was this key
+    if config.quant and not config.quant.distill:
+        del flat["quant.distill"]  # the same
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 FOREIGN = "foreign"  # method of a label in another format: the ONNX file of another project may have any label
+DISTILLED = "-distilled"  # ends the scheme in the label of a QAT training with quant.distill, which is another recipe
 SCORES_ENDING = "-coco"  # ends the names of folders that hold a metrics.json
 _ENDINGS = r"(?:-(?P<packing>{packing}))?(?:-(?P<contract>end2end))?"
 _FLOAT = re.compile(r"(?P<method>fp16)|(?P<file>baseline)" + _ENDINGS.format(packing="fp16"))

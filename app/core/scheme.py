@@ -1,6 +1,6 @@
 """Schemes: how many bits each layer gets, as an ordered list of rules in a YAML file; conf/schemes/ has the usual ones.
 
-The label of a scheme is its file's name. What a scheme computes is its content: patterns, bits and granularity.
+The label of a scheme is its file's name. What a scheme computes is its content: patterns, bits, granularity and range.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from app.core.errors import UserError, describe
 from app.core.files import write_text
-from app.core.labels import SCORES_ENDING, Label
+from app.core.labels import DISTILLED, SCORES_ENDING, Label
 from app.core.mounts import in_container, only_seen
 from app.core.shapes import model_at, value_at
 from app.core.yaml_files import load_yaml, merge
@@ -33,6 +33,7 @@ GRANULARITIES = {
     "tensor": "one scale for the whole layer, its abs-max over the largest code",
     "decoupled": "the earlier recipe, 4 bits alone: one trained scale for the whole layer, apart from the codes' step",
 }
+NARROW, FULL = "narrow", "full"  # range of the codes: -7..7 or -8..7 at 4 bits
 FORM = "a list of entries with pattern, bits, granularity and why, as conf/schemes/w4a16-mixed.yaml is"
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ def _bits(value: Any) -> Any:
 class Rule(BaseModel):
     """Layers whose name matches `pattern` (fnmatch) get `bits`, or stay in float; the first rule that matches wins.
 
-    `granularity` says how many scales a layer has, see GRANULARITIES; None for a layer in float.
+    `granularity` says how many scales a layer has, see GRANULARITIES; None for a layer in float. `range` is that of the
+    codes: narrow (-7..7 at 4 bits, the abs-max is 7 steps) or full (-8..7, the abs-max is 8 steps and, where it is
+    positive, clipped to 7), Brevitas' narrow_range.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +58,7 @@ class Rule(BaseModel):
     bits: Annotated[int | Literal["float"], BeforeValidator(_bits)]
     granularity: Literal["channel", "tensor", "decoupled"] | None = None
     why: str
+    range: Literal["narrow", "full"] = NARROW
 
     @model_validator(mode="after")
     def _has_a_granularity_with_bits(self) -> Rule:
@@ -63,21 +67,33 @@ class Rule(BaseModel):
             raise ValueError(f"bits {self.bits} {takes} granularity (channel or tensor)")
         if self.granularity == "decoupled" and self.bits != 4:
             raise ValueError("granularity decoupled is for 4 bits alone")
+        if self.range == FULL and (self.bits == FLOAT or self.granularity == "decoupled"):
+            raise ValueError("range full is for bits by channel or tensor")
         return self
 
     def __str__(self) -> str:
         bits = "in float" if self.bits == FLOAT else f"at {self.bits} bits by {self.granularity}"
-        return f"{self.pattern} {bits}"
+        return f"{self.pattern} {bits}{', full range' if self.range == FULL else ''}"
+
+    @property
+    def content(self) -> list[Any]:
+        """What the rule computes, for a hash; that of a narrow range is the one from before there were two."""
+        return [self.pattern, self.bits, self.granularity, *([FULL] if self.range == FULL else [])]
 
 
 def _name(name: str) -> str:
     """Checks a label, which becomes part of the names of folders and files."""
     labels = [Label(method, name) for method in ("qat", "ptq")]
     is_read_back = all(Label.parse(str(label)) == label for label in labels)
-    if not NAME.fullmatch(name) or len(name) > MAX_NAME or not is_read_back or name.endswith(SCORES_ENDING):
+    if (
+        not NAME.fullmatch(name)
+        or len(name) > MAX_NAME
+        or not is_read_back
+        or name.endswith((SCORES_ENDING, DISTILLED))
+    ):
         raise ValueError(
             f"the file's name '{name[:MAX_NAME]}' is the label of the scheme: use at most {MAX_NAME} letters, digits, "
-            f"'.', '_' and '-', none of the endings -bn, -int4, -end2end and {SCORES_ENDING}"
+            f"'.', '_' and '-', none of the endings -bn, -int4, -end2end, {DISTILLED} and {SCORES_ENDING}"
         )
     return name
 
@@ -95,7 +111,7 @@ class Scheme(BaseModel):
     @property
     def sha256(self) -> str:
         """Hash of what the rules compute; neither the file's place nor a reason is part of it."""
-        content = [[rule.pattern, rule.bits, rule.granularity] for rule in self.rules]
+        content = [rule.content for rule in self.rules]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
@@ -175,7 +191,7 @@ def _told(problem: Any, entries: list[dict[str, Any]]) -> str:
 
 def keep_scheme(scheme: Scheme, folder: Path) -> None:
     """Writes a copy of the scheme file into a variant's folder, from where it can be read again under its label."""
-    entries = [rule.model_dump(mode="json", exclude_none=True) for rule in scheme.rules]
+    entries = [rule.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for rule in scheme.rules]
     write_text(_copy(folder, scheme.name), yaml.safe_dump(entries, sort_keys=False, width=120))
 
 

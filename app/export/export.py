@@ -179,7 +179,7 @@ def check(part: Path, run: RunRoot, trained: Trained, label: Label) -> dict[str,
     """
     gates: dict[str, Any] = {"checker": check_file(part)}
     if label.is_quantized:
-        gates["codes"] = check_codes(part, trained.truth.layers_by_bits)
+        gates["codes"] = check_codes(part, trained.truth.layers_by_bits, trained.truth.full_by_bits)
     if label.packing == "fp16":
         gates["half"] = check_half(part)
     if label.packing == "int4":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,8 @@ TIMES_ROUNDING = {FLOAT32: 10, FLOAT16: 2**13}
 class Truth:
     """What torch computes: for `images` float32 [N,3,S,S] the raw output `raw` [N,4+nc,A].
 
-    `layers_by_bits` is the number of quantized layers by bits; `rounding` is how much rounding changes `raw`; `names`
+    `layers_by_bits` is the number of quantized layers by bits, `full_by_bits` that of those whose codes have the full
+    range, as -8..7; `rounding` is how much rounding changes `raw`; `names`
     are those of the nc classes.
     """
 
@@ -53,6 +54,7 @@ class Truth:
     layers_by_bits: dict[int, int]
     rounding: Tolerance
     names: Sequence[str] = tuple(NAMES)
+    full_by_bits: dict[int, int] = field(default_factory=dict)
 
     def allowed(self, precision: str) -> Tolerance:
         """Largest allowed difference of a file of this precision from `raw`."""
@@ -174,43 +176,60 @@ def off_end2end(output: np.ndarray, raw: np.ndarray, allowed: Tolerance, names: 
     return Off(float(box_px.max()), float(max(score.max(), rank_off.max())), where)
 
 
-def check_codes(path: Path, layers_by_bits: dict[int, int]) -> dict[str, Any]:
-    """Checks that codes are in their range, at most 2**bits - 1 different ones a channel, for every quantized layer.
+def check_codes(
+    path: Path, layers_by_bits: dict[int, int], full_by_bits: dict[int, int] | None = None
+) -> dict[str, Any]:
+    """Checks for every quantized layer that codes are in their range, and that a channel has no more than fit into it.
+
+    That are 2**bits - 1 different ones, and 2**bits in the full range, which only as many layers have as the model has.
 
     Returns:
-        layers: number by bits, e.g. {'4': 83}; max_codes_per_channel.
+        layers: number by bits, e.g. {'4': 83}; max_codes_per_channel; full_range: number by bits, if any.
 
     Raises:
         RuntimeError: a layer's codes are wrong, or a quantized layer is missing; names the layer.
     """
     model = onnx.load(path)
+    wanted_full = Counter(full_by_bits)
     layers: Counter[int] = Counter()
+    full: Counter[int] = Counter()
     max_codes = 0
     for weight in quant_weights(model):
-        max_codes = max(max_codes, codes_per_channel(path, weight))
+        max_codes = max(max_codes, codes_per_channel(path, weight, weight.bits in wanted_full))
         layers[weight.bits] += 1
+        full[weight.bits] += weight.is_full
     n_dequantize = len([node for node in model.graph.node if node.op_type == "DequantizeLinear"])
     if layers != layers_by_bits or n_dequantize != sum(layers_by_bits.values()):
         raise RuntimeError(
             f"{name_of(path)}: {n_dequantize} DequantizeLinear nodes, layers by bits {dict(layers)}; "
             f"the model has {dict(layers_by_bits)}"
         )
-    n_layers = {str(bits): count for bits, count in layers.items()}
-    return {"layers": n_layers, "max_codes_per_channel": max_codes}
+    if full != wanted_full:
+        raise RuntimeError(
+            f"{name_of(path)}: layers of full range by bits {dict(+full)}; the model has {dict(wanted_full)}"
+        )
+    facts: dict[str, Any] = {"layers": _as_texts(layers), "max_codes_per_channel": max_codes}
+    return facts | ({"full_range": _as_texts(+full)} if wanted_full else {})
 
 
-def codes_per_channel(path: Path, weight: QuantWeight) -> int:
+def _as_texts(by_bits: Counter[int]) -> dict[str, int]:
+    """The same numbers with keys as JSON has them."""
+    return {str(bits): count for bits, count in by_bits.items()}
+
+
+def codes_per_channel(path: Path, weight: QuantWeight, may_be_full: bool) -> int:
     """The largest number of different codes in a channel.
 
     Raises:
-        RuntimeError: a code is out of range, the range is not symmetric, or a channel has more codes than fit into it.
+        RuntimeError: a code is out of range, the range is neither symmetric nor, where it may be, full, or a channel
+            has more codes than fit into it.
     """
     name = weight.dequantize.name
-    is_symmetric = weight.low == -weight.high
-    if not is_symmetric or weight.codes.min() < weight.low or weight.codes.max() > weight.high:
+    is_known = weight.low == -weight.high or (may_be_full and weight.is_full)
+    if not is_known or weight.codes.min() < weight.low or weight.codes.max() > weight.high:
         raise RuntimeError(f"{name_of(path)}: {name} holds codes beyond {weight.low}..{weight.high}")
     distinct = max(len(np.unique(channel)) for channel in weight.codes)
-    if distinct > 2**weight.bits - 1:
+    if distinct > 2**weight.bits - (not weight.is_full):
         raise RuntimeError(f"{name_of(path)}: {name} has {distinct} codes in a channel")
     return distinct
 

@@ -18,6 +18,7 @@ from app.core.labels import PACKED_BITS
 
 INT4_OPSET, INT4_IR = 21, 10  # the first versions with the INT4 type
 DESCRIBED_RANGE = re.compile(r"codes (?P<low>-?[0-9]+)\.\.(?P<high>-?[0-9]+)")
+PACKED_RANGE = (-7, 7)  # of INT4 codes whose tensor describes no other
 FLOAT_INPUTS_OF_RESIZE = (1, 2)  # roi and scales are float32 for data of any type
 
 
@@ -38,8 +39,13 @@ class QuantWeight:
 
     @property
     def bits(self) -> int:
-        """Bits of a narrow symmetric range: 4 for -7..7."""
+        """Bits of a range: 4 for -7..7 and for -8..7."""
         return int(self.high + 1).bit_length()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the range has a code more below zero than above, as -8..7."""
+        return self.low == -self.high - 1
 
     @property
     def output(self) -> str:
@@ -151,16 +157,19 @@ def quant_weights(model: ModelProto) -> Iterator[QuantWeight]:
 
 
 def range_of(tensor: TensorProto) -> tuple[int, int]:
-    """Lowest and highest code of a weight without a Clip: as described, or else the narrow range of its type."""
+    """Lowest and highest code of a weight without a Clip: as described, or else INT4's narrow range.
+
+    Other weights without a Clip are those of 8 bits in a full range, which is that of their type, INT8.
+    """
     if match := DESCRIBED_RANGE.fullmatch(tensor.doc_string):
         return int(match["low"]), int(match["high"])
-    return (-7, 7) if tensor.data_type == TensorProto.INT4 else (-127, 127)
+    return PACKED_RANGE if tensor.data_type == TensorProto.INT4 else (-128, 127)
 
 
 def to_int4(model: ModelProto) -> ModelProto:
     """QCDQ -> the same graph with codes of 2, 3 and 4 bits stored two a byte; layers of more bits are not changed.
 
-    The range of codes of 2 and 3 bits is written into the description of their tensor. (ONNX has no type of 3 bits, and
+    A range other than -7..7 is written into the description of its tensor. (ONNX has no type of 3 bits, and
     its INT2 needs a newer opset than ONNX Runtime runs on every device.)
 
     The Clip is removed: it has no INT4 kernel, and by the gate on the codes it changes no code. The zero point is
@@ -176,7 +185,7 @@ def to_int4(model: ModelProto) -> ModelProto:
         if len(node.input) > 2 and numpy_helper.to_array(tensors[node.input[2]]).any():
             raise RuntimeError(f"{node.name}: its zero point is not 0, which native INT4 files here do not hold")
         codes = numpy_helper.from_array(weight.codes.astype(ml_dtypes.int4), weight.name)
-        if weight.bits < PACKED_BITS:
+        if (weight.low, weight.high) != PACKED_RANGE:
             codes.doc_string = f"codes {weight.low}..{weight.high}"
         tensors[weight.name].CopyFrom(codes)
         inputs = [weight.name, node.input[1]]

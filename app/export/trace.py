@@ -47,14 +47,18 @@ def torch_truth(model: DetectionModel, images: np.ndarray) -> Truth:
     """
     raw_model = one_head(model, "raw")
     layers_by_bits: Counter[int] = Counter()
+    full_by_bits: Counter[int] = Counter()
     for layer in quantized_layers(raw_model):
-        layers_by_bits[int(layer.weight_quant.bit_width())] += 1
+        bits = int(layer.weight_quant.bit_width())
+        layers_by_bits[bits] += 1
+        if not layer.weight_quant.is_narrow_range:
+            full_by_bits[bits] += 1
     raw = outputs(raw_model, images)
     without_onednn = outputs(raw_model, images, onednn=False)
     from_brighter = outputs(raw_model, np.nextafter(images, np.float32(2)))
     off = np.maximum(np.abs(raw - without_onednn), np.abs(raw - from_brighter))
     rounding = Tolerance(float(off[:, :4].max()), float(off[:, 4:].max()))
-    return Truth(images, raw, dict(layers_by_bits), rounding, list(model.names.values()))
+    return Truth(images, raw, dict(layers_by_bits), rounding, list(model.names.values()), dict(full_by_bits))
 
 
 def outputs(model: DetectionModel, images: np.ndarray, onednn: bool = True) -> np.ndarray:

@@ -16,13 +16,14 @@ from app.quant.fused import FastPath, codes_of
 class Codes:
     """The quantized weight of one layer; its dequantized value is codes * scale.
 
-    `codes` holds integers as floats and is shaped like the weight; `scale` broadcasts to it; `largest` is the largest
-    code, e.g. 7 at 4 bits.
+    `codes` holds integers as floats and is shaped like the weight; `scale` broadcasts to it; `lowest` and `largest` are
+    the limits of the codes, e.g. -7 and 7 at 4 bits.
     """
 
     layer: QuantConv2d
     codes: torch.Tensor
     scale: torch.Tensor
+    lowest: int
     largest: int
 
 
@@ -42,7 +43,7 @@ def _fast_path_codes(path: FastPath) -> list[Codes]:
     quantized = []
     for layer, spec in zip(path.layers, path.specs, strict=True):
         codes, scale = codes_of(layer, spec)
-        quantized.append(Codes(layer, codes, scale, spec.largest))
+        quantized.append(Codes(layer, codes, scale, spec.lowest, spec.largest))
     return quantized
 
 
@@ -50,4 +51,5 @@ def _brevitas_codes(layer: QuantConv2d) -> Codes:
     quantized: Any = layer.quant_weight()
     codes = (quantized.value / quantized.scale).round()
     largest = 2 ** (int(quantized.bit_width) - 1) - 1
-    return Codes(layer, codes, quantized.scale, largest)
+    lowest = -largest if cast(Any, layer.weight_quant).is_narrow_range else -largest - 1
+    return Codes(layer, codes, quantized.scale, lowest, largest)

@@ -6,16 +6,17 @@ quantizes its own weight, as in Brevitas.
 
 Forward for a weight w, with Brevitas' order of operations (0.13.4):
     absmax = max |w|                        over an output channel, or over the tensor
-    scale  = max(absmax, 1e-10) / largest   largest code: 7 at 4 bits, 127 at 8
-    q      = round(w / scale) * scale       halves to even; |w| / scale rounds to <= largest, so nothing is clamped
+    scale  = max(absmax, 1e-10) / -lowest   lowest code: -7 at 4 bits and -127 at 8, in a full range -8 and -128
+    code   = min(round(w / scale), largest) halves to even; only in a full range is anything clipped, to 7 or 127
+    q      = code * scale
 Backward, with g the gradient of q and the straight-through estimator for the rounding:
-    scale_grad = sum(g * round(w / scale)) - sum(g * scale * ((w / scale) / scale))
-    grad       = g * scale / scale, plus sign(w) * scale_grad / largest where |w| is the absmax: at the first such
+    scale_grad = sum(g * code) - sum(g * scale * ((w / scale) / scale))
+    grad       = g * scale / scale, plus sign(w) * scale_grad / -lowest where |w| is the absmax: at the first such
                  element of a channel (torch.max over a dim), in equal shares if the scale is per tensor (torch.max over
                  all)
-max(absmax, 1e-10) passes the gradient on in both cases, as Brevitas' clamp does. A channel of zeros gives zeros. A
-channel with an infinite or NaN weight gives NaN, as in Brevitas, so the loss shows it at once. For trained scales see
-app/quant/learned.py.
+A clipped weight gets its gradient too, as Brevitas' TensorClampSte gives it. max(absmax, 1e-10) passes the gradient on
+in both cases, as Brevitas' clamp does. A channel of zeros gives zeros. A channel with an infinite or NaN weight gives
+NaN, as in Brevitas, so the loss shows it at once. For trained scales see app/quant/learned.py.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ def _spec(name: str, layer: FastQuantConv2d) -> Spec:
             raise UserError(f"layer {name}: quantized activations need quant.fast_path=false")
     quant = cast(Any, layer.weight_quant).tensor_quant
     kind: Kind
+    int_quant: Any
     if isinstance(quant, DecoupledRescalingIntQuant):
         kind, int_quant = "decoupled", quant.decoupled_int_quant
         scale_shape = _decoupled_shape(quant)
@@ -165,11 +167,12 @@ def _spec(name: str, layer: FastQuantConv2d) -> Spec:
     per_tensor = scale_shape == () and kind != "lsq"
     per_channel = scale_shape == (layer.out_channels, 1, 1, 1)
     rounds = isinstance(int_quant.float_to_int_impl, RoundSte)
-    symmetric = (int_quant.signed, int_quant.narrow_range) == (True, True)
-    if not (rounds and symmetric and (per_tensor or per_channel)):
+    passes_clamp = isinstance(int_quant.tensor_clamp_impl, TensorClampSte)
+    fits_range = int_quant.narrow_range or (kind == "abs-max" and passes_clamp)
+    if not (rounds and int_quant.signed and fits_range and (per_tensor or per_channel)):
         raise UserError(f"layer {name}: not a symmetric abs-max or trained scale; set quant.fast_path=false")
-    largest = int(quant.int_scaling_impl(quant.msb_clamp_bit_width_impl()))
-    return Spec(largest, per_tensor, kind)
+    largest = int(int_quant.max_int(quant.msb_clamp_bit_width_impl()))
+    return Spec(largest, per_tensor, kind, int_quant.narrow_range)
 
 
 # The shape of a quantizer's scale; None if the scale is not computed as the function that returns the shape says.
@@ -223,7 +226,7 @@ class _Parts(NamedTuple):
     scale: torch.Tensor  # [out_channels,1,1,1], or [] per tensor
     where: torch.Tensor  # position of the absmax, as _scale returns it
     ratio: torch.Tensor  # weight / scale
-    codes: torch.Tensor  # the ratio, rounded
+    codes: torch.Tensor  # the ratio, rounded and clipped
 
 
 class _EachInTurn(torch.autograd.Function):
@@ -238,7 +241,7 @@ class _EachInTurn(torch.autograd.Function):
         for weight, spec in zip(weights, specs, strict=True):
             scale, where = _scale(weight, spec)
             ratio = weight / scale
-            codes = ratio.round()
+            codes = ratio.round().clamp_max_(spec.largest)
             saved += _Parts(scale, where, ratio, codes)
             quantized.append((codes * scale).to(dtype))
         ctx.save_for_backward(*saved)
@@ -263,7 +266,7 @@ def codes_of(layer: QuantConv2d, spec: Spec) -> tuple[torch.Tensor, torch.Tensor
     else:
         step_limit, scale_limit = learned.limits(layer, spec.kind)
         step, scale = step_limit / spec.largest, scale_limit / spec.largest
-    codes = (layer.weight / step).round_().clamp_(-spec.largest, spec.largest)
+    codes = (layer.weight / step).round_().clamp_(spec.lowest, spec.largest)
     return codes, scale
 
 
@@ -280,7 +283,7 @@ def _scale(weight: torch.Tensor, spec: Spec) -> tuple[torch.Tensor, torch.Tensor
     else:
         absmax, where = sizes.flatten(1).max(1, keepdim=True)
         absmax = absmax.view(-1, 1, 1, 1)
-    return absmax.clamp_min(kernels.MIN_ABSMAX) / spec.largest, where
+    return absmax.clamp_min(kernels.MIN_ABSMAX) / -spec.lowest, where
 
 
 def _gradient(grad: torch.Tensor, parts: _Parts, spec: Spec) -> torch.Tensor:
@@ -290,7 +293,7 @@ def _gradient(grad: torch.Tensor, parts: _Parts, spec: Spec) -> torch.Tensor:
     # Two sums over the shapes that autograd sums over, because the order of additions decides the last bit.
     from_codes = (grad * codes).sum_to_size(scale.shape)
     from_ratio = (ratio / scale * codes_grad).sum_to_size(scale.shape)
-    absmax_grad = (from_codes - from_ratio) / spec.largest
+    absmax_grad = (from_codes - from_ratio) / -spec.lowest
     weight_grad = codes_grad.div_(scale)
     if spec.per_tensor:
         return weight_grad.add_(where * (absmax_grad / where.sum()) * ratio.sign())

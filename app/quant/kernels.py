@@ -20,8 +20,8 @@ LONG_ROW = 65536  # elements; longer rows, which only per-tensor scales have, ar
 
 _MIN_ABSMAX: Any = tl.constexpr(MIN_ABSMAX)
 # Adding and then subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, halves to even, by IEEE
-# arithmetic alone. |weight / scale| is at most largest code * (1 + 2**-22), which is below 2**22 and rounds to the
-# largest code at most, so no clamp is needed.
+# arithmetic alone. |weight / scale| is at most -lowest code * (1 + 2**-22), which is below 2**22 and rounds to the
+# lowest code at least. It is above the largest code only where the range is full.
 _ROUND: Any = tl.constexpr(12582912.0)
 _NO_ELEMENT: Any = tl.constexpr(2**31 - 1)
 # Typed as Any, because pyright infers that a function never returns if it calls tl.load.
@@ -32,24 +32,30 @@ Kind = Literal["abs-max", "lsq", "decoupled"]
 
 @dataclass(frozen=True)
 class Spec:
-    """What a layer's quantizer computes: codes -largest..largest with one scale per output channel or per tensor.
+    """What a layer's quantizer computes: codes lowest..largest with one scale per output channel or per tensor.
 
-    `kind` says where the scale comes from: the abs-max of the weights, or a trained parameter as app/quant/learned.py
-    describes for "lsq" and "decoupled".
+    `kind` says where the scale comes from: the abs-max of the weights, which is -lowest steps, or a trained parameter
+    as app/quant/learned.py describes for "lsq" and "decoupled".
     """
 
     largest: int
     per_tensor: bool
     kind: Kind = "abs-max"
+    is_narrow: bool = True
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code: -largest in a narrow range, -7 at 4 bits; one below it in a full one, -8."""
+        return -self.largest if self.is_narrow else -self.largest - 1
 
 
 class Layout:
     """Where each weight lies in the flat buffer: one after another, each in its own memory order.
 
-    `table` int32 [n_rows, 6] describes the rows: first element in the flat buffer; number of elements; n_inner and
+    `table` int32 [n_rows, 7] describes the rows: first element in the flat buffer; number of elements; n_inner and
     stride, which turn the position k in memory into the logical one, k % n_inner * stride + k // n_inner; largest code;
-    1 if the scale is per tensor. `largest` float32 [n_rows] is the largest code of each row; `rows_per_weight` the
-    number of rows of each weight.
+    1 if the scale is per tensor; lowest code. `largest` float32 [n_rows] is the largest code of each row;
+    `rows_per_weight` the number of rows of each weight.
     """
 
     def __init__(self, weights: list[torch.Tensor], specs: list[Spec]) -> None:
@@ -107,8 +113,8 @@ def _rows(weight: torch.Tensor, start: int, spec: Spec) -> torch.Tensor:
     n_inner, stride = length, 1
     if not weight.is_contiguous():
         n_inner, stride = weight.shape[1], weight.shape[2] * weight.shape[3]
-    row = torch.tensor([start, length, n_inner, stride, spec.largest, int(spec.per_tensor)], dtype=torch.int32)
-    table = row.repeat(n_rows, 1)
+    row = [start, length, n_inner, stride, spec.largest, int(spec.per_tensor), spec.lowest]
+    table = torch.tensor(row, dtype=torch.int32).repeat(n_rows, 1)
     table[:, 0] += torch.arange(n_rows, dtype=torch.int32) * length
     return table
 
@@ -150,14 +156,18 @@ def gradient(
 
 @jit
 def load_row(table, row):
-    """One row of Layout.table: start, length, n_inner, stride, largest code (as a float), per_tensor."""
-    start = tl.load(table + row * 6)
-    length = tl.load(table + row * 6 + 1)
-    n_inner = tl.load(table + row * 6 + 2)
-    stride = tl.load(table + row * 6 + 3)
-    largest = tl.load(table + row * 6 + 4).to(tl.float32)
-    per_tensor = tl.load(table + row * 6 + 5)
-    return start, length, n_inner, stride, largest, per_tensor
+    """One row of Layout.table: start, length, n_inner, stride, largest code, per_tensor, lowest code.
+
+    The codes are floats.
+    """
+    start = tl.load(table + row * 7)
+    length = tl.load(table + row * 7 + 1)
+    n_inner = tl.load(table + row * 7 + 2)
+    stride = tl.load(table + row * 7 + 3)
+    largest = tl.load(table + row * 7 + 4).to(tl.float32)
+    per_tensor = tl.load(table + row * 7 + 5)
+    lowest = tl.load(table + row * 7 + 6).to(tl.float32)
+    return start, length, n_inner, stride, largest, per_tensor, lowest
 
 
 @jit
@@ -167,15 +177,20 @@ def to_code(weight, scale):
 
 
 @jit
-def _scale(absmax, largest):
+def _clipped(code, largest):
+    return tl.where(code > largest, largest, code)  # NaN stays NaN
+
+
+@jit
+def _scale(absmax, lowest):
     # Not tl.maximum, which drops NaN. div_rn: a plain / is approximate on a GPU.
-    return tl.math.div_rn(tl.where(absmax < _MIN_ABSMAX, _MIN_ABSMAX, absmax), largest)
+    return tl.math.div_rn(tl.where(absmax < _MIN_ABSMAX, _MIN_ABSMAX, absmax), -lowest)
 
 
 @jit
 def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # noqa: PLR0913 - a kernel takes pointers
     row = tl.program_id(0)
-    start, length, n_inner, stride, largest, per_tensor = load_row(table, row)
+    start, length, n_inner, stride, largest, per_tensor, lowest = load_row(table, row)
     lanes = tl.arange(0, BLOCK)
 
     largest_seen = tl.zeros([BLOCK], tl.float32)
@@ -187,7 +202,7 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
         poison += weight * 0.0
         i += BLOCK
     absmax = tl.max(largest_seen, axis=0) + tl.sum(poison, axis=0)
-    scale = _scale(absmax, largest)
+    scale = _scale(absmax, lowest)
 
     first = tl.full([BLOCK], _NO_ELEMENT, tl.int32)
     count = tl.zeros([BLOCK], tl.int32)
@@ -196,7 +211,8 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
         k = i + lanes
         mask = k < length
         weight = tl.load(flat + start + k, mask=mask, other=0.0)
-        tl.store(out + start + k, (to_code(weight, scale) * scale).to(out.dtype.element_ty), mask=mask)
+        code = _clipped(to_code(weight, scale), largest)
+        tl.store(out + start + k, (code * scale).to(out.dtype.element_ty), mask=mask)
         is_max = mask & (tl.abs(weight) == absmax)
         first = tl.minimum(first, tl.where(is_max, k % n_inner * stride + k // n_inner, _NO_ELEMENT))
         count += is_max.to(tl.int32)
@@ -208,10 +224,10 @@ def _quantize(flat, table, out, absmax_out, pick_out, BLOCK: tl.constexpr):  # n
 @jit
 def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
-    start, length, n_inner, stride, largest, per_tensor = load_row(table, row)
+    start, length, n_inner, stride, largest, per_tensor, lowest = load_row(table, row)
     absmax = tl.load(absmax_in + row)
     pick = tl.load(pick_in + row)
-    scale = _scale(absmax, largest)
+    scale = _scale(absmax, lowest)
     lanes = tl.arange(0, BLOCK)
 
     scale_grad = tl.zeros([BLOCK], tl.float32)
@@ -221,9 +237,10 @@ def _gradient(grads, flat, table, absmax_in, pick_in, out, BLOCK: tl.constexpr):
         weight = tl.load(flat + start + k, mask=k < length, other=0.0)
         grad = tl.load(grads + start + k, mask=k < length, other=0.0).to(tl.float32)
         ratio = tl.math.div_rn(weight, scale)
-        scale_grad += grad * (ratio + _ROUND - _ROUND) - grad * scale * tl.math.div_rn(ratio, scale)
+        code = _clipped(ratio + _ROUND - _ROUND, largest)
+        scale_grad += grad * code - grad * scale * tl.math.div_rn(ratio, scale)
         i += BLOCK
-    share = tl.math.div_rn(tl.sum(scale_grad, axis=0), largest)
+    share = tl.math.div_rn(tl.sum(scale_grad, axis=0), -lowest)
     if per_tensor == 1:
         share = tl.math.div_rn(share, pick.to(tl.float32))
 

@@ -216,7 +216,7 @@ def _clamped(rounded, largest):
 @jit
 def _quantize_kernel(flat, table, steps, scales, out, BLOCK: tl.constexpr):  # noqa: PLR0913
     row = tl.program_id(0)
-    start, length, _n_inner, _stride, largest, _per_tensor = load_row(table, row)
+    start, length, _n_inner, _stride, largest, _per_tensor, _lowest = load_row(table, row)
     step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)
@@ -234,7 +234,7 @@ def _gradient_kernel(  # noqa: PLR0913
     grads, flat, table, steps, scales, out, step_grads, scale_grads, PASSES_CLAMP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
-    start, length, _n_inner, _stride, largest, _per_tensor = load_row(table, row)
+    start, length, _n_inner, _stride, largest, _per_tensor, _lowest = load_row(table, row)
     step = tl.load(steps + row)
     scale = tl.load(scales + row)
     lanes = tl.arange(0, BLOCK)

@@ -199,7 +199,8 @@ class Dampening(Stabiliser):
             weight = quantized.layer.weight
             if weight.grad is None:
                 continue
-            is_clipped = weight.abs() > quantized.largest * quantized.scale
+            is_clipped = weight > quantized.largest * quantized.scale
+            is_clipped |= weight < quantized.lowest * quantized.scale
             error = (weight - quantized.codes * quantized.scale).masked_fill_(is_clipped, 0.0)
             weight.grad.add_(error, alpha=2 * self.quant.dampening * grad_scale)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, cast
 
 from brevitas import config as brevitas_config
@@ -13,7 +14,7 @@ from brevitas.quant import Int4WeightPerTensorFloatDecoupled, Int8WeightPerChann
 from torch import nn
 
 from app.core.config import Quant, UserError
-from app.core.scheme import BITS, FLOAT, Rule, Scheme
+from app.core.scheme import BITS, FLOAT, FULL, Rule, Scheme
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
 
@@ -45,6 +46,14 @@ def _by_bits(quantizer: Any, name: str) -> dict[int, Any]:
 QUANTIZERS = _by_bits(Int8WeightPerChannelFloat, "Int{}WeightPerChannel")
 PER_TENSOR = _by_bits(Int8WeightPerTensorFloat, "Int{}WeightPerTensor")
 LEARNED = _by_bits(LearnedInt8WeightPerChannel, "LearnedInt{}WeightPerChannel")
+
+
+@cache
+def full_range(quantizer: Any) -> Any:
+    """The same quantizer with codes -8..7 at 4 bits; its scale is then the abs-max over 8."""
+    return type(quantizer)(f"{quantizer.__name__}FullRange", (quantizer,), {"narrow_range": False})
+
+
 # What a quantized layer takes over from the convolution that it replaces, besides weight and bias.
 GEOMETRY = "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split()
 # Comes before the rules of every scheme that does not name DFL itself.
@@ -124,7 +133,7 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
     if rule.bits == FLOAT:
         return None
     bits = cast(int, rule.bits)
-    if rule.granularity == "channel":
+    if rule.granularity == "channel" and rule.range != FULL:
         return (LEARNED if quant.learned_scale else QUANTIZERS)[bits]
     unfit_options = ["learned_scale"]
     if rule.granularity == "decoupled":
@@ -134,7 +143,10 @@ def _quantizer(rule: Rule, quant: Quant) -> Any:
         if getattr(quant, option):
             message = f"scheme {quant.scheme}: quant.{option} is not for this scheme, choose w4a16 or w4a16-mixed"
             raise UserError(message)
-    return Int4WeightPerTensorFloatDecoupled if rule.granularity == "decoupled" else PER_TENSOR[bits]
+    if rule.granularity == "decoupled":
+        return Int4WeightPerTensorFloatDecoupled
+    quantizer = QUANTIZERS[bits] if rule.granularity == "channel" else PER_TENSOR[bits]
+    return full_range(quantizer) if rule.range == FULL else quantizer
 
 
 def _quant_conv(conv: nn.Conv2d, quantizer: Any, layer_class: type[QuantConv2d]) -> QuantConv2d:
@@ -181,6 +193,7 @@ def _describe(name: str, conv: nn.Conv2d, rule: Rule, quantizer: Any) -> dict[st
         "shape": list(conv.weight.shape),
         "bits": None if is_exempt else rule.bits,
         "granularity": None if is_exempt else granularity,
+        "range": None if is_exempt else rule.range,
         "quantizer": None if quantizer is None else quantizer.__name__,
         "exempt": is_exempt,
         "why": rule.why,

@@ -65,7 +65,7 @@ QUANT_CONFIG_SHAPE: Shape = {
     "scheme": str, "scheme_sha256?": str, "layers": list[Layer], "share_of_learned_weights": dict[str, Number],
 }  # fmt: skip
 HEALTH_SHAPE: Shape = {"epoch": Count, "snr_db": dict[str, Number]}
-DONE_SHAPE: Shape = {"best_sha256": str, "imported?": Start}
+DONE_SHAPE: Shape = {"best_sha256": str, "imported?": Start, "distilled?": str}
 RECORD_SHAPE: Shape = {
     "label": str, "file": str, "sha256": str, "size_bytes": Count, "checkpoint_sha256": str, "gates": dict[str, Any],
     "gates.codes?": dict[str, Any], "gates.codes.layers?": dict[str, Count], "gates.parity?": dict[str, Any],

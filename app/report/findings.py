@@ -162,6 +162,9 @@ def doubts(evidence: Evidence) -> list[str]:
 
 def doubts_of_trainings(trainings: list[Training]) -> list[str]:
     lines = []
+    for training in trainings:
+        if training.done and (teacher := training.done.get("distilled")):
+            lines.append(f"{training.label} was distilled {teacher}: another recipe than that of the other trainings.")
     for other in trainings[1:]:
         first = trainings[0]
         if keys := difference(first.config, other.config, ignore=(*MACHINE_KEYS, *FAIR_DIFFERENCES)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from app.core.config import Config
-from app.core.scheme import Scheme, builtin_names, find_scheme
+from app.core.scheme import FULL, Scheme, builtin_names, find_scheme
 from app.quant.model import float_network
 from app.quant.schemes import is_learned, shares
 from app.quant.sizes import FLOAT_BYTES, Layer, layers_of
@@ -55,7 +55,8 @@ def layer_row(layer: Layer, n_learned: int) -> list[str]:
     share = f"{layer.n_weights / n_learned:.3%}" if is_learned(layer.name, layer.rule) else MISSING
     size = f"{layer.n_bytes(packs=True):,}" if layer.is_in_file else MISSING
     numbers = [f"{layer.n_scales:,}", f"{layer.n_weights:,}", share, size]
-    return [layer.name, layer.rule.why, shape, str(layer.rule.bits), *numbers]
+    bits = f"{layer.rule.bits}, full range" if layer.rule.range == FULL else str(layer.rule.bits)
+    return [layer.name, layer.rule.why, shape, bits, *numbers]
 
 
 def scheme_row(scheme: Scheme, layers: list[Layer]) -> list[str]:

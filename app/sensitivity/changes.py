@@ -11,7 +11,7 @@ from torch import nn
 from ultralytics.nn.modules.block import PSA
 
 from app.core.config import Sensitivity, UserError
-from app.core.scheme import FLOAT, Rule, Scheme, find_scheme
+from app.core.scheme import FLOAT, FULL, Rule, Scheme, find_scheme
 from app.quant.sizes import layers_of
 
 MEASURED_BITS = (2, 3, 4, 5, 6, 8)
@@ -91,7 +91,8 @@ def scheme_change(model: Any, scheme: Scheme) -> Change:
     """A scheme as a change.
 
     Raises:
-        UserError: a scale of the scheme is not a channel's, or a pattern does not fit the network.
+        UserError: a scale of the scheme is not a channel's, its codes have the full range, or a pattern does not fit
+            the network.
     """
     bits = {}
     for layer in layers_of(model, scheme):
@@ -100,6 +101,11 @@ def scheme_change(model: Any, scheme: Scheme) -> Change:
         if layer.rule.granularity != BY_CHANNEL:
             raise UserError(
                 f"sensitivity: scheme {scheme} has a layer with one scale: choose one with granularity channel"
+            )
+        if layer.rule.range == FULL:
+            raise UserError(
+                f"sensitivity: scheme {scheme} has a layer with range full, and layers are measured in the narrow one: "
+                "choose one without"
             )
         bits[layer.name] = int(layer.rule.bits)
     return Change(SCHEME, scheme.name, bits)

@@ -19,6 +19,7 @@ from app.core.start import told
 from app.data.prepare import prepare
 
 WARMUP = "warmup_from.json"  # in a variant's folder: the hash of the checkpoint that quant.warmup_from named
+TEACHER = "teacher.json"  # in a variant's folder: file name and hash of the checkpoint that it learns from
 OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
 DONE_SHAPE: Shape = {"epochs": Count, "best_ap": Number}
 IMPORTED_SHAPE: Shape = {"imported": dict[str, str], "imported.file": str, "imported.sha256": str}
@@ -78,6 +79,8 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
         keep_scheme(config.quant.scheme, out_dir)
     if config.warmup_from and config.warmup_from.is_file():
         write_json(out_dir / WARMUP, {"sha256": sha256(config.warmup_from)})
+    if teacher := teacher_path(config, run.root):
+        write_json(out_dir / TEACHER, teacher_facts(teacher))
     return True
 
 
@@ -111,6 +114,7 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
     if differences := difference(trained_with, config, ignore=tuple(WITHOUT_EFFECT)):
         raise UserError(f"{snapshot.parent} was trained with another configuration ({shown(differences)}): {OTHER_RUN}")
     check_warmup(config, folder / WARMUP)
+    check_teacher(config, folder / TEACHER)
 
 
 def check_warmup(config: Config, record: Path) -> None:
@@ -123,6 +127,37 @@ def check_warmup(config: Config, record: Path) -> None:
         return
     if read_json(record, "train", {"sha256": str})["sha256"] != sha256(path):
         raise UserError(f"{record.parent} began from another checkpoint than quant.warmup_from={path}: {OTHER_RUN}")
+
+
+def teacher_path(config: Config, run_root: Path) -> Path | None:
+    """The checkpoint that a QAT training learns from: quant.teacher or best.pt of its run's FP16; None without any."""
+    quant = config.quant
+    if quant is None or not quant.distill:
+        return None
+    return Path(quant.teacher) if quant.teacher else RunRoot(run_root.parent, run_root.name).best(FP16)
+
+
+def teacher_facts(path: Path) -> dict[str, str]:
+    """File name and sha256 of the teacher.
+
+    Raises:
+        UserError: its training has not finished.
+    """
+    if not path.is_file() or not (path.parents[1] / "done.json").exists():
+        raise UserError(
+            f"quant.distill: {path} is not there, or its training has not finished: run 'make train-fp16' first, or "
+            "name best.pt of another finished one as quant.teacher"
+        )
+    return {"file": path.name, "sha256": sha256(path)}
+
+
+def check_teacher(config: Config, record: Path) -> None:
+    """Refuses another teacher than the training began with. One that is gone is refused where it is read."""
+    path = teacher_path(config, record.parents[1])
+    if path is None or not path.is_file() or not record.exists():
+        return
+    if read_json(record, "train", {"sha256": str})["sha256"] != sha256(path):
+        raise UserError(f"{record.parent} was distilled from another checkpoint than {path} is now: {OTHER_RUN}")
 
 
 def epochs_left(config: Config, run: RunRoot) -> int:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from app.core.config import Train
 from app.train.assign_kernels import COLUMNS
 from app.train.colours import Palette, recolour
+from app.train.distill import Teacher
 from app.train.loader import COLOURS
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
@@ -59,11 +60,11 @@ class Passes:
     Args:
         state: of the training.
         shape: of a batch of images, [N,3,S,S].
-        amp: whether the forward runs under FP16 autocast.
+        teacher: whose distillation is added to the loss; None without any.
     """
 
-    def __init__(self, state: State, shape: torch.Size, amp: bool) -> None:
-        self.net, self.amp = state.net, amp
+    def __init__(self, state: State, shape: torch.Size, teacher: Teacher | None = None) -> None:
+        self.net, self.amp, self.teacher = state.net, state.scaler.is_enabled(), teacher
         self.loss = HeadLoss(criterion_of_part(self.net, state.ranks), state.ranks)
         trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         device = next(iter(trained.values())).device
@@ -71,9 +72,11 @@ class Passes:
         self.rows = torch.zeros(capacity(shape[0]), COLUMNS, device=device)
         self.head_weights = torch.zeros(2, device=device)
         self.scale = torch.ones(1, device=device)
-        dtype = torch.float16 if amp else torch.float32
+        dtype = torch.float16 if self.amp else torch.float32
         self.inputs = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-        self.half = {name: torch.empty_like(trained[name], dtype=dtype) for name in _plain_weights(self.net) if amp}
+        self.half = {
+            name: torch.empty_like(trained[name], dtype=dtype) for name in _plain_weights(self.net) if self.amp
+        }
         self.half = {name: half.requires_grad_() for name, half in self.half.items()}
         self.masters = [trained[name] for name in self.half]
         self.others = [weight for name, weight in trained.items() if name not in self.half]
@@ -92,6 +95,8 @@ class Passes:
         with torch.autocast("cuda", torch.float16, enabled=self.amp, cache_enabled=False):
             preds = functional_call(self.net, self.half, (self.inputs,)) if self.half else self.net(self.inputs)
             loss, items = self.loss(preds, self.rows, self.head_weights)
+            if self.teacher:
+                loss = loss + self.teacher.loss(self.inputs, preds, self.head_weights)
         sources = [*self.half.values(), *self.others]
         grads = torch.autograd.grad(loss * self.scale, sources, allow_unused=True)
         return items, [*_as_float(list(grads[: len(self.half)])), *grads[len(self.half) :]]
@@ -124,13 +129,20 @@ class StepGraph:
     Args:
         state: of the training.
         n_images: of this rank's part of a full batch.
-        amp: whether the forward runs under FP16 autocast.
         train: section of the configuration; a graph takes train.graph, train.kernels and a GPU.
         palette: for batches whose images get their colours here.
+        teacher: as for Passes.
     """
 
-    def __init__(self, state: State, n_images: int, amp: bool, train: Train, palette: Palette | None = None) -> None:
-        self.state, self.n_images, self.amp, self.palette = state, n_images, amp, palette
+    def __init__(
+        self,
+        state: State,
+        n_images: int,
+        train: Train,
+        palette: Palette | None = None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.state, self.n_images, self.palette, self.teacher = state, n_images, palette, teacher
         self.device = next(state.net.parameters()).device
         self.enabled = train.graph and train.kernels and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -202,7 +214,7 @@ class StepGraph:
         buffers = list(self.state.net.buffers())
         kept = [buffer.clone() for buffer in buffers]
         try:
-            self.passes = Passes(self.state, batch["img"].shape, self.amp)
+            self.passes = Passes(self.state, batch["img"].shape, self.teacher)
             self._fill(batch)
             self._warm_up()
             self._record()

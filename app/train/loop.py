@@ -23,6 +23,7 @@ from app.train.bn_images import BnImages
 from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16, tell_where_it_continues, where
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
+from app.train.distill import read_teacher
 from app.train.graph import StepGraph
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
@@ -50,9 +51,6 @@ class Loop:
     state: State
     options: list[Stabiliser]
     oscillations: Oscillations
-    bn_images: BnImages
-    graph: StepGraph
-    full_accumulate: int
     scored_model: Any = None  # that of the last validation
 
     def __init__(self, trainer: Trainer, after: After | None = None) -> None:
@@ -101,7 +99,9 @@ class Loop:
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
         )  # fmt: skip
         n_own = trainer.train_loader.batch_sampler.sampler.n_own
-        self.graph = StepGraph(self.state, n_own, trainer.amp, self.config.train, trainer.palette)
+        teacher = read_teacher(self.config, trainer.save_dir.parent, trainer.device, self.ranks)
+        self.forward = partial(teacher.forward, trainer.preprocess_batch, trainer.amp) if teacher else trainer.forward
+        self.graph = StepGraph(self.state, n_own, self.config.train, trainer.palette, teacher)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or state_from_fp16(self.state, self.config)
         if first:
@@ -182,7 +182,7 @@ class Loop:
         if terms is not None:
             self.watch.add_loss(self.state.add_losses(list(self.state.net.criterion.loss_names), terms))
             return
-        loss, items = self.trainer.forward(self.state.net, batch)
+        loss, items = self.forward(self.state.net, batch)
         self.watch.add_loss(self.state.add_losses(list(items), torch.stack(list(items.values())).detach()))
         self.state.scaler.scale(loss).backward()
 
@@ -326,7 +326,7 @@ class Loop:
             GuardStop: guard.max_rollbacks is used up; last.pt holds the last good state.
         """
         state, trainer = self.state, self.trainer
-        where, cause = find_cause(state, fault, trainer.forward, len(trainer.train_loader))
+        where, cause = find_cause(state, fault, self.forward, len(trainer.train_loader))
         numbers = [number for number, _ in fault.batches]
         path = trainer.save_dir / "faults" / file_name(fault, self.ranks)
         save_checkpoint(path, self.config, to_keep(state, fault, cause))

@@ -9,11 +9,11 @@ from app.core.config import Config, UserError
 from app.core.curves import write_loss_curve
 from app.core.differences import config_hash
 from app.core.environment import environment, utc_now
-from app.core.files import sha256, write_json
+from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot, record_stage
 from app.core.start import told
 from app.train.device import check_devices
-from app.train.done import After, make_ready
+from app.train.done import TEACHER, After, make_ready
 from app.train.loop import Loop
 from app.train.monitor import log_file
 from app.train.processes import ALONE, Ranks
@@ -49,6 +49,8 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE, after
     best_ap, best_sha256 = loop.state.best_fitness, sha256(trainer.best)
     start = told(config.train.weights and config.train.weights.facts)
     facts = {"start": start, "epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
+    if config.quant and config.quant.distill:
+        facts["distilled"] = told(read_json(out_dir / TEACHER, "train"))
     record_stage(run, f"train {config.label}", facts)
     write_json(run.done(config.label), {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
 

@@ -22,7 +22,7 @@ from app.core.config import UserError
 from app.quant.codes import read_codes
 from app.quant.fused import FastQuantConv2d, attach, detach
 from app.quant.learned import reset_scales, scale_parameter
-from app.quant.schemes import LEARNED, PER_TENSOR
+from app.quant.schemes import LEARNED, PER_TENSOR, full_range
 from app.quant.schemes import QUANTIZERS as PER_CHANNEL
 from tests.support.hand_layers import exactly, small_weights
 
@@ -45,6 +45,7 @@ QUANTIZERS = {
     "4 channel learned": LEARNED[4],
     "8 channel learned": LEARNED[8],
     "4 tensor decoupled": Int4WeightPerTensorFloatDecoupled,
+    "4 channel full": full_range(Int4PerChannel),
 }
 
 
@@ -135,9 +136,25 @@ def test_every_number_of_bits_equals_brevitas(of_bits: dict[int, Any], bits: int
         assert codes.largest == codes.codes.abs().max() == largest
 
 
+@pytest.mark.parametrize(("bits", "largest"), [(2, 1), (3, 3), (4, 7), (5, 15), (6, 31), (7, 63), (8, 127)])
+@pytest.mark.parametrize("of_bits", [PER_CHANNEL, PER_TENSOR], ids=["channel", "tensor"])
+def test_every_full_range_equals_brevitas(of_bits: dict[int, Any], bits: int, largest: int) -> None:
+    """Among them channels whose abs-max is negative, and is the lowest code, and positive ones, which are clipped."""
+    torch.manual_seed(0)
+    model: Any = Weights([*small_weights(), torch.randn(3, 40, 3, 3)], full_range(of_bits[bits]))
+    compare(model)
+    compare(model.to(memory_format=torch.channels_last))
+    with torch.autocast("cpu", torch.float16):
+        compare(model, torch.float16)
+    found = read_codes(model)
+    assert {(codes.lowest, codes.largest) for codes in found} == {(-largest - 1, largest)}
+    assert min(codes.codes.min() for codes in found) == -largest - 1
+    assert max(codes.codes.max() for codes in found) == largest
+
+
 def test_layers_of_different_bits_and_scales_in_one_model_equal_brevitas() -> None:
     torch.manual_seed(0)
-    quantizers = [*PER_CHANNEL.values(), *PER_TENSOR.values()]
+    quantizers = [*PER_CHANNEL.values(), *PER_TENSOR.values(), *map(full_range, PER_CHANNEL.values())]
     model, plain = (
         nn.Sequential(*(layer(4, 4, 3, padding=1, bias=False, weight_quant=quantizer) for quantizer in quantizers))
         for layer in (FastQuantConv2d, QuantConv2d)

@@ -27,12 +27,14 @@ def test_kernels_equal_the_torch_version_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def compare_kernels(largest_codes: tuple[int, ...]) -> None:
+def compare_kernels(largest_codes: tuple[int, ...], is_narrow: bool) -> None:
     """Forward and straight-through gradients are equal; where |w| is the absmax, up to the order of one sum."""
     bad = torch.randn(4, 2, 3, 3)
     bad[0, 0, 0, 0], bad[1, 1, 1, 1], bad[2] = float("nan"), float("inf"), 1e30
     more_than_a_block = torch.randn(2, 1100, 1, 1)
-    specs = [Spec(largest, per_tensor) for per_tensor in (False, True) for largest in largest_codes]
+    specs = []
+    for per_tensor in (False, True):
+        specs += [Spec(largest, per_tensor, is_narrow=is_narrow) for largest in largest_codes]
     for order in (torch.contiguous_format, torch.channels_last):
         one_scale_kind = [w.to(memory_format=order) for w in (*small_weights(), more_than_a_block, bad)]
         weights = [w.clone().requires_grad_() for w in one_scale_kind * 2]
@@ -88,6 +90,7 @@ def compare_gradients(weights: list[torch.Tensor], ours: Any, theirs: Any) -> No
 
 if __name__ == "__main__":
     for codes in (AT_4_AND_8_BITS, AT_OTHER_BITS):
-        compare_kernels(codes)
+        compare_kernels(codes, is_narrow=True)
+        compare_kernels(codes, is_narrow=False)
         compare_learned("lsq", codes)
     compare_learned("decoupled", AT_4_AND_8_BITS)

@@ -244,6 +244,35 @@ def test_more_levels_than_the_bits_allow_are_refused(tmp_path: Path) -> None:
     assert check_codes(saved(qcdq_graph([(halves, 6)]), tmp_path), {3: 1})["max_codes_per_channel"] == 7
 
 
+FULL_CODES = [[*range(-8, 8)], [*range(8), *range(8)]]  # 16 levels and 8
+
+
+def test_sixteen_levels_pass_where_the_model_has_them(tmp_path: Path) -> None:
+    path = saved(qcdq_graph([(FULL_CODES, 7)], low=-8), tmp_path)
+    facts = {"layers": {"4": 1}, "max_codes_per_channel": 16, "full_range": {"4": 1}}
+    assert check_codes(path, {4: 1}, {4: 1}) == facts
+    with pytest.raises(RuntimeError, match=r"^m\.onnx: dequantize 0 holds codes beyond -8\.\.7$"):
+        check_codes(path, {4: 1})
+    with pytest.raises(RuntimeError, match=r"dequantize 0 holds codes beyond -8\.\.7$"):
+        check_codes(path, {4: 1}, {8: 1})
+    narrow = saved(qcdq_graph([(CODES, 7)]), tmp_path)
+    with pytest.raises(RuntimeError, match=r"layers of full range by bits \{\}; the model has \{4: 1\}$"):
+        check_codes(narrow, {4: 1}, {4: 1})
+    two = saved(qcdq_graph([(FULL_CODES, 7), (FULL_CODES, 7)], low=-8), tmp_path)
+    with pytest.raises(RuntimeError, match=r"layers of full range by bits \{4: 2\}; the model has \{4: 1\}$"):
+        check_codes(two, {4: 2}, {4: 1})
+
+
+@pytest.mark.parametrize(
+    ("codes", "low", "largest"),
+    [([-9, *range(-8, 8)], -8, 7), ([*range(-8, 9)], -8, 7), ([*range(-8, 9)], -8, 8), ([*range(-9, 8)], -9, 7)],
+)
+def test_seventeen_levels_are_refused_at_any_range(tmp_path: Path, codes: list[int], low: int, largest: int) -> None:
+    path = saved(qcdq_graph([([codes], largest)], low=low), tmp_path)
+    with pytest.raises(RuntimeError, match=rf"dequantize 0 (holds codes beyond {low}\.\.{largest}|has 17 codes)"):
+        check_codes(path, {4: 1}, {4: 1})
+
+
 @pytest.mark.parametrize("layers", [{4: 1}, {4: 3}, {8: 2}, {4: 1, 8: 1}, {}])
 def test_another_number_of_layers_is_refused(tmp_path: Path, layers: dict[int, int]) -> None:
     path = saved(qcdq_graph([(CODES, 7), ([[1, 2]], 7)]), tmp_path)

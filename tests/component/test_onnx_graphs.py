@@ -88,6 +88,20 @@ def test_codes_and_bits_are_read_back_from_either_file() -> None:
         assert read["codes 1"].codes.reshape(1, 4).tolist() == CODES8
 
 
+@LEVELS
+def test_the_lowest_code_of_a_full_range_is_packed_and_read_back(level: Any) -> None:
+    """Two codes a byte, the first in the low half: -8 (8) and 7 give 78, 0 and -7 (9) give 90."""
+    source = qcdq_graph([([[-8, 7, 0, -7]], 7)], low=-8)
+    packed = to_int4(source)
+    tensor = tensors_of(packed)["codes 0"]
+    assert (tensor.data_type, tensor.raw_data) == (TensorProto.INT4, bytes([0x78, 0x90]))
+    for model in (source, packed):
+        assert [output.ravel().tolist() for output in run(model, level)] == [[-4.0, 3.5, 0.0, -3.5]]
+        [weight] = quant_weights(model)
+        assert (weight.low, weight.high, weight.bits, weight.is_full) == (-8, 7, 4, True)
+        assert weight.codes.ravel().tolist() == [-8, 7, 0, -7]
+
+
 def test_zero_point_that_is_not_zero_is_refused() -> None:
     with pytest.raises(RuntimeError, match="dequantize 0: its zero point is not 0"):
         to_int4(qcdq_graph([(CODES4, 7)], zero_point=1))

@@ -73,6 +73,15 @@ def test_mixed_dw_keeps_every_depthwise_convolution_at_8_bits_too(size: str) -> 
     assert not mixed & depthwise
 
 
+@pytest.mark.parametrize("size", tuple("nsmblx"))
+def test_full_keeps_the_narrow_range_on_depthwise_convolutions_alone(size: str) -> None:
+    convs = convolutions(float_network(config("qat", size)))
+    rules = assign(list(convs), find_scheme("w4a16-full"))
+    assert {rule.bits for rule in rules.values()} == {4, "float"}
+    narrow = {name for name, rule in rules.items() if rule.bits == 4 and rule.range == "narrow"}
+    assert narrow == {name for name, layer in convs.items() if layer.groups > 1}
+
+
 def at_8_bits(names: Iterable[str], scheme: str) -> set[str]:
     rules = assign(list(names), find_scheme(scheme))
     assert {rule.bits for rule in rules.values()} == {4, 8, "float"}

@@ -22,7 +22,7 @@ from app.core.config import load
 from app.quant.fused import FastQuantConv2d, attach
 from app.quant.learned import reset_scales
 from app.quant.model import build
-from app.quant.schemes import LEARNED
+from app.quant.schemes import LEARNED, full_range
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,7 +50,7 @@ class Int4PerTensor(Int8WeightPerTensorFloat):
 
 KINDS = [
     Int4PerChannel, Int8WeightPerChannelFloat, Int4PerTensor, Int8WeightPerTensorFloat, LEARNED[4],
-    Int4WeightPerTensorFloatDecoupled,
+    Int4WeightPerTensorFloatDecoupled, full_range(Int4PerChannel),
 ]  # fmt: skip
 
 

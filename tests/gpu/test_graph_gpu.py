@@ -43,7 +43,9 @@ def trained(variant: str, graph: bool, *sets: str) -> tuple[torch.Tensor, torch.
     """Weights and buffers after N_STEPS steps; the last batch is smaller, so the graph does not take it."""
     size = ("model=yolov10n.yaml", f"train.imgsz={SIDE_PX}", f"train.graph={str(graph).lower()}")
     config = load(variant, [], [*size, *sets])
-    arm = Ours(config, network(config), torch.device("cuda"), N_IMAGES)
+    is_distilled = config.quant is not None and config.quant.distill > 0
+    twin = network(load("fp16", [], [*size, *sets])) if is_distilled else None
+    arm = Ours(config, network(config), torch.device("cuda"), N_IMAGES, twin)
     for step in range(N_STEPS):
         n_images = N_IMAGES if step < N_STEPS - 1 else 3
         batch = synthetic_batch(n_images, SIDE_PX, pinned=True)
@@ -54,7 +56,10 @@ def trained(variant: str, graph: bool, *sets: str) -> tuple[torch.Tensor, torch.
     return weights, torch.cat([buffer.double().flatten() for buffer in arm.state.net.buffers()])
 
 
-@pytest.mark.parametrize("sets", [(), ("quant.learned_scale=true",), ("quant.scheme=w4a16-mixed",)], ids=str)
+@pytest.mark.parametrize("sets", [
+    (), ("quant.learned_scale=true",), ("quant.scheme=w4a16-mixed",), ("quant.scheme=w4a16-full",),
+    ("quant.distill=1.0",),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
 def test_graph_equals_its_kernels(variant: str, sets: tuple[str, ...]) -> None:
     for ours, theirs in zip(trained(variant, True, *sets), trained(variant, False, *sets), strict=True):

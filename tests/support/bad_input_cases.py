@@ -310,8 +310,8 @@ SETTINGS = [
     ),
     Case(
         "unknown scheme", nothing,
-        "configuration: quant.scheme = 'w3a16': choose one of w4a16, w4a16-decoupled, w4a16-dfl, w4a16-mixed, "
-        "w4a16-mixed-dw, w4a16-per-tensor, w8a16, or name a file such as my.yaml",
+        "configuration: quant.scheme = 'w3a16': choose one of w4a16, w4a16-decoupled, w4a16-dfl, w4a16-full, "
+        "w4a16-mixed, w4a16-mixed-dw, w4a16-per-tensor, w8a16, or name a file such as my.yaml",
         ("quant.scheme=w3a16",),
     ),
     Case(

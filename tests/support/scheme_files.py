@@ -13,16 +13,18 @@ import yaml
 from app.core import scheme
 from app.core.scheme import Scheme
 
-ShortRule = tuple[Any, ...]  # pattern, bits, and the granularity where it is not channel
+ShortRule = tuple[Any, ...]  # pattern, bits, the granularity where it is not channel, and the range where it is full
 
 
 def entries(*rules: ShortRule) -> list[dict[str, Any]]:
     """The entries of a scheme file."""
     found = []
-    for pattern, bits, *granularity in rules:
+    for pattern, bits, *rest in rules:
         entry = {"pattern": pattern, "bits": bits, "why": f"a test's {pattern}"}
         if bits != "float":
-            entry["granularity"] = granularity[0] if granularity else "channel"
+            entry["granularity"] = rest[0] if rest else "channel"
+        if len(rest) > 1:
+            entry["range"] = rest[1]
         found.append(entry)
     return found
 

@@ -43,7 +43,7 @@ CHANGED = {
     "quant.scheme": "w8a16", "quant.fast_path": False, "quant.learned_scale": True, "quant.warmup_share": 0.7,
     "quant.warmup_bits": "float", "quant.warmup_from": "epoch7.pt", "quant.averaged_scales": False,
     "quant.dampening": 0.7, "quant.freeze_threshold": 0.7, "quant.freeze_momentum": 0.7, "quant.correction_epochs": 1,
-    "quant.correction_lr": 0.7,
+    "quant.correction_lr": 0.7, "quant.distill": 0.7, "quant.teacher": "best.pt",
     "guard.collapse": "off", "guard.share": 0.7, "guard.divergence": "off", "guard.n_validations": 7,
     "guard.max_rollbacks": 7,
     "export.opset": 13, "export.dynamic": True, "export.contracts": ["end2end"], "export.optimize": False,
@@ -57,6 +57,7 @@ CHANGED = {
 NEEDED = {
     "quant.warmup_from": {"quant.warmup_share": 0.5, "quant.warmup_bits": "float"},
     "quant.averaged_scales": {"quant.scheme": "w4a16-decoupled"},
+    "quant.teacher": {"quant.distill": 1.0},
 }
 
 
@@ -70,7 +71,8 @@ def test_every_conf_file_loads(file: Path, variant: str) -> None:
 def test_variants_differ_only_in_variant_and_quant() -> None:
     sets = ["quant.scheme=w8a16", "train.epochs=7"]
     differences = difference(load("fp16", [], sets), load("qat", [], sets))
-    of_quant = (f"quant.{key}" for key in Quant.model_fields if key != "warmup_from")  # which is null by default
+    null_by_default = ("warmup_from", "teacher")
+    of_quant = (f"quant.{key}" for key in Quant.model_fields if key not in null_by_default)
     assert set(differences) == {"variant", *of_quant}
     assert differences["quant.scheme"] == (None, "w8a16")
 
@@ -98,7 +100,7 @@ def test_full_run_is_the_scratch_recipe() -> None:
         ("train.imgsz=100", "multiple of 32"),
         (
             "quant.scheme=w3a16",
-            "quant.scheme = 'w3a16': choose one of w4a16, w4a16-decoupled, w4a16-dfl, w4a16-mixed, ",
+            "quant.scheme = 'w3a16': choose one of w4a16, w4a16-decoupled, w4a16-dfl, w4a16-full, ",
         ),
         ("train.device=gpu", "train.device = 'gpu'"),
         ("train.device=0,cpu", "train.device = '0,cpu'"),

@@ -37,7 +37,8 @@ def scheme(file: Path | str) -> Scheme:
 
 def test_built_in_schemes_are_files_of_the_same_form() -> None:
     assert builtin_names() == [
-        "w4a16", "w4a16-decoupled", "w4a16-dfl", "w4a16-mixed", "w4a16-mixed-dw", "w4a16-per-tensor", "w8a16"
+        "w4a16", "w4a16-decoupled", "w4a16-dfl", "w4a16-full", "w4a16-mixed", "w4a16-mixed-dw", "w4a16-per-tensor",
+        "w8a16",
     ]  # fmt: skip
     for name in builtin_names():
         assert scheme(name).name == name
@@ -90,6 +91,10 @@ FORM = "write a list of entries with pattern, bits, granularity and why, as conf
         (ONE.replace("granularity: channel, ", ""), "entry 1 (*): bits 4 needs a granularity (channel or tensor)"),
         (ONE.replace("channel", "row"), "entry 1 (*): granularity = 'row': Input should be 'channel', 'tensor' or"),
         (ONE.replace("4", "8").replace("channel", "decoupled"), "granularity decoupled is for 4 bits alone"),
+        (ONE.replace("why", "range: wide, why"), "entry 1 (*): range = 'wide': Input should be 'narrow' or 'full'"),
+        (ONE.replace("why", "range: full, why").replace("4", "float").replace("granularity: channel, ", ""),
+         "my.yaml: entry 1 (*): range full is for bits by channel or tensor"),
+        (ONE.replace("why", "range: full, why").replace("channel", "decoupled"), "range full is for bits by channel"),
         (f"{ONE}{ONE.replace('why', 'because')}", "my.yaml: entry 2 (*): why is missing; entry 2 (*): unknown key "
          "because, an entry has pattern, bits, granularity, why"),
         (ONE.replace("pattern: '*', ", ""), "my.yaml: entry 1 (None): pattern is missing"),
@@ -157,6 +162,20 @@ def test_the_hash_is_of_what_the_rules_compute(tmp_path: Path) -> None:
     assert difference(qat(moved), qat(file)) == {}
     for rules in ((("x", 3), ("*", 4)), (("x", "float"), ("*", 4, "tensor")), (("*", 4), ("x", "float"))):
         assert config_hash(qat(write_rules(moved, *rules))) != config_hash(qat(file))
+
+
+def test_a_full_range_is_part_of_the_hash_and_a_narrow_one_is_the_default(tmp_path: Path) -> None:
+    file = write_rules(tmp_path / "my.yaml", ("*", 4, "channel", "full"))
+    full = qat(file)
+    assert scheme(file).sha256 == hashlib.sha256(b'[["*", 4, "channel", "full"]]').hexdigest()
+    keep_scheme(scheme(file), tmp_path)
+    assert kept_scheme(tmp_path, "my") == scheme(file)
+    narrow = qat(write_rules(file, ("*", 4, "channel", "narrow")))
+    keep_scheme(scheme(file), tmp_path)
+    assert "range" not in (tmp_path / "scheme" / "my.yaml").read_text()
+    assert narrow == qat(write_rules(file, ("*", 4)))
+    said = "quant.scheme: my (* at 4 bits by channel, full range) -> my (* at 4 bits by channel)"
+    assert shown(difference(full, narrow)) == said
 
 
 def test_a_changed_file_differs_in_its_rules_alone(tmp_path: Path) -> None:

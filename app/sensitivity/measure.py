@@ -15,6 +15,7 @@ from app.core.progress import Meter
 from app.core.shapes import Shape
 from app.sensitivity.batchnorm import Corrections
 from app.sensitivity.changes import Change
+from app.sensitivity.folded import Folded
 from app.sensitivity.images import Batch
 from app.sensitivity.network import Graph
 from app.sensitivity.outputs import Reference, loss_of
@@ -39,13 +40,14 @@ class Probe:
     """Measures changes of a network on one batch after the other.
 
     Args:
-        graph: of the float network.
+        graph: of the float network, in eval mode.
         criterion: Ultralytics' loss of it.
         corrected: BatchNorm statistics of the changes.
     """
 
     def __init__(self, graph: Graph, criterion: Any, corrected: Corrections) -> None:
         self.graph, self.criterion, self.corrected = graph, criterion, corrected
+        self.folded = Folded(graph)
 
     @torch.no_grad()
     def measure(
@@ -55,24 +57,19 @@ class Probe:
 
         `see` gets every change and what the head of the changed network puts out.
         """
-        kept = self.graph.run(batch.images)
+        kept = self.folded.run(batch.images)
         heads = self.graph.heads(kept)
         reference = Reference(heads)
         numbers = {}
         for change in changes:
-            changed = self.outputs(batch.images, kept, change)
+            changed = self.folded.changed(kept, change.bits, self.corrected.get(change.name, {}))
             numbers[change.name] = [loss_of(self.criterion, changed, batch.labels), reference.shift(changed)]
             see(change, changed)
         plain_loss = loss_of(self.criterion, heads, batch.labels)
         return {"n": len(batch.images), "loss": plain_loss, "changes": numbers}
 
-    def outputs(self, images: torch.Tensor, kept: list[torch.Tensor], change: Change) -> dict[str, Any]:
-        """Outputs of the changed network, of which only what lies behind the change is computed."""
-        with self.graph.changed(change.bits, self.corrected.get(change.name, {})):
-            return self.graph.heads(self.graph.rerun(images, kept, self.graph.behind(change.bits)))
-
     def cost(self, change: Change) -> int:
-        """Number of nodes that run for a change."""
+        """Number of operations that run for a change."""
         return len(self.graph.behind(change.bits))
 
 
@@ -81,7 +78,7 @@ def measure_all(
 ) -> list[dict[str, Any]]:
     """Measures batches, which are places of images with the changes that they measure; those of `kept` are there."""
     total = sum(probe.cost(change) for _, changes in batches for change in changes)
-    meter = Meter("sensitivity", total, "blocks")
+    meter = Meter("sensitivity", total, "operations")
     try:
         for number, (places, changes) in enumerate(batches):
             if number < len(kept.batches):

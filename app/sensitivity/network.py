@@ -112,7 +112,7 @@ class Graph:
         norms = {}
         for node in self.traced.graph.nodes:
             if node in nodes and node.op == "call_module":
-                for name, norm in batchnorm_layers(self.traced.get_submodule(node.target)).items():
+                for name, norm in batchnorm_layers(self.traced.get_submodule(str(node.target))).items():
                     norms[f"{node.target}.{name}"] = norm
         return norms
 

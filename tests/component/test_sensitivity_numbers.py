@@ -141,7 +141,8 @@ def with_statistics(model: Any, corrected: dict[str, Statistics]) -> Any:
 
 
 def test_a_block_with_another_activation_is_refused() -> None:
-    block = Conv(3, 4, act=torch.nn.ReLU()).eval()
+    relu: Any = torch.nn.ReLU()
+    block = Conv(3, 4, act=relu).eval()
     with pytest.raises(KeyError, match="ReLU"):
         fold(block, block.conv.weight, None)
 
@@ -160,7 +161,7 @@ def test_only_what_reads_a_changed_layer_runs_again(model: Any, images: torch.Te
     inside = {name for name in behind("model.3.m.0.cv2.conv") if name.startswith("model.3.")}
     assert inside == {"model.3.m.0.cv2", "model.3.cv2"}
     # model.5 and what follows it, without the branches of model.3, the head's first level
-    again = {".".join(name.split(".")[:4 if "one2one" in name else 2]) for name in behind("model.5.conv")}
+    again = {".".join(name.split(".")[: 4 if "one2one" in name else 2]) for name in behind("model.5.conv")}
     assert again == {*(f"model.{n}" for n in (5, 6, 7, 8, 10)), *(
         f"model.11.one2one_cv{branch}.{level}" for branch in (2, 3) for level in (1, 2)
     )}  # fmt: skip

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import load
 from app.core.ratios import ratio_of_pairs
 from app.core.run import RunRoot, runs_of
 from app.report.compare import pair_up
 from app.report.curve import curve, curve_figure, places_of
+from app.report.ending import next_step
 from app.report.evidence import gather
+from app.report.findings import derive, enter_seeds
 from app.report.page_files import page_of
 from app.report.publish import publish
 from app.report.report import report
@@ -137,6 +140,29 @@ def test_page_of_a_sweep_and_its_publication(runs: list[RunRoot], caplog: pytest
     published = files.published_dir
     assert (published / f"figures/curve{files.ending}.png").exists()
     assert "## AP over bytes" in (published / "summary.md").read_text()
+
+
+def test_the_end_of_a_sweep_names_the_sweep(runs: list[RunRoot]) -> None:
+    first, *others = runs
+
+    def following(runs: list[RunRoot]) -> str:
+        evidences = list(map(gather, runs))
+        findings = derive(evidences[0], load("qat").report)
+        if runs[1:]:
+            enter_seeds(findings, evidences)
+        findings["missing"] = []
+        return next_step(runs[0], evidences[0], findings)
+
+    assert following(runs) == "open the page in a browser; 'make publish RUN=s' keeps it in runs/reports"
+    assert "'make report RUN=s' has all seeds of the sweep" in following([first])
+    write(first.runs_dir / "s/sweep.json", {"schemes": [], "runs": {first.name: 0}})
+    assert "how much another seed differs: the same 'make sweep' with more SEEDS" in following([first])
+    assert "make publish RUN=s-seed1" in following(others), "the runs are no sweep's"
+    edit(first.provenance, "title", BUILTIN_TITLE)
+    assert "COCO itself: the same 'make sweep' with COCO_DIR=path" in following([first])
+    evidence = gather(first)
+    text = next_step(first, evidence, {**derive(evidence, load("qat").report), "missing": ["a file"]})
+    assert text == "the command of sweep s makes what is missing, and the page anew"
 
 
 def test_compare_pairs_all_schemes_of_two_seeds(runs: list[RunRoot]) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 SCHEMES = ("w4a16", "w4a16-mixed-dw", "w8a16")
 STOPPED, WHOLE = "ci-stopped", "ci-whole"
 RUNS = Path("runs")
-POLL_S, LIMIT_S = 0.05, 600
+POLL_S, LIMIT_S = 0.05, 900
+begun: list[subprocess.Popen[bytes]] = []
 
 
 def need(condition: bool, otherwise: str) -> None:
@@ -30,7 +31,9 @@ def need(condition: bool, otherwise: str) -> None:
 
 def make_sweep(run: str, seeds: str) -> subprocess.Popen[bytes]:
     settings = ["CONF=conf/smoke.yaml .ci/tiny.yaml", "ARGS=", f"RUN={run}", f"SEEDS={seeds}"]
-    return subprocess.Popen(["make", "sweep", f"SCHEMES={' '.join(SCHEMES)}", *settings])
+    process = subprocess.Popen(["make", "sweep", f"SCHEMES={' '.join(SCHEMES)}", *settings])
+    begun.append(process)
+    return process
 
 
 def stop_when(reached: Callable[[], bool]) -> None:
@@ -96,4 +99,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:  # what has failed leaves nobody behind
+        for process in begun:
+            process.terminate()

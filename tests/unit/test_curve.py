@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from app.core.config import load
 from app.core.ratios import ratio_of_pairs
 from app.core.run import RunRoot, runs_of
 from app.report.compare import pair_up
-from app.report.curve import curve, curve_figure, places_of
+from app.report.curve import QAT, SIDE_BY_SIDE, curve, curve_figure, places_of, spread
 from app.report.ending import next_step
 from app.report.evidence import gather
+from app.report.figures import by_size
 from app.report.findings import derive, enter_seeds
 from app.report.page_files import page_of
 from app.report.publish import publish
@@ -119,6 +122,37 @@ def test_schemes_of_equal_bytes_stand_side_by_side() -> None:
     places = places_of(points, "mb")
     assert places["a"] < 2.70 < 2.71 < places["b"] < 3
     assert places["c"] == 4.0
+
+
+def test_names_of_neighbours_move_apart() -> None:
+    moved = spread({"a": 2.71, "b": 2.64, "c": 4.0, "d": 2.78})
+    assert moved["a"] / moved["b"] == pytest.approx(SIDE_BY_SIDE) == pytest.approx(moved["d"] / moved["a"])
+    assert moved["a"] == pytest.approx((2.71 * 2.64 * 2.78) ** (1 / 3)), "in the middle of the three"
+    assert moved["c"] == 4.0
+
+
+def test_names_of_schemes_neither_overlap_nor_leave_the_panel(runs: list[RunRoot]) -> None:
+    points = curve(list(map(gather, runs)))
+    assert points is not None
+    near = [{**each, "scheme": name, "int4_mb": 1.51} for each in points for name in ("near-it", "n" * 40)]
+    figure = curve_figure([*points, *(each for each in near if each["how"] == QAT)])
+    figure.savefig(io.BytesIO())
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == 6 and all(box.y1 <= panel.bbox.y1 for box in boxes)
+        assert not [1 for one, other in combinations(boxes, 2) if one.overlaps(other)]
+
+
+def test_sizes_of_many_rows_are_in_several_pictures(runs: list[RunRoot]) -> None:
+    """As of two runs with three schemes each; the two rows of a pair stay together."""
+    row = gather(runs[0]).scored[0]
+    group = [{**row, "model": {**row["model"], "label": f"qat-{n}"}} for n in range(26)]
+    with kept_figures() as figures:
+        text = by_size(group, runs[0].figures_dir)
+    shown = {name: [str(bars.get_label()) for bars in figures[name].axes[0].containers] for name in figures}
+    assert shown["sizes-1.png"] == [f"qat-{n}" for n in range(14)]
+    assert shown["sizes-15.png"] == [f"qat-{n}" for n in range(14, 26)]
+    assert "Rows 15 to 26 of 26." in text and "figures/sizes-15-dark.png" in text
 
 
 def test_page_of_a_sweep_and_its_publication(runs: list[RunRoot], caplog: pytest.LogCaptureFixture) -> None:

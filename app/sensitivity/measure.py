@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from app.sensitivity.batchnorm import Corrections
 from app.sensitivity.changes import Change
 from app.sensitivity.folded import Folded
 from app.sensitivity.images import Batch
-from app.sensitivity.network import Graph
+from app.sensitivity.network import Graph, Heads
 from app.sensitivity.outputs import Reference, loss_of
 
 PARTIAL_SHAPE: Shape = {"key": dict[str, Any], "batches": list[dict[str, Any]]}
@@ -60,17 +62,41 @@ class Probe:
         kept = self.folded.run(batch.images)
         heads = self.graph.heads(kept)
         reference = Reference(heads)
-        numbers = {}
-        for change in changes:
+
+        @torch.no_grad()
+        def measured(change: Change) -> tuple[list[float], Heads]:
             changed = self.folded.changed(kept, change.bits, self.corrected.get(change.name, {}))
-            numbers[change.name] = [loss_of(self.criterion, changed, batch.labels), reference.shift(changed)]
-            see(change, changed)
+            return [loss_of(self.criterion, changed, batch.labels), reference.shift(changed)], changed
+
+        numbers = {}
+        with on_all_cores(batch.images.device) as several:
+            for change, (both, changed) in zip(changes, several(measured, changes), strict=True):
+                numbers[change.name] = both
+                see(change, changed)
         plain_loss = loss_of(self.criterion, heads, batch.labels)
         return {"n": len(batch.images), "loss": plain_loss, "changes": numbers}
 
     def cost(self, change: Change) -> int:
         """Number of operations that run for a change."""
         return len(self.graph.behind(change.bits))
+
+
+@contextmanager
+def on_all_cores(device: torch.device) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` in order, on a CPU with a thread for each core, which computes alone.
+
+    Two cores that share every operation wait for each other a third of their time (YOLOv10m, 8 images of 320 px).
+    """
+    n_threads = torch.get_num_threads()
+    if device.type != "cpu" or n_threads == 1:
+        yield map
+        return
+    pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)  # a signal does not wait for changes that have not begun
+        torch.set_num_threads(n_threads)  # MKL has one number for all threads
 
 
 def measure_all(

@@ -331,3 +331,36 @@ def test_a_probe_measures_changes(model: Any, images: torch.Tensor, labels: dict
     assert seen == ["x", "none"] and found["n"] == N_IMAGES
     assert found["changes"]["none"] == [found["loss"], 0.0]
     assert found["changes"]["x"][1] > 0
+
+
+def test_threads_measure_the_same_and_leave_when_one_fails(
+    model: Any, images: torch.Tensor, labels: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, batch = Probe(Graph(model), criterion_of_part(model, ALONE), {}), Batch(images, labels, [])
+    changes = [Change(LAYER, f"{layer}@2", {layer: 2}) for layer in learned_layers(model)]
+    n_threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            seen: list[str] = []
+            found.append(probe.measure(batch, changes, lambda change, heads: seen.append(change.name)))  # noqa: B023
+            assert seen == list(found[-1]["changes"]) == [change.name for change in changes]
+            assert torch.get_num_threads() == n
+        begun, run = [], Folded.changed
+
+        def noted(self: Folded, *args: Any) -> Any:
+            begun.append(1)
+            return run(self, *args)
+
+        def fail(change: Change, heads: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Folded, "changed", noted)
+        with pytest.raises(KeyboardInterrupt):
+            probe.measure(batch, changes * 20, fail)
+        assert len(begun) < len(changes) * 10
+    finally:
+        torch.set_num_threads(n_threads)
+    alone, together = (np.array(list(each["changes"].values())) for each in found)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)

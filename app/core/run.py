@@ -33,6 +33,7 @@ PROVENANCE_SHAPE: Shape = {
 }  # fmt: skip
 VIEW_SHAPE: Shape = {**PROVENANCE_SHAPE, "view_dir": PathText, "names": list[str]}
 SWEEP_FILE = "sweep.json"  # in the folder of a sweep: its schemes, and its runs, one a seed
+SEED_OF_SWEEP = "-seed"  # in the names of its runs, before the seed
 SWEEP_SHAPE: Shape = {"schemes": list[str], "runs": dict[str, Count]}
 RECORD_SHAPE: Shape = {"stages": dict[str, dict[str, Any]]}
 
@@ -144,6 +145,15 @@ def runs_of(names: Iterable[str], runs_dir: Path) -> list[RunRoot]:
         path = open_run(name, runs_dir).root / SWEEP_FILE
         found += read_json(path, "sweep", SWEEP_SHAPE)["runs"] if path.exists() else [name]
     return [open_run(name, runs_dir) for name in dict.fromkeys(found)]
+
+
+def sweep_of(run: RunRoot) -> RunRoot | None:
+    """The sweep that has made a run, which it names <sweep>-seed<N>."""
+    name, is_named, _ = run.name.rpartition(SEED_OF_SWEEP)
+    sweep = RunRoot(run.runs_dir, name)
+    path = sweep.root / SWEEP_FILE
+    is_of_it = bool(is_named) and path.exists() and run.name in read_json(path, "sweep", SWEEP_SHAPE)["runs"]
+    return sweep if is_of_it else None
 
 
 def record_stage(run: RunRoot, stage: str, facts: dict[str, Any]) -> None:

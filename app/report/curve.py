@@ -25,12 +25,13 @@ WORDS = {FLOAT: "FP32 and FP16", PTQ: PTQ, PTQ_BN: PTQ_BN, QAT: QAT}
 COLOUR_OF = {FLOAT: NEUTRAL, PTQ: COLOURS[0], PTQ_BN: COLOURS[2], QAT: COLOURS[1]}
 MARKER_OF = {FLOAT: "D", PTQ: "v", PTQ_BN: "s", QAT: "o"}
 PANELS = {"int4_mb": "4 bits and fewer packed (INT4)", "qcdq_mb": "a byte a weight (QCDQ)"}
-TICKS_MB = [base * 10.0**power for power in range(-3, 4) for base in (1, 2, 5)]
+TICKS_MB = [base * 10.0**power for power in range(-3, 4) for base in (1, 1.5, 2, 3, 5, 7)]
 ENOUGH_SCHEMES = 2
 DOT_ALPHA = 0.45
 SAME_BYTES = 0.01  # share by which files of one size may differ
-SIDE_BY_SIDE, MARGIN = 1.06, 1.2  # factors on the axis of the MB
-ROOM_FOR_NAMES = 1.35  # above the highest mark
+SIDE_BY_SIDE, MARGIN = 1.07, 1.2  # factors on the axis of the MB
+ROUNDING = 1e-9  # of such a factor
+PANEL_IN, AROUND_IN, LETTER_IN = 2.6, 1.4, 0.075  # height below the names, of title and legend; length of a letter
 TITLE = "## AP over bytes"
 
 
@@ -158,7 +159,8 @@ def curve_block(points: list[Point] | None, name: str, figures_dir: Path) -> lis
 
 def curve_figure(points: list[Point]) -> Figure:
     """A panel for each way to store the weights: a mark for each run, and the line of the means."""
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    names_in = LETTER_IN * (2 + max(len(name_of(each)) for each in points))
+    figure = Figure(figsize=(10, PANEL_IN + names_in + AROUND_IN), layout="constrained")
     for panel, (size, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         shown = [each for each in points if each[size] is not None]
         places = places_of(shown, size)
@@ -169,7 +171,7 @@ def curve_figure(points: list[Point]) -> Figure:
         set_scales(panel, list(places.values()))
         panel.set_title(title, fontsize=10)
     highest = max(max(each["AP"].values()) for each in points)
-    figure.axes[0].set(ylabel="AP", ylim=(0, (highest or 1) * ROOM_FOR_NAMES))
+    figure.axes[0].set(ylabel="AP", ylim=(0, (highest or 1) * (1 + names_in / PANEL_IN)))
     return legend_below(figure)
 
 
@@ -185,6 +187,19 @@ def places_of(points: list[Point], size: str) -> dict[str, float]:
         alike = [other for other in sizes if abs(sizes[other] / own - 1) < SAME_BYTES]
         places[name] = own * SIDE_BY_SIDE ** (alike.index(name) - (len(alike) - 1) / 2)
     return places
+
+
+def spread(places: dict[str, float]) -> dict[str, float]:
+    """Places of names, which are wider than a mark: neighbours that would overlap move apart from their middle."""
+    rows: list[dict[str, float]] = []
+    for name in sorted(places, key=lambda name: places[name]):
+        rows.append({name: places[name]})
+        while len(rows) > 1 and max(rows[-2].values()) * SIDE_BY_SIDE > min(rows[-1].values()) * (1 + ROUNDING):
+            together = [*rows[-2], *rows[-1]]
+            middle = statistics.geometric_mean(places[name] for name in together)
+            first = middle / SIDE_BY_SIDE ** ((len(together) - 1) / 2)
+            rows[-2:] = [{name: first * SIDE_BY_SIDE**i for i, name in enumerate(together)}]
+    return {name: place for row in rows for name, place in row.items()}
 
 
 def draw_series(panel: Axes, series: list[Point], places: dict[str, float]) -> None:
@@ -204,7 +219,7 @@ def draw_series(panel: Axes, series: list[Point], places: dict[str, float]) -> N
 
 def write_names(panel: Axes, points: list[Point], places: dict[str, float]) -> None:
     """Each name on end above its highest mark: those of neighbours are longer than their distance."""
-    for name, place in places.items():
+    for name, place in spread(places).items():
         highest = max(max(each["AP"].values()) for each in points if name_of(each) == name)
         above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "va": "bottom"}
         panel.annotate(literal(name), (place, highest), rotation=90, fontsize=8, **above)

@@ -32,6 +32,7 @@ AUTHORS_MODEL = "yolov10m.yaml"
 AUTHORS_YOLOV10M = {
     10: 0.239, 20: 0.347, 50: 0.403, 100: 0.420, 200: 0.461, 300: 0.481, 400: 0.497, 500: 0.510
 }  # fmt: skip
+MAX_BARS = 16  # in a group of a picture: more are too thin for their numbers
 MAX_BARS_UPRIGHT = 4  # more bars in a group: their numbers stand on end, or they would overlap
 SIZES = {"AP": "all", "AP_small": "small\n(< 32² px)", "AP_medium": "medium", "AP_large": "large\n(> 96² px)"}
 
@@ -93,9 +94,18 @@ def literal(name: str) -> str:
 
 
 def by_size(group: list[Metrics], figures_dir: Path) -> str:
-    """Grouped bars of AP over all, small, medium and large objects."""
+    """Grouped bars of AP over all, small, medium and large objects; of many rows in several pictures."""
     text = "**AP by object size.** Where it says none, the dataset has no such object."
-    return draw(figures_dir, "sizes.png", text, lambda: size_figure(group))
+    n_pictures = -(-len(group) // MAX_BARS)
+    if n_pictures == 1:
+        return draw(figures_dir, "sizes.png", text, lambda: size_figure(group))
+    size = 2 * -(-len(group) // (2 * n_pictures))  # even: two rows that are compared stay together
+    blocks = []
+    for first in range(0, len(group), size):
+        part = group[first : first + size]
+        words = f"{text} Rows {first + 1} to {first + len(part)} of {len(group)}."
+        blocks.append(draw(figures_dir, f"sizes-{first + 1}.png", words, lambda part=part: size_figure(part)))
+    return "\n\n".join(blocks)
 
 
 def size_figure(group: list[Metrics]) -> Figure:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
-from app.core.run import MAX_NAME, RunRoot
+from app.core.run import RunRoot
+
+MAX_ENDING = 48  # characters: two other seeds of a run whose name has 15
+HASH_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,16 @@ class PageFiles:
 
 
 def page_of(run: RunRoot, others: Sequence[RunRoot] = ()) -> PageFiles:
-    """-with-b-c for the page merged with b and c; of many runs the first and their number."""
+    """-with-b-c for the page merged with b and c; of many or long names the first one, their number and a hash."""
     return PageFiles(run, ending([other.name for other in others]))
 
 
 def ending(names: Sequence[str]) -> str:
+    """At most MAX_ENDING characters, other ones for other names."""
     if not names:
         return ""
     text = "-".join(["-with", *names])
-    return text if len(text) <= MAX_NAME else f"-with-{names[0]}-and-{len(names) - 1}-more"
+    if len(text) <= MAX_ENDING:
+        return text
+    cut = f"-and-{len(names) - 1}-more-{sha256('/'.join(names).encode()).hexdigest()[:HASH_DIGITS]}"
+    return f"-with-{names[0]}"[: MAX_ENDING - len(cut)] + cut

@@ -18,7 +18,7 @@ from app.coco.detail import Metrics, analyse
 from app.core.config import Config, Report, UserError
 from app.core.environment import REPO_DIR
 from app.core.files import read_json, write_json, write_text
-from app.core.run import PROVENANCE_SHAPE, RECORD_SHAPE, RunRoot, record_stage
+from app.core.run import PROVENANCE_SHAPE, RECORD_SHAPE, RunRoot, record_stage, runs_of, sweep_of
 from app.report.curve import curve_block, curve_lines
 from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
@@ -214,6 +214,8 @@ def first_sentence(paragraph: str) -> str:
 
 def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
     """What a user does after this report."""
+    if sweep := sweep_of(run):
+        return next_of_sweep(sweep, evidence, findings)
     if findings["missing"]:
         return "each line 'missing' names its command; 'make report' then writes the page anew"
     if evidence.imported and not evidence.trainings:
@@ -221,7 +223,7 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
             'open the page in a browser; what a few epochs of QAT win back: "make train-qat export eval report '
             f"RUN={run.name} CONF=conf/finetune.yaml ARGS='--set train.weights={evidence.imported.start['file']}'\""
         )
-    if evidence.provenance and evidence.provenance["title"] == BUILTIN_TITLE:
+    if is_drawn(evidence):
         return (
             "open the page in a browser, 'make tensorboard' for the curves; COCO itself: 'make all COCO_DIR=path' "
             "(README, 'The full run')"
@@ -235,3 +237,24 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
     others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])
     publish = f'make publish RUN={run.name} ARGS="--runs {others}"'
     return f"open the page in a browser; '{publish}' keeps it in runs/reports"
+
+
+def next_of_sweep(sweep: RunRoot, evidence: Evidence, findings: Findings) -> str:
+    """The same where the runs are those of a sweep, or one of them."""
+    n_seeds = len(findings["seeds"]["runs"]) if findings["seeds"] else 1
+    if findings["missing"]:
+        return f"the command of sweep {sweep.name} makes what is missing, and the page anew"
+    if n_seeds < len(runs_of([sweep.name], sweep.runs_dir)):
+        return f"open the page in a browser; 'make report RUN={sweep.name}' has all seeds of the sweep"
+    if is_drawn(evidence):
+        return (
+            "open the page in a browser, 'make tensorboard' for the curves; COCO itself: the same 'make sweep' with "
+            "COCO_DIR=path, another RUN and without the settings of the smoke (docs/curve.md)"
+        )
+    if n_seeds == 1:
+        return "open the page in a browser; how much another seed differs: the same 'make sweep' with more SEEDS"
+    return f"open the page in a browser; 'make publish RUN={sweep.name}' keeps it in runs/reports"
+
+
+def is_drawn(evidence: Evidence) -> bool:
+    return evidence.provenance is not None and evidence.provenance["title"] == BUILTIN_TITLE

@@ -69,20 +69,20 @@ def corrections(graph: Graph, changes: list[Change], batches: list[torch.Tensor]
             plain = {name: statistics_of(norm) for name, norm in norms.items()}
             for change in others:
                 stale = graph.behind(change.bits)
-                with graph.changed(change.bits, {}):
-                    graph.rerun(images, kept, stale)
+                with graph.changed(change.bits):
+                    graph.rerun(kept, stale)
                 for name, norm in graph.norms_in(stale).items():
                     moved[change.name][name].add(statistics_of(norm), plain[name])
                 meter.update()
     meter.close()
-    norms = graph.norms_in(set(range(len(graph.nodes))))
+    norms = graph.norms_in(graph.nodes)
     return {name: {norm: sums.of(norms[norm]) for norm, sums in by_norm.items()} for name, by_norm in moved.items()}
 
 
 @contextmanager
 def batch_statistics(graph: Graph) -> Iterator[dict[str, nn.BatchNorm2d]]:
     """Inside, BatchNorm normalises by the batch, whose statistics are then in its running ones."""
-    norms = graph.norms_in(set(range(len(graph.nodes))))
+    norms = graph.norms_in(graph.nodes)
     kept = [(norm, norm.momentum, norm.running_mean, norm.running_var) for norm in norms.values()]
     try:
         for norm in norms.values():

@@ -1,35 +1,31 @@
-"""A detector as a graph whose activations are kept, so that a changed layer costs only what lies behind it.
+"""A detector as a graph of its operations, whose results are kept, so that a changed layer costs only what lies behind
+it.
 
-The nodes are the top-level modules of Ultralytics' network up to its head (nn/tasks.py _predict_once, 8.4.190), and
-then every branch of the one2one head on its own. The one2many head does not run.
+torch.fx traces the body of Ultralytics' network and the one2one head (nn/tasks.py _predict_once and
+nn/modules/head.py forward_head, 8.4.190); the one2many head does not run. A block of convolution, BatchNorm and
+activation is one operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from ultralytics.nn.modules.block import C2f
+from ultralytics.nn.modules.conv import Conv
 
 from app.quant.batchnorm import batchnorm_layers
 from app.quant.fused import codes_of
 from app.quant.kernels import Spec
 from app.quant.schemes import convolutions
 
-IMAGES = -1  # in the place of a node that is read: the images
-
-
-@dataclass(frozen=True)
-class Node:
-    """A module that runs as a whole. `sources` are the places of the nodes that it reads; `takes_list`: as one list."""
-
-    name: str
-    module: nn.Module
-    sources: tuple[int, ...]
-    takes_list: bool
+Kept = dict[fx.Node, Any]  # the result of every operation; of the first one, the images
+Heads = dict[str, Any]
+BRANCHES = ("one2one_cv2", "one2one_cv3")  # boxes and classes
 
 
 @dataclass(frozen=True)
@@ -50,106 +46,156 @@ def fake_quantized(conv: Any, bits: int) -> torch.Tensor:
 
 
 class Graph:
-    """The network's nodes in the order in which they run.
+    """The network's operations in the order in which they run.
 
     Args:
         model: a DetectionModel with YOLOv10's head, in eval mode.
     """
 
     def __init__(self, model: Any) -> None:
-        *body, self.head = model.model
+        self.head = model.model[-1]
         self.convs = convolutions(model)
-        self.nodes = [_node(module) for module in body]
-        self.feats = _places(self.head)
-        head_name = f"model.{self.head.i}"
-        for branch in ("one2one_cv2", "one2one_cv3"):
-            for level, place in enumerate(self.feats):
-                module = getattr(self.head, branch)[level]
-                self.nodes.append(Node(f"{head_name}.{branch}.{level}", module, (place,), takes_list=False))
+        self.traced = traced(model)
+        targets = {node.target: node for node in self.traced.graph.nodes if node.op == "call_module"}
+        self.blocks = {layer: targets[target] for layer in self.convs if (target := block_of(layer, targets))}
 
-    def place_of(self, layer: str) -> int:
-        """The place of the node that holds a layer, by the layer's name in the network."""
-        return next(place for place, node in enumerate(self.nodes) if f"{layer}.".startswith(f"{node.name}."))
+    @property
+    def nodes(self) -> set[fx.Node]:
+        return set(self.traced.graph.nodes)
 
-    def behind(self, layers: Collection[str]) -> set[int]:
-        """Places of the nodes that hold one of the layers, and of all that read them, directly or not."""
-        stale = {self.place_of(layer) for layer in layers}
-        for place, node in enumerate(self.nodes):
-            if stale.intersection(node.sources):
-                stale.add(place)
+    def behind(self, layers: Collection[str]) -> set[fx.Node]:
+        """The operations that run one of the layers, and all that read them, directly or not."""
+        stale = {self.blocks[layer] for layer in layers}
+        for node in self.traced.graph.nodes:
+            if stale.intersection(node.all_input_nodes):
+                stale.add(node)
         return stale
 
-    def run(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs of all nodes for images [N,3,S,S]."""
-        return self.rerun(images, [], set(range(len(self.nodes))))
+    def run(self, images: torch.Tensor) -> Kept:
+        """Results of all operations for images [N,3,S,S]."""
+        interpreter = fx.Interpreter(self.traced, garbage_collect_values=False)
+        interpreter.run(images)
+        return interpreter.env
 
-    def rerun(self, images: torch.Tensor, kept: list[torch.Tensor], stale: set[int]) -> list[torch.Tensor]:
-        """Outputs of all nodes: those of `stale` nodes are computed, the others taken from `kept`."""
-        outputs: list[torch.Tensor] = []
-        for place, node in enumerate(self.nodes):
-            if place not in stale:
-                outputs.append(kept[place])
-                continue
-            inputs = [images if source == IMAGES else outputs[source] for source in node.sources]
-            outputs.append(node.module(inputs if node.takes_list else inputs[0]))
-        return outputs
+    def rerun(self, kept: Kept, stale: set[fx.Node]) -> Heads:
+        """What the head puts out when `stale` operations run again, and the others' results are taken from `kept`."""
+        return heads_of(fx.Interpreter(self.traced).run(initial_env=without(kept, stale)))
+
+    def heads(self, kept: Kept) -> Heads:
+        """What the head has put out."""
+        *_, output = self.traced.graph.nodes
+        return heads_of(kept[output])
 
     @contextmanager
-    def changed(self, bits: dict[str, int], statistics: dict[str, Statistics]) -> Iterator[None]:
-        """Inside, layers have weights of these bits, and norms these statistics; both by name."""
-        norms = self.norms_in(self.behind(bits))
+    def changed(self, bits: dict[str, int]) -> Iterator[None]:
+        """Inside, layers have weights of these bits, by name."""
         weights = {layer: self.convs[layer].weight.data for layer in bits}
-        kept = {name: (norms[name].running_mean, norms[name].running_var) for name in statistics}
         try:
             for layer, n_bits in bits.items():
                 self.convs[layer].weight.data = fake_quantized(self.convs[layer], n_bits)
-            for name, given in statistics.items():
-                norms[name].running_mean, norms[name].running_var = given.mean, given.var
             yield
         finally:
             for layer, weight in weights.items():
                 self.convs[layer].weight.data = weight
-            for name, (mean, var) in kept.items():
-                norms[name].running_mean, norms[name].running_var = mean, var
 
     def norm_behind(self, layer: str) -> str | None:
         """Name of the BatchNorm layer that reads a convolution; None for the last ones of the head."""
-        name = f"{layer.rpartition('.')[0]}.bn"
-        return name if name in self.norms_in({self.place_of(layer)}) else None
+        node = self.blocks[layer]
+        return None if node.target == layer else f"{node.target}.bn"
 
-    def heads(self, outputs: list[torch.Tensor]) -> dict[str, Any]:
-        """What the one2one head puts out in training, as Ultralytics' loss takes it (Detect.forward_head, 8.4.190).
-
-        boxes float32 [N,4*16,A], logits of the distances to the four sides; scores [N,nc,A], logits of the classes;
-        feats, the maps that the head reads.
-        """
-        n_levels = len(self.feats)
-        boxes, scores = outputs[-2 * n_levels : -n_levels], outputs[-n_levels:]
-        return {
-            "boxes": torch.cat([level.flatten(2) for level in boxes], dim=-1),
-            "scores": torch.cat([level.flatten(2) for level in scores], dim=-1),
-            "feats": [outputs[place] for place in self.feats],
-        }
-
-    def decoded(self, heads: dict[str, Any]) -> torch.Tensor:
+    def decoded(self, heads: Heads) -> torch.Tensor:
         """The output of the raw contract, [N,4+nc,A]: cx,cy,w,h in px and probabilities of the classes."""
         return self.head._inference(heads)
 
-    def norms_in(self, places: set[int]) -> dict[str, nn.BatchNorm2d]:
-        """BatchNorm layers of these nodes, by their names in the network."""
+    def norms_in(self, nodes: Collection[fx.Node]) -> dict[str, nn.BatchNorm2d]:
+        """BatchNorm layers of these operations, by their names in the network."""
         norms = {}
-        for place in sorted(places):
-            node = self.nodes[place]
-            for name, norm in batchnorm_layers(node.module).items():
-                norms[f"{node.name}.{name}"] = norm
+        for node in self.traced.graph.nodes:
+            if node in nodes and node.op == "call_module":
+                for name, norm in batchnorm_layers(self.traced.get_submodule(str(node.target))).items():
+                    norms[f"{node.target}.{name}"] = norm
         return norms
 
 
-def _node(module: Any) -> Node:
-    return Node(f"model.{module.i}", module, _places(module), isinstance(module.f, list))
+def block_of(layer: str, targets: Collection[Any]) -> str | None:
+    """Name of the operation that runs a convolution: its block, or itself. None for the one2many head and DFL."""
+    block = layer.rpartition(".")[0]
+    return next((name for name in (layer, block) if name in targets), None)
 
 
-def _places(module: Any) -> tuple[int, ...]:
-    """The nodes that a top-level module reads: `f` counts them from the network's begin, or back from the module."""
-    sources = module.f if isinstance(module.f, list) else [module.f]
-    return tuple(source if source >= 0 else module.i + source for source in sources)
+def without(kept: Kept, stale: Collection[fx.Node]) -> Kept:
+    """The results that a run of `stale` operations may read; what the graph puts out is gathered by every run."""
+    return {node: result for node, result in kept.items() if node not in stale and node.op != "output"}
+
+
+def heads_of(outputs: Sequence[Sequence[torch.Tensor]]) -> Heads:
+    """The one2one head's output in training, as Ultralytics' loss takes it (Detect.forward_head, 8.4.190).
+
+    boxes float32 [N,4*16,A], logits of the distances to the four sides; scores [N,nc,A], logits of the classes;
+    feats, the maps that the head reads.
+    """
+    boxes, scores, feats = outputs
+    return {
+        "boxes": torch.cat([level.flatten(2) for level in boxes], dim=-1),
+        "scores": torch.cat([level.flatten(2) for level in scores], dim=-1),
+        "feats": list(feats),
+    }
+
+
+# --- tracing ---------------------------------------------------------------------------------------------------------
+
+
+class _OneToOne(nn.Module):
+    """Body and one2one head, with the names that their layers have in the network."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.model = layers
+
+    def forward(self, images: torch.Tensor) -> Any:
+        *body, head = self.model
+        results: list[Any] = []
+        for module in body:
+            results.append(module(sources(module, results, images)))
+        feats = [results[place] for place in head.f]
+        boxes, scores = (
+            [branch(feat) for branch, feat in zip(getattr(head, name), feats, strict=True)] for name in BRANCHES
+        )
+        return boxes, scores, feats
+
+
+def sources(module: Any, results: list[Any], images: Any) -> Any:
+    """What a top-level module reads: `f` counts results from the network's begin, or back from the module."""
+    if isinstance(module.f, list):
+        return [results[place] for place in module.f]
+    return results[module.f] if results else images
+
+
+class _Tracer(fx.Tracer):
+    """Traces into Ultralytics' modules, but not into a block of convolution, BatchNorm and activation."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Conv) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Takes the forward of C2f that a tracer can read, with the same numbers (nn/modules/block.py, 8.4.190)."""
+        return super().call_module(m, m.forward_split if isinstance(m, C2f) else forward, args, kwargs)
+
+
+def traced(model: Any) -> fx.GraphModule:
+    """The network as a graph, for any number of images."""
+    root = _OneToOne(model.model)
+    graph = _Tracer().trace(root)
+    for node in graph.nodes:
+        if node.target == getattr and node.args[1] == "shape":
+            free_batch(graph, node)
+    return fx.GraphModule(root, graph)
+
+
+def free_batch(graph: fx.Graph, shape: fx.Node) -> None:
+    """Writes -1 for the number of images of a shape, which attention gives to views."""
+    for node in list(shape.users):
+        if node.args[1] == 0:
+            for user in list(node.users):
+                user.args = tuple(-1 if argument is node else argument for argument in user.args)
+            graph.erase_node(node)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import softplus
 
 SIDES = 4  # of a box: the distances to them are distributions over bins
 
@@ -27,15 +27,17 @@ class Reference:
 
     def __init__(self, heads: dict[str, Any]) -> None:
         scores = heads["scores"]
-        self.yes, self.no, self.p = logsigmoid(scores), logsigmoid(-scores), scores.sigmoid()
+        self.scores, self.p, self.no = scores, scores.sigmoid(), softplus(scores)
         self.best = self.p.amax(dim=1)
         self.sides = _sides(heads["boxes"])
 
     def shift(self, heads: dict[str, Any]) -> float:
-        """Mean shift of the images of the batch."""
+        """Mean shift of the images of the batch.
+
+        With p and q as sigmoids of a and b, KL(Bernoulli(p), Bernoulli(q)) is p (a - b) + log(1 + e^b) - log(1 + e^a).
+        """
         scores = heads["scores"]
-        yes, no = self.yes - logsigmoid(scores), self.no - logsigmoid(-scores)
-        classes = (self.p * yes + (1 - self.p) * no).sum(dtype=torch.float64)
+        classes = (self.p * (self.scores - scores) + softplus(scores) - self.no).sum(dtype=torch.float64)
         sides = (self.sides.exp() * (self.sides - _sides(heads["boxes"]))).sum(dim=(1, 2))
         boxes = (self.best * sides).sum(dtype=torch.float64)
         return float(classes + boxes) / len(scores)

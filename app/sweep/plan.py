@@ -9,7 +9,7 @@ from pathlib import Path
 from app.core.child import job_words
 from app.core.config import Config, UserError, load
 from app.core.files import read_json
-from app.core.run import SWEEP_FILE, RunRoot, open_run
+from app.core.run import SEED_OF_SWEEP, SWEEP_FILE, RunRoot, open_run
 from app.core.scheme import SCHEME
 from app.train.done import DONE_SHAPE, check_snapshot, epochs_left
 
@@ -113,7 +113,7 @@ def check_labels(order: Order, lane: Lane) -> None:
 
 
 def lane_of(order: Order, run: RunRoot, seed: int) -> Lane:
-    own = open_run(f"{run.name}-seed{seed}", run.runs_dir)
+    own = open_run(f"{run.name}{SEED_OF_SWEEP}{seed}", run.runs_dir)
     sets = [*order.sets, f"{SEED}={seed}"]
     yes = ["--yes"] if order.accepts_cpu else []
     common = job_words(own.name, own.runs_dir, order.overlays, sets)

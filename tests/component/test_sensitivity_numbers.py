@@ -12,6 +12,7 @@ import pytest
 import torch
 from brevitas.nn import QuantConv2d
 from ultralytics.cfg import get_cfg
+from ultralytics.nn.modules.conv import Conv
 
 from app.coco.images import place
 from app.core.config import UserError, load
@@ -25,10 +26,11 @@ from app.sensitivity.batchnorm import corrections
 from app.sensitivity.budget import BITS as MEAN_BITS
 from app.sensitivity.budget import BYTES, amount_of, propose, read_budget, scheme_of
 from app.sensitivity.changes import LAYER, RANDOM, SCHEME, Change, groups_of, learned_layers, scheme_change, uniform
+from app.sensitivity.folded import Folded, fold
 from app.sensitivity.held_out import duel
 from app.sensitivity.images import Batch, choose, label_rows
 from app.sensitivity.measure import Probe, summary
-from app.sensitivity.network import Graph, fake_quantized
+from app.sensitivity.network import Graph, Statistics, fake_quantized
 from app.sensitivity.outputs import Reference, loss_of
 from app.train.processes import ALONE
 from app.train.step import criterion_of_part
@@ -36,6 +38,7 @@ from tests.support.export_run import EVERY_BLOCK, IMGSZ, SETS, enliven, network
 from tests.support.scheme_files import scheme_of as rules_of
 
 N_IMAGES = 2
+ROUNDING = 1e-3  # logits of up to 20 of a network that magnifies rounding a hundredfold
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,17 +91,16 @@ def test_a_weight_is_what_brevitas_makes_of_it(bits: int) -> None:
 def test_kept_activations_give_what_the_whole_network_gives(
     model: Any, images: torch.Tensor, labels: dict[str, torch.Tensor]
 ) -> None:
-    """Bit for bit, outputs and loss, for a layer of every block and branch; afterwards the network is as before."""
+    """Bit for bit, outputs and loss, for every layer; afterwards the network is as before."""
     graph = Graph(model)
     criterion: Any = criterion_of_part(model, ALONE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = graph.run(images)
     layers = learned_layers(model)
-    of_every_node = {graph.place_of(layer): layer for layer in layers}
-    assert len(of_every_node) == len([node for node in graph.nodes if batchnorm_layers(node.module)])
-    for layer in of_every_node.values():
-        with graph.changed({layer: 4}, {}):
-            heads = graph.heads(graph.rerun(images, kept, graph.behind([layer])))
+    assert graph.blocks.keys() == layers.keys()
+    for layer in layers:
+        with graph.changed({layer: 4}):
+            heads = graph.rerun(kept, graph.behind([layer]))
         whole = quantized(model, {layer: 4})(images)[1]["one2one"]
         assert torch.equal(heads["boxes"], whole["boxes"]) and torch.equal(heads["scores"], whole["scores"]), layer
         assert loss_of(criterion, heads, labels) == float(sum(criterion.one2one.loss(whole, labels)[1].values()))
@@ -108,13 +110,59 @@ def test_kept_activations_give_what_the_whole_network_gives(
 
 
 @torch.no_grad()
+def test_folded_batchnorm_gives_what_the_whole_network_gives(
+    model: Any, images: torch.Tensor, labels: dict[str, torch.Tensor]
+) -> None:
+    """But for rounding, for every layer and a whole scheme, with other statistics of the norms too."""
+    graph, generator = Graph(model), torch.Generator().manual_seed(1)
+    folded, criterion = Folded(graph), criterion_of_part(model, ALONE)
+    moved = {}
+    for name, norm in graph.norms_in(graph.nodes).items():
+        factor = 0.8 + 0.4 * torch.rand(len(norm.running_mean), generator=generator)  # pyright: ignore
+        moved[name] = Statistics(norm.running_mean + 0.1 * factor, norm.running_var * factor)  # pyright: ignore
+    layers = learned_layers(model)
+    kept = folded.run(images)
+    some = [({layer: 3}, {f"{layer.rpartition('.')[0]}.bn"} & moved.keys()) for layer in layers]
+    for bits, norms in (({}, set()), *some, (dict.fromkeys(layers, 3), moved.keys())):
+        corrected = {name: moved[name] for name in norms}
+        heads = folded.changed(kept, bits, corrected)
+        whole = with_statistics(quantized(model, bits) if bits else deepcopy(model), corrected)(images)[1]["one2one"]
+        torch.testing.assert_close(heads["boxes"], whole["boxes"], rtol=1e-4, atol=ROUNDING)
+        torch.testing.assert_close(heads["scores"], whole["scores"], rtol=1e-4, atol=ROUNDING)
+        expected = float(sum(criterion.one2one.loss(whole, labels)[1].values()))
+        assert loss_of(criterion, heads, labels) == pytest.approx(expected, rel=1e-4)
+
+
+def with_statistics(model: Any, corrected: dict[str, Statistics]) -> Any:
+    norms = batchnorm_layers(model)
+    for name, statistics in corrected.items():
+        norms[name].running_mean, norms[name].running_var = statistics.copies()
+    return model
+
+
+def test_a_block_with_another_activation_is_refused() -> None:
+    relu: Any = torch.nn.ReLU()
+    block = Conv(3, 4, act=relu).eval()
+    with pytest.raises(KeyError, match="ReLU"):
+        fold(block, block.conv.weight, None)
+
+
+@torch.no_grad()
 def test_only_what_reads_a_changed_layer_runs_again(model: Any, images: torch.Tensor) -> None:
     graph = Graph(model)
-    names = [node.name for node in graph.nodes]
-    assert graph.behind(["model.11.one2one_cv3.1.0.1.conv"]) == {names.index("model.11.one2one_cv3.1")}
+
+    def behind(layer: str) -> set[str]:
+        """Blocks and other modules that run again."""
+        return {str(node.target) for node in graph.behind([layer]) if node.op == "call_module"}
+
+    branch = "model.11.one2one_cv3.1"
+    assert behind(f"{branch}.0.1.conv") == {f"{branch}.0.1", f"{branch}.1.0", f"{branch}.1.1", f"{branch}.2"}
+    # Of model.3 the second convolution of its bottleneck and the last one, not what they read.
+    inside = {name for name in behind("model.3.m.0.cv2.conv") if name.startswith("model.3.")}
+    assert inside == {"model.3.m.0.cv2", "model.3.cv2"}
     # model.5 and what follows it, without the branches of model.3, the head's first level
-    behind = {names[place] for place in graph.behind(["model.5.conv"])}
-    assert behind == {*(f"model.{n}" for n in range(5, 11)), *(
+    again = {".".join(name.split(".")[: 4 if "one2one" in name else 2]) for name in behind("model.5.conv")}
+    assert again == {*(f"model.{n}" for n in (5, 6, 7, 8, 10)), *(
         f"model.11.one2one_cv{branch}.{level}" for branch in (2, 3) for level in (1, 2)
     )}  # fmt: skip
     decoded = graph.decoded(graph.heads(graph.run(images)))
@@ -283,3 +331,36 @@ def test_a_probe_measures_changes(model: Any, images: torch.Tensor, labels: dict
     assert seen == ["x", "none"] and found["n"] == N_IMAGES
     assert found["changes"]["none"] == [found["loss"], 0.0]
     assert found["changes"]["x"][1] > 0
+
+
+def test_threads_measure_the_same_and_leave_when_one_fails(
+    model: Any, images: torch.Tensor, labels: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, batch = Probe(Graph(model), criterion_of_part(model, ALONE), {}), Batch(images, labels, [])
+    changes = [Change(LAYER, f"{layer}@2", {layer: 2}) for layer in learned_layers(model)]
+    n_threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            seen: list[str] = []
+            found.append(probe.measure(batch, changes, lambda change, heads: seen.append(change.name)))  # noqa: B023
+            assert seen == list(found[-1]["changes"]) == [change.name for change in changes]
+            assert torch.get_num_threads() == n
+        begun, run = [], Folded.changed
+
+        def noted(self: Folded, *args: Any) -> Any:
+            begun.append(1)
+            return run(self, *args)
+
+        def fail(change: Change, heads: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Folded, "changed", noted)
+        with pytest.raises(KeyboardInterrupt):
+            probe.measure(batch, changes * 20, fail)
+        assert len(begun) < len(changes) * 10
+    finally:
+        torch.set_num_threads(n_threads)
+    alone, together = (np.array(list(each["changes"].values())) for each in found)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)

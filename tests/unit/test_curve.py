@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import load
 from app.core.run import RunRoot, runs_of
 from app.report.compare import pair_up
-from app.report.curve import curve, curve_figure, places_of
+from app.report.curve import QAT, SIDE_BY_SIDE, curve, curve_figure, places_of, spread
+from app.report.ending import next_step
 from app.report.evidence import gather
+from app.report.figures import by_size
+from app.report.findings import derive, enter_seeds
 from app.report.page_files import page_of
 from app.report.publish import publish
 from app.report.report import report
@@ -118,6 +124,37 @@ def test_schemes_of_equal_bytes_stand_side_by_side() -> None:
     assert places["c"] == 4.0
 
 
+def test_names_of_neighbours_move_apart() -> None:
+    moved = spread({"a": 2.71, "b": 2.64, "c": 4.0, "d": 2.78})
+    assert moved["a"] / moved["b"] == pytest.approx(SIDE_BY_SIDE) == pytest.approx(moved["d"] / moved["a"])
+    assert moved["a"] == pytest.approx((2.71 * 2.64 * 2.78) ** (1 / 3)), "in the middle of the three"
+    assert moved["c"] == 4.0
+
+
+def test_names_of_schemes_neither_overlap_nor_leave_the_panel(runs: list[RunRoot]) -> None:
+    points = curve(list(map(gather, runs)))
+    assert points is not None
+    near = [{**each, "scheme": name, "int4_mb": 1.51} for each in points for name in ("near-it", "n" * 40)]
+    figure = curve_figure([*points, *(each for each in near if each["how"] == QAT)])
+    figure.savefig(io.BytesIO())
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == 6 and all(box.y1 <= panel.bbox.y1 for box in boxes)
+        assert not [1 for one, other in combinations(boxes, 2) if one.overlaps(other)]
+
+
+def test_sizes_of_many_rows_are_in_several_pictures(runs: list[RunRoot]) -> None:
+    """As of two runs with three schemes each; the two rows of a pair stay together."""
+    row = gather(runs[0]).scored[0]
+    group = [{**row, "model": {**row["model"], "label": f"qat-{n}"}} for n in range(26)]
+    with kept_figures() as figures:
+        text = by_size(group, runs[0].figures_dir)
+    shown = {name: [str(bars.get_label()) for bars in figures[name].axes[0].containers] for name in figures}
+    assert shown["sizes-1.png"] == [f"qat-{n}" for n in range(14)]
+    assert shown["sizes-15.png"] == [f"qat-{n}" for n in range(14, 26)]
+    assert "Rows 15 to 26 of 26." in text and "figures/sizes-15-dark.png" in text
+
+
 def test_page_of_a_sweep_and_its_publication(runs: list[RunRoot], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "app")
     runs_dir = runs[0].runs_dir
@@ -137,6 +174,29 @@ def test_page_of_a_sweep_and_its_publication(runs: list[RunRoot], caplog: pytest
     published = files.published_dir
     assert (published / f"figures/curve{files.ending}.png").exists()
     assert "## AP over bytes" in (published / "summary.md").read_text()
+
+
+def test_the_end_of_a_sweep_names_the_sweep(runs: list[RunRoot]) -> None:
+    first, *others = runs
+
+    def following(runs: list[RunRoot]) -> str:
+        evidences = list(map(gather, runs))
+        findings = derive(evidences[0], load("qat").report)
+        if runs[1:]:
+            enter_seeds(findings, evidences)
+        findings["missing"] = []
+        return next_step(runs[0], evidences[0], findings)
+
+    assert following(runs) == "open the page in a browser; 'make publish RUN=s' keeps it in runs/reports"
+    assert "'make report RUN=s' has all seeds of the sweep" in following([first])
+    write(first.runs_dir / "s/sweep.json", {"schemes": [], "runs": {first.name: 0}})
+    assert "how much another seed differs: the same 'make sweep' with more SEEDS" in following([first])
+    assert "make publish RUN=s-seed1" in following(others), "the runs are no sweep's"
+    edit(first.provenance, "title", BUILTIN_TITLE)
+    assert "COCO itself: the same 'make sweep' with COCO_DIR=path" in following([first])
+    evidence = gather(first)
+    text = next_step(first, evidence, {**derive(evidence, load("qat").report), "missing": ["a file"]})
+    assert text == "the command of sweep s makes what is missing, and the page anew"
 
 
 def test_compare_pairs_all_schemes_of_two_seeds(runs: list[RunRoot]) -> None:

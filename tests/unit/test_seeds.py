@@ -12,7 +12,7 @@ import pytest
 
 from app.core.config import Config, UserError, load
 from app.core.run import RunRoot
-from app.report.page_files import page_of
+from app.report.page_files import MAX_ENDING, page_of
 from app.report.publish import publish
 from app.report.report import report
 from tests.support.drawn import kept_figures
@@ -162,6 +162,18 @@ def test_own_and_merged_page_are_published_apart(
     assert "(reports/a-with-b-c/summary.md)" in (runs[0].runs_dir / "LOG.md").read_text()
 
 
-def test_a_page_of_many_runs_has_a_name_that_file_systems_take(tmp_path: Path) -> None:
-    others = [RunRoot(tmp_path, f"seed-number-{i}") for i in range(1, 16)]
-    assert page_of(RunRoot(tmp_path, "a"), others).markdown.name == "summary-with-seed-number-1-and-14-more.md"
+@pytest.mark.parametrize("name", ["seed-number-", "s" * 90])
+def test_a_page_of_many_runs_has_a_short_name_of_its_own(tmp_path: Path, name: str) -> None:
+    others = [RunRoot(tmp_path, f"{name}{i}") for i in range(1, 16)]
+    found = [page_of(RunRoot(tmp_path, "a"), part).ending for part in (others, others[1:], [*others[:-1], others[1]])]
+    assert found[0].startswith(f"-with-{name[:10]}") and "-and-14-more-" in found[0]
+    assert len(set(found)) == 3 and max(map(len, found)) <= MAX_ENDING
+    assert page_of(RunRoot(tmp_path, "a"), others).ending == found[0]
+
+
+def test_a_page_of_three_seeds_names_them(tmp_path: Path) -> None:
+    first, *others = (RunRoot(tmp_path, f"coco-yolov10m-seed{i}") for i in range(3))
+    assert page_of(first, others[:1]).markdown.name == "summary-with-coco-yolov10m-seed1.md"
+    assert page_of(RunRoot(tmp_path, "curve-seed0"), [RunRoot(tmp_path, f"curve-seed{i}") for i in (1, 2)]).ending == (
+        "-with-curve-seed1-curve-seed2"
+    )

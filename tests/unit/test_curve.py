@@ -9,13 +9,13 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from app.report.ending import next_step
 
 from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import load
 from app.core.run import RunRoot, runs_of
 from app.report.compare import pair_up
 from app.report.curve import QAT, SIDE_BY_SIDE, curve, curve_figure, places_of, spread
-from app.report.ending import next_step
 from app.report.evidence import gather
 from app.report.figures import by_size
 from app.report.findings import derive, enter_seeds

@@ -42,7 +42,7 @@ def stages() -> dict[str, Stage]:
         "schemes": Stage("bits, share and bytes of every layer under a scheme", schemes.add_arguments, schemes.run),
         "sensitivity": Stage("what each layer alone costs; fits a scheme", layers_alone.add_arguments, sensitivity),
         "bench": Stage("step times, loops, eval and QAT's stability, side by side", bench_arguments, bench),
-        "estimate": Stage("hours, memory and disk of the whole job on this machine", job_arguments, estimate),
+        "estimate": Stage("hours, memory and disk of the whole job here", estimate_arguments, estimate),
         "draw": Stage("draw images in COCO's layout, to rehearse a full run", datasets.draw_arguments, datasets.draw),
         "download-coco": Stage("fetch the official COCO 2017 archives", datasets.download_arguments, datasets.download),
     }
@@ -142,6 +142,11 @@ def import_arguments(stage: argparse.ArgumentParser) -> None:
 def ptq_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
     stage.add_argument("--scheme", dest="set", action="append", type="quant.scheme={}".format, help="quant.scheme")
+
+
+def estimate_arguments(stage: argparse.ArgumentParser) -> None:
+    job_arguments(stage)
+    stage.add_argument("--for-s", type=float, default=60, help="seconds that it may take, more or less (60)")
 
 
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
@@ -314,7 +319,7 @@ def estimate(args: argparse.Namespace) -> None:
     with set_up(args, lock=False) as job:
         from app.estimate.estimate import Command, estimate
 
-        estimate(Command(args.conf, args.set), job.run)
+        estimate(Command(args.conf, args.set, args.for_s), job.run)
 
 
 def whole_job(args: argparse.Namespace) -> None:

@@ -1,116 +1,140 @@
-"""From what the pilot took to what the job takes: the arithmetic alone.
+"""From what the pieces cost to what the job costs: the arithmetic alone.
 
-A training:  start + epochs * (n_train * image_s + between_s)
-             + n_validations * (n_val * val_image_s + n_bn * bn_image_s)
-Eval:        start + files * (n_val * image_s + (warm-up + runs) * latency)
+A training:  start + epochs * (n_train * sample + n_batches * step + n_steps * optimizer + checkpoint)
+             + n_validations * (copies + n_val * (decode + image) + n_bn * reestimation) + n_bn * sample
+PTQ:         start + n_bn * (sample + reestimation)
+Export:      checkpoints * (read + images * forward) + files * (written + images * gates)
+Eval:        start + files * (opened + n_val * image + (warm-up + runs) * latency)
+Report:      figures + files * n_val * analysis
 
-n_bn: images that BatchNorm is re-estimated on, train.bn_batches batches or all. between_s: from the line of an epoch to
-the start of the next one, which is the checkpoint.
+A step of a batch and all that a network computes are lines of the pixels of their images: fixed + pixels * each. n_bn:
+images that BatchNorm is re-estimated on, train.bn_batches batches or all.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from collections.abc import Mapping
 
 from app.core.config import Config
-from app.core.results import Rows
+from app.core.labels import FP16, Label
+from app.core.results import STATES
 from app.core.run import Images, n_bn_images
+from app.estimate.cost import NOTHING, Cost
+from app.estimate.pieces import AfterCosts, Kind, TrainingCosts, kind_of
+from app.export.done import N_PARITY_IMAGES, labels_of_files
+from app.train.done import ptq_labels
 
-BN_TIME = "time/bn_reestimation_s"  # a column of results.csv
-EPOCH_LINE = re.compile(r"^(\S+ \S+) .* epoch \d+/\d+: loss ", re.MULTILINE)  # of log.txt, and its time
-LOG_TIME = "%Y-%m-%d %H:%M:%S,%f"
+Parts = dict[str, Cost]  # of a stage
 
 
-def training_parts(pilot: Config, seen: Images, wall_s: float, rows: Rows, between_s: float) -> dict[str, float]:
-    """Seconds of a training's start, and per image; the pilot's last epoch validates, with everything compiled.
+def training_parts(config: Config, images: Images, costs: TrainingCosts, n_seen: int, n_processes: int = 1) -> Parts:
+    """See the formula above.
 
     Args:
-        pilot, seen: configuration and images of the pilot; wall_s: of its whole process; rows: its results.csv;
-            between_s: from an epoch to the next one.
+        config, images: of the job; costs: of one process; n_seen: train images of the pilot.
+        n_processes: of the training; the first one validates alone.
     """
-    last = rows[-1]
-    train_s, bn_s = last["time/train_s"], last.get(BN_TIME, 0.0)
-    epochs_s = sum(row["time/epoch_s"] + between_s for row in rows)
-    return {
-        "start_s": max(wall_s - epochs_s, 0.0),
-        "image_s": train_s / seen.train,
-        "val_image_s": max(last["time/epoch_s"] - train_s - bn_s, 0.0) / seen.val,
-        "bn_image_s": bn_s / max(n_bn_images(pilot, seen), 1),
-        "between_s": between_s,
-    }
-
-
-def between_epochs(log_text: str, rows: Rows) -> float:
-    """Seconds that log.txt has between the lines of the last two epochs, beyond those that results.csv knows of."""
-    ends = [datetime.strptime(when, LOG_TIME) for when in EPOCH_LINE.findall(log_text)]
-    if len(ends) < 2:
-        return 0.0
-    return max((ends[-1] - ends[-2]).total_seconds() - rows[-1]["time/epoch_s"], 0.0)
-
-
-def training_seconds(config: Config, images: Images, parts: dict[str, float]) -> dict[str, float]:
-    """See the formula above."""
     train = config.train
+    image_px = train.imgsz**2
     n_validations = -(-train.epochs // train.val_every)
+    n_bn = n_bn_images(config, images)
+    in_process = costs.decode + costs.augment
+    n_passes = min(train.epochs, 1) if train.cache else train.epochs  # in which images are decoded
+    samples = images.train * (n_passes * costs.decode + train.epochs * costs.augment)
+    steps = train.epochs * steps_of_epoch(config, images, costs, n_processes)
+    if costs.loader:  # beside the steps: an epoch takes as long as the slower one
+        loaded = train.epochs * images.train / n_processes * costs.loader
+        steps = loaded if loaded.wall_s > steps.wall_s else Cost(steps.wall_s, steps.cpu_s + loaded.cpu_s)
+        samples, in_process = NOTHING, costs.loader
+    of_states = len(STATES) * n_batches(images.val, 2 * train.batch) * costs.reestimate.fixed
+    scored = images.val * (costs.decode + image_px * costs.val_px) + of_states
+    reestimated = n_batches(n_bn, train.batch) * costs.reestimate.fixed + n_bn * image_px * costs.reestimate.each
     return {
-        "start": parts["start_s"],
-        "steps": train.epochs * images.train * parts["image_s"],
-        "validation": n_validations * images.val * parts["val_image_s"],
-        "BatchNorm": n_validations * n_bn_images(config, images) * parts["bn_image_s"],
-        "checkpoints": train.epochs * parts["between_s"],
+        "start": costs.start + max(images.train - n_seen, 0) * costs.labels + costs.end,
+        "samples": samples,
+        "steps": steps,
+        "validation": n_validations * (costs.validation + scored),
+        "BatchNorm": n_validations * reestimated + n_bn * in_process,
+        "checkpoints": train.epochs * costs.checkpoint,
     }
 
 
-def eval_seconds(config: Config, wall_s: float, scored: list[dict[str, Any]], n_val: int) -> dict[str, float]:
-    """`scored`: the metrics.json of the pilot's files."""
-    images_s = latency_s = job_latency_s = 0.0
-    for metrics in scored:
-        time_s, latency = metrics["time_s"], metrics["latency_ms"]
-        images_s += time_s["total"] + time_s["score"]
-        latency_s += (latency["warmup"] + latency["runs"]) * latency["p50"] / 1e3
-        job_latency_s += (config.eval.latency_warmup + config.eval.latency_runs) * latency["p50"] / 1e3
-    n_seen = max((metrics["dataset"]["n_images"] for metrics in scored), default=1)
-    start_s = max(wall_s - images_s - latency_s, 0.0)
-    return {"start": start_s, "images": images_s / n_seen * n_val, "latency": job_latency_s}
+def steps_of_epoch(config: Config, images: Images, costs: TrainingCosts, n_processes: int) -> Cost:
+    """Forward, loss, backward and optimizer, of one process."""
+    train = config.train
+    of_batches = n_batches(images.train, train.batch)
+    n_steps = n_batches(of_batches, max(round(config.hyp.nbs / train.batch), 1))
+    own_px = images.train / n_processes * train.imgsz**2
+    return of_batches * costs.step.fixed + own_px * costs.step.each + n_steps * costs.optimizer
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """Peak memory in bytes of two trainings that differ in their batch, and where the pilot's batch ends."""
-
-    half_batch: int
-    half_bytes: int
-    batch: int
-    bytes: int
-
-    @property
-    def per_image(self) -> float:
-        if self.batch == self.half_batch:
-            return 0.0
-        return max(self.bytes - self.half_bytes, 0) / (self.batch - self.half_batch)
-
-    def at(self, batch: int) -> float:
-        return self.bytes + (batch - self.batch) * self.per_image
-
-    def largest_batch(self, available_bytes: float, share: float) -> int | None:
-        """The largest batch whose peak stays below `share` of the memory; None where the two peaks do not tell."""
-        if not self.per_image:
-            return None
-        return max(self.batch + int((available_bytes * share - self.bytes) // self.per_image), 0)
+def n_batches(n_images: int, size: int) -> int:
+    return -(-n_images // size)
 
 
-def limit(gpu_use: float | None, cpu_use: float) -> tuple[str, str]:
-    """What a training waits for, and what to set; shares of use are those of a training, 0..1."""
-    if gpu_use is None:
+def ptq_parts(config: Config, images: Images, costs: TrainingCosts, fixed: Cost) -> Parts:
+    """`fixed`: without the images of BatchNorm; `costs`: of the FP16 training."""
+    train, n_bn = config.train, n_bn_images(config, images)
+    sample = costs.loader or costs.decode + costs.augment
+    passes = n_batches(n_bn, train.batch) * costs.reestimate.fixed + n_bn * train.imgsz**2 * costs.reestimate.each
+    return {"start": fixed, "BatchNorm": n_bn * sample + passes}
+
+
+def job_files(config: Config, has_packed_bits: bool) -> dict[Label, list[Label]]:
+    """Labels of the ONNX files that the job makes, by checkpoint."""
+    if config.quant is None:
+        return {}
+    qat = Label("qat", config.quant.scheme.name)
+    checkpoints = [FP16, qat, *ptq_labels(config.quant)]
+    return {checkpoint: labels_of_files(checkpoint, config.export, has_packed_bits) for checkpoint in checkpoints}
+
+
+def export_parts(config: Config, images: Images, costs: AfterCosts, files: dict[Label, list[Label]]) -> Parts:
+    """A kind of file that was not measured costs what the traced one of its checkpoint does."""
+    px = min(N_PARITY_IMAGES, images.val) * config.train.imgsz**2
+    read = written = compared = NOTHING
+    for checkpoint, labels in files.items():
+        of_checkpoint = costs.checkpoints[checkpoint.is_quantized]
+        read += of_checkpoint.read + of_checkpoint.truth.at(px)
+        for label in labels:
+            of_file = costs.files[known(kind_of(label), costs.files)]
+            written += of_file.write
+            compared += of_file.gates.at(px)
+    return {"PyTorch": read, "files": written, "gates": compared}
+
+
+def known(kind: Kind, measured: Mapping[Kind, object]) -> Kind:
+    return kind if kind in measured else (kind[0], False)
+
+
+def eval_parts(config: Config, images: Images, costs: AfterCosts, files: dict[Label, list[Label]]) -> Parts:
+    n_val = min(config.eval.max_images or images.val, images.val)
+    n_runs, px = config.eval.latency_warmup + config.eval.latency_runs, config.train.imgsz**2
+    start = scored = latency = NOTHING
+    for labels in files.values():
+        for label in labels:
+            of_file = costs.scores[known(kind_of(label), costs.scores)]
+            start += of_file.start
+            scored += n_val * (of_file.image + px * of_file.image_px)
+            latency += n_runs * (of_file.run + px * of_file.run_px)
+    return {"start": start, "images": scored, "latency": latency}
+
+
+def report_parts(images: Images, costs: AfterCosts, files: dict[Label, list[Label]]) -> Parts:
+    n_files = sum(map(len, files.values()))
+    return {"figures": costs.report, "analysis": n_files * images.val * costs.analysis}
+
+
+def limit(config: Config, costs: TrainingCosts, parts: Parts, n_cores: int) -> tuple[str, str]:
+    """What a training waits for, and what to set; of several processes, one of them."""
+    train = config.train
+    if costs.loader is None:
+        if parts["samples"].wall_s > parts["steps"].wall_s:
+            return "reading and augmenting images", "train.cache=true if the images fit into memory; smaller images"
         return "processor", "a GPU, or fewer images, epochs or px (data.n_train, train.epochs, train.imgsz)"
-    if gpu_use >= BUSY:
+    loaded_s = train.batch * costs.loader.wall_s
+    step_s = (costs.step.at(train.batch * train.imgsz**2) + costs.optimizer).wall_s
+    if step_s >= loaded_s:
         return "GPU", "nothing here: it is busy; more GPUs shorten the job (GPUS=n)"
-    if cpu_use >= BUSY:
-        return "loader", "train.cache=true if the images fit into memory; more cores; train.workers at most the cores"
-    return "loader or disk", "train.workers higher; train.cache=true if the images fit into memory; a faster disk"
-
-
-BUSY = 0.85
+    more = f"train.workers higher ({train.workers} of {n_cores} cores)" if train.workers < n_cores else "more cores"
+    return "loader or disk", f"{more}; train.cache=true if the images fit into memory; a faster disk"

@@ -16,6 +16,7 @@ from app.data.prepare import prepared
 
 QUANT_CONFIG_SHAPE: Shape = {"layers": list[dict[str, Any]]}
 SOURCE_SHAPE: Shape = {"source_sha256": str}
+N_PARITY_IMAGES = 8  # for which a file is compared with PyTorch, at most
 log = logging.getLogger(__name__)
 
 

@@ -23,7 +23,7 @@ from app.core.files import sha256, write_atomic, write_json
 from app.core.labels import PACKED_BITS, Label
 from app.core.run import RunRoot, record_stage
 from app.data.prepare import prepared
-from app.export.done import file_settings, is_done, labels_of_files, wanted_facts
+from app.export.done import N_PARITY_IMAGES, file_settings, is_done, labels_of_files, wanted_facts
 from app.export.gates import Truth, check_codes, check_file, check_half, check_parity, check_same_output
 from app.export.graphs import optimize, set_facts, tidy, to_half, to_int4
 from app.export.trace import parity_images, torch_truth, traced_graph
@@ -73,8 +73,8 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
             export_file(config.export, run, trained, label, force)
 
 
-def load_trained(run: RunRoot, label: Label) -> Trained:
-    """Loads best.pt of one label and computes with torch what its files must compute.
+def load_trained(run: RunRoot, label: Label, n_images: int = N_PARITY_IMAGES) -> Trained:
+    """Loads best.pt of one label and computes with torch what its files must compute, for `n_images` images.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of another label.
@@ -86,7 +86,7 @@ def load_trained(run: RunRoot, label: Label) -> Trained:
     made_as = replace(trained_as, method="ptq") if source_sha256 else trained_as
     if made_as != replace(label, bn=False):
         raise UserError(f"{path} is a checkpoint of {made_as}, not of {label}: put the right file back or retrain")
-    truth = torch_truth(model, parity_images(run, config.train.imgsz))
+    truth = torch_truth(model, parity_images(run, config.train.imgsz, n_images))
     return Trained(label, model, config, checkpoint["epoch"] + 1, sha256(path), source_sha256, truth)
 
 

@@ -24,16 +24,15 @@ from app.core.files import read_json
 from app.core.labels import Label
 from app.core.run import PROVENANCE_SHAPE, RunRoot
 from app.data.view import read_split
+from app.export.done import N_PARITY_IMAGES
 from app.export.gates import Tolerance, Truth
 
-N_PARITY_IMAGES = 8
 
-
-def parity_images(run: RunRoot, imgsz: int) -> np.ndarray:
+def parity_images(run: RunRoot, imgsz: int, n_images: int = N_PARITY_IMAGES) -> np.ndarray:
     """The first val images, letterboxed: [N,3,imgsz,imgsz] float32 0..1; the run's view is there (prepare.prepared)."""
     provenance = read_json(run.provenance, "data", PROVENANCE_SHAPE)
     inputs = []
-    for image in read_split(provenance, "val")[:N_PARITY_IMAGES]:
+    for image in read_split(provenance, "val")[:n_images]:
         array, _ = letterbox(read_image(Path(image.path)), imgsz)
         inputs.append(array)
     return np.stack(inputs)

@@ -20,9 +20,12 @@ from app.data.prepare import prepare
 
 WARMUP = "warmup_from.json"  # in a variant's folder: the hash of the checkpoint that quant.warmup_from named
 TEACHER = "teacher.json"  # in a variant's folder: file name and hash of the checkpoint that it learns from
+IMAGES = "images.json"  # in a variant's folder: the hashes of what a training that has begun reads
+HASHES = ("annotation_sha256", "image_ids_sha256", "images_sha256")  # of a split; the last is not in older runs
 OTHER_RUN = "take another RUN=name, or start over with ARGS=--force"
 DONE_SHAPE: Shape = {"epochs": Count, "best_ap": Number}
 IMPORTED_SHAPE: Shape = {"imported": dict[str, str], "imported.file": str, "imported.sha256": str}
+IMAGES_SHAPE: Shape = {"images.train": dict[str, str], "images.val": dict[str, str]}
 log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,7 @@ def is_finished(config: Config, run: RunRoot) -> bool:
             f"{run.variant_dir(config.label)} holds imported weights ({told(imported)}) and no training: {OTHER_RUN}"
         )
     check_snapshot(config, run.variant_dir(config.label) / "config.yaml")
+    check_images(config, run)
     if not run.done(config.label).exists():
         return False
     done = read_json(run.done(config.label), "train", DONE_SHAPE)
@@ -81,7 +85,39 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
         write_json(out_dir / WARMUP, {"sha256": sha256(config.warmup_from)})
     if teacher := teacher_path(config, run.root):
         write_json(out_dir / TEACHER, teacher_facts(teacher))
+    if not has_begun(out_dir):
+        write_json(out_dir / IMAGES, {"images": images_now(run)})
     return True
+
+
+def images_now(run: RunRoot) -> dict[str, dict[str, str]]:
+    """The hashes of the images and annotations of 'train' and 'val', as the data stage has seen them last."""
+    hashes = {}
+    for split, facts in read_json(run.provenance, "data", VIEW_SHAPE)["splits"].items():
+        hashes[split] = {key: facts[key] for key in HASHES if key in facts}
+    return hashes
+
+
+def check_images(config: Config, run: RunRoot) -> None:
+    """Refuses a training, done or begun, on other images or annotations than the run has now; `data --force` takes any.
+
+    Raises:
+        UserError: names the split.
+    """
+    folder = run.variant_dir(config.label)
+    if not run.provenance.exists() or not has_begun(folder):
+        return
+    record = run.done(config.label) if run.done(config.label).exists() else folder / IMAGES
+    if not record.exists() or "images" not in read_json(record, "train"):
+        log.warning("train %s: an earlier version began it, which did not record of which images", config.label)
+        return
+    kept = read_json(record, "train", IMAGES_SHAPE)["images"]
+    for split, hashes in images_now(run).items():
+        if any(hashes[key] != kept[split].get(key, hashes[key]) for key in hashes):
+            raise UserError(
+                f"{folder} was trained with other {split} images or annotations than {run.provenance.parent} has now: "
+                f"{OTHER_RUN}"
+            )
 
 
 def imported_into(run: RunRoot, label: Label | str) -> dict[str, str] | None:
@@ -101,8 +137,7 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
         UserError: another configuration, or one that another version of this program has written.
     """
     folder = snapshot.parent
-    is_trained = (folder / "done.json").exists() or any((folder / "weights").glob("last*.pt"))
-    if not snapshot.exists() or not is_trained:
+    if not snapshot.exists() or not has_begun(folder):
         return
     try:
         trained_with = validate(read_yaml(snapshot))
@@ -115,6 +150,11 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
         raise UserError(f"{snapshot.parent} was trained with another configuration ({shown(differences)}): {OTHER_RUN}")
     check_warmup(config, folder / WARMUP)
     check_teacher(config, folder / TEACHER)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a variant's folder holds a training, done or with a checkpoint."""
+    return (folder / "done.json").exists() or any((folder / "weights").glob("last*.pt"))
 
 
 def check_warmup(config: Config, record: Path) -> None:

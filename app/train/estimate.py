@@ -50,12 +50,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """A network: number of parameters; of one image of train.imgsz: bytes kept for backward, and seconds."""
+    """A network: number of parameters; of one image of train.imgsz: bytes kept for backward, and seconds.
+
+    `step_cpu_s` are those of all cores.
+    """
 
     parameters: int
     saved_bytes: float
     step_s: float
     forward_s: float
+    step_cpu_s: float = 0.0
 
 
 def check_affordable(config: Config, run: RunRoot, force: bool, accepted: bool) -> None:
@@ -82,18 +86,23 @@ def is_light(config: Config, images: Images) -> bool:
     return images.train * config.train.epochs * image_px <= LIGHT_PX and config.train.batch * image_px <= LIGHT_BATCH_PX
 
 
-def measure(config: Config) -> Measured:
-    """Trains the float network on one image, twice, and times the second step; about 5 s for YOLOv10m on two cores."""
-    side_px = min(config.train.imgsz, MEASURED_PX)
+def measure(config: Config, most_px: int | None = None) -> Measured:
+    """Trains the float network on one image, twice, and times the second step; about 5 s for YOLOv10m on two cores.
+
+    `most_px`: largest side of that image; None: MEASURED_PX.
+    """
+    side_px = min(config.train.imgsz, most_px or MEASURED_PX)
     scale = (config.train.imgsz / side_px) ** 2
     net: Any = float_network(config)
     net.args = cast(Any, get_cfg(overrides=config.hyp.model_dump()))
     net.criterion = criterion_of_part(net, ALONE)
     batch = one_image(side_px)
     _step(net, batch)  # the first one also allocates and compiles
+    start_s = time.process_time()
     saved_bytes, step_s, forward_s = _step(net, batch)
+    step_cpu_s = time.process_time() - start_s
     n_parameters = sum(parameter.numel() for parameter in net.parameters())
-    return Measured(n_parameters, saved_bytes * scale, step_s * scale, forward_s * scale)
+    return Measured(n_parameters, saved_bytes * scale, step_s * scale, forward_s * scale, step_cpu_s * scale)
 
 
 def one_image(side_px: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot, record_stage
 from app.core.start import told
 from app.train.device import check_devices
-from app.train.done import TEACHER, After, make_ready
+from app.train.done import TEACHER, After, images_now, make_ready
 from app.train.loop import Loop
 from app.train.monitor import log_file
 from app.train.processes import ALONE, Ranks
@@ -43,16 +43,22 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE, after
         log.info("train %s: %s", config.label, trainer.headline())
         loop = Loop(trainer, after)
         loop.run()
-    if not ranks.is_main:
-        return
-    write_loss_curve(out_dir)
-    best_ap, best_sha256 = loop.state.best_fitness, sha256(trainer.best)
+    if ranks.is_main:
+        finish(loop, run)
+
+
+def finish(loop: Loop, run: RunRoot) -> None:
+    """Writes what says that a training is done; done.json is the last of it."""
+    config, state = loop.config, loop.state
+    write_loss_curve(run.variant_dir(config.label))
+    best_ap, best_sha256 = state.best_fitness, sha256(loop.trainer.best)
     start = told(config.train.weights and config.train.weights.facts)
     facts = {"start": start, "epochs": config.train.epochs, "best_ap": best_ap, "config_hash": config_hash(config)}
     if config.quant and config.quant.distill:
-        facts["distilled"] = told(read_json(out_dir / TEACHER, "train"))
+        facts["distilled"] = told(read_json(run.variant_dir(config.label) / TEACHER, "train"))
     record_stage(run, f"train {config.label}", facts)
-    write_json(run.done(config.label), {**facts, "best_sha256": best_sha256, "time_utc": utc_now()})
+    done = {**facts, "best_sha256": best_sha256, "images": images_now(run), "time_utc": utc_now()}
+    write_json(run.done(config.label), done)
 
 
 def device_of(config: Config, ranks: Ranks) -> str:

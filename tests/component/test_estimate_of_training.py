@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from app.core.results import read_rows
+from app.core.config import Config, UserError
+from app.core.files import read_json
 from app.core.run import Images, RunRoot
 from app.data.prepare import prepare
-from app.estimate import estimate as estimate_module
-from app.estimate.estimate import Command, Pilot
-from app.estimate.price import between_epochs, training_parts, training_seconds
+from app.estimate import pilot
+from app.estimate.cost import Budget, Cost, Stopwatch
+from app.estimate.estimate import Command, estimate
+from app.estimate.plan import Plan
+from app.estimate.price import training_parts
+from app.estimate.training import measure_training
+from app.sweep.price import ESTIMATE_SHAPE
 from app.train import loop
+from app.train.loader import CocoDataset, Ticket
 from app.train.loop import Loop
 from app.train.train import train
 from app.train.trainer import Trainer
 from tests.support.settle import sets_of
 from tests.support.tiny import tiny_network
 
-IMAGE_S, VAL_IMAGE_S, BN_IMAGE_S, SAVE_S, START_S = 1.0, 0.5, 0.25, 4.0, 30.0
+START_S, BATCH_S, IMAGE_S, STEP_S, SAMPLE_S, VAL_IMAGE_S, BN_IMAGE_S, SAVE_S = 30, 2, 1, 3, 0.125, 0.5, 0.25, 4
 JOB = Images(40, 8)
-PX = 64**2
 SETTINGS = {
     "data.n_train": JOB.train, "data.n_val": JOB.val, "train.batch": 8, "train.epochs": 4, "train.val_every": 3,
-    "train.bn_batches": 2, "guard.collapse": "warn",
+    "train.bn_batches": 2, "guard.collapse": "warn", "hyp.nbs": 8,
 }  # fmt: skip
+PILOT = Plan(imgsz=64, batch=4, images=Images(24, 4), n_bn_batches=1, exports_as_job=False)
 
 
 class WorkClock:
-    """Stands for the module `time`: seconds pass by work alone."""
+    """Seconds pass by work alone, on two cores at once."""
 
     now_s = 1_000_000.0
 
-    def monotonic(self) -> float:
-        return self.now_s
+    def now(self) -> Cost:
+        return Cost(self.now_s, 2 * self.now_s)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[WorkClock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkClock]:
     clock = WorkClock()
-    for module in ("app.train.monitor", "app.core.progress", "app.train.validation"):
-        monkeypatch.setattr(f"{module}.time", clock)
+    monkeypatch.setattr(Stopwatch, "now", lambda watch: clock.now())
 
     def takes(owner: Any, name: str, seconds: Any) -> None:
         work = getattr(owner, name)
@@ -56,48 +64,88 @@ def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
         monkeypatch.setattr(owner, name, slow)
 
     takes(Trainer, "set_up", lambda trainer: START_S)
-    takes(Loop, "backward", lambda loop, batch: IMAGE_S * len(batch["img"]))
+    takes(Loop, "backward", lambda loop, batch: BATCH_S + IMAGE_S * len(batch["img"]))
+    takes(Loop, "optimizer_step", lambda loop: STEP_S)
+    takes(CocoDataset, "__getitem__", lambda dataset, key: SAMPLE_S * isinstance(key, Ticket))
     takes(Trainer, "score", lambda trainer, *_: VAL_IMAGE_S * len(trainer.test_loader.dataset))
     takes(Trainer, "reestimate", lambda trainer, model, images: BN_IMAGE_S * sum(map(len, images)))
     takes(loop, "save_state", lambda *_: SAVE_S)
-    record = logging.getLogRecordFactory()
-
-    def dated(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        made = record(*args, **kwargs)
-        made.created, made.msecs = clock.now_s, clock.now_s % 1 * 1000
-        return made
-
-    caplog.set_level(logging.INFO)
-    logging.setLogRecordFactory(dated)
     yield clock
-    logging.setLogRecordFactory(record)
 
 
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
-def test_parts_and_whole(runs_dir: Path, clock: WorkClock, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pilot sees 24 of 40 images in each of two epochs, and 4 of 8 val images."""
-    monkeypatch.setattr(estimate_module, "CPU_TRAIN_PX", 24 * PX)
-    monkeypatch.setattr(estimate_module, "CPU_VAL_PX", 4 * PX)
-    monkeypatch.setattr(estimate_module, "sees_gpu", lambda: False)
-    command = Command([], sets_of(SETTINGS))
-    pilot = Pilot(command, RunRoot(runs_dir, f"pilot-{variant}"), JOB)
-    assert pilot.seen == Images(24, 4)
-    own, job = command.config(variant, *pilot.sets), command.config(variant)
-    pilot_s, folder = trained(own, pilot.run_root, clock)
-    rows = read_rows(folder / "results.csv")
-    parts = training_parts(own, pilot.seen, pilot_s, rows, between_epochs((folder / "log.txt").read_text(), rows))
-    seconds = training_seconds(job, JOB, parts)
-    # Validated after epochs 3 and 4, with BatchNorm on 2 batches of 8; last.pt is also written before the first one.
-    expected = {"start": 30 + 4, "steps": 4 * 40, "validation": 2 * 8 / 2, "BatchNorm": 2 * 16 / 4, "checkpoints": 16}
-    assert seconds == pytest.approx(expected)
-    job_s, _ = trained(job, RunRoot(runs_dir, f"job-{variant}"), clock)
-    assert sum(seconds.values()) == pytest.approx(job_s)
+def test_parts_and_whole(runs_dir: Path, clock: WorkClock, variant: str) -> None:
+    """The pilot has batches of 4 and 2 where the job has 8, and half of its val images."""
+    command = Command([], sets_of(SETTINGS), for_s=60)
+    own, job = command.config(variant, *PILOT.sets()), command.config(variant)
+    run = RunRoot(runs_dir, f"pilot-{variant}")
+    prepare(own, run, force=False)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tiny_network():
+        pieces = measure_training(own, run, "cpu", Budget(60).part(0.05))
+    assert torch.get_num_threads() == 1, "the stages after a training are measured as in processes of their own"
+    torch.set_num_threads(n_threads)
+    parts = training_parts(job, JOB, pieces, PILOT.images.train)
+    # Five batches an epoch; validated after epochs 3 and 4, with BatchNorm on 2 batches of 8; last.pt is also written
+    # before the first epoch.
+    assert {name: cost.wall_s for name, cost in parts.items()} == pytest.approx({
+        "start": 30 + 4, "samples": 4 * 40 / 8, "steps": 4 * (5 * 2 + 40 + 5 * 3), "validation": 2 * 8 / 2,
+        "BatchNorm": 2 * 16 / 4 + 16 / 8, "checkpoints": 16,
+    })  # fmt: skip
+    whole = sum(cost.wall_s for cost in parts.values())
+    assert whole == pytest.approx(trained(job, RunRoot(runs_dir, f"job-{variant}"), clock))
+    assert sum(cost.cpu_s for cost in parts.values()) == pytest.approx(2 * whole)
+    assert run.finished_labels(), "the stages after it find what a training leaves"
 
 
-def trained(config: Any, run: RunRoot, clock: WorkClock) -> tuple[float, Path]:
-    """Seconds of a training, and its folder."""
+def trained(config: Config, run: RunRoot, clock: WorkClock) -> float:
+    """Seconds of a training."""
     start_s = clock.now_s
     prepare(config, run, force=False)
     with tiny_network():
         train(config, run, force=False)
-    return clock.now_s - start_s, run.variant_dir(config.label)
+    return clock.now_s - start_s
+
+
+def test_every_stage_has_its_price_and_nothing_of_the_pilot_stays(
+    tmp_path: Path, runs_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = RunRoot(tmp_path, "small")
+    (tmp_path / ".cache").symlink_to(runs_dir / ".cache")  # with the drawn images
+    sets = {**SETTINGS, "export.contracts": ["raw"], "report.gallery_images": 0}
+    with tiny_network():
+        estimate(Command([], sets_of(sets), for_s=1), run)
+    facts = read_json(run.root / "estimate.json", "estimate", ESTIMATE_SHAPE)
+    stages = ["data", "train fp16", "train qat", "ptq", "export", "eval", "report"]
+    assert list(facts["seconds"]) == list(facts["cpu_seconds"]) == stages
+    assert facts["hours"]["whole job"] == pytest.approx(sum(facts["hours"][stage] for stage in stages))
+    assert all(min(parts.values()) >= 0 < sum(parts.values()) for parts in facts["cpu_seconds"].values())
+    assert facts["images"] == {"train": JOB.train, "val": JOB.val}
+    assert facts["ram"]["largest_batch"] > SETTINGS["train.batch"]
+    assert sorted(os.listdir(tmp_path)) == [".cache", "small"]
+    assert os.listdir(run.root) == ["estimate.json"]
+    speaking = {record.name for record in caplog.records if record.name.startswith("app.")}
+    assert speaking == {"app.estimate.estimate", "app.estimate.pilot"}
+    own = [
+        record.message for record in caplog.records if record.name in speaking and "limited by" not in record.message
+    ]
+    assert max(map(len, own)) <= 100 + len(str(tmp_path))
+    json.dumps(facts, allow_nan=False)
+
+
+def test_half_the_batch_where_the_gpu_has_no_room(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured again with fewer images, until that is one."""
+    batches = []
+
+    def measure(config: Config, run: RunRoot, device: str, part: Any) -> None:
+        batches.append(config.train.batch)
+        raise torch.OutOfMemoryError if config.train.batch > 1 else UserError("seen")
+
+    monkeypatch.setattr(pilot, "measure_training", measure)
+    command, run = Command([], sets_of(SETTINGS), for_s=60), RunRoot(runs_dir, "no-room")
+    there = pilot.JobImages(JOB, Cost(), [], JOB)
+    with pytest.raises(UserError, match="seen"):
+        pilot.measure_plan(command, run, there, PILOT, Budget(60))
+    assert batches == [4, 2, 1]

@@ -9,7 +9,6 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from app.report.ending import next_step
 
 from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import load
@@ -21,7 +20,7 @@ from app.report.figures import by_size
 from app.report.findings import derive, enter_seeds
 from app.report.page_files import page_of
 from app.report.publish import publish
-from app.report.report import report
+from app.report.report import next_step, report
 from app.report.spread import ratio_of_pairs
 from tests.support.drawn import kept_figures, x_of, y_of
 from tests.support.page_numbers import numbers_without_source

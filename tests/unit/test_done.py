@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 import app.__main__ as command_line
@@ -19,9 +21,20 @@ from app.core.files import sha256, write_json, write_text
 from app.core.labels import FP16
 from app.core.results import write_rows
 from app.core.run import RunRoot
+from app.data.prepare import prepare
 from app.report import report as page_of_run
 from app.report.report import first_sentence, is_current, is_reported, report
-from app.train.done import epochs_left, is_ptq_done, is_quantized, is_trained, make_ready, ptq_labels
+from app.train.done import (
+    epochs_left,
+    images_now,
+    is_finished,
+    is_ptq_done,
+    is_quantized,
+    is_trained,
+    make_ready,
+    ptq_labels,
+)
+from tests.support.data_fixtures import SIZES_WH, config_for
 from tests.support.drawn import kept_figures
 from tests.support.report_fixtures import build_run
 from tests.support.settle import settle
@@ -46,7 +59,7 @@ def trained(runs_dir: Path, request: pytest.FixtureRequest) -> tuple[Config, Run
     folder = run.variant_dir("fp16")
     write_text(folder / "config.yaml", dump(config))
     write_text(folder / "weights" / "last.pt", "")
-    write_json(folder / "done.json", {"epochs": 300, "best_ap": 0.4321})
+    write_json(folder / "done.json", {"epochs": 300, "best_ap": 0.4321, "images": images_now(run)})
     return config, run
 
 
@@ -56,6 +69,51 @@ def test_a_training_is_done_by_its_record(trained: tuple[Config, RunRoot], caplo
     assert caplog.messages == ["train fp16: done already (300 epochs, best AP 0.432)"]
     (trained[1].variant_dir("fp16") / "done.json").unlink()
     assert not is_trained(*trained)
+
+
+def begun(coco_dir: Path, run: RunRoot, done: dict[str, Any] | None) -> Config:
+    """A training of the two images, with a checkpoint; done.json where it is done."""
+    config = config_for(coco_dir).model_copy(update={"variant": "fp16", "quant": None})
+    prepare(config, run, force=False)
+    assert make_ready(config, run, force=False)
+    write_text(run.variant_dir("fp16") / "weights" / "last.pt", "")
+    if done is not None:
+        write_json(run.done("fp16"), {"epochs": 3, "best_ap": 0.5, **done})
+    return config
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_training_on_other_images_is_refused(coco_dir: Path, run: RunRoot, is_done: bool, split: str) -> None:
+    """`data --force` takes the dataset as it is now; a training of what it was is no training of that."""
+    config = begun(coco_dir, run, None)
+    if is_done:
+        write_json(run.done("fp16"), {"epochs": 3, "best_ap": 0.5, "images": images_now(run)})
+    assert is_finished(config, run) is is_done
+    number = 1 if split == "train" else 3
+    pixels = np.full((SIZES_WH[number][1], SIZES_WH[number][0], 3), 77, np.uint8)
+    (coco_dir / f"{split}2017" / f"{number:012d}.jpg").write_bytes(cv2.imencode(".jpg", pixels)[1].tobytes())
+    prepare(config, run, force=True)
+    with pytest.raises(UserError, match=f"fp16 was trained with other {split} images or annotations than .*--force"):
+        make_ready(config, run, force=False)
+    assert make_ready(config, run, force=True), "it starts over"
+    write_text(run.variant_dir("fp16") / "weights" / "last.pt", "")
+    assert make_ready(config, run, force=False), "and goes on with the images of now"
+
+
+def test_a_training_that_does_not_name_its_images_is_done_with_a_line(
+    coco_dir: Path, run: RunRoot, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = begun(coco_dir, run, {})
+    caplog.set_level("INFO", logger="app.train.done")
+    assert is_trained(config, run)
+    assert caplog.messages == [
+        "train fp16: an earlier version began it, which did not record of which images",
+        "train fp16: done already (3 epochs, best AP 0.500)",
+    ]
+    write_json(run.done("fp16"), {"epochs": 3, "best_ap": 0.5, "images": {"train": 7}})
+    with pytest.raises(UserError, match=r"done\.json"):
+        is_trained(config, run)
 
 
 @pytest.mark.parametrize(("setting", "fault"), [("train.epochs=3", "epochs: 300 -> 3"), ("data.n_val=3", "n_val: ")])

@@ -1,170 +1,249 @@
-"""The price of a job: the arithmetic by hand, a watched process, and the words of the pilot."""
+"""The price of a job: the arithmetic by hand, the budget's seconds, the sample of a large dataset, and the lines."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from app.core.config import UserError, load
+from app.coco.categories import CATEGORIES
+from app.core.config import Config, load
 from app.core.memory import pss_bytes
-from app.core.results import write_rows
-from app.core.run import RunRoot
-from app.estimate import estimate as estimate_module
-from app.estimate import watch as watch_module
-from app.estimate.estimate import Command, estimate
-from app.estimate.price import (
-    Images,
-    Peaks,
-    between_epochs,
-    eval_seconds,
-    limit,
-    training_parts,
-    training_seconds,
-)
-from app.estimate.watch import Took, run_watched
-from tests.support.report_fixtures import write
+from app.core.run import Images, RunRoot
+from app.estimate import cost as cost_module
+from app.estimate import images as images_module
+from app.estimate.cost import NOTHING, Budget, Cost, Line, line, repeat, typical
+from app.estimate.images import job_images
+from app.estimate.pieces import AfterCosts, CheckpointCosts, FileCosts, ScoreCosts, TrainingCosts
+from app.estimate.plan import plan_for_cpu, plan_for_gpu
+from app.estimate.price import eval_parts, export_parts, job_files, limit, ptq_parts, report_parts, training_parts
+from tests.support.data_fixtures import annotation, config_for, write_image, write_tree
 
-SMALL = ["train.batch=4", "train.bn_batches=5", "train.epochs=2"]
-ROWS = [
-    {"epoch": 1.0, "time/train_s": 90.0, "time/epoch_s": 120.0, "time/bn_reestimation_s": 9.0},
-    {"epoch": 2.0, "time/train_s": 32.0, "time/epoch_s": 50.0, "time/bn_reestimation_s": 8.0},
-]
+PX = 64**2
 
 
-def test_a_training_costs_its_start_once_and_its_images_every_epoch() -> None:
-    """The pilot's second epoch: 32 train images in 32 s, BN on 20 in 8 s, 5 val images in the remaining 10 s."""
-    parts = training_parts(load("fp16", sets=SMALL), Images(32, 5), 200.0, ROWS, 3.0)
-    expected = {"start_s": 24.0, "image_s": 1.0, "val_image_s": 2.0, "bn_image_s": 0.4, "between_s": 3.0}
-    assert parts == pytest.approx(expected)
-    job = load("fp16", sets=["train.batch=8", "train.bn_batches=5", "train.epochs=7", "train.val_every=2"])
-    seconds = training_seconds(job, Images(100, 10), parts)  # validated after epochs 2, 4, 6 and 7; BN on 40 images
-    expected = {"start": 24.0, "steps": 700.0, "validation": 80.0, "BatchNorm": 64.0, "checkpoints": 21.0}
-    assert seconds == pytest.approx(expected)
-    few = training_seconds(job, Images(30, 10), parts)  # BN on all images where they are fewer than its batches
-    assert few["BatchNorm"] == pytest.approx(48.0)
+def wall(seconds: float) -> Cost:
+    """A cost whose processor time is twice its seconds: both clocks are added up alike."""
+    return Cost(seconds, 2 * seconds)
 
 
-def test_what_an_epoch_takes_after_its_line_is_read_from_the_log() -> None:
-    """The second line comes 53.5 s after the first one, and results.csv knows of 50.0 of them."""
-    lines = (
-        "2026-11-27 11:59:59,000 app.train.train INFO train fp16: yolov10n, 2 epochs",
-        "2026-11-27 12:00:58,000 app.core.progress INFO fp16 epoch 1/2: 64/96, 12.0 images/s, loss 9.1",
-        "2026-11-27 12:01:00,250 app.train.monitor INFO fp16 epoch 1/2: loss 9.100, AP raw 0.000",
-        "2026-11-27 12:01:53,750 app.train.monitor INFO fp16 epoch 2/2: loss 8.900, AP raw 0.000",
+def seconds_of(parts: dict[str, Cost]) -> dict[str, float]:
+    for part in parts.values():
+        assert part.cpu_s == pytest.approx(2 * part.wall_s)
+    return {name: part.wall_s for name, part in parts.items()}
+
+
+PIECES = TrainingCosts(
+    start=wall(20), labels=wall(0.01), decode=wall(0.1), augment=wall(0.2), loader=None,
+    step=Line(wall(1), wall(0.5 / PX)), optimizer=wall(3), draw=wall(9), reestimate=Line(wall(2), wall(0.25 / PX)),
+    validation=wall(5), val_px=wall(0.75 / PX), checkpoint=wall(4), end=wall(6),
+)  # fmt: skip
+
+
+def job(*sets: str) -> Config:
+    sizes = ("train.imgsz=64", "train.batch=8", "train.epochs=7", "train.val_every=2", "train.bn_batches=5")
+    return load("qat", sets=[*sizes, "hyp.nbs=16", *sets])
+
+
+def test_a_training_by_hand() -> None:
+    """100 images in 13 batches and 7 steps; validated after epochs 2, 4, 6 and 7, on 10 images, BatchNorm on 40."""
+    seconds = seconds_of(training_parts(job(), Images(100, 10), PIECES, n_seen=60))
+    assert seconds == pytest.approx({
+        "start": 20 + 40 * 0.01 + 6,
+        "samples": 7 * 100 * 0.3,
+        "steps": 7 * (13 * 1 + 100 * 0.5 + 7 * 3),
+        "validation": 4 * (5 + 10 * (0.1 + 0.75) + 3 * 1 * 2),  # one batch of 16 in three states
+        "BatchNorm": 4 * (5 * 2 + 40 * 0.25) + 40 * 0.3,
+        "checkpoints": 7 * 4,
+    })  # fmt: skip
+
+
+def test_images_of_another_size_cost_by_their_pixels() -> None:
+    """Twice the side: four times each image's forward and backward, and the same for a batch, a step and a file."""
+    small = seconds_of(training_parts(job(), Images(100, 10), PIECES, 100))
+    large = seconds_of(training_parts(job("train.imgsz=128"), Images(100, 10), PIECES, 100))
+    assert large["steps"] - small["steps"] == pytest.approx(7 * 3 * 100 * 0.5)
+    assert large["validation"] - small["validation"] == pytest.approx(4 * 3 * 10 * 0.75)
+    assert {name for name in small if small[name] != large[name]} == {"steps", "validation", "BatchNorm"}
+
+
+def test_kept_images_are_decoded_once() -> None:
+    seconds = seconds_of(training_parts(job("train.cache=true"), Images(100, 10), PIECES, 100))
+    assert seconds["samples"] == pytest.approx(100 * 0.1 + 7 * 100 * 0.2)
+
+
+@pytest.mark.parametrize(("loader_s", "steps_s"), [(0.1, 7 * (13 + 50 + 21)), (2.0, 7 * 100 * 2.0)])
+def test_beside_loader_processes_the_slower_one_counts(loader_s: float, steps_s: float) -> None:
+    pieces = replace(PIECES, loader=wall(loader_s))
+    parts = training_parts(job(), Images(100, 10), pieces, 100)
+    assert parts["steps"].wall_s == pytest.approx(steps_s)
+    assert parts["samples"] == NOTHING
+    part, remedy = limit(job(), pieces, parts, n_cores=16)
+    assert part == ("GPU" if loader_s < 1 else "loader or disk")
+    assert ("train.workers higher (8 of 16 cores)" in remedy) is (loader_s > 1)
+
+
+def test_without_a_gpu_the_processor_limits_or_the_images() -> None:
+    parts = training_parts(job(), Images(100, 10), PIECES, 100)
+    assert limit(job(), PIECES, parts, 2)[0] == "processor"
+    slow = replace(PIECES, augment=wall(9))
+    assert limit(job(), slow, training_parts(job(), Images(100, 10), slow, 100), 2)[0].startswith("reading")
+
+
+AFTER = AfterCosts(
+    ptq=wall(30),
+    checkpoints={False: CheckpointCosts(wall(1), Line(wall(2), wall(1 / PX))),
+                 True: CheckpointCosts(wall(10), Line(wall(20), wall(3 / PX)))},
+    files={(False, False): FileCosts(wall(5), Line(wall(1), wall(0.5 / PX))),
+           (True, False): FileCosts(wall(50), Line(wall(2), wall(0.25 / PX))),
+           (True, True): FileCosts(wall(7), Line(wall(3), wall(0.125 / PX)))},
+    scores={(False, False): ScoreCosts(wall(4), wall(0.5 / PX), wall(0.25), wall(0.1 / PX), wall(0.2)),
+            (True, False): ScoreCosts(wall(8), wall(1 / PX), wall(0.25), wall(0.3 / PX), wall(0.2))},
+    report=wall(12), analysis=wall(0.5),
+)  # fmt: skip
+
+
+def test_the_stages_after_the_trainings_by_hand() -> None:
+    """Six files: FP32, its FP16, QCDQ, its INT4, and QCDQ twice from PTQ. What was not measured costs as its source."""
+    config, images = job("eval.latency_warmup=3", "eval.latency_runs=20"), Images(100, 10)
+    files = job_files(config, has_packed_bits=True)
+    assert sum(map(len, files.values())) == 6
+    assert seconds_of(ptq_parts(config, images, PIECES, AFTER.ptq)) == pytest.approx(
+        {"start": 30, "BatchNorm": 40 * 0.3 + 5 * 2 + 40 * 0.25}
     )
-    assert between_epochs("\n".join(lines), ROWS) == pytest.approx(3.5)
-    assert between_epochs("\n".join(lines[:3]), ROWS[:1]) == 0
+    assert seconds_of(export_parts(config, images, AFTER, files)) == pytest.approx({
+        "PyTorch": (1 + 2 + 8 * 1) + 3 * (10 + 20 + 8 * 3),
+        "files": 2 * 5 + 3 * 50 + 7,
+        "gates": 2 * (1 + 8 * 0.5) + 3 * (2 + 8 * 0.25) + (3 + 8 * 0.125),
+    })  # fmt: skip
+    assert seconds_of(eval_parts(config, images, AFTER, files)) == pytest.approx({
+        "start": 2 * 4 + 4 * 8,
+        "images": 10 * (2 * 0.75 + 4 * 1.25),
+        "latency": 23 * (2 * 0.3 + 4 * 0.5),
+    })  # fmt: skip
+    assert seconds_of(report_parts(images, AFTER, files)) == pytest.approx({"figures": 12, "analysis": 6 * 10 * 0.5})
+    few = export_parts(config, Images(100, 2), AFTER, files)
+    assert few["gates"].wall_s == pytest.approx(2 * (1 + 2 * 0.5) + 3 * (2 + 2 * 0.25) + (3 + 2 * 0.125))
 
 
-def test_eval_costs_what_is_not_images_once() -> None:
-    """Two files of 5 s for 10 images, and 6 times 0.5 s at the clock each; of 25 s nothing else but 9 s is left."""
-    latency = {"warmup": 1, "runs": 5, "p50": 500.0}
-    scored = [{"time_s": {"total": 4.0, "score": 1.0}, "dataset": {"n_images": 10}, "latency_ms": latency}] * 2
-    job = load("qat", sets=["eval.latency_warmup=3", "eval.latency_runs=20"])
-    assert eval_seconds(job, 25.0, scored, 50) == pytest.approx({"start": 9.0, "images": 50.0, "latency": 23.0})
+def test_a_line_through_two_sizes() -> None:
+    assert line((2, Cost(5, 50)), (4, Cost(7, 70))) == Line(Cost(3, 30), Cost(1, 10))
+    assert line((2, Cost(5, 5)), (4, Cost(4, 4))) == Line(NOTHING, Cost(1, 1)), "the larger one costs less"
+    assert line((2, Cost(1, 1)), (4, Cost(8, 8))) == Line(NOTHING, Cost(2, 2)), "it would begin below nothing"
+    assert line((4, Cost(8, 8)), (4, Cost(8, 8))) == Line(NOTHING, Cost(2, 2)), "one size alone"
 
 
-def test_memory_grows_with_the_batch_and_says_what_fits() -> None:
-    peaks = Peaks(half_batch=8, half_bytes=600, batch=16, bytes=1000)  # 200 and 50 an image
-    assert peaks.at(32) == 1800
-    assert peaks.largest_batch(2000, 0.9) == 32
-    assert peaks.largest_batch(100, 0.9) == 0
-    assert Peaks(1, 500, 1, 500).largest_batch(2000, 0.9) is None
-    assert Peaks(8, 600, 16, 590).largest_batch(2000, 0.9) is None, "a smaller peak tells nothing"
+def test_the_first_time_is_no_typical_one() -> None:
+    assert typical([Cost(9, 9), Cost(1, 3), Cost(2, 1), Cost(3, 2)]) == Cost(2, 2)
+    assert typical([Cost(9, 9)]) == Cost(9, 9)
+
+
+class Clocks:
+    """Stands for the module `time`: both clocks move by work alone."""
+
+    def __init__(self) -> None:
+        self.now = Cost(1000.0, 500.0)
+
+    def monotonic(self) -> float:
+        return self.now.wall_s
+
+    def process_time(self) -> float:
+        return self.now.cpu_s
+
+    def work(self, cost: Cost) -> Cost:
+        self.now += cost
+        return cost
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
+    clocks = Clocks()
+    monkeypatch.setattr(cost_module, "time", clocks)
+    yield clocks
 
 
 @pytest.mark.parametrize(
-    ("gpu_use", "cpu_use", "part"),
-    [(None, 1.0, "processor"), (0.95, 0.2, "GPU"), (0.5, 0.95, "loader"), (0.5, 0.3, "loader or disk")],
+    ("one", "n_times", "waits"),
+    [
+        (Cost(1, 2), 12, None),  # two cores: a fifth of a minute on the clock
+        (Cost(2, 1), 12, 2.0),  # half a core: the processor's seconds count
+        (Cost(6, 1), 6, 6.0),  # a sixth of one: up to three times the minute on the clock
+        (Cost(100, 100), 2, None),  # too large for its share, and still seen warm once
+    ],
 )
-def test_what_is_busy_limits(gpu_use: float | None, cpu_use: float, part: str) -> None:
-    assert limit(gpu_use, cpu_use)[0] == part
+def test_a_part_repeats_within_its_share(clocks: Clocks, one: Cost, n_times: int, waits: float | None) -> None:
+    budget = Budget(60)
+    part = budget.part(0.2)
+    assert len(repeat(lambda: clocks.work(one), part, range(2, 100))) == n_times
+    assert budget.waits == waits
 
 
-def program(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """What `python -m app` is for run_watched."""
-    monkeypatch.setattr(watch_module.sys, "executable", "/bin/sh")
-    monkeypatch.setattr(watch_module, "PROGRAM", ["-c", text])
+def test_a_part_ends_with_the_whole(clocks: Clocks) -> None:
+    budget = Budget(60)
+    clocks.work(Cost(55, 55))
+    part = budget.part(0.2)
+    assert part.left_s == pytest.approx(5)
+    assert part.of_rest(0.4).left_s == pytest.approx(2)
+    clocks.work(Cost(10, 10))
+    assert not part.has(Cost(0.1, 0.1))
 
 
-def test_memory_of_all_processes_of_a_stage_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = f"{sys.executable} -c 'import time; held = bytearray(40_000_000); time.sleep(1.5)'"
-    program(monkeypatch, f"{python} & {python}; wait")
-    took = run_watched([], tmp_path / "said.txt")
-    assert 80e6 < took.peak_bytes < 160e6
-    assert took.seconds > 1.4
-    assert 0 < took.cpu_s < took.seconds
+def test_a_gpus_process_waits_for_nobody_else(clocks: Clocks) -> None:
+    budget = Budget(60, stretch=1.0)
+    clocks.work(Cost(50, 1))
+    assert budget.part(1.0).left_s == pytest.approx(10)
+    assert budget.waits is None
 
 
-def test_a_failed_stage_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program(monkeypatch, "echo working; echo 'error: no COCO folder at x: give COCO_DIR=path' >&2; exit 2")
-    with pytest.raises(UserError, match="the pilot's 'data' ended with exit code 2: no COCO folder at x: give"):
-        run_watched(["data"], tmp_path / "said.txt")
+def test_the_plan_is_the_jobs_where_that_fits() -> None:
+    """12 seconds hold ten steps of an image of 1.2 s, or 24 images of 0.1 s."""
+    there, smoke = Images(256, 64), load("qat", overlays=[Path("conf/smoke.yaml")])
+    plan = plan_for_cpu(smoke, there, px_s=0.05 / 160**2, share_s=12)
+    assert (plan.imgsz, plan.batch, plan.images, plan.exports_as_job) == (160, 16, Images(64, 64), True)
+    full = load("qat")
+    idle = plan_for_cpu(full, there, px_s=4.0 / 640**2, share_s=12)
+    assert (idle.imgsz, idle.batch, idle.exports_as_job) == (320, 2, False)
+    slow = plan_for_cpu(full, there, px_s=400.0 / 640**2, share_s=12)
+    assert (slow.imgsz, slow.batch, slow.images.val) == (160, 2, 2), "the least that tells anything"
+    gpus = plan_for_gpu(full, Images(118_287, 5_000), n_processes=4)
+    assert (gpus.imgsz, gpus.batch, gpus.images, gpus.n_processes) == (640, 8, Images(192, 16), 4)
+
+
+def write_many(coco_dir: Path, counts: dict[str, int]) -> Path:
+    """So many images of a person by split."""
+    for split, n in counts.items():
+        (coco_dir / split).mkdir(parents=True)
+        images = [{"id": key, "file_name": f"{key:012d}.jpg", "width": 40, "height": 30} for key in range(1, n + 1)]
+        for image in images:
+            write_image(coco_dir / split / image["file_name"], (40, 30))
+        boxes = [annotation(key, key, 1, [4, 3, 10, 6]) for key in range(1, n + 1)]
+        write_tree(coco_dir, split, {"images": images, "annotations": boxes, "categories": CATEGORIES})
+    return coco_dir
+
+
+def test_a_large_dataset_is_looked_at_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 of 40 train images, 3 of 8 of val: the job has them all; only their share of the time is scaled."""
+    coco = write_many(tmp_path / "coco", {"train2017": 40, "val2017": 8})
+    config = config_for(coco)
+    whole, sampled = RunRoot(tmp_path / "runs", "whole"), RunRoot(tmp_path / "runs", "sampled")
+    sampled.root.mkdir(parents=True)
+    monkeypatch.setattr(images_module.WATCH, "cost", lambda work: (work(), wall(9))[1])
+    monkeypatch.setattr(images_module.WATCH, "timed", lambda work: (wall(5), work()))
+    found = job_images(config, whole, sampled, Images(6, 3))
+    assert (found.images, found.there) == (Images(40, 8), Images(6, 3))
+    assert found.cost.wall_s == pytest.approx(5 + 9 * 48 / 9)
+    assert found.scaled == "data: 9 of 48 images looked at, the annotations read as a whole"
+    assert not whole.provenance.exists()
+    names = {item.split("=")[0] for item in found.sets}
+    assert names == {f"data.{role}_{what}" for role in ("train", "val") for what in ("images", "annotations")}
+    again = config_for(coco, *found.sets)
+    assert len(json.loads(Path(str(again.data.train_annotations)).read_text())["images"]) == 6
+    chosen = job_images(config_for(coco, "data.n_train=30"), whole, sampled, Images(6, 3))
+    assert chosen.images == Images(30, 8)
 
 
 def test_shared_memory_counts_once() -> None:
     assert pss_bytes("Rss:  900 kB\nPss:  512 kB\nPss_Dirty: 5 kB\n") == 512 * 1024
-
-
-def fake_stage(words: list[str], log_path: Path) -> Took:
-    """Writes what a stage leaves behind, and says that it took a minute."""
-    settings = dict(word.split("=") for word in words[words.index("--set") :] if "=" in word)
-    root = Path(words[words.index("--runs-dir") + 1]) / words[words.index("--run") + 1]
-    if words[0] == "data":
-        counts = dict.fromkeys(("n_listed", "n_broken", "n_annotations", "n_crowd", "n_without_objects"), 0)
-        facts: dict[str, Any] = {"annotation_sha256": "", "image_ids_sha256": "", "image_ids": None, "subset": False}
-        train = {**counts, **facts, "name": "train2017", "n_images": 1000}
-        splits = {"train": train, "val": {**train, "name": "val2017", "n_images": 100}}
-        tree = {"title": "", "names": ["a"], "coco_dir": "/", "seed": 0, "splits": splits, "view_dir": "/"}
-        write(root / "dataset" / "provenance.json", tree)
-    if words[0] == "train":
-        folder = root / ("fp16" if "fp16" in words else "qat-w4a16")
-        folder.mkdir(parents=True)
-        n_train, n_val = int(settings["data.n_train"]), int(settings["data.n_val"])
-        row = {"time/train_s": 0.1 * n_train, "time/epoch_s": 0.1 * n_train + 0.02 * n_val}
-        write_rows(folder / "results.csv", [{"epoch": epoch, **row} for epoch in (1.0, 2.0)])
-        (folder / "log.txt").write_text("")
-    if words[0] == "eval":
-        latency = {"warmup": 1, "runs": 5, "p50": 1000.0}
-        metrics = {"time_s": {"total": 3.0, "score": 1.0}, "dataset": {"n_images": int(settings["data.n_val"])}}
-        metrics["latency_ms"] = latency
-        write(root / "baseline-coco" / "metrics.json", metrics)
-    return Took(seconds=60.0, cpu_s=60.0, peak_bytes=int(settings.get("train.batch", "0")) * 2**30)
-
-
-def test_the_pilots_words_and_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-
-    def run(words: list[str], log_path: Path) -> Took:
-        calls.append(words)
-        return fake_stage(words, log_path)
-
-    monkeypatch.setattr(estimate_module, "run_watched", run)
-    monkeypatch.setattr(estimate_module, "sees_gpu", lambda: False)
-    sets = ["train.imgsz=320", "train.epochs=10", "train.batch=32", "data.coco_dir=/a place"]
-    estimate(Command([], sets), RunRoot(tmp_path, "small"))
-    facts = json.loads((tmp_path / "small" / "estimate.json").read_text())
-    assert [words[0] for words in calls] == ["data", "train", "train", "train", "ptq", "export", "eval", "report"]
-    assert all("data.coco_dir=/a place" in words for words in calls)
-    # 850,000 px hold 8 images of 320 px, 2.5 million 3 batches of them, and 1.65 million 16 images.
-    assert {key: facts["pilot"][key] for key in ("batch", "n_train", "n_val")} == {
-        "batch": 8,
-        "n_train": 24,
-        "n_val": 16,
-    }
-    assert facts["pilot"]["seconds"] == dict.fromkeys(["train fp16", "train qat", *estimate_module.AFTER], 60.0)
-    half = dict(word.split("=") for word in calls[3][calls[3].index("--set") :] if "=" in word)
-    assert (half["train.batch"], half["data.n_train"], half["train.epochs"]) == ("4", "8", "1")
-    seconds = facts["seconds"]
-    assert seconds["train qat"]["steps"] == pytest.approx(10 * 1000 * 0.1)
-    assert seconds["train qat"]["validation"] == pytest.approx(10 * 100 * 0.02)
-    assert seconds["eval"] == pytest.approx({"start": 50.0, "images": 4 / 16 * 100, "latency": 110.0})
-    assert facts["hours"]["whole job"] == pytest.approx(sum(sum(parts.values()) for parts in seconds.values()) / 3600)
-    assert facts["ram"]["peak_gib"] == pytest.approx(32)  # 8 GiB at batch 8, 4 at batch 4
-    assert facts["ram"]["train_cache_gib"] == pytest.approx(1000 * 3 * 320 * 240 / 2**30)
-    assert os.listdir(tmp_path) == ["small"], "nothing of the pilot stays"

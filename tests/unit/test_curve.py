@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from app.report.ending import next_step
+from app.report.report import next_step
 
 from app.coco.dataset import BUILTIN_TITLE
 from app.core.config import load

@@ -125,7 +125,7 @@ def samples(loop: TimedLoop) -> tuple[Cost, Cost, dict[str, Any]]:
     tickets = [Ticket(0, position) for position in range(min(loop.config.train.batch, dataset.ni))]
 
     def make() -> dict[str, Any]:
-        return dataset.collate_fn([dataset[ticket] for ticket in tickets])
+        return dataset.collate_fn(dataset.__getitems__(tickets))
 
     unread = [number for number in range(dataset.ni) if dataset.ims[number] is None][:N_READ]
     read = stopwatch.cost(lambda: [dataset.load_image(number) for number in unread])

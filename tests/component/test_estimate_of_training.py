@@ -24,7 +24,7 @@ from app.estimate.price import training_parts
 from app.estimate.training import measure_training
 from app.sweep.price import ESTIMATE_SHAPE
 from app.train import loop
-from app.train.loader import CocoDataset, Ticket
+from app.train.loader import CocoDataset
 from app.train.loop import Loop
 from app.train.train import train
 from app.train.trainer import Trainer
@@ -66,7 +66,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkClock]:
     takes(Trainer, "set_up", lambda trainer: START_S)
     takes(Loop, "backward", lambda loop, batch: BATCH_S + IMAGE_S * len(batch["img"]))
     takes(Loop, "optimizer_step", lambda loop: STEP_S)
-    takes(CocoDataset, "__getitem__", lambda dataset, key: SAMPLE_S * isinstance(key, Ticket))
+    takes(CocoDataset, "_sample", lambda dataset, ticket, out: SAMPLE_S)
     takes(Trainer, "score", lambda trainer, *_: VAL_IMAGE_S * len(trainer.test_loader.dataset))
     takes(Trainer, "reestimate", lambda trainer, model, images: BN_IMAGE_S * sum(map(len, images)))
     takes(loop, "save_state", lambda *_: SAVE_S)

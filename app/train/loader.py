@@ -66,11 +66,10 @@ class Memory:
         self.slots: deque[torch.Tensor] = deque()
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A uint8 tensor in the slot that was taken longest ago; the first batch of a process is a whole one."""
-        if len(self.slots) < PREFETCH_BATCHES:
+        """A uint8 tensor in the slot that was taken longest ago; one that began with an epoch's short batch grows."""
+        slot = self.slots.popleft() if len(self.slots) == PREFETCH_BATCHES else None
+        if slot is None or len(slot) < shape[0]:
             slot = torch.empty(shape, dtype=torch.uint8).share_memory_()
-        else:
-            slot = self.slots.popleft()
         self.slots.append(slot)
         return slot[: shape[0]]
 

@@ -216,6 +216,15 @@ def test_a_loader_process_has_as_many_batches_under_way_as_it_has_memory_for() -
     assert memory.take((1, 3, 8, 8)).shape == (1, 3, 8, 8)
 
 
+def test_memory_that_began_with_a_short_batch_takes_whole_ones() -> None:
+    """With many loader processes the first batches of one may be an epoch's last, and short."""
+    memory = Memory()
+    sizes = [2, 1, 1, 2, 2, 1]
+    slots = [memory.take((n_images, 3, 8, 8)) for n_images in [*sizes, *[2] * PREFETCH_BATCHES]]
+    assert [len(slot) for slot in slots] == [*sizes, *[2] * PREFETCH_BATCHES]
+    assert slots[-1].data_ptr() == memory.slots[-1].data_ptr()
+
+
 @pytest.mark.parametrize("pins", [True, False])
 def test_memory_is_used_again_only_where_batches_are_copied(ours: Any, pins: bool) -> None:
     dataset = ours(**settings(320, {}))

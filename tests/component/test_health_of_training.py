@@ -170,11 +170,11 @@ def test_signal_to_noise_is_that_of_the_scored_weights(trained: Trained) -> None
 
 
 def test_health_json_is_that_of_the_best_epoch(trained: Trained) -> None:
-    """Every AP is equal here, so the first epoch at the bits of the scheme stays the best."""
-    assert len({row["AP/ema_bn"] for row in trained.rows}) == 1
+    """The first epoch has other bits and cannot be the best. Of equal ones the earlier is."""
+    second, third = (row["AP/ema_bn"] for row in trained.rows[1:])
     record = read_json(trained.folder / "health.json", "train")
     best = load_checkpoint(trained.folder / "weights" / "best.pt")
-    assert record["epoch"] == best["epoch"] + 1 == 2
+    assert record["epoch"] == best["epoch"] + 1 == (3 if third > second else 2)
     assert record["snr_db"].keys() == trained.weights("scored").keys()
     for name, noise in record["snr_db"].items():
         weight = best["scored"][f"{name}.weight"].flatten(1).numpy()

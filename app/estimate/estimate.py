@@ -6,15 +6,14 @@ import contextlib
 import importlib
 import logging
 import shutil
-import time
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from app.core.config import Config, load
-from app.core.environment import environment
+from app.core.environment import REPO_DIR, environment
 from app.core.files import write_json
 from app.core.memory import available_bytes
 from app.core.progress import clock
@@ -55,7 +54,7 @@ def estimate(command: Command, run: RunRoot) -> None:
         UserError: the job would fail with it too.
     """
     budget = Budget(command.for_s)
-    process = born()
+    process = command_line()
     available = available_bytes()
     log.info("estimate: measures pieces of every stage, for about %s", clock(command.for_s))
     with quiet(), scratch(run, "data") as whole, scratch(run, "sample") as sampled, scratch(run, "pilot") as pilot:
@@ -72,9 +71,10 @@ def estimate(command: Command, run: RunRoot) -> None:
     log.info("estimate: %s, in %s", run.root / "estimate.json", clock(budget.passed.wall_s))
 
 
-def born() -> Cost:
-    """What this process has cost so far: Python and the command line."""
-    return Cost(time.time() - psutil.Process().create_time(), time.process_time())
+def command_line() -> Cost:
+    """What a process costs that answers --help: Python and the command line. This one may have been a shell before."""
+    words = [sys.executable, "-m", "app", "--help"]
+    return Stopwatch().cost(lambda: subprocess.run(words, cwd=REPO_DIR, stdout=subprocess.DEVNULL, check=True))
 
 
 def import_costs(process: Cost) -> dict[str, Cost]:

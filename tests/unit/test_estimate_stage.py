@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.coco.categories import CATEGORIES
@@ -16,6 +18,7 @@ from app.core.run import Images, RunRoot
 from app.estimate import cost as cost_module
 from app.estimate import images as images_module
 from app.estimate.cost import NOTHING, Budget, Cost, Line, line, repeat, typical
+from app.estimate.estimate import command_line
 from app.estimate.images import job_images
 from app.estimate.pieces import AfterCosts, CheckpointCosts, FileCosts, ScoreCosts, TrainingCosts
 from app.estimate.plan import plan_for_cpu, plan_for_gpu
@@ -247,3 +250,10 @@ def test_a_large_dataset_is_looked_at_in_part(tmp_path: Path, monkeypatch: pytes
 
 def test_shared_memory_counts_once() -> None:
     assert pss_bytes("Rss:  900 kB\nPss:  512 kB\nPss_Dirty: 5 kB\n") == 512 * 1024
+
+
+def test_the_command_line_costs_what_a_new_process_takes() -> None:
+    """A stage's process may have been the shell of `make` before, which built an environment for minutes."""
+    cost = command_line()
+    assert cost.cpu_s > 0.05
+    assert cost.wall_s < time.time() - psutil.Process().create_time()

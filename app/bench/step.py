@@ -8,7 +8,6 @@ import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,10 +117,11 @@ class Ours:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch as the loader gives it."""
-        if self.teacher:
-            return self.teacher.forward(partial(on_gpu, device=self.device), self.amp, self.state.net, batch)[0]
+        net, batch = self.state.net, on_gpu(batch, self.device)
         with autocast(self.amp, device=self.device.type):
-            return self.state.net(on_gpu(batch, self.device))[0].sum()
+            preds = net(batch["img"])
+            loss = net.loss(batch, preds)[0].sum()
+            return loss + self.teacher.beside(batch["img"], preds, net.criterion) if self.teacher else loss
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:

@@ -107,6 +107,17 @@ class RunRoot:
         """What says that a training, or PTQ, is finished: written last."""
         return self.variant_dir(label) / "done.json"
 
+    def finished(self, label: Label | str) -> Path:
+        """The checkpoint of a training that is finished: a later epoch may still replace another one's.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.done(label).exists():
+            command = f"make train-{Label.parse(str(label)).method}"
+            raise UserError(f"{self.root} has no finished training of {label}: run '{command}' first")
+        return self.best(label)
+
     def finished_labels(self) -> list[Label]:
         """Labels of the finished checkpoints: fp16, the other trainings, then PTQ."""
         labels = [Label.parse(path.parent.name) for path in self.root.glob("*/done.json")]

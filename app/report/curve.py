@@ -227,10 +227,11 @@ def write_names(panel: Axes, points: list[Point], places: dict[str, float]) -> N
 
 def set_scales(panel: Axes, mbs: list[float]) -> None:
     """A logarithmic axis with ticks in plain MB, and a grid."""
-    lowest, highest = min(mbs) / MARGIN, max(mbs) * MARGIN
     panel.set_xscale("log")
-    panel.set_xlim(lowest, highest)
-    panel.set_xticks([tick for tick in TICKS_MB if lowest <= tick <= highest])
+    if mbs:  # no file of this packing is known where the panel is empty
+        lowest, highest = min(mbs) / MARGIN, max(mbs) * MARGIN
+        panel.set_xlim(lowest, highest)
+        panel.set_xticks([tick for tick in TICKS_MB if lowest <= tick <= highest])
     panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("MB")

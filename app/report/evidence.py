@@ -65,7 +65,7 @@ QUANT_CONFIG_SHAPE: Shape = {
     "scheme": str, "scheme_sha256?": str, "layers": list[Layer], "share_of_learned_weights": dict[str, Number],
 }  # fmt: skip
 HEALTH_SHAPE: Shape = {"epoch": Count, "snr_db": dict[str, Number]}
-DONE_SHAPE: Shape = {"best_sha256": str, "imported?": Start, "distilled?": str}
+DONE_SHAPE: Shape = {"best_sha256": str, "imported?": Start, "model?": str, "distilled?": str}
 RECORD_SHAPE: Shape = {
     "label": str, "file": str, "sha256": str, "size_bytes": Count, "checkpoint_sha256": str, "gates": dict[str, Any],
     "gates.codes?": dict[str, Any], "gates.codes.layers?": dict[str, Count], "gates.parity?": dict[str, Any],
@@ -92,9 +92,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Imported:
-    """The baseline of a run that import-weights made: the file, the hash of best.pt, and how it was made."""
+    """The baseline of a run that import-weights made: the file, its network, the hash of best.pt, how it was made."""
 
     start: dict[str, str]
+    model: str
     best_sha256: str
     environment: dict[str, Any]
 
@@ -210,9 +211,9 @@ def _imported(run: RunRoot, missing: list[str]) -> Imported | None:
         return None
     done = _read(run, run.done(FP16), "import-weights", DONE_SHAPE, missing)
     environment = _read(run, folder / "env.json", "import-weights", ENVIRONMENT_SHAPE, missing)
-    if done is None or environment is None or "imported" not in done:
+    if done is None or environment is None or not {"imported", "model"} <= done.keys():
         return None
-    return Imported(done["imported"], done["best_sha256"], environment)
+    return Imported(done["imported"], f"{done['model']}.yaml", done["best_sha256"], environment)
 
 
 def _trainings(run: RunRoot, imported: Imported | None, missing: list[str]) -> dict[str, Training]:

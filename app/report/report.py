@@ -220,8 +220,9 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
         return "each line 'missing' names its command; 'make report' then writes the page anew"
     if evidence.imported and not evidence.trainings:
         return (
-            'open the page in a browser; what a few epochs of QAT win back: "make train-qat export eval report '
-            f"RUN={run.name} CONF=conf/finetune.yaml ARGS='--set train.weights={evidence.imported.start['file']}'\""
+            "open the page in a browser; what a few epochs of QAT win back: 'make train-qat export eval report "
+            f"RUN={run.name} COCO_DIR=PATH CONF=conf/finetune.yaml "
+            f'ARGS="--set model={evidence.imported.model} --set train.weights=PATH/{evidence.imported.start["file"]}"\''
         )
     if is_drawn(evidence):
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.core.config import UserError
-from app.core.scheme import FLOAT, Rule, Scheme, find_scheme
+from app.core.scheme import FLOAT, MAX_NAME, Rule, Scheme, find_scheme
 from app.quant.sizes import Layer, layers_of
 from app.sensitivity.changes import BY_CHANNEL, MEASURED_BITS, learned_layers, uniform
 from app.sensitivity.search import Option, OverBudget, cheapest
@@ -18,6 +19,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|MB|KiB|MiB)?")
 UNITS = {None: 1, "B": 1, "kB": 1e3, "MB": 1e6, "KiB": 2**10, "MiB": 2**20}
 SAME_AS = "same-as:"
 BYTES, BITS = "--budget", "--budget-bits"  # the option of each kind
+LONGEST, HASH_DIGITS = MAX_NAME - len("fit-as--bits"), 6
 HEAD_PARTS = ("one2one_cv2", "one2one_cv3")  # the one2many head, which the training alone has, is named without one2one
 
 
@@ -55,9 +57,16 @@ def read_budget(kind: str, text: str, model: Any) -> Budget:
 
 def budget_of(kind: str, scheme: Scheme, model: Any) -> Budget:
     """What a scheme takes."""
-    return Budget(
-        kind, amount_of(kind, layers_of(model, scheme)), f"as-{scheme.name}" + ("" if kind == BYTES else "-bits")
-    )
+    label = f"as-{shortened(scheme.name)}" + ("" if kind == BYTES else "-bits")
+    return Budget(kind, amount_of(kind, layers_of(model, scheme)), label)
+
+
+def shortened(name: str) -> str:
+    """A scheme's name; of a long one a hash replaces the end, because a proposal's has room for LONGEST letters."""
+    if len(name) <= LONGEST:
+        return name
+    digits = hashlib.sha256(name.encode()).hexdigest()[:HASH_DIGITS]
+    return f"{name[: LONGEST - HASH_DIGITS - 1]}-{digits}"
 
 
 def scheme_named(value: str) -> Scheme:

@@ -38,7 +38,7 @@ def score_held_out(
 ) -> HeldOut:
     """Runs every scheme over the images, with COCO's AP of the run's val annotations."""
     rows: dict[str, list[dict[str, Any]]] = {scheme.name: [] for scheme in schemes}
-    split = Split(images.provenance)
+    split = Split(images.provenance, images.names)
     batches = []
     groups = batches_of(places, config.sensitivity.batch_images)
     for group in track(groups, "sensitivity: held-out images", len(groups), "batches"):
@@ -56,9 +56,12 @@ def score_held_out(
 
 
 class Split:
-    """The val split of a run: ids of its images in the order of the view, and of the category of every class."""
+    """The val split of a run: ids of its images in the order of the view, and of the category of every class.
 
-    def __init__(self, provenance: dict[str, Any]) -> None:
+    `names` are the network's classes; one that the dataset does not have has no category.
+    """
+
+    def __init__(self, provenance: dict[str, Any], names: list[str]) -> None:
         facts = provenance["splits"]["val"]
         entries = chosen(read_index(Path(provenance["view_dir"]), facts["name"])["images"], facts["image_ids"])
         self.image_ids = [entry["id"] for entry in entries]
@@ -66,7 +69,7 @@ class Split:
         source = source_at(coco_dir, name, facts)
         self.truth: Any = truth_of(Dataset(coco_dir, name, facts["image_ids"], provenance["title"], source))
         by_name = {category["name"]: category["id"] for category in self.truth.cats.values()}
-        self.category_ids: Sequence[int | None] = [by_name.get(name) for name in provenance["names"]]
+        self.category_ids: Sequence[int | None] = [by_name.get(name) for name in names]
 
     def ap(self, rows: list[dict[str, Any]], image_ids: list[int]) -> float | None:
         """AP of detections in COCO's results format."""
@@ -85,7 +88,7 @@ class Duel:
 
     @property
     def verdict(self) -> str:
-        if self.error is None or abs(self.loss) < MIN_ERRORS * self.error:
+        if self.error is None or abs(self.loss) <= MIN_ERRORS * self.error:
             return "not told apart"
         return "wins" if self.loss < 0 else "loses"
 

@@ -55,12 +55,17 @@ class ValImages:
 
     Args:
         provenance: of the run, whose view is there (prepare.prepared).
+        names: the network's classes, in its order.
         imgsz: side of the network's input in px.
         device: where batches are put.
+
+    Raises:
+        UserError: the network lacks a class of the run.
     """
 
-    def __init__(self, provenance: dict[str, Any], imgsz: int, device: torch.device) -> None:
-        self.provenance = provenance
+    def __init__(self, provenance: dict[str, Any], names: list[str], imgsz: int, device: torch.device) -> None:
+        self.provenance, self.names = provenance, names
+        self.class_numbers = class_numbers(provenance["names"], names)
         self.all: list[Image] = read_split(provenance, "val")
         self.imgsz, self.device = imgsz, device
 
@@ -73,10 +78,21 @@ class ValImages:
             arrays.append(array)
             placements.append(placement)
             rows.append(label_rows(number, image.labels, placement, self.imgsz))
+            rows[-1][:, 1] = self.class_numbers[rows[-1][:, 1].astype(int)]
         labels = torch.from_numpy(np.concatenate(rows))
         columns = {"batch_idx": labels[:, 0], "cls": labels[:, 1:2], "bboxes": labels[:, 2:]}
         moved = {name: column.to(self.device) for name, column in columns.items()}
         return Batch(on_device(torch.from_numpy(np.stack(arrays)), self.device), moved, placements)
+
+
+def class_numbers(of_run: list[str], of_network: list[str]) -> np.ndarray:
+    """The network's number of every class of the run, float32 [n]: imported weights may have another order."""
+    if missing := [name for name in of_run if name not in of_network]:
+        raise UserError(
+            f"sensitivity: the FP16 weights know no class '{missing[0]}', which the dataset has: measure weights that "
+            "were trained on it, for example with train.weights"
+        )
+    return np.array([of_network.index(name) for name in of_run], np.float32)
 
 
 def label_rows(number: int, labels: np.ndarray, placement: Placement, imgsz: int) -> np.ndarray:

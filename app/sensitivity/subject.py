@@ -13,7 +13,7 @@ from app.core.files import sha256
 from app.core.labels import FP16
 from app.core.run import RunRoot
 from app.data.prepare import prepared
-from app.quant.model import load_scored
+from app.quant.model import load_scored, names_of
 from app.sensitivity.batchnorm import corrections
 from app.sensitivity.changes import Change
 from app.sensitivity.images import Chosen, ValImages, bn_batches, choose
@@ -31,7 +31,7 @@ class Subject:
     """The network of a run and the images that it is measured on."""
 
     def __init__(self, config: Config, run: RunRoot) -> None:
-        source = run.best(FP16)
+        source = run.finished(FP16)
         self.run = run
         self.provenance = prepared(run)
         self.model, trained, self.checkpoint = load_scored(source)
@@ -44,7 +44,7 @@ class Subject:
         net.to(self.device, memory_format=torch.channels_last)
         net.args = get_cfg(overrides=config.hyp.model_dump())
         self.graph, self.criterion = Graph(net), criterion_of_part(net, ALONE)
-        self.images = ValImages(self.provenance, trained.train.imgsz, self.device)
+        self.images = ValImages(self.provenance, names_of(self.checkpoint), trained.train.imgsz, self.device)
         settings = config.sensitivity
         self.chosen: Chosen = choose(len(self.images.all), settings.images, settings.choice_seed)
         self.key = {

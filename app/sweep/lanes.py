@@ -18,6 +18,7 @@ from app.sweep.plan import Lane, Training
 
 POLL_S = 0.2
 TOLD_EVERY_S = 600.0  # how far a training is
+AFTER = ("export", "eval")  # stages that take the trainings there are
 OF_THE_USER = 2  # exit code of a mistake that every other training would meet too
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,15 @@ class Step:
     @property
     def name(self) -> str:
         return self.training.name if self.training else f"seed {self.lane.seed}, {self.words[0]}"
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether the trainings that it needs are done: others of its lane may have failed."""
+        fp16 = self.lane.trainings[0]
+        quant = self.training.config.quant if self.training else None
+        if self.words[0] == "ptq" or (quant and quant.distill):
+            return fp16.is_done
+        return self.words[0] not in AFTER or any(training.is_done for training in self.lane.trainings)
 
 
 @dataclass
@@ -70,10 +80,11 @@ def run_lanes(lanes: list[Lane], gpus: list[str | None], logs_dir: Path) -> list
                     tell_progress(one)
                     still.append(one)
                     continue
-                if code and not children.signal:
-                    failed.append(tell_failure(one, code, log_of(one.step, logs_dir)))
-                elif not code:
+                if code == 0:
                     tell_end(one)
+                elif not children.signal:
+                    failed.append(tell_failure(one, code, log_of(one.step, logs_dir)))
+                leave_out(one.to_come)
                 if one.to_come and not children.signal:
                     still.append(begin(children, one.to_come, one.gpu, logs_dir))
                 else:
@@ -97,6 +108,12 @@ def begin(children: Children, steps: deque[Step], gpu: str | None, logs_dir: Pat
         on = f" on GPU {gpu}" if gpu else ""
         log.info("%s: begins (%s)%s, its lines are in %s", step.name, step.training.state(), on, path)
     return AtWork(step, children.start(step.words, gpu, path), gpu, steps)
+
+
+def leave_out(steps: deque[Step]) -> None:
+    """Removes the first steps as long as they cannot begin, and says so."""
+    while steps and not steps[0].can_begin:
+        log.warning("%s: left out, because a training that it needs has failed", steps.popleft().name)
 
 
 def log_of(step: Step, logs_dir: Path) -> Path:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from app.core.child import job_words, run_stage
-from app.core.config import Config
+from app.core.config import Config, load
 from app.core.differences import difference
-from app.core.environment import nvidia_smi
+from app.core.environment import GPU_FACTS, nvidia_smi
 from app.core.files import read_json, write_json
 from app.core.run import RunRoot
+from app.core.scheme import SCHEME
 from app.sweep.lanes import run_lanes
 from app.sweep.plan import Lane, Order, lanes_of, sweep_facts, sweep_path
 from app.sweep.price import ESTIMATE_SHAPE, listing
 
+ON_ONE_GPU = "train.device=0"  # the estimate of a training that has a GPU for itself
 log = logging.getLogger(__name__)
 
 
@@ -49,25 +52,26 @@ def dry_run(order: Order, run: RunRoot) -> None:
         SystemExit: the estimate failed.
     """
     lanes = lanes_of(order, run)
-    config = lanes[0].trainings[1].config
+    gpus = places(lanes[0].trainings[0].config)
+    sets = [*order.sets, f"{SCHEME}={order.schemes[0]}", *([ON_ONE_GPU] if len(gpus) > 1 else [])]
     path = run.root / "estimate.json"
-    if not is_estimate_of(config, run):
-        log.info("sweep: no estimate of these settings in %s, it is made first", path)
-        sets = [*order.sets, f"quant.scheme={order.schemes[0]}"]
+    if not is_estimate_of(load("qat", order.overlays, sets), run):
+        log.info("sweep: no estimate of these settings on this machine in %s, it is made first", path)
         if code := run_stage("estimate", job_words(run.name, run.runs_dir, order.overlays, sets)):
             sys.exit(code)
     hours = read_json(path, "estimate", ESTIMATE_SHAPE)["hours"]
-    for line in listing(lanes, hours, places(config)):
+    for line in listing(lanes, hours, gpus):
         log.info("%s", line)
 
 
 def is_estimate_of(config: Config, run: RunRoot) -> bool:
-    """Whether the estimate of this name is one of these settings; seed and scheme cost nothing."""
+    """Whether the estimate of this name is one of these settings and GPUs; seed and scheme cost nothing."""
     path = run.root / "estimate.json"
     if not path.exists():
         return False
-    of = read_json(path, "estimate").get("config")
-    return of is not None and not difference(of, config, ignore=("train.seed", "quant.scheme"))
+    facts = read_json(path, "estimate", {"config": dict[str, Any], "environment.gpus": list[str]})
+    is_here = facts["environment"]["gpus"] == nvidia_smi(GPU_FACTS)
+    return is_here and not difference(facts["config"], config, ignore=("train.seed", SCHEME))
 
 
 def places(config: Config) -> list[str | None]:

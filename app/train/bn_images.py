@@ -53,7 +53,8 @@ class BnImages:
         if not mosaic:
             view.close_mosaic(copy(self.hyp))
         loader = train_loader(view, self.hyp.workers, pin_memory=False, start=Place(BN_EPOCH, first))
-        images = [batch["img"] for batch in islice(loader, end - first)]
+        # Copies: what a loader process has handed over stays in shared memory, which is small in a container.
+        images = [batch["img"].clone() for batch in islice(loader, end - first)]
         loader.close()
         return images
 

@@ -131,9 +131,10 @@ def model_of(state: State, weights: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-def keep_better(path: Path, config: Config, best: dict[str, Any], model: nn.Module, ap: float) -> None:
-    """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower."""
+def keep_better(path: Path, config: Config, best: dict[str, Any], model: nn.Module, ap: float) -> float:
+    """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower; gives the higher AP."""
     is_better = ap >= best["fitness"]
     if is_better:
         save_checkpoint(path, config, {**best, "scored": cpu_state_dict(model), "fitness": ap})
     log.info("correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if is_better else "kept")
+    return max(ap, best["fitness"])

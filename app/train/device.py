@@ -11,8 +11,9 @@ import torch
 from app.core.config import Config, UserError
 
 # Each loader process of training keeps 4 batches ahead, each one of validation 2 of double size; both stay alive
-# (ultralytics/data/build.py build_dataloader and engine/trainer.py, 8.4.190).
-BATCHES_PER_WORKER = 4 + 2 * 2
+# (ultralytics/data/build.py build_dataloader and engine/trainer.py, 8.4.190). Beside them those of
+# BnImages keep 4 while they draw.
+BATCHES_PER_WORKER = 4 + 2 * 2 + 4
 
 
 def check_devices(config: Config) -> list[str]:

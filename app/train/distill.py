@@ -13,19 +13,17 @@ for Dense Object Detection", CVPR 2022.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from ultralytics.utils.torch_utils import autocast
 
 from app.core.config import Config, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.quant.model import load_scored
 from app.train.done import teacher_path
-from app.train.processes import Ranks
+from app.train.processes import ALONE, Ranks
 
 HEADS = ("one2many", "one2one")
 N_SIDES = 4
@@ -64,22 +62,13 @@ class Teacher:
             loss = loss + head_weight * divergence / all_best.clamp(min=1) * n_images
         return self.weight * loss
 
-    def forward(
-        self, prepare: Callable[[dict[str, Any]], dict[str, Any]], amp: bool, net: Any, batch: dict[str, Any]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a network for a batch, with the distillation, and the terms of the detection alone, as FP16 has them.
+    def beside(self, images: torch.Tensor, preds: Heads, criterion: Any) -> torch.Tensor:
+        """`loss` with the weights that the detection's criterion gives the heads now."""
+        return self.loss(images, preds, torch.tensor([criterion.o2m, criterion.o2o], device=images.device))
 
-        Args:
-            prepare: moves a batch of the loader to the device and scales its images.
-            amp: whether both networks run under FP16 autocast.
-        """
-        batch = prepare(batch)
-        images, criterion = batch["img"], net.criterion
-        with autocast(amp, device=images.device.type):
-            preds = net(images)
-            loss, items = net.loss(batch, preds)
-            head_weights = torch.tensor([criterion.o2m, criterion.o2o], device=images.device)
-            return loss.sum() + self.loss(images, preds, head_weights), items
+    def alone(self) -> Teacher:
+        """The same teacher of a batch that one rank has as a whole."""
+        return Teacher(self.model, self.weight, ALONE)
 
 
 def divergences(wanted: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

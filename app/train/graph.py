@@ -126,6 +126,8 @@ def _as_float(grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 class StepGraph:
     """The graph of a training: captured when it is first needed, replayed for every batch of full size.
 
+    It holds the quantization that was in force when it was captured: call `release` where bits change.
+
     Args:
         state: of the training.
         n_images: of this rank's part of a full batch.
@@ -146,7 +148,6 @@ class StepGraph:
         self.device = next(state.net.parameters()).device
         self.enabled = train.graph and train.kernels and self.device.type == "cuda"
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.quantizer: Any = None  # that of the captured network
 
     def run(self, batch: dict[str, Any]) -> torch.Tensor | None:
         """Adds the gradients of a batch, times the loss scale, to .grad, as loss.backward() does.
@@ -162,11 +163,8 @@ class StepGraph:
             return None
         if self.state.ranks.maximum([int(not self._fits(batch))])[0]:
             return None
-        quantizer = vars(self.state.net).get("_fast_path")
-        if self.graph is None or quantizer is not self.quantizer:
-            self.quantizer = quantizer
-            if not self._capture(batch):
-                return None
+        if self.graph is None and not self._capture(batch):
+            return None
         self._fill(batch)
         self.gradients.bind()
         for weight in self.untouched:
@@ -207,7 +205,6 @@ class StepGraph:
         has left it until the process group's time is up (PeerLost).
         """
         log.info("train.graph: compiling kernels and capturing the step as a CUDA graph")
-        self._release()
         self.copies = torch.cuda.Stream(self.device)
         self.one = torch.ones(1, device=self.device)
         failed = ""
@@ -225,7 +222,7 @@ class StepGraph:
         for buffer, value in zip(buffers, kept, strict=True):  # BatchNorm's, which the warm-up has moved
             buffer.copy_(value)
         if self.state.ranks.maximum([int(bool(failed))])[0]:
-            self._release()
+            self.release()
             self.enabled = False
             log.warning("train.graph: no CUDA graph, training goes on without (%s)", failed or "another process failed")
         return self.enabled
@@ -251,8 +248,11 @@ class StepGraph:
             self.items, grads = self.passes.run()
             _many._foreach_add_(self.gradients.views, [grad for grad in grads if grad is not None])
 
-    def _release(self) -> None:
-        """Gives the memory of the last graph back; .grad may still hold gradients of earlier batches of a step."""
+    def release(self) -> None:
+        """Gives the memory of the graph back; the next batch captures it anew, with the bits that are in force then.
+
+        .grad may still hold gradients of earlier batches of a step.
+        """
         self.graph = None
         for name in ("passes", "items"):
             vars(self).pop(name, None)

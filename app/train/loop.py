@@ -97,10 +97,12 @@ class Loop:
         self.state = State(
             net=trainer.model, ema=trainer.ema, optimizer=trainer.optimizer, scaler=trainer.scaler,
             stabilisers=[*self.options, self.oscillations], ranks=self.ranks, accumulate=trainer.accumulate,
+            loss_names=list(trainer.model.criterion.one2one.loss_names),
         )  # fmt: skip
         n_own = trainer.train_loader.batch_sampler.sampler.n_own
         teacher = read_teacher(self.config, trainer.save_dir.parent, trainer.device, self.ranks)
-        self.forward = partial(teacher.forward, trainer.preprocess_batch, trainer.amp) if teacher else trainer.forward
+        self.forward = partial(trainer.forward, beside=teacher and teacher.beside)
+        self.forward_alone = partial(trainer.forward, beside=teacher and teacher.alone().beside)
         self.graph = StepGraph(self.state, n_own, self.config.train, trainer.palette, teacher)
         saved = read_in_turn(trainer.last, self.ranks)
         first = saved or state_from_fp16(self.state, self.config)
@@ -141,6 +143,7 @@ class Loop:
             self.restarts_loader = False
         if epoch == self.config.n_quant_warmup_epochs:
             state.codes_before, self.scored_model = torch.zeros(0, dtype=torch.int8), None  # those are of other bits
+            self.graph.release()
         for stabiliser in state.stabilisers:
             stabiliser.start_epoch(epoch)
         trainer._model_train()
@@ -287,7 +290,7 @@ class Loop:
         batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
         correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
         ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
-        keep_better(trainer.best, self.config, best, model, ap)
+        state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
         state.rows[-1][CORRECTED_AP] = ap
         write_rows(trainer.save_dir / "results.csv", state.rows)
         self.monitor.writer.add_scalar(CORRECTED_AP, ap, trainer.epochs)
@@ -326,7 +329,8 @@ class Loop:
             GuardStop: guard.max_rollbacks is used up; last.pt holds the last good state.
         """
         state, trainer = self.state, self.trainer
-        where, cause = find_cause(state, fault, self.forward, len(trainer.train_loader))
+        self.graph.release()  # its memory is needed: the batch is computed again without it
+        place, cause = find_cause(state, fault, self.forward_alone, len(trainer.train_loader))
         numbers = [number for number, _ in fault.batches]
         path = trainer.save_dir / "faults" / file_name(fault, self.ranks)
         save_checkpoint(path, self.config, to_keep(state, fault, cause))
@@ -339,7 +343,7 @@ class Loop:
         self.restarts_loader = True
         self.save()
         most = self.config.guard.max_rollbacks
-        text = f"guard: {fault} at {where}, first in: {cause}; kept for study in {path}"
+        text = f"guard: {fault} at {place}, first in: {cause}; kept for study in {path}"
         if len(faults) > most:
             raise GuardStop(
                 f"{text}; {most} rollbacks (guard.max_rollbacks) are used up and last.pt holds the last good state: "

@@ -39,7 +39,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
     """
     if config.quant is None:
         raise UserError("ptq takes the scheme from quant.scheme: give it the configuration of a qat variant")
-    source = run.best(FP16)
+    source = run.finished(FP16)
     log.info("ptq %s: quantizing the weights of %s", config.quant.scheme, source)
     model, trained, checkpoint = load_scored(source)
     quant = config.quant.without_options()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -60,12 +61,16 @@ class Progress:
     def mean_losses(self, n_batches: int) -> dict[str, float]:
         """Means of the loss terms over the epoch so far, by column of results.csv; waits for the GPU.
 
+        They are NaN where no batch has been trained, because all are left out.
+
         Args:
             n_batches: of an epoch.
         """
         first = self.epoch * n_batches
         so_far = range(first, first + self.batch_in_epoch)
         n_trained = self.batch_in_epoch - sum(number in so_far for number in self.left_out)
+        if n_trained == 0:
+            return {f"train/{name}": math.nan for name in self.loss_names}
         means = cast(torch.Tensor, self.loss_sum / n_trained).tolist()
         return {f"train/{name}": round(mean, 5) for name, mean in zip(self.loss_names, means, strict=True)}
 

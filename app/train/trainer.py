@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from typing import Any, cast
@@ -32,6 +32,8 @@ from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train
 from app.train.processes import ALONE, Ranks
 from app.train.step import criterion_of_part, fuse
 from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
+
+FurtherLoss = Callable[[torch.Tensor, dict[str, Any], Any], torch.Tensor]
 
 
 class Trainer(DetectionTrainer):
@@ -157,11 +159,22 @@ class Trainer(DetectionTrainer):
         kind = KernelValidator if is_installed(self.model) else Validator
         return kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
 
-    def forward(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a model for a batch of the loader, a scalar, and its terms by name. Does not wait for the GPU."""
+    def forward(
+        self, model: Any, batch: dict[str, Any], beside: FurtherLoss | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of a model for a batch of the loader, a scalar, and the detection's terms by name.
+
+        Does not wait for the GPU.
+
+        Args:
+            beside: a loss that is added; it takes the images, the outputs of both heads and the criterion.
+        """
+        batch = self.preprocess_batch(batch)
         with autocast(self.amp, device=self.device.type):
-            loss, items = model(self.preprocess_batch(batch))
-        return loss.sum(), items
+            preds = model(batch["img"])
+            loss, items = model.loss(batch, preds)
+            loss = loss.sum()
+            return (loss + beside(batch["img"], preds, model.criterion) if beside else loss), items
 
     def score(self, held_out: HeldOut, loss_names: list[str]) -> dict[str, dict[str, float]]:
         """The numbers of Ultralytics' validator by set of weights; AP is that of the one2one head, losses are val/*."""

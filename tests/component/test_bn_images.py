@@ -62,6 +62,11 @@ def test_images_become_those_without_mosaic_one_after_the_other(settled: tuple[C
     assert same(mixed, list(images.after(7))) == [True, True, False, True]  # round(4 * 0.53)
 
 
+def test_images_are_not_kept_in_shared_memory(settled: tuple[Config, RunRoot]) -> None:
+    """What a loader process hands over stays there as long as somebody holds it, and a container has little of it."""
+    assert not any(images.is_shared() for images in bn_images(*settled, workers=1).after(0))
+
+
 def test_a_training_that_goes_on_draws_the_same(settled: tuple[Config, RunRoot]) -> None:
     whole, resumed = (bn_images(*settled, workers=0) for _ in range(2))
     whole.after(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 
 from app.core.config import UserError, load
 from app.quant import schemes
-from app.quant.model import build
-from app.train.correction import _corrections, correct
+from app.quant.model import build, load_checkpoint, save_checkpoint
+from app.train.correction import _corrections, correct, keep_better
 
 # Float32 in another order of operations: BatchNorm of scaled numbers against BatchNorm with scaled weights.
 FOLD_TOLERANCE = 1e-5
@@ -101,3 +102,14 @@ def test_layer_that_nothing_can_be_folded_into_is_named() -> None:
     schemes.quantize(model, quant)
     with pytest.raises(UserError, match="neither BatchNorm nor bias"):
         correct(model, [], loss_of, 0.1)
+
+
+@pytest.mark.parametrize(("ap", "kept", "best"), [(0.39, True, 0.4), (0.4, False, 0.4), (0.45, False, 0.45)])
+def test_a_correction_that_is_as_good_replaces_the_best(tmp_path: Path, ap: float, kept: bool, best: float) -> None:
+    config, path = load("qat"), tmp_path / "best.pt"
+    before = {"scored": {"weight": torch.zeros(1)}, "epoch": 3, "fitness": 0.4, "names": ["nut"]}
+    save_checkpoint(path, config, before)
+    corrected: Any = nn.Linear(1, 1, bias=False)
+    assert keep_better(path, config, before, corrected, ap) == best
+    assert load_checkpoint(path)["fitness"] == best
+    assert torch.equal(load_checkpoint(path)["scored"]["weight"], torch.zeros(1)) == kept

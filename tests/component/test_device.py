@@ -65,7 +65,7 @@ def test_gpu_that_torch_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -> N
 def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, n_gpus=1)
     pretend_shared_memory(monkeypatch, gib=0.0625)  # Docker's default, 64 MiB
-    with pytest.raises(UserError, match=r"shm: 0.1 GiB, 8 loader processes need 2.3: .*SHM_SIZE=3g"):
+    with pytest.raises(UserError, match=r"shm: 0.1 GiB, 8 loader processes need 3.5: .*SHM_SIZE=4g"):
         device.check_devices(load("fp16"))
 
 

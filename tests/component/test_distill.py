@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from math import log
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,22 @@ def test_the_losses_of_two_ranks_add_up_to_that_of_the_whole_batch() -> None:
         parts.append(Teacher(Fixed(wanted), 1.0, ranks).loss(image, given, weights))
     sums = [divergences(TEACHER, STUDENT)[0], divergences(STUDENT, TEACHER)[0]]
     assert sum(parts).item() == pytest.approx(0.9 * 2 * sum(sums).item() / (BEST + 1.0), rel=1e-5)
+
+
+class InVain:
+    """Ranks of which the others do not answer."""
+
+    def all_reduce(self, sums: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the other ranks do not take part")
+
+
+def test_a_fault_is_explained_without_the_other_ranks() -> None:
+    others: Any = InVain()
+    given: Any = dict.fromkeys(HEADS, STUDENT)
+    criterion: Any = SimpleNamespace(o2m=0.7, o2o=0.2)
+    teacher = Teacher(Fixed(TEACHER), 0.5, others).alone()
+    loss = teacher.beside(torch.zeros(1, 3, 8, 8), given, criterion)
+    assert loss.item() == pytest.approx(0.5 * 0.9 * (OF_CLASSES + BEST * OF_SIDES) / BEST, rel=1e-5)
 
 
 # --- a training ------------------------------------------------------------------------------------------------------

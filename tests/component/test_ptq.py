@@ -121,5 +121,14 @@ def test_second_time_leaves_everything_and_another_baseline_is_refused(run: RunR
 
 def test_without_a_baseline_it_says_what_to_do(tmp_path: Path) -> None:
     empty = RunRoot(tmp_path, "empty")
-    with pytest.raises(UserError, match="train-fp16"):
+    with pytest.raises(UserError, match="no finished training of fp16: run 'make train-fp16' first"):
         ptq(config_of(empty, "qat"), empty, force=False)
+
+
+def test_an_unfinished_baseline_is_not_quantized(run: RunRoot, tmp_path: Path) -> None:
+    """A later epoch may still replace its best.pt, and then the files of two baselines would stand side by side."""
+    unfinished = RunRoot(tmp_path, "unfinished")
+    shutil.copytree(run.root, unfinished.root)
+    unfinished.done("fp16").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no finished training of fp16"):
+        ptq(config_of(unfinished, "qat", *SETS), unfinished, force=True)

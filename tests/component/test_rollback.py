@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch.amp.grad_scaler import GradScaler
 from app.core.config import Config
 from app.core.run import RunRoot
 from app.quant.model import load_checkpoint, load_scored
+from app.train import loop as loop_module
+from app.train.graph import StepGraph
 from app.train.guard import GuardStop
 from app.train.loop import Loop
 from app.train.nonfinite import NonFinite, Watch, check_finite
-from app.train.state import State
+from app.train.state import Progress, State
 from app.train.train import train
 from app.train.trainer import Trainer
 from tests.support.scripted import spoil_images
@@ -89,6 +92,45 @@ def test_training_after_a_rollback_is_training_without_that_batch(
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
     assert [row["train/box_loss"] for row in ours["rows"]] == [row["train/box_loss"] for row in theirs["rows"]]
+
+
+def test_an_epoch_of_which_nothing_is_trained(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its one batch is left out: its losses are NaN, and the training goes on. The first epoch, then a later one."""
+    for number in (0, 1):
+        settings = {**SETTINGS, "data.n_train": 8, "train.epochs": 3, "train.val_every": 1}
+        config, run = settle(runs_dir, f"nothing-{number}", "qat", settings)
+        with monkeypatch.context() as patch:
+            spoil_images(patch, {number})
+            train(config, run, force=False)
+        losses = [row["train/box_loss"] for row in state_of(run, config)["rows"]]
+        assert [isnan(loss) for loss in losses] == [epoch == number for epoch in range(3)]
+
+
+def test_the_line_of_an_epoch_of_which_nothing_is_trained_yet() -> None:
+    faults: list[dict[str, Any]] = [{"batches": [0]}]
+    progress = Progress(epoch=0, batch_in_epoch=1, loss_names=["box_loss"], faults=faults)
+    assert isnan(progress.mean_losses(5)["train/box_loss"])
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_the_graph_is_captured_anew_where_bits_change_and_makes_room_for_the_cause_of_a_fault(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, fast_path: bool
+) -> None:
+    """It holds the quantization of its capture, and its memory is no other's."""
+    settings = {**SETTINGS, "quant.warmup_share": 0.5, "quant.warmup_bits": "float", "quant.fast_path": fast_path}
+    config, run = settle(runs_dir, f"released-{fast_path}", "qat", settings)
+    happened: list[str] = []
+    cause = loop_module.find_cause
+
+    def find(*args: Any) -> Any:
+        happened.append("cause")
+        return cause(*args)
+
+    monkeypatch.setattr(StepGraph, "release", lambda self: happened.append(f"release {self.state.epoch}"))
+    monkeypatch.setattr(loop_module, "find_cause", find)
+    spoil_images(monkeypatch, {2})
+    train(config, run, force=False)
+    assert happened == ["release 0", "cause", "release 1"]
 
 
 def test_gradient_is_caught_before_the_weights_are_spoilt(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,11 @@ from app.quant.sizes import layers_of
 from app.sensitivity.additive import correlations, rank_correlation, sums_of
 from app.sensitivity.batchnorm import corrections
 from app.sensitivity.budget import BITS as MEAN_BITS
-from app.sensitivity.budget import BYTES, amount_of, propose, read_budget, scheme_of
+from app.sensitivity.budget import BYTES, amount_of, propose, read_budget, scheme_of, shortened
 from app.sensitivity.changes import LAYER, RANDOM, SCHEME, Change, groups_of, learned_layers, scheme_change, uniform
 from app.sensitivity.folded import Folded, fold
 from app.sensitivity.held_out import duel
-from app.sensitivity.images import Batch, choose, label_rows
+from app.sensitivity.images import Batch, choose, class_numbers, label_rows
 from app.sensitivity.measure import Probe, summary
 from app.sensitivity.network import Graph, Statistics, fake_quantized
 from app.sensitivity.outputs import Reference, loss_of
@@ -266,6 +266,7 @@ def test_a_duel_is_decided_by_twice_its_error() -> None:
     assert won.loss == pytest.approx(-0.4) and won.error == pytest.approx(0.1) and won.verdict == "wins"
     assert duel(batches, "b", "a").verdict == "loses"
     assert duel(batches, "a", "c").verdict == "not told apart"
+    assert duel(batches, "a", "a").verdict == "not told apart"
     assert duel(batches[:1], "a", "b").verdict == "not told apart"
 
 
@@ -286,6 +287,13 @@ def test_labels_follow_the_letterbox() -> None:
     assert rows.tolist() == [[3, 5, 0.25, 0.5, 0.5, 0.5]]
 
 
+def test_labels_take_the_numbers_of_the_network() -> None:
+    """Imported weights may list the classes in another order, and others beside them."""
+    assert class_numbers(["nut", "bolt"], ["bolt", "screw", "nut"]).tolist() == [2, 0]
+    with pytest.raises(UserError, match="know no class 'washer'"):
+        class_numbers(["nut", "washer"], ["nut"])
+
+
 def test_groups_are_the_parts_of_the_detector(model: Any) -> None:
     layers = learned_layers(model)
     assert not [name for name in layers if "dfl" in name or name.startswith(("model.11.cv2", "model.11.cv3"))]
@@ -295,6 +303,14 @@ def test_groups_are_the_parts_of_the_detector(model: Any) -> None:
     assert "model.2.cv2.conv" in groups["depthwise"] and "model.11.one2one_cv3.0.0.0.conv" in groups["depthwise"]
     assert len(groups["last of the head"]) == 6
     assert len(groups["box branch P3"]) == 3 and len(groups["class branch P4"]) == 5
+
+
+def test_a_proposal_named_after_a_long_scheme_has_a_label() -> None:
+    names = [f"{'a' * 38}{end}" for end in "xy"]
+    labels = [f"fit-as-{shortened(name)}-bits" for name in names]
+    assert len(set(labels)) == 2 and shortened("w4a16-mixed-dw") == "w4a16-mixed-dw"
+    for label in labels:
+        assert scheme_of(label, {"model.0.conv": 4}, lambda layer: "test").name == label
 
 
 def test_budgets_are_read_and_kept(model: Any) -> None:

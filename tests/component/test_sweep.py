@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.core import child
-from app.core.config import UserError, dump
+from app.core.config import Config, UserError, dump, load
 from app.core.files import read_json, write_text
 from app.core.results import read_rows, write_rows
 from app.core.run import RunRoot, runs_of
@@ -127,6 +127,33 @@ def test_a_training_that_fails_keeps_no_other_back(
     assert calls(run)[-1] == "s report ends 0"
 
 
+def test_a_lane_goes_on_without_fp16(
+    run: RunRoot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What needs FP16 is left out, and the next call makes it."""
+    monkeypatch.setenv(FAILS, "fp16")
+    with pytest.raises(SystemExit, match="1"):
+        stage.sweep(order(0, 1, schemes=("w4a16",)), run)
+    assert "seed 1, ptq: left out, because a training that it needs has failed" in caplog.text
+    made = calls(run)
+    for line in ("s-seed1 qat-w4a16 train ends 0", "s-seed1 export ends 0", "s report ends 0"):
+        assert line in made
+    assert not any("ptq" in line for line in made)
+    monkeypatch.delenv(FAILS)
+    stage.sweep(order(0, 1, schemes=("w4a16",)), run)
+    assert "s-seed1 qat-w4a16 ptq ends 0" in calls(run)
+
+
+def test_a_lane_without_any_training_keeps_no_other_back(
+    run: RunRoot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(FAILS, "fp16 qat-w4a16")
+    with pytest.raises(SystemExit, match="1"):
+        stage.sweep(order(0, 1, schemes=("w4a16",)), run)
+    assert not any("export" in line for line in calls(run))
+    assert "s-seed1 qat-w4a16 train ends 1" in calls(run)
+
+
 def test_a_mistake_of_the_user_ends_all(run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "PROGRAM", ["-c", "import sys; sys.stderr.write('error: no COCO folder'); sys.exit(2)"])
     with pytest.raises(UserError, match="seed 0, data: no COCO folder"):
@@ -207,11 +234,37 @@ def test_hours_are_those_of_what_is_left(run: RunRoot) -> None:
 def test_dry_run_begins_nothing(run: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "app")
     of = lanes_of(order(0), run)[0].trainings[1].config
-    write(run.root / "estimate.json", {"hours": HOURS, "config": of.model_dump(mode="json")})
+    write_estimate(run, of, [])
     stage.dry_run(order(4, schemes=("w8a16",)), run)
     assert "s-seed4" in caplog.text
     assert not calls(run) and not (run.runs_dir / "s-seed4").exists()
     assert not stage.is_estimate_of(lanes_of(order(0, epochs=9), run)[0].trainings[1].config, run)
+    write_estimate(run, of, ["NVIDIA H100"])
+    assert not stage.is_estimate_of(of, run)
+
+
+def write_estimate(run: RunRoot, of: Config, gpus: list[str]) -> None:
+    facts = {"hours": HOURS, "config": of.model_dump(mode="json"), "environment": {"gpus": gpus}}
+    write(run.root / "estimate.json", facts)
+
+
+def test_dry_run_prices_a_training_that_has_a_gpu_for_itself(
+    run: RunRoot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "app")
+    estimated: list[list[str]] = []
+
+    def estimate(name: str, words: list[str]) -> int:
+        estimated.append([name, *words])
+        write_estimate(run, load("qat", [], [word for word in words if "=" in word]), [])
+        return 0
+
+    monkeypatch.setattr(stage, "places", lambda config: ["0", "1"])
+    monkeypatch.setattr(stage, "run_stage", estimate)
+    stage.dry_run(order(0, 1, schemes=("w4a16",)), run)
+    stage.dry_run(order(0, 1, schemes=("w4a16",)), run)
+    assert [words[0] for words in estimated] == ["estimate"] and "train.device=0" in estimated[0]
+    assert "2 seeds at a time" in caplog.text
 
 
 def test_the_second_signal_ends_at_once(run: RunRoot, tmp_path: Path) -> None:

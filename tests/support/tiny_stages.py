@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 EPOCH_S = 0.1
-FAILS = "FAILS"  # variable: the label whose training ends with exit code 1
+FAILS = "FAILS"  # variable: the labels whose trainings end with exit code 1
 
 
 def main() -> int:
@@ -31,6 +31,12 @@ def main() -> int:
     runs_dir = Path(args.runs_dir)
     note(runs_dir, f"{name} begins {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}")
     code = train(runs_dir / args.run / label, int(settings["train.epochs"])) if args.stage == "train" else 0
+    if args.stage == "ptq" and not (runs_dir / args.run / "fp16" / "done.json").exists():
+        sys.stderr.write("error: no finished training of fp16\n")
+        code = 2
+    if args.stage == "export" and not list((runs_dir / args.run).glob("*/done.json")):
+        sys.stderr.write("error: no finished training\n")
+        code = 2
     note(runs_dir, f"{name} ends {code}")
     return code
 
@@ -43,7 +49,7 @@ def note(runs_dir: Path, line: str) -> None:
 def train(folder: Path, n_epochs: int) -> int:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
-    if os.environ.get(FAILS) == folder.name:
+    if folder.name in os.environ.get(FAILS, "").split():
         sys.stderr.write("the guard ended it\n")
         return 1
     path = folder / "results.csv"

@@ -116,6 +116,13 @@ def test_the_picture_has_a_mark_for_each_seed(runs: list[RunRoot]) -> None:
         assert {text.get_text() for text in panel.texts} == {"w4a16", "w8a16", "FP16", "FP32"}
 
 
+def test_a_panel_without_known_bytes_is_empty(runs: list[RunRoot]) -> None:
+    points = curve(list(map(gather, runs)))
+    assert points is not None
+    packed, qcdq = curve_figure([{**each, "int4_mb": None} for each in points]).axes
+    assert not packed.lines and qcdq.lines
+
+
 def test_schemes_of_equal_bytes_stand_side_by_side() -> None:
     points = [{"scheme": name, "mb": mb} for name, mb in (("a", 2.70), ("b", 2.71), ("c", 4.0))]
     places = places_of(points, "mb")

@@ -72,11 +72,19 @@ def processes(session: int) -> list[Process]:
 
 def memory_of(session: int) -> int:
     """Bytes of all processes of a session; what several share counts once."""
-    total = 0
-    for process in _of_session(session):
-        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            total += pss_bytes((PROC / str(process.pid) / "smaps_rollup").read_text())
-    return total
+    return sum(_memory_of(process.pid) for process in _of_session(session))
+
+
+def own_memory() -> tuple[int, int]:
+    """Bytes of this process, and of all that it has started and that still live; what several share counts once."""
+    children = psutil.Process().children(recursive=True)
+    return _memory_of(os.getpid()), sum(_memory_of(child.pid) for child in children)
+
+
+def _memory_of(pid: int) -> int:
+    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        return pss_bytes((PROC / str(pid) / "smaps_rollup").read_text())
+    return 0
 
 
 def pss_bytes(text: str) -> int:

@@ -17,7 +17,7 @@ STARVED = 0.8  # cores: a process with less is kept waiting by others
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds by the clock, and of all cores; loader processes count when they have ended."""
+    """Seconds by the clock, and of all cores. A Stopwatch sees those of another process only when it has ended."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -26,7 +26,7 @@ class Cost:
         return Cost(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
 
     def __sub__(self, other: Cost) -> Cost:
-        """Never below nothing: a difference of two measurements may be."""
+        """Clamped at 0: noise can make a difference negative."""
         return Cost(max(self.wall_s - other.wall_s, 0.0), max(self.cpu_s - other.cpu_s, 0.0))
 
     def __mul__(self, times: float) -> Cost:
@@ -39,6 +39,11 @@ class Cost:
 
 
 NOTHING = Cost()
+
+
+def beside(one: Cost, other: Cost) -> Cost:
+    """Two costs at the same time, in different processes: the seconds of the slower one, the processor's of both."""
+    return Cost(max(one.wall_s, other.wall_s), one.cpu_s + other.cpu_s)
 
 
 class Stopwatch:

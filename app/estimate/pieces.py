@@ -15,11 +15,14 @@ class TrainingCosts:
     Attributes:
         start: network, loaders, optimizer, first checkpoint; labels: of it, those of a train image.
         decode: reads and scales an image; augment: makes a sample of decoded images.
-        loader: a sample from the loader processes, all of them at work; None: the process makes its samples itself.
+        loader: a sample from the loader processes, all of them at work: seconds between two samples, and those of the
+            processor to make one; None: the process makes its samples itself.
         step: forward, loss and backward of a batch, by its pixels; optimizer: a step of the optimizer, with the EMA.
         draw: the images of BatchNorm, each; reestimate: a batch of them through the network, by its pixels.
-        validation: what does not grow with the images; val_px: a pixel of a val image in three states.
+        validation: what does not grow with the images; val_px: a pixel of a val image in three states, without its
+            reading where the process reads it itself.
         checkpoint: last.pt; end: loss curve and hashes.
+        process_bytes: of the process and its loader processes at the plan's batch.
         gpu_bytes: peak on the GPU at the plan's batch, and what was there before the first step; None without a GPU.
     """
 
@@ -36,6 +39,7 @@ class TrainingCosts:
     val_px: Cost
     checkpoint: Cost
     end: Cost
+    process_bytes: int
     gpu_bytes: tuple[int, int] | None = None
 
 

@@ -7,13 +7,12 @@ import logging
 import shutil
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from app.core.config import Config
 from app.core.files import read_json
 from app.core.labels import Label
-from app.core.memory import PROC, pss_bytes
+from app.core.memory import own_memory
 from app.core.progress import clock
 from app.core.run import RunRoot
 from app.data.prepare import prepare
@@ -51,7 +50,8 @@ class MeasuredJob:
         probe: of a step without a GPU; None with one.
         trainings: by variant.
         has_packed_bits: whether the scheme has layers whose codes an INT4 file packs.
-        process_bytes: memory of the process before a network was built; with a GPU, and its loaders', in a training.
+        process_bytes: of memory; without a GPU, of this process before it builds a network; with one, of one process
+            of a training and its loader processes, at the plan's batch.
         gpu_total_bytes: of the GPU; 0 without one.
         sizes: bytes of the pilot's files, by name in its run root.
         waits: see Budget.waits.
@@ -84,13 +84,13 @@ def measure_job(command: Command, places: Places, budget: Budget) -> MeasuredJob
     try:
         if on_gpu:
             return measure_plan(command, places.pilot, images, plan_for_gpu(config, images.there, len(devices)), budget)
-        memory = memory_of_own()
+        before, _ = own_memory()
         say("a step of one image", budget)
         probe = measure(command.config("fp16"), PROBE_PX)
         px_s = min(probe.step_s, probe.step_cpu_s) / config.train.imgsz**2
         plan = plan_for_cpu(config, images.there, px_s, TRAINING_SHARE * budget.seconds)
         measured = measure_plan(command, places.pilot, images, plan, budget)
-        return replace(measured, probe=probe, process_bytes=memory)
+        return replace(measured, probe=probe, process_bytes=before)
     finally:
         if images.sets:
             shutil.rmtree(read_json(places.sampled.provenance, "data")["view_dir"], ignore_errors=True)
@@ -101,27 +101,38 @@ def say(what: str, budget: Budget) -> None:
 
 
 def measure_plan(command: Command, run: RunRoot, images: JobImages, plan: Plan, budget: Budget) -> MeasuredJob:
-    """Measures the pilot of a plan; with half its batch where the GPU has no room for it."""
+    """Measures the pilot of a plan; with half its batch, and half of that, where the GPU has no room for it."""
     device = check_devices(command.config("qat"))[0]
-    try:
-        trainings = {}
-        for variant in VARIANTS:
-            say(f"training {variant}, batch {plan.batch}, {plan.imgsz} px", budget)
-            config = command.config(variant, *images.sets, *plan.sets())
-            prepare(config, run, force=False)
-            trainings[variant] = measure_training(config, run, device, budget.part(TRAINING_SHARE))
-    except torch.OutOfMemoryError:
-        if plan.batch == 1:
-            raise
-        log.info("estimate: batch %d does not fit into the GPU's memory, half of it is measured", plan.batch)
-        return measure_plan(command, run, images, replace(plan, batch=plan.batch // 2), budget)
+    trainings = None
+    while trainings is None:
+        try:
+            trainings = measure_trainings(command, run, images, plan, budget)
+        except torch.OutOfMemoryError:  # keeps the network on the GPU as long as it is handled: not measured in here
+            if plan.batch == 1:
+                raise
+            log.info("estimate: batch %d does not fit into the GPU's memory, half of it is measured", plan.batch)
+            plan = replace(plan, batch=plan.batch // 2)
     total = torch.cuda.get_device_properties(int(device)).total_memory if device != "cpu" else 0
-    process_bytes = memory_of_own()
+    process_bytes = max(costs.process_bytes for costs in trainings.values())
     config = command.config("qat", *images.sets, *plan.sets())
     after = measure_after(config, run, trainings["fp16"], plan, budget)
     packed = has_packed_bits(run, Label.parse(config.label))
     sizes = {str(path.relative_to(run.root)): path.stat().st_size for path in run.root.rglob("*") if path.is_file()}
     return MeasuredJob(images, plan, None, trainings, after, packed, process_bytes, total, sizes, budget.waits)
+
+
+def measure_trainings(
+    command: Command, run: RunRoot, images: JobImages, plan: Plan, budget: Budget
+) -> dict[str, TrainingCosts]:
+    """By variant."""
+    device = check_devices(command.config("qat"))[0]
+    trainings = {}
+    for variant in VARIANTS:
+        say(f"training {variant}, batch {plan.batch}, {plan.imgsz} px", budget)
+        config = command.config(variant, *images.sets, *plan.sets())
+        prepare(config, run, force=False)
+        trainings[variant] = measure_training(config, run, device, budget.part(TRAINING_SHARE))
+    return trainings
 
 
 def measure_after(config: Config, run: RunRoot, costs: TrainingCosts, plan: Plan, budget: Budget) -> AfterCosts:
@@ -136,13 +147,3 @@ def measure_after(config: Config, run: RunRoot, costs: TrainingCosts, plan: Plan
     scores = measure_eval(config, run, budget.part(EVAL_SHARE))
     say("report", budget)
     return AfterCosts(fixed, checkpoints, files, scores, *measure_report(config, run))
-
-
-def memory_of_own() -> int:
-    """Bytes of this process and its children; what several share counts once."""
-    process = psutil.Process()
-    total = 0
-    for each in (process, *process.children(recursive=True)):
-        path = PROC / str(each.pid) / "smaps_rollup"
-        total += pss_bytes(path.read_text()) if path.exists() else 0
-    return total

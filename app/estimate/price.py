@@ -2,6 +2,7 @@
 
 A training:  start + epochs * (n_train * sample + n_batches * step + n_steps * optimizer + checkpoint)
              + n_validations * (copies + n_val * (decode + image) + n_bn * reestimation) + n_bn * sample
+             with loader processes an epoch takes as long as the slower of samples and steps, and so does validation
 PTQ:         start + n_bn * (sample + reestimation)
 Export:      checkpoints * (read + images * forward) + files * (written + images * gates)
 Eval:        start + files * (opened + n_val * image + (warm-up + runs) * latency)
@@ -19,7 +20,7 @@ from app.core.config import Config
 from app.core.labels import FP16, Label
 from app.core.results import STATES
 from app.core.run import Images, n_bn_images
-from app.estimate.cost import NOTHING, Cost
+from app.estimate.cost import NOTHING, Cost, beside
 from app.estimate.pieces import AfterCosts, Kind, TrainingCosts, kind_of
 from app.export.done import N_PARITY_IMAGES, labels_of_files
 from app.train.done import ptq_labels
@@ -42,21 +43,28 @@ def training_parts(config: Config, images: Images, costs: TrainingCosts, n_seen:
     n_passes = min(train.epochs, 1) if train.cache else train.epochs  # in which images are decoded
     samples = images.train * (n_passes * costs.decode + train.epochs * costs.augment)
     steps = train.epochs * steps_of_epoch(config, images, costs, n_processes)
-    if costs.loader:  # beside the steps: an epoch takes as long as the slower one
-        loaded = train.epochs * images.train / n_processes * costs.loader
-        steps = loaded if loaded.wall_s > steps.wall_s else Cost(steps.wall_s, steps.cpu_s + loaded.cpu_s)
+    if costs.loader:
+        steps = beside(steps, train.epochs * images.train / n_processes * costs.loader)
         samples, in_process = NOTHING, costs.loader
-    of_states = len(STATES) * n_batches(images.val, 2 * train.batch) * costs.reestimate.fixed
-    scored = images.val * (costs.decode + image_px * costs.val_px) + of_states
     reestimated = n_batches(n_bn, train.batch) * costs.reestimate.fixed + n_bn * image_px * costs.reestimate.each
     return {
         "start": costs.start + max(images.train - n_seen, 0) * costs.labels + costs.end,
         "samples": samples,
         "steps": steps,
-        "validation": n_validations * (costs.validation + scored),
+        "validation": n_validations * (costs.validation + scored_once(config, images, costs, n_processes)),
         "BatchNorm": n_validations * reestimated + n_bn * in_process,
         "checkpoints": train.epochs * costs.checkpoint,
     }
+
+
+def scored_once(config: Config, images: Images, costs: TrainingCosts, n_processes: int) -> Cost:
+    """The val images through three states. Loader processes read them beside that, unless they are one batch."""
+    n_in_batches = n_batches(images.val, n_batches(2 * config.train.batch, n_processes))
+    computed = images.val * config.train.imgsz**2 * costs.val_px + len(STATES) * n_in_batches * costs.reestimate.fixed
+    if costs.loader is None or n_in_batches == 1:
+        return computed + images.val * costs.decode
+    share = costs.decode.wall_s / (costs.decode + costs.augment).wall_s  # of a sample that is reading
+    return beside(computed, images.val * share * costs.loader)
 
 
 def steps_of_epoch(config: Config, images: Images, costs: TrainingCosts, n_processes: int) -> Cost:

@@ -10,7 +10,7 @@ from typing import Any
 from app.core.config import Config
 from app.core.os_errors import free_bytes
 from app.core.progress import clock
-from app.core.run import RunRoot
+from app.core.run import RunRoot, n_bn_images
 from app.estimate.cost import NOTHING, Cost
 from app.estimate.estimate import Command
 from app.estimate.pilot import VARIANTS, MeasuredJob
@@ -107,9 +107,12 @@ def computed(config: Config, measured: MeasuredJob) -> list[str]:
             f"all networks: from images of {plan.imgsz} px, by the pixels beyond what a batch costs at any size"
         )
     if plan.batch * plan.n_processes < train.batch:
-        lines.append(f"a step of {train.batch} images: from batches of {plan.batch} and {max(plan.batch // 2, 1)}")
+        halves = f" and {max(plan.batch // 2, 1)}" if measured.probe else ""
+        lines.append(f"a step of {train.batch} images: from batches of {plan.batch}{halves}")
     if plan.images.val < measured.images.images.val:
         lines.append(f"validation, eval and report: from {plan.images.val} val images, by their number")
+    of_what = "what a network keeps of one image" if measured.probe else f"the memory of one batch of {plan.batch}"
+    lines.append(f"the largest batch: from {of_what}")
     kinds = sum(len(set(labels)) for labels in job_files(config, measured.has_packed_bits).values())
     lines.append(f"export: {len(measured.after.files)} of {kinds} files measured; the others cost what their like do")
     if len(measured.after.scores) < len(measured.after.files):
@@ -125,17 +128,19 @@ def computed(config: Config, measured: MeasuredJob) -> list[str]:
 
 
 def ram(config: Config, measured: MeasuredJob, available: int) -> dict[str, Any]:
-    """Without a GPU from the activations of one image; with one from the processes of the pilot."""
-    train, images, probe = config.train, measured.images.images, measured.probe
+    """Without a GPU from the activations of one image; with one from the processes of the pilot, of one GPU."""
+    train, images, probe, plan = config.train, measured.images.images, measured.probe, measured.plan
+    n, n_seen = plan.n_processes, min(plan.n_bn_batches * plan.batch, plan.images.train)
 
     def bytes_at(batch: int) -> float:
+        at_batch = config.model_copy(update={"train": train.model_copy(update={"batch": batch})})
         if probe:
-            at_batch = config.model_copy(update={"train": train.model_copy(update={"batch": batch})})
             return measured.process_bytes + memory_bytes(at_batch, probe, images)
-        n_kept = train.workers * BATCHES_PER_WORKER + train.bn_batches
-        return measured.process_bytes + (batch - measured.plan.batch) * n_kept * 3 * train.imgsz**2
+        more_ahead = (-(-batch // n) - plan.batch) * train.workers * BATCHES_PER_WORKER
+        more_bn = n_bn_images(at_batch, images) / n - n_seen  # the first process has those of all
+        return n * (measured.process_bytes + (more_ahead + more_bn) * 3 * train.imgsz**2)
 
-    cache_gib = images.train * 3 * train.imgsz**2 * CACHED_SHARE / GIB
+    cache_gib = n * images.train * 3 * train.imgsz**2 * CACHED_SHARE / GIB
     return memory(bytes_at, train.batch, available) | {"train_cache_gib": cache_gib}
 
 

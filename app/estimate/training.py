@@ -14,6 +14,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import unset_deterministic
 
 from app.core.config import Config
+from app.core.memory import own_memory
 from app.core.results import STATES
 from app.core.run import RunRoot
 from app.data.view import read_index, read_split
@@ -63,7 +64,14 @@ def measure_training(config: Config, run: RunRoot, device: str, part: Part) -> T
         config: of the pilot; run: with its dataset.
         device: as Ultralytics names it.
         part: of the budget; every piece is measured once at least.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has no room. What was on it is freed when nobody holds the error any more.
     """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(int(device))  # the peak of a training that had no room is not this one's
     stopwatch = Stopwatch(None if device == "cpu" else torch.cuda.synchronize)
     make_ready(config, run, force=True)
     n_threads = torch.get_num_threads()
@@ -98,10 +106,10 @@ def _measure_parts(loop: TimedLoop, run: RunRoot, start: Cost, part: Part) -> Tr
     on_gpu = trainer.device.type == "cuda"
     base_bytes = torch.cuda.memory_reserved() if on_gpu else 0
     step, optimizer = steps(loop, batch, part)
-    loader = from_processes(loop) if trainer.args.workers else None
-    n_val, image_px = len(trainer.test_loader.dataset), train.imgsz**2
+    loader = from_processes(loop, decode + augment) if trainer.args.workers else None
     ended, parts = epoch_end(loop, len(batch["img"]))
     draw = parts["draw"] / max(sum(map(len, loop.bn_images.drawn)), 1)
+    held_bytes = process_bytes(trainer)
     if part.has(ended):
         loop._start_epoch(1)
         train_on(loop, batch)
@@ -109,13 +117,13 @@ def _measure_parts(loop: TimedLoop, run: RunRoot, start: Cost, part: Part) -> Tr
         ended, parts = epoch_end(loop, len(batch["img"]))
     reestimate = reestimation(loop, batch)
     in_batches = len(STATES) * len(trainer.test_loader) * reestimate.fixed
-    val_px = (parts["score"] - in_batches - n_val * decode) / (n_val * image_px)
+    val_px = val_image(parts["score"] - in_batches, trainer.test_loader, decode) / train.imgsz**2
     rest = ended - parts["score"] - parts["draw"] - parts["reestimate"] - parts["save"]
     end = stopwatch.cost(lambda: finish(loop, run))
     gpu_bytes = (torch.cuda.max_memory_reserved(), base_bytes) if on_gpu else None
     return TrainingCosts(
         start, labels, decode, augment, loader, step, optimizer, draw, reestimate, rest, val_px, parts["save"], end,
-        gpu_bytes,
+        held_bytes, gpu_bytes,
     )  # fmt: skip
 
 
@@ -178,14 +186,33 @@ def first_images(batch: dict[str, Any], n_images: int) -> dict[str, Any]:
     return {**batch, **labels, "img": batch["img"][:n_images]}
 
 
-def from_processes(loop: TimedLoop) -> Cost:
-    """A sample of the loader processes, all at work, after those that they had ahead."""
+def from_processes(loop: TimedLoop, made: Cost) -> Cost:
+    """A sample of the loader processes, all at work, after those that they had ahead.
+
+    They live on, so that no Stopwatch sees their processor's seconds: those of `made`, a sample of this process, count.
+    """
     loader, n_workers = loop.trainer.train_loader, loop.trainer.args.workers
     batches = chain.from_iterable(endlessly(loader))  # without an end
     for _ in islice(batches, PREFETCH_BATCHES * n_workers):
         pass
     taken, sizes = loop.stopwatch.timed(lambda: [len(batch["img"]) for batch in islice(batches, ROUNDS * n_workers)])
-    return taken / sum(sizes)
+    own = taken / sum(sizes)
+    return Cost(own.wall_s, own.cpu_s + made.cpu_s)
+
+
+def process_bytes(trainer: Trainer) -> int:
+    """Bytes of this process and its loader processes, while they live.
+
+    A validation of one batch has none. The job's are as many as training's, and keep as much: BATCHES_PER_WORKER.
+    """
+    own, loaders = own_memory()
+    return own + loaders * (1 if trainer.test_loader.num_workers else 2)
+
+
+def val_image(score: Cost, loader: Any, decode: Cost) -> Cost:
+    """An image of a validation; without its reading where this process reads it, and not loader processes beside it."""
+    of_image = score / len(loader.dataset)
+    return of_image if loader.num_workers else of_image - decode
 
 
 def epoch_end(loop: TimedLoop, n_images: int) -> tuple[Cost, dict[str, Cost]]:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from app.core.config import Config, UserError
+from app.core.config import Config, UserError, load
 from app.core.files import read_json
 from app.core.run import Images, RunRoot
 from app.data.prepare import prepare
-from app.estimate import pilot
+from app.estimate import pilot, training
 from app.estimate.cost import Budget, Cost, Stopwatch
 from app.estimate.estimate import Command, estimate
+from app.estimate.pilot import JobImages, MeasuredJob
 from app.estimate.plan import Plan
 from app.estimate.price import training_parts
-from app.estimate.training import measure_training
+from app.estimate.summary import computed, gpu, ram
+from app.estimate.training import from_processes, measure_training, val_image
 from app.sweep.price import ESTIMATE_SHAPE
 from app.train import loop
 from app.train.loader import CocoDataset
@@ -74,8 +78,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkClock]:
 
 
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
-def test_parts_and_whole(runs_dir: Path, clock: WorkClock, variant: str) -> None:
+def test_parts_and_whole(runs_dir: Path, clock: WorkClock, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pilot has batches of 4 and 2 where the job has 8, and half of its val images."""
+    loader_bytes, close = [200], Trainer.close
+    monkeypatch.setattr(Trainer, "close", lambda trainer: (close(trainer), loader_bytes.clear()))
+    monkeypatch.setattr(training, "own_memory", lambda: (1000, sum(loader_bytes)))
     command = Command([], sets_of(SETTINGS), for_s=60)
     own, job = command.config(variant, *PILOT.sets()), command.config(variant)
     run = RunRoot(runs_dir, f"pilot-{variant}")
@@ -84,6 +91,7 @@ def test_parts_and_whole(runs_dir: Path, clock: WorkClock, variant: str) -> None
     torch.set_num_threads(1)
     with tiny_network():
         pieces = measure_training(own, run, "cpu", Budget(60).part(0.05))
+    assert pieces.process_bytes == 1000 + 2 * 200, "the loader processes of training live, and validation has as many"
     assert torch.get_num_threads() == 1, "the stages after a training are measured as in processes of their own"
     torch.set_num_threads(n_threads)
     parts = training_parts(job, JOB, pieces, PILOT.images.train)
@@ -140,6 +148,7 @@ def test_half_the_batch_where_the_gpu_has_no_room(runs_dir: Path, monkeypatch: p
     batches = []
 
     def measure(config: Config, run: RunRoot, device: str, part: Any) -> None:
+        assert sys.exc_info()[0] is None, "the error before this keeps its network on the GPU"
         batches.append(config.train.batch)
         raise torch.OutOfMemoryError if config.train.batch > 1 else UserError("seen")
 
@@ -149,3 +158,65 @@ def test_half_the_batch_where_the_gpu_has_no_room(runs_dir: Path, monkeypatch: p
     with pytest.raises(UserError, match="seen"):
         pilot.measure_plan(command, run, there, PILOT, Budget(60))
     assert batches == [4, 2, 1]
+
+
+def test_the_peak_on_the_gpu_is_of_this_training_alone(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, name=name: done.append((name, *args)))
+
+    def begin(*args: Any) -> None:
+        assert done[:2] == [("empty_cache",), ("reset_peak_memory_stats", 1)]
+        raise UserError("begun")
+
+    monkeypatch.setattr(training, "Trainer", begin)
+    command, run = Command([], sets_of(SETTINGS), for_s=60), RunRoot(runs_dir, "peak")
+    prepare(command.config("fp16"), run, force=False)
+    with pytest.raises(UserError, match="begun"):
+        measure_training(command.config("fp16"), run, "1", Budget(60).part(1.0))
+
+
+def test_a_sample_of_loader_processes_costs_their_processors_too(clock: WorkClock) -> None:
+    """Two processes; each of the six batches of four after the eight ahead takes this process a second."""
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            clock.now_s += 1
+            yield {"img": torch.zeros(4)}
+
+    trainer = SimpleNamespace(train_loader=batches(), args=SimpleNamespace(workers=2))
+    own: Any = SimpleNamespace(trainer=trainer, stopwatch=Stopwatch())
+    assert from_processes(own, Cost(0.3, 0.7)) == Cost(0.25, 2 * 0.25 + 0.7)
+
+
+@pytest.mark.parametrize(("n_workers", "image"), [(0, Cost(1, 2)), (3, Cost(1.5, 3))])
+def test_val_images_are_read_beside_the_network_or_before(n_workers: int, image: Cost) -> None:
+    loader = SimpleNamespace(dataset=range(8), num_workers=n_workers)
+    assert val_image(Cost(12, 24), loader, decode=Cost(0.5, 1)) == image
+
+
+def job_on_gpus(n: int, batch: int) -> MeasuredJob:
+    """Each of n processes kept 1,000 MB, with 4 batches of BatchNorm, and 3,000 MB on its GPU, 1,000 before a step."""
+    costs: Any = SimpleNamespace(gpu_bytes=(3 * 10**9, 10**9))
+    after: Any = SimpleNamespace(files={}, scores={})
+    plan = Plan(imgsz=64, batch=batch, images=Images(192, 16), n_bn_batches=4, exports_as_job=True, n_processes=n)
+    images = JobImages(Images(10_000, 5_000), Cost(), [], Images(192, 16))
+    return MeasuredJob(images, plan, None, {"fp16": costs}, after, True, 10**9, 8 * 10**9, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "bytes_needed"),
+    [
+        (1, 32, 10**9 + 32 * (10 - 4) * 3 * 64**2),  # the job's batch; ten batches of BatchNorm, four are counted
+        (2, 16, 2 * 10**9 + (32 * 10 - 2 * 16 * 4) * 3 * 64**2),  # 16 on each GPU, the job's too
+        (2, 8, 2 * 10**9 + (2 * 8 * 3 * 8 + 32 * 10 - 2 * 8 * 4) * 3 * 64**2),  # 8 more in 8 batches of 3 processes
+    ],
+)
+def test_memory_beside_gpus_by_hand(n: int, batch: int, bytes_needed: int) -> None:
+    sets = ["train.batch=32", "train.imgsz=64", "train.workers=3", "train.bn_batches=10"]
+    config, job = load("qat", sets=sets), job_on_gpus(n, batch)
+    facts = ram(config, job, 10**11)
+    assert facts["peak_gib"] * 2**30 == pytest.approx(bytes_needed)
+    assert facts["train_cache_gib"] * 2**30 == pytest.approx(n * 10_000 * 3 * 64**2 * 0.75), "each process has its own"
+    assert gpu(config, job)["peak_gib"] * 2**30 == pytest.approx(10**9 + 32 / n * 2 * 10**9 / batch)
+    assert f"the largest batch: from the memory of one batch of {batch}" in computed(config, job)

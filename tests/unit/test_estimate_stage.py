@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 
 from app.coco.categories import CATEGORIES
 from app.core.config import Config, load
-from app.core.memory import pss_bytes
+from app.core.memory import own_memory, pss_bytes
 from app.core.run import Images, RunRoot
 from app.estimate import cost as cost_module
 from app.estimate import images as images_module
@@ -43,6 +44,7 @@ PIECES = TrainingCosts(
     start=wall(20), labels=wall(0.01), decode=wall(0.1), augment=wall(0.2), loader=None,
     step=Line(wall(1), wall(0.5 / PX)), optimizer=wall(3), draw=wall(9), reestimate=Line(wall(2), wall(0.25 / PX)),
     validation=wall(5), val_px=wall(0.75 / PX), checkpoint=wall(4), end=wall(6),
+    process_bytes=0,
 )  # fmt: skip
 
 
@@ -83,10 +85,35 @@ def test_beside_loader_processes_the_slower_one_counts(loader_s: float, steps_s:
     pieces = replace(PIECES, loader=wall(loader_s))
     parts = training_parts(job(), Images(100, 10), pieces, 100)
     assert parts["steps"].wall_s == pytest.approx(steps_s)
+    assert parts["steps"].cpu_s == pytest.approx(2 * 7 * (13 + 50 + 21 + 100 * loader_s)), "both are at work"
     assert parts["samples"] == NOTHING
     part, remedy = limit(job(), pieces, parts, n_cores=16)
     assert part == ("GPU" if loader_s < 1 else "loader or disk")
     assert ("train.workers higher (8 of 16 cores)" in remedy) is (loader_s > 1)
+
+
+@pytest.mark.parametrize(
+    ("loader_s", "n_processes", "scored_s"),
+    [
+        (0.3, 1, 20 * 0.75 + 2 * 3 * 2),  # two batches of 16; a third of a sample is reading: 20 * 0.1, beside that
+        (9.0, 1, 20 * 3.0),  # the loader processes are slower
+        (0.3, 2, 20 * 0.75 + 3 * 3 * 2),  # of each process's part: three batches of 8
+    ],
+)
+def test_loader_processes_read_val_images_beside_the_network(
+    loader_s: float, n_processes: int, scored_s: float
+) -> None:
+    pieces, images = replace(PIECES, loader=wall(loader_s)), Images(100, 20)
+    scored = training_parts(job(), images, pieces, 100, n_processes)["validation"] - wall(4 * 5)
+    assert scored.wall_s == pytest.approx(4 * scored_s)
+    n_val_batches = 3 if n_processes == 2 else 2
+    assert scored.cpu_s == pytest.approx(2 * 4 * (20 * 0.75 + n_val_batches * 3 * 2 + 20 * loader_s / 3))
+
+
+def test_one_batch_of_val_images_has_no_loader_processes() -> None:
+    pieces = replace(PIECES, loader=wall(0.3))
+    validation = training_parts(job(), Images(100, 16), pieces, 100)["validation"]
+    assert validation.wall_s == pytest.approx(4 * (5 + 16 * (0.1 + 0.75) + 3 * 2))
 
 
 def test_without_a_gpu_the_processor_limits_or_the_images() -> None:
@@ -250,6 +277,16 @@ def test_a_large_dataset_is_looked_at_in_part(tmp_path: Path, monkeypatch: pytes
 
 def test_shared_memory_counts_once() -> None:
     assert pss_bytes("Rss:  900 kB\nPss:  512 kB\nPss_Dirty: 5 kB\n") == 512 * 1024
+
+
+def test_processes_that_this_one_has_started_count_while_they_live() -> None:
+    own, before = own_memory()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        _, with_child = own_memory()
+        child.kill()
+    assert own > 2**20
+    _, after = own_memory()
+    assert max(before, after) < with_child
 
 
 def test_the_command_line_costs_what_a_new_process_takes() -> None:

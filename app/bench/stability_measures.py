@@ -18,7 +18,7 @@ from app.bench.stability_rows import BASE, Row, base_of
 from app.bench.stability_table import at, lowest_share, mean_of, paired, ratio_of_means, rows_by_arm, worst
 from app.core.curves import COLOURS, NEUTRAL
 from app.core.results import AP, AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES, SCORED
-from app.report.spread import N_PAIRS, error_of_mean, ratio_and_residuals
+from app.report.spread import ENOUGH_RUNS, error_of_mean, ratio_and_residuals
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,6 @@ def draw_arm(panel: Axes, place: int, values: list[float], bases: list[float]) -
     panel.plot(shares, heights, "o", color=COLOURS[1], alpha=DOT_ALPHA, markersize=5)
     ratio, residuals = ratio_and_residuals(values, bases)
     panel.plot([ratio], [place], "|", color=COLOURS[0], markersize=22, markeredgewidth=2.5)
-    if len(residuals) > N_PAIRS:
+    if len(residuals) >= ENOUGH_RUNS:
         error = error_of_mean(residuals)
         panel.plot([ratio - error, ratio + error], [place] * 2, color=COLOURS[0], linewidth=2.5)

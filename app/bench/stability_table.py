@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from app.bench.stability_rows import Row, all_up_to, base_of
 from app.core.results import SCORED, STATES
-from app.report.spread import N_PAIRS, error_of_mean, ratio_of_pairs
+from app.report.spread import ENOUGH_RUNS, error_of_mean, ratio_of_pairs
 from app.report.tables import MISSING, markdown_table
 
 log = logging.getLogger(__name__)
@@ -185,8 +185,8 @@ def loss_over_fp16(rows: list[Row], fp16: list[Row], name: str) -> str:
 
 
 def standard_error(values: list[float]) -> str:
-    """Standard error of the mean, as " ± 0.012"; empty for N_PAIRS values or fewer, whose spread says nothing."""
-    return error_text(error_of_mean(values) if len(values) > N_PAIRS else None)
+    """Standard error of the mean, as " ± 0.012"; empty for fewer than ENOUGH_RUNS values."""
+    return error_text(error_of_mean(values) if len(values) >= ENOUGH_RUNS else None)
 
 
 def error_text(error: float | None) -> str:

@@ -22,8 +22,7 @@ ARM = "fp16"
 N_SIGMA = 2  # two standard deviations: by chance one comparison in twenty lies beyond
 RULE = "2 x sqrt(2) x"  # the difference of two trainings has sqrt(2) times the deviation of one
 TELLING_AP = 0.01  # below it an AP rests on a handful of boxes
-ENOUGH_RUNS = 3  # the spread of two says nothing yet
-N_PAIRS = 2  # so many seeds have a spread that says nothing yet
+ENOUGH_RUNS = 3  # or paired seeds: the spread of two says nothing yet
 
 
 def seed_spread() -> dict[str, Any]:
@@ -82,7 +81,7 @@ def telling_of_means(over_runs: dict[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Mean over mean; `error` is its standard error, None for N_PAIRS pairs or fewer."""
+    """Mean over mean; `error` is its standard error, None for fewer than ENOUGH_RUNS pairs."""
 
     value: float
     error: float | None
@@ -94,7 +93,7 @@ def ratio_of_pairs(values: list[float], bases: list[float]) -> Ratio | None:
     if not sum(bases) or math.isnan(sum(values) + sum(bases)):
         return None
     ratio, residuals = ratio_and_residuals(values, bases)
-    return Ratio(ratio, error_of_mean(residuals) if len(residuals) > N_PAIRS else None)
+    return Ratio(ratio, error_of_mean(residuals) if len(residuals) >= ENOUGH_RUNS else None)
 
 
 def ratio_and_residuals(values: list[float], bases: list[float]) -> tuple[float, list[float]]:

@@ -31,8 +31,8 @@ def whole(run: RunRoot, result: dict[str, Any]) -> str:
         f"{result['model']}, {result['classes']} classes, {result['imgsz']} px, {result['dataset']}: the trained FP16 "
         f"checkpoint, one layer quantized at a time, without training. {result['n_images']} val images at {MAIN_BITS} "
         f"bits, {n_few} of them at the others. Loss of the one2one head in float: {result['float_loss']:.4f}. "
-        "Shift: KL divergence of the outputs from the float network's, nats an image. BatchNorm behind the layer is "
-        "re-estimated on train images.",
+        "Shift: KL divergence of the outputs from the float network's, nats an image. The layer's own BatchNorm is "
+        "corrected on train images.",
         picture,
         f"## The {min(N_TOP, len(by_shift))} layers with the largest shift at {MAIN_BITS} bits",
         *table_of(by_shift[:N_TOP]),
@@ -123,7 +123,7 @@ def proposal(facts: dict[str, Any]) -> str:
     parts = [
         f"# {facts['scheme']}",
         f"Least sum of {'shifts' if facts['measure'] == 'shift' else 'losses'} within the budget, by "
-        "integer programming. PTQ with re-estimated BatchNorm, scored on "
+        "integer programming. PTQ with corrected BatchNorm, scored on "
         f"{facts['n_images']} val images that the search has not seen:",
         "\n".join(markdown_table(cells)),
         "\n".join(lines),

@@ -56,10 +56,10 @@ class Teacher:
             wanted: Heads = self.model(images)
         loss = head_weights.new_zeros(())
         for head, head_weight in zip(HEADS, head_weights, strict=True):
-            divergence, best = divergences(wanted[head], preds[head])
-            sums = torch.stack([best, best.new_full((), len(images))])
-            all_best, n_images = self.ranks.all_reduce(sums)
-            loss = loss + head_weight * divergence / all_best.clamp(min=1) * n_images
+            divergence, score_sum = divergences(wanted[head], preds[head])
+            sums = torch.stack([score_sum, score_sum.new_full((), len(images))])
+            all_scores, n_images = self.ranks.all_reduce(sums)
+            loss = loss + head_weight * divergence / all_scores.clamp(min=1) * n_images
         return self.weight * loss
 
     def beside(self, images: torch.Tensor, preds: Heads, criterion: Any) -> torch.Tensor:

@@ -74,10 +74,8 @@ class Passes:
         self.scale = torch.ones(1, device=device)
         dtype = torch.float16 if self.amp else torch.float32
         self.inputs = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-        self.half = {
-            name: torch.empty_like(trained[name], dtype=dtype) for name in _plain_weights(self.net) if self.amp
-        }
-        self.half = {name: half.requires_grad_() for name, half in self.half.items()}
+        halved = _plain_weights(self.net) if self.amp else []
+        self.half = {name: torch.empty_like(trained[name], dtype=dtype).requires_grad_() for name in halved}
         self.masters = [trained[name] for name in self.half]
         self.others = [weight for name, weight in trained.items() if name not in self.half]
         self.weights = [*self.masters, *self.others]

@@ -135,7 +135,8 @@ class Loop:
                 group["lr"] = group["initial_lr"] * trainer.lf(epoch)
         n_without_mosaic = self.config.hyp.close_mosaic
         first_without = self.config.train.epochs - n_without_mosaic
-        if n_without_mosaic and (epoch == first_without or (self.restarts_loader and epoch > first_without)):
+        closes, closed_before = epoch == first_without, epoch > first_without
+        if n_without_mosaic and (closes or (closed_before and self.restarts_loader)):
             trainer._close_dataloader_mosaic()
             self.restarts_loader = True
         if self.restarts_loader:

@@ -209,7 +209,7 @@ def job_on_gpus(n: int, batch: int) -> MeasuredJob:
     [
         (1, 32, 10**9 + 32 * (10 - 4) * 3 * 64**2),  # the job's batch; ten batches of BatchNorm, four are counted
         (2, 16, 2 * 10**9 + (32 * 10 - 2 * 16 * 4) * 3 * 64**2),  # 16 on each GPU, the job's too
-        (2, 8, 2 * 10**9 + (2 * 8 * 3 * 8 + 32 * 10 - 2 * 8 * 4) * 3 * 64**2),  # 8 more in 8 batches of 3 processes
+        (2, 8, 2 * 10**9 + (2 * 8 * 3 * 12 + 32 * 10 - 2 * 8 * 4) * 3 * 64**2),  # 8 more in 12 batches of 3 processes
     ],
 )
 def test_memory_beside_gpus_by_hand(n: int, batch: int, bytes_needed: int) -> None:

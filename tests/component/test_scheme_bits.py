@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from app.core.config import Config, UserError, load
-from app.core.files import read_json
+from app.core.files import read_json, write_json
 from app.core.run import RunRoot
 from app.export.export import export
 from app.quant.model import check_scheme, load_checkpoint
@@ -147,6 +147,7 @@ def test_the_hash_of_the_rules_is_recorded_beside_a_copy(run: RunRoot, file: Pat
 
 def test_ptq_of_a_changed_file_is_refused_with_the_rules(run: RunRoot, tmp_path: Path) -> None:
     other = copy_of(run, tmp_path / "runs", "onnx", "qat-mine")
+    write_json(other.done("fp16"), {})
     changed = write_rules(tmp_path / "mine.yaml", *RULES[:-1], ("*", 6))
     said = r"was made with mine \(\* at 5 bits by channel\), now it is mine \(\* at 6 bits by channel\): .*--force$"
     with network(TINY), pytest.raises(UserError, match=said):

@@ -28,7 +28,7 @@ from app.train.distill import Teacher
 from app.train.graph import StepGraph
 from app.train.processes import ALONE
 from app.train.state import State
-from app.train.step import MAX_NORM, clipped_step, criterion_of_part, fuse
+from app.train.step import MAX_NORM, clipped_step, criterion_of_part, fuse, loss_of
 
 log = logging.getLogger(__name__)
 BASE = "stock"  # the arm that the others are compared with
@@ -117,11 +117,9 @@ class Ours:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch as the loader gives it."""
-        net, batch = self.state.net, on_gpu(batch, self.device)
+        batch = on_gpu(batch, self.device)
         with autocast(self.amp, device=self.device.type):
-            preds = net(batch["img"])
-            loss = net.loss(batch, preds)[0].sum()
-            return loss + self.teacher.beside(batch["img"], preds, net.criterion) if self.teacher else loss
+            return loss_of(self.state.net, batch, self.teacher and self.teacher.beside)[0]
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:

@@ -19,6 +19,7 @@ from app.train.loss import GpuLoss
 from app.train.processes import Ranks
 
 MAX_NORM = 10.0  # of a step's gradients, as Ultralytics has it
+FurtherLoss = Callable[[torch.Tensor, dict[str, Any], Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,21 @@ def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
             for parameter in group["params"] if group["momentum"] else []:
                 fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return fused
+
+
+def loss_of(
+    net: Any, batch: dict[str, Any], beside: FurtherLoss | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of a network for a batch on its device, a scalar, and the detection's terms by name.
+
+    Args:
+        batch: images float32 0..1, labels as Ultralytics has them.
+        beside: a loss that is added; it takes the images, the outputs of both heads and the criterion.
+    """
+    preds = net(batch["img"])
+    loss, items = net.loss(batch, preds)
+    loss = loss.sum()
+    return loss + beside(batch["img"], preds, net.criterion) if beside else loss, items
 
 
 def criterion_of_part(net: Any, ranks: Ranks) -> E2ELoss:

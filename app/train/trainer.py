@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
 from typing import Any, cast
@@ -30,10 +30,8 @@ from app.train.bn_images import ema_decay
 from app.train.colours import Palette, palette, recolour
 from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
-from app.train.step import criterion_of_part, fuse
+from app.train.step import FurtherLoss, criterion_of_part, fuse, loss_of
 from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
-
-FurtherLoss = Callable[[torch.Tensor, dict[str, Any], Any], torch.Tensor]
 
 
 class Trainer(DetectionTrainer):
@@ -162,19 +160,10 @@ class Trainer(DetectionTrainer):
     def forward(
         self, model: Any, batch: dict[str, Any], beside: FurtherLoss | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of a model for a batch of the loader, a scalar, and the detection's terms by name.
-
-        Does not wait for the GPU.
-
-        Args:
-            beside: a loss that is added; it takes the images, the outputs of both heads and the criterion.
-        """
+        """`loss_of` a model for a batch of the loader. Does not wait for the GPU."""
         batch = self.preprocess_batch(batch)
         with autocast(self.amp, device=self.device.type):
-            preds = model(batch["img"])
-            loss, items = model.loss(batch, preds)
-            loss = loss.sum()
-            return (loss + beside(batch["img"], preds, model.criterion) if beside else loss), items
+            return loss_of(model, batch, beside)
 
     def score(self, held_out: HeldOut, loss_names: list[str]) -> dict[str, dict[str, float]]:
         """The numbers of Ultralytics' validator by set of weights; AP is that of the one2one head, losses are val/*."""

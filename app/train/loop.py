@@ -184,10 +184,10 @@ class Loop:
         """Adds the gradients of one batch, and its losses to the epoch's sums; nothing here waits for the GPU."""
         terms = self.graph.run(batch)
         if terms is not None:
-            self.watch.add_loss(self.state.add_losses(list(self.state.net.criterion.loss_names), terms))
+            self.watch.add_loss(self.state.add_losses(terms))
             return
         loss, items = self.forward(self.state.net, batch)
-        self.watch.add_loss(self.state.add_losses(list(items), torch.stack(list(items.values())).detach()))
+        self.watch.add_loss(self.state.add_losses(torch.stack(list(items.values())).detach()))
         self.state.scaler.scale(loss).backward()
 
     def optimizer_step(self) -> None:

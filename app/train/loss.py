@@ -171,11 +171,6 @@ class GpuLoss(E2ELoss):
         self.kernels = HeadLoss(self, ranks)
         self.has_told = False
 
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """Names of the three terms."""
-        return self.one2one.loss_names
-
     def __call__(self, preds: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         parsed: Any = self.one2many.parse_output(preds)
         boxes = parsed["one2one"]["boxes"]
@@ -188,7 +183,7 @@ class GpuLoss(E2ELoss):
         weights[0].fill_(self.o2m)
         weights[1].fill_(self.o2o)
         loss, items = self.kernels(parsed, padded, weights)
-        return loss, dict(zip(self.loss_names, items, strict=True))
+        return loss, dict(zip(self.one2one.loss_names, items, strict=True))
 
     def fits(self, batch: dict[str, torch.Tensor], n_images: int) -> bool:
         """Whether the kernels take this batch; says once that one has too many objects."""

@@ -86,10 +86,9 @@ class State(Progress):
     stabilisers: list[Stabiliser]
     ranks: Ranks
 
-    def add_losses(self, names: list[str], terms: torch.Tensor) -> torch.Tensor:
+    def add_losses(self, terms: torch.Tensor) -> torch.Tensor:
         """Adds the loss terms [n_terms] of a batch, each rank those of its part, and gives their sum over all ranks."""
         terms = self.ranks.all_reduce(terms)
-        self.loss_names = names
         self.loss_sum = self.loss_sum + terms
         return terms.sum()
 

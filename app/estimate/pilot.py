@@ -105,8 +105,9 @@ def measure_plan(command: Command, run: RunRoot, images: JobImages, plan: Plan, 
     device = check_devices(command.config("qat"))[0]
     trainings = None
     while trainings is None:
+        configs = {variant: command.config(variant, *images.sets, *plan.sets()) for variant in VARIANTS}
         try:
-            trainings = measure_trainings(command, run, images, plan, budget)
+            trainings = measure_trainings(configs, run, device, budget)
         except torch.OutOfMemoryError:  # keeps the network on the GPU as long as it is handled: not measured in here
             if plan.batch == 1:
                 raise
@@ -114,22 +115,19 @@ def measure_plan(command: Command, run: RunRoot, images: JobImages, plan: Plan, 
             plan = replace(plan, batch=plan.batch // 2)
     total = torch.cuda.get_device_properties(int(device)).total_memory if device != "cpu" else 0
     process_bytes = max(costs.process_bytes for costs in trainings.values())
-    config = command.config("qat", *images.sets, *plan.sets())
-    after = measure_after(config, run, trainings["fp16"], plan, budget)
-    packed = has_packed_bits(run, Label.parse(config.label))
+    after = measure_after(configs["qat"], run, trainings["fp16"], plan, budget)
+    packed = has_packed_bits(run, Label.parse(configs["qat"].label))
     sizes = {str(path.relative_to(run.root)): path.stat().st_size for path in run.root.rglob("*") if path.is_file()}
     return MeasuredJob(images, plan, None, trainings, after, packed, process_bytes, total, sizes, budget.waits)
 
 
 def measure_trainings(
-    command: Command, run: RunRoot, images: JobImages, plan: Plan, budget: Budget
+    configs: dict[str, Config], run: RunRoot, device: str, budget: Budget
 ) -> dict[str, TrainingCosts]:
-    """By variant."""
-    device = check_devices(command.config("qat"))[0]
+    """By variant, as the configs are."""
     trainings = {}
-    for variant in VARIANTS:
-        say(f"training {variant}, batch {plan.batch}, {plan.imgsz} px", budget)
-        config = command.config(variant, *images.sets, *plan.sets())
+    for variant, config in configs.items():
+        say(f"training {variant}, batch {config.train.batch}, {config.train.imgsz} px", budget)
         prepare(config, run, force=False)
         trainings[variant] = measure_training(config, run, device, budget.part(TRAINING_SHARE))
     return trainings

@@ -96,15 +96,16 @@ def restore(state: State, saved: dict[str, Any], path: Path) -> None:
         raise UserError(damaged) from error
 
 
-def where(state: State) -> str:
-    """Where a training goes on that has this state: 'epoch 3, batch 120', counted from 1."""
+def resume_point(state: State) -> str:
+    """The batch that a training with this state goes on with: 'epoch 3, batch 120', counted from 1."""
     batch = f", batch {state.batch_in_epoch + 1}" if state.batch_in_epoch else ""
     return f"epoch {state.next_epoch + 1}{batch}"
 
 
-def tell_where_it_continues(state: State, config: Config) -> None:
-    where = f", batch {state.batch_in_epoch} of the next" if state.batch_in_epoch else ""
-    log.info("train %s: continues after epoch %d%s of %d", config.label, state.next_epoch, where, config.train.epochs)
+def log_resume(state: State, config: Config) -> None:
+    """Says which epochs and batches are trained: all before `resume_point`."""
+    batch = f", batch {state.batch_in_epoch} of the next" if state.batch_in_epoch else ""
+    log.info("train %s: continues after epoch %d%s of %d", config.label, state.next_epoch, batch, config.train.epochs)
 
 
 def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import read_in_turn, restore, save_state, state_from_fp16, tell_where_it_continues, where
+from app.train.checkpoint import log_resume, read_in_turn, restore, resume_point, save_state, state_from_fp16
 from app.train.correction import correct, keep_better, model_of
 from app.train.device import explain_memory
 from app.train.distill import read_teacher
@@ -108,10 +108,10 @@ class Loop:
         first = saved or state_from_fp16(self.state, self.config)
         if first:
             restore(self.state, first, trainer.last if saved else self.config.warmup_from or trainer.last)
-            self.interrupt.kept = where(self.state)
+            self.interrupt.kept = resume_point(self.state)
             if self.state.rows and self.ranks.is_main:  # done.make_ready has deleted results.csv
                 write_rows(trainer.save_dir / "results.csv", self.state.rows)
-            tell_where_it_continues(self.state, self.config)
+            log_resume(self.state, self.config)
         if not saved:
             self.save()
 
@@ -308,7 +308,7 @@ class Loop:
         check_finite(self.state.net, self.state.scaler, self.watch)
         if self.ranks.is_main:
             save_state(self.state, self.config, self.trainer.last)
-            self.interrupt.kept = where(self.state)
+            self.interrupt.kept = resume_point(self.state)
 
     def _save_if_due(self, always: bool = False) -> None:
         """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""

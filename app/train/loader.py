@@ -169,12 +169,12 @@ class CocoDataset(YOLODataset):
         if isinstance(self.transforms, Augmentation):
             batch = self.__getitems__([key])
             return {**batch, "img": batch["img"][0], "im_file": batch["im_file"][0]}
-        image, window = self._seed(key)
+        image, window = self._begin_sample(key)
         self.buffer = self.stream.take(window, mode="wrap").tolist()
         return super().__getitem__(image)
 
     def _sample(self, ticket: Ticket, out: np.ndarray) -> Sample:
-        image, window = self._seed(ticket)
+        image, window = self._begin_sample(ticket)
 
         def partners() -> list[int]:
             if self.cache == "ram":
@@ -183,8 +183,12 @@ class CocoDataset(YOLODataset):
 
         return cast(Augmentation, self.transforms)(image, partners, out)
 
-    def _seed(self, ticket: Ticket) -> tuple[int, range]:
-        """The image of a ticket, and the places in the stream of what mosaic may put beside it; sets all seeds."""
+    def _begin_sample(self, ticket: Ticket) -> tuple[int, range]:
+        """Chooses the stream of a ticket, lets go of images that have left the window, and sets all seeds.
+
+        Returns:
+            the ticket's image, and the window: the places in the stream of what mosaic may put beside it.
+        """
         info = get_worker_info()
         batch, in_batch = divmod(ticket.position, self.batch_size)
         n_workers = info.num_workers if info else 1

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from app.core.config import Config, Train
+from app.core.config import Config
 from app.train.batches import Place
 from app.train.loader import CocoDataset, train_loader
+from app.train.step import ema_decay
 
 BN_EPOCH = 2**31 - 1  # never trained: the tickets of these batches
 
@@ -72,8 +73,3 @@ def mosaic_share(config: Config, n_batches: int, epoch: int) -> float:
         return 0.0
     updates = range(closes_at * n_steps + 1, (epoch + 1) * n_steps + 1)
     return math.prod(ema_decay(config.train, n) for n in updates)
-
-
-def ema_decay(settings: Train, n_updates: int) -> float:
-    """Ultralytics' ramp: the average follows fast at first."""
-    return settings.ema_decay * (1 - math.exp(-n_updates / settings.ema_tau))

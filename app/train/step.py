@@ -1,7 +1,8 @@
-"""One step of the optimizer, its warm-up, and the loss of one rank's part of a batch."""
+"""One step of the optimizer, its warm-up, the EMA's decay after it, and the loss of one rank's part of a batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 
-from app.core.config import Hyp
+from app.core.config import Hyp, Train
 from app.quant.norm import is_installed
 from app.train.loss import GpuLoss
 from app.train.processes import Ranks
@@ -65,6 +66,11 @@ def clipped_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+
+
+def ema_decay(settings: Train, n_updates: int) -> float:
+    """Ultralytics' ramp: the average of the weights follows fast at first."""
+    return settings.ema_decay * (1 - math.exp(-n_updates / settings.ema_tau))
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -26,11 +26,10 @@ from app.quant.norm import install, is_installed
 from app.quant.options import exempt_scales_from_decay
 from app.quant.start import read_start
 from app.train.batches import Part, Place
-from app.train.bn_images import ema_decay
 from app.train.colours import Palette, palette, recolour
 from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
-from app.train.step import FurtherLoss, criterion_of_part, fuse, loss_of
+from app.train.step import FurtherLoss, criterion_of_part, ema_decay, fuse, loss_of
 from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
 
 

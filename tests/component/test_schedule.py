@@ -19,9 +19,8 @@ import torch
 
 from app.core.config import load
 from app.quant.model import build
-from app.train.bn_images import ema_decay
 from app.train.processes import ALONE
-from app.train.step import criterion_after
+from app.train.step import criterion_after, ema_decay
 from tests.support.recorder import Recorder
 from tests.support.settle import AT_EVERY_STEP, settle
 from tests.support.tiny import tiny_network, train_recorded

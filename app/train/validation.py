@@ -63,16 +63,15 @@ def score_states(
     held_out = HeldOut(model, dict(zip(STATES, sources, strict=True)))
     results = score(held_out)
     held_out.take(SCORED)
-    columns: dict[str, float] = {}
-    for name in STATES:
-        if name == SCORED:
-            columns["time/bn_reestimation_s"] = reestimation_s
-        for score_name, key in SCORES.items():
-            if key in results[name]:
-                columns[column(score_name, name)] = results[name][key]
-        columns[column(VAL_LOSS, name)] = sum(results[name][key] for key in LOSSES)
+    raw, ema, ema_bn = (columns_of(name, results[name]) for name in STATES)
     last = {name: value for name, value in results[SCORED].items() if name not in UNNAMED}
-    return Scores({**last, **columns}, model)
+    return Scores({**last, **raw, **ema, "time/bn_reestimation_s": reestimation_s, **ema_bn}, model)
+
+
+def columns_of(state: str, result: dict[str, float]) -> dict[str, float]:
+    """Columns of results.csv of one of the three states, from the validator's numbers."""
+    columns = {column(name, state): result[key] for name, key in SCORES.items() if key in result}
+    return {**columns, column(VAL_LOSS, state): sum(result[key] for key in LOSSES)}
 
 
 @dataclass(frozen=True)

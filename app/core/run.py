@@ -32,9 +32,9 @@ PROVENANCE_SHAPE: Shape = {
     **{f"splits.{split}.{key}": kind for split in ("train", "val") for key, kind in SPLIT_SHAPE.items()},
 }  # fmt: skip
 VIEW_SHAPE: Shape = {**PROVENANCE_SHAPE, "view_dir": PathText, "names": list[str]}
-SWEEP_FILE = "sweep.json"  # in the folder of a sweep: its schemes, and its runs, one a seed
+SWEEP_FILE = "sweep.json"  # in the folder of a sweep: its runs, one a seed
 SEED_OF_SWEEP = "-seed"  # in the names of its runs, before the seed
-SWEEP_SHAPE: Shape = {"schemes": list[str], "runs": dict[str, Count]}
+SWEEP_SHAPE: Shape = {"runs": dict[str, Count]}
 RECORD_SHAPE: Shape = {"stages": dict[str, dict[str, Any]]}
 
 

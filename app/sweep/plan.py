@@ -129,9 +129,8 @@ def lane_of(order: Order, run: RunRoot, seed: int) -> Lane:
 
 
 def sweep_facts(lanes: list[Lane]) -> dict[str, object]:
-    """The content of SWEEP_FILE: labels of the schemes; name of each run and its seed."""
-    labels = [training.config.label for training in lanes[0].trainings[1:]]
-    return {"schemes": labels, "runs": {lane.run.name: lane.seed for lane in lanes}}
+    """The content of SWEEP_FILE: name of each run and its seed."""
+    return {"runs": {lane.run.name: lane.seed for lane in lanes}}
 
 
 def sweep_path(run: RunRoot) -> Path:

@@ -92,10 +92,7 @@ def test_a_lane_is_a_whole_job(run: RunRoot) -> None:
         "s-seed7 data", "s-seed7 fp16 train", "s-seed7 qat-w4a16 train", "s-seed7 qat-w8a16 train",
         "s-seed7 qat-w4a16 ptq", "s-seed7 qat-w8a16 ptq", "s-seed7 export", "s-seed7 eval", "s report",
     ]  # fmt: skip
-    assert read_json(run.root / "sweep.json", "sweep") == {
-        "schemes": ["qat-w4a16", "qat-w8a16"],
-        "runs": {"s-seed7": 7},
-    }
+    assert read_json(run.root / "sweep.json", "sweep") == {"runs": {"s-seed7": 7}}
 
 
 def test_each_gpu_has_one_seed_at_a_time(run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +198,7 @@ def test_the_name_of_a_run_is_taken(run: RunRoot) -> None:
 
 
 def test_a_sweep_stands_for_its_runs(run: RunRoot) -> None:
-    write(run.root / "sweep.json", {"schemes": ["qat-w4a16"], "runs": {"s-seed0": 0, "s-seed3": 3}})
+    write(run.root / "sweep.json", {"runs": {"s-seed0": 0, "s-seed3": 3}})
     names = [each.name for each in runs_of(["a", "s", "s-seed3"], run.runs_dir)]
     assert names == ["a", "s-seed0", "s-seed3"]
 

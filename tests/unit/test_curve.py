@@ -50,10 +50,7 @@ def runs(tmp_path: Path) -> list[RunRoot]:
         write(run.variant_dir("qat-w8a16") / "quant_config.json", quant_config)
         made.append(run)
     add_ptq(made[0])
-    write(
-        tmp_path / "s/sweep.json",
-        {"schemes": ["qat-w4a16", "qat-w8a16"], "runs": {run.name: i for i, run in enumerate(made)}},
-    )
+    write(tmp_path / "s/sweep.json", {"runs": {run.name: i for i, run in enumerate(made)}})
     return made
 
 
@@ -195,7 +192,7 @@ def test_the_end_of_a_sweep_names_the_sweep(runs: list[RunRoot]) -> None:
 
     assert following(runs) == "open the page in a browser; 'make publish RUN=s' keeps it in runs/reports"
     assert "'make report RUN=s' has all seeds of the sweep" in following([first])
-    write(first.runs_dir / "s/sweep.json", {"schemes": [], "runs": {first.name: 0}})
+    write(first.runs_dir / "s/sweep.json", {"runs": {first.name: 0}})
     assert "how much another seed differs: the same 'make sweep' with more SEEDS" in following([first])
     assert "make publish RUN=s-seed1" in following(others), "the runs are no sweep's"
     edit(first.provenance, "title", BUILTIN_TITLE)

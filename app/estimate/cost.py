@@ -132,14 +132,14 @@ class Budget:
         """The seconds of the budget that a cost uses up."""
         return max(min(cost.wall_s, cost.cpu_s), cost.wall_s / self.stretch)
 
-    def part(self, share: float) -> Part:
-        """A part that begins now and may use so much of the whole, or what is left of it."""
-        return Part(self, min(self.counted(self.passed) + share * self.seconds, self.seconds))
+    def share(self, fraction: float) -> BudgetShare:
+        """A share that begins now and may use this fraction of the whole, or what is left of it."""
+        return BudgetShare(self, min(self.counted(self.passed) + fraction * self.seconds, self.seconds))
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a budget: it should end when `end_s` seconds of the budget are used up."""
+class BudgetShare:
+    """A share of a budget: it should end when `end_s` seconds of the budget are used up."""
 
     budget: Budget
     end_s: float
@@ -152,14 +152,14 @@ class Part:
         """Whether a cost still fits into it."""
         return self.budget.counted(cost) <= self.left_s
 
-    def of_rest(self, share: float) -> Part:
+    def of_rest(self, fraction: float) -> BudgetShare:
         """The beginning of what is left of it."""
-        return Part(self.budget, self.end_s - (1 - share) * max(self.left_s, 0.0))
+        return BudgetShare(self.budget, self.end_s - (1 - fraction) * max(self.left_s, 0.0))
 
 
-def repeat(work: Callable[[], Cost], part: Part, times: range) -> list[Cost]:
-    """Costs of `work`, as many times as fit into the part, within the range."""
+def repeat(work: Callable[[], Cost], share: BudgetShare, times: range) -> list[Cost]:
+    """Costs of `work`, as many times as fit into the share, within the range."""
     costs = [work()]
-    while len(costs) < times.start or (len(costs) < times.stop and part.has(costs[-1])):
+    while len(costs) < times.start or (len(costs) < times.stop and share.has(costs[-1])):
         costs.append(work())
     return costs

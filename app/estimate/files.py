@@ -11,7 +11,7 @@ from app.core.files import read_json
 from app.core.labels import FP16, Label
 from app.core.run import RunRoot
 from app.data.prepare import prepared
-from app.estimate.cost import NOTHING, Cost, Line, Part, Stopwatch, line
+from app.estimate.cost import NOTHING, BudgetShare, Cost, Line, Stopwatch, line
 from app.estimate.pieces import (
     CheckpointCosts,
     FileCosts,
@@ -44,7 +44,7 @@ def measure_ptq(config: Config, run: RunRoot, costs: TrainingCosts, n_bn_batches
 
 
 def measure_export(
-    config: Config, run: RunRoot, part: Part, is_job_size: bool
+    config: Config, run: RunRoot, share: BudgetShare, is_job_size: bool
 ) -> tuple[dict[bool, CheckpointCosts], dict[Kind, FileCosts]]:
     """Exports both trainings' files of the first contract; repacked ones as long as there is time.
 
@@ -56,7 +56,7 @@ def measure_export(
     for checkpoint in (FP16, Label.parse(config.label)):
         trained, checkpoints[checkpoint.is_quantized] = read(run, checkpoint, is_job_size)
         for label in labels_of_files(checkpoint, settings, has_packed_bits(run, checkpoint)):
-            if label.packing and part.left_s <= 0:
+            if label.packing and share.left_s <= 0:
                 continue
             whole = WATCH.cost(lambda made=(trained, label): write_file(config.export, run, *made))
             files[kind_of(label)] = FileCosts(whole, NO_LINE) if is_job_size else split(whole, run, trained, label)
@@ -88,12 +88,12 @@ def px_of(images: Any) -> int:
     return len(images) * images.shape[2] * images.shape[3]
 
 
-def measure_eval(config: Config, run: RunRoot, part: Part) -> dict[Kind, ScoreCosts]:
+def measure_eval(config: Config, run: RunRoot, share: BudgetShare) -> dict[Kind, ScoreCosts]:
     """Scores the pilot's files, traced ones first, the others as long as there is time."""
     dataset, _ = dataset_of_run(config, run)
     scores: dict[Kind, ScoreCosts] = {}
     for label in sorted(map(Label.parse, exported(run)), key=lambda label: bool(label.packing)):
-        if label.packing and part.left_s <= 0:
+        if label.packing and share.left_s <= 0:
             continue
         path, out_dir = run.onnx_dir / label.file_name(config.model_name), run.root / label.scores_dir
         whole, metrics = WATCH.timed(lambda path=path, out=out_dir: evaluate_file(path, dataset, out, config.eval))

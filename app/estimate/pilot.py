@@ -129,7 +129,7 @@ def measure_trainings(
     for variant, config in configs.items():
         say(f"training {variant}, batch {config.train.batch}, {config.train.imgsz} px", budget)
         prepare(config, run, force=False)
-        trainings[variant] = measure_training(config, run, device, budget.part(TRAINING_SHARE))
+        trainings[variant] = measure_training(config, run, device, budget.share(TRAINING_SHARE))
     return trainings
 
 
@@ -140,8 +140,8 @@ def measure_after(config: Config, run: RunRoot, costs: TrainingCosts, plan: Plan
     say("ptq", budget)
     fixed = measure_ptq(config, run, costs, plan.n_bn_batches)
     say("export", budget)
-    checkpoints, files = measure_export(config, run, budget.part(EXPORT_SHARE), plan.exports_as_job)
+    checkpoints, files = measure_export(config, run, budget.share(EXPORT_SHARE), plan.exports_as_job)
     say("eval", budget)
-    scores = measure_eval(config, run, budget.part(EVAL_SHARE))
+    scores = measure_eval(config, run, budget.share(EVAL_SHARE))
     say("report", budget)
     return AfterCosts(fixed, checkpoints, files, scores, *measure_report(config, run))

@@ -18,7 +18,7 @@ from app.core.memory import own_memory
 from app.core.results import STATES
 from app.core.run import RunRoot
 from app.data.view import read_index, read_split
-from app.estimate.cost import Cost, Line, Part, Stopwatch, line, repeat, typical
+from app.estimate.cost import BudgetShare, Cost, Line, Stopwatch, line, repeat, typical
 from app.estimate.pieces import TrainingCosts
 from app.train.done import make_ready
 from app.train.loader import PREFETCH_BATCHES, STRIDE, Ticket
@@ -57,13 +57,13 @@ class TimedLoop(Loop):
         self.timed("save", super().save)
 
 
-def measure_training(config: Config, run: RunRoot, device: str, part: Part) -> TrainingCosts:
+def measure_training(config: Config, run: RunRoot, device: str, share: BudgetShare) -> TrainingCosts:
     """Measures a training of the pilot, and leaves its checkpoint and files as a finished one does.
 
     Args:
         config: of the pilot; run: with its dataset.
         device: as Ultralytics names it.
-        part: of the budget; every piece is measured once at least.
+        share: of the budget; every piece is measured once at least.
 
     Raises:
         torch.OutOfMemoryError: the GPU has no room. What was on it is freed when nobody holds the error any more.
@@ -85,7 +85,7 @@ def measure_training(config: Config, run: RunRoot, device: str, part: Part) -> T
             loop._start_epoch(0)
             start = stopwatch.now() - before
             trainer.validator.args.conf = 0.0  # as many detections as a trained network has
-            return _measure_parts(loop, run, start, part)
+            return _measure_parts(loop, run, start, share)
     finally:
         loop.monitor.close()
         trainer.close()
@@ -97,7 +97,7 @@ def measure_training(config: Config, run: RunRoot, device: str, part: Part) -> T
             torch.cuda.empty_cache()
 
 
-def _measure_parts(loop: TimedLoop, run: RunRoot, start: Cost, part: Part) -> TrainingCosts:
+def _measure_parts(loop: TimedLoop, run: RunRoot, start: Cost, share: BudgetShare) -> TrainingCosts:
     trainer, stopwatch, train = loop.trainer, loop.stopwatch, loop.config.train
     view, name = Path(trainer.provenance["view_dir"]), trainer.provenance["splits"]["train"]["name"]
     index = stopwatch.cost(lambda: read_index(view, name))
@@ -105,12 +105,12 @@ def _measure_parts(loop: TimedLoop, run: RunRoot, start: Cost, part: Part) -> Tr
     decode, augment, batch = samples(loop)
     on_gpu = trainer.device.type == "cuda"
     base_bytes = torch.cuda.memory_reserved() if on_gpu else 0
-    step, optimizer = steps(loop, batch, part)
+    step, optimizer = steps(loop, batch, share)
     loader = from_processes(loop, decode + augment) if trainer.args.workers else None
     ended, parts = epoch_end(loop, len(batch["img"]))
     draw = parts["draw"] / max(sum(map(len, loop.bn_images.drawn)), 1)
     held_bytes = process_bytes(trainer)
-    if part.has(ended):
+    if share.has(ended):
         loop._start_epoch(1)
         train_on(loop, batch)
         loop.optimizer_step()
@@ -142,7 +142,7 @@ def samples(loop: TimedLoop) -> tuple[Cost, Cost, dict[str, Any]]:
     return read / max(len(unread), 1), made / len(tickets), batch
 
 
-def steps(loop: TimedLoop, batch: dict[str, Any], part: Part) -> tuple[Line, Cost]:
+def steps(loop: TimedLoop, batch: dict[str, Any], share: BudgetShare) -> tuple[Line, Cost]:
     """Steps of a batch by its pixels, from half a batch and the whole one in turns; and those of the optimizer.
 
     On a GPU the whole batch is one graph, and half of it would be another way of computing: it is not asked for.
@@ -162,7 +162,7 @@ def steps(loop: TimedLoop, batch: dict[str, Any], part: Part) -> tuple[Line, Cos
         costs["optimizer"].append(stopwatch.cost(loop.optimizer_step))
         return stopwatch.now() - before
 
-    repeat(turn, part.of_rest(STEPS_SHARE), TURNS)
+    repeat(turn, share.of_rest(STEPS_SHARE), TURNS)
     px, whole = n_images * side**2, typical(costs["whole"])
     of_half = (n_half * side**2, typical(costs["half"])) if has_half else (px, whole)
     return line(of_half, (px, whole)), typical(costs["optimizer"])

@@ -90,7 +90,7 @@ def test_parts_and_whole(runs_dir: Path, clock: WorkClock, variant: str, monkeyp
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tiny_network():
-        pieces = measure_training(own, run, "cpu", Budget(60).part(0.05))
+        pieces = measure_training(own, run, "cpu", Budget(60).share(0.05))
     assert pieces.process_bytes == 1000 + 2 * 200, "the loader processes of training live, and validation has as many"
     assert torch.get_num_threads() == 1, "the stages after a training are measured as in processes of their own"
     torch.set_num_threads(n_threads)
@@ -147,7 +147,7 @@ def test_half_the_batch_where_the_gpu_has_no_room(runs_dir: Path, monkeypatch: p
     """It is measured again with fewer images, until that is one."""
     batches = []
 
-    def measure(config: Config, run: RunRoot, device: str, part: Any) -> None:
+    def measure(config: Config, run: RunRoot, device: str, share: Any) -> None:
         assert sys.exc_info()[0] is None, "the error before this keeps its network on the GPU"
         batches.append(config.train.batch)
         raise torch.OutOfMemoryError if config.train.batch > 1 else UserError("seen")
@@ -173,7 +173,7 @@ def test_the_peak_on_the_gpu_is_of_this_training_alone(runs_dir: Path, monkeypat
     command, run = Command([], sets_of(SETTINGS), for_s=60), RunRoot(runs_dir, "peak")
     prepare(command.config("fp16"), run, force=False)
     with pytest.raises(UserError, match="begun"):
-        measure_training(command.config("fp16"), run, "1", Budget(60).part(1.0))
+        measure_training(command.config("fp16"), run, "1", Budget(60).share(1.0))
 
 
 def test_a_sample_of_loader_processes_costs_their_processors_too(clock: WorkClock) -> None:

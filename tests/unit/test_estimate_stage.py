@@ -204,27 +204,27 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
         (Cost(100, 100), 2, None),  # too large for its share, and still seen warm once
     ],
 )
-def test_a_part_repeats_within_its_share(clocks: Clocks, one: Cost, n_times: int, waits: float | None) -> None:
+def test_work_repeats_within_its_share(clocks: Clocks, one: Cost, n_times: int, waits: float | None) -> None:
     budget = Budget(60)
-    part = budget.part(0.2)
-    assert len(repeat(lambda: clocks.work(one), part, range(2, 100))) == n_times
+    share = budget.share(0.2)
+    assert len(repeat(lambda: clocks.work(one), share, range(2, 100))) == n_times
     assert budget.waits == waits
 
 
-def test_a_part_ends_with_the_whole(clocks: Clocks) -> None:
+def test_a_share_ends_with_the_whole(clocks: Clocks) -> None:
     budget = Budget(60)
     clocks.work(Cost(55, 55))
-    part = budget.part(0.2)
-    assert part.left_s == pytest.approx(5)
-    assert part.of_rest(0.4).left_s == pytest.approx(2)
+    share = budget.share(0.2)
+    assert share.left_s == pytest.approx(5)
+    assert share.of_rest(0.4).left_s == pytest.approx(2)
     clocks.work(Cost(10, 10))
-    assert not part.has(Cost(0.1, 0.1))
+    assert not share.has(Cost(0.1, 0.1))
 
 
 def test_a_gpus_process_waits_for_nobody_else(clocks: Clocks) -> None:
     budget = Budget(60, stretch=1.0)
     clocks.work(Cost(50, 1))
-    assert budget.part(1.0).left_s == pytest.approx(10)
+    assert budget.share(1.0).left_s == pytest.approx(10)
     assert budget.waits is None
 
 

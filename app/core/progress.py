@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Words of a progress line. In a line that is too long, parts are replaced by `short`, the highest rank first; a
-    part of rank 0 stays."""
+class Segment:
+    """Words of a progress line. In a line that is too long, segments are replaced by `short`, the highest rank first;
+    one of rank 0 stays."""
 
     text: str
     rank: int = 0
@@ -41,15 +41,15 @@ class Part:
         return self.text if self.rank <= rank else self.short
 
 
-# Ranks of the parts. Beside them a bar needs room, so the bar goes first.
+# Ranks of the segments. Beside them a bar needs room, so the bar goes first.
 COUNT, LOSS, NAME, MEMORY, RATE = 5, 4, 3, 2, 1
 
 
-def fitted(name: Part, parts: list[Part], width: int) -> tuple[str, str]:
-    """Name and parts as text, so that 'name: parts' has at most `width` columns where that can be had."""
+def fitted(name: Segment, segments: list[Segment], width: int) -> tuple[str, str]:
+    """Name and segments as text, so that 'name: segments' has at most `width` columns where that can be had."""
     head = tail = ""
     for rank in range(COUNT, -1, -1):
-        words = [part.at(rank) for part in parts]
+        words = [segment.at(rank) for segment in segments]
         head, tail = name.at(rank), ", ".join(filter(None, words))
         if len(f"{head}: {tail}") <= width:
             break
@@ -64,7 +64,7 @@ class Meter:
 
     def __init__(self, desc: str, total: int, unit: str = "images", short: str | None = None) -> None:
         self.desc = printable(desc)
-        self.name = Part(self.desc, NAME, self.desc if short is None else printable(short))
+        self.name = Segment(self.desc, NAME, self.desc if short is None else printable(short))
         self.total = total
         self.unit = unit
         self.done = 0
@@ -77,7 +77,7 @@ class Meter:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
-    def update(self, count: int = 1, notes: Callable[[], list[Part]] = list) -> None:
+    def update(self, count: int = 1, notes: Callable[[], list[Segment]] = list) -> None:
         """Adds `count` finished units.
 
         `notes` returns the end of the line, such as memory and loss; it is called only when the line is shown.
@@ -90,10 +90,10 @@ class Meter:
         if self.bar is not None:
             self.bar.n = self.done
             width = shutil.get_terminal_size().columns - 1  # in the last column some terminals begin a new line
-            self.bar.bar_format = line_format(self.name, [*parts_of(self), *notes()], width)
+            self.bar.bar_format = line_format(self.name, [*segments_of(self), *notes()], width)
             self.bar.refresh()
         elif self.done < self.total:
-            log.info("%s: %s", *fitted(self.name, [*parts_of(self), *notes()], LOG_WIDTH))
+            log.info("%s: %s", *fitted(self.name, [*segments_of(self), *notes()], LOG_WIDTH))
 
     def close(self) -> None:
         """Removes the line from the terminal."""
@@ -101,12 +101,12 @@ class Meter:
             self.bar.close()
 
 
-def line_format(name: Part, parts: list[Part], width: int) -> str:
-    """The line as tqdm's bar_format, with a bar where there is room for one beside all parts."""
-    tail = ", ".join(part.text for part in parts)
+def line_format(name: Segment, segments: list[Segment], width: int) -> str:
+    """The line as tqdm's bar_format, with a bar where there is room for one beside all segments."""
+    tail = ", ".join(segment.text for segment in segments)
     if len(f"{name.text} {tail} ") + MIN_BAR <= width:
         return f"{_literal(name.text)} {{bar}} {_literal(tail)}"
-    head, tail = fitted(name, parts, width)
+    head, tail = fitted(name, segments, width)
     return _literal(f"{head}: {tail}")
 
 
@@ -114,11 +114,12 @@ def _literal(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
 
 
-def parts_of(meter: Meter) -> list[Part]:
+def segments_of(meter: Meter) -> list[Segment]:
     """How much is done, the rate, and the time left."""
     rate = _rate(meter)
     left = clock((meter.total - meter.done) / rate) if rate else "?"
-    return [Part(f"{meter.done:,}/{meter.total:,}", COUNT), Part(_rate_text(meter), RATE), Part(f"{left} left")]
+    count = f"{meter.done:,}/{meter.total:,}"
+    return [Segment(count, COUNT), Segment(_rate_text(meter), RATE), Segment(f"{left} left")]
 
 
 def track(items: Iterable[T], desc: str, total: int, unit: str = "images") -> Iterator[T]:

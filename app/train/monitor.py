@@ -19,7 +19,7 @@ from ultralytics.utils.plotting import plot_images
 from app.core.config import Config, dump
 from app.core.curves import curve_figure
 from app.core.differences import flatten
-from app.core.progress import LOSS, MEMORY, Meter, Part, Printable, clock
+from app.core.progress import LOSS, MEMORY, Meter, Printable, Segment, clock
 from app.core.results import STATES, WARM_UP, Row, Rows, is_validated, train_loss, write_rows
 from app.train.done import After
 
@@ -104,10 +104,10 @@ class Monitor:
     def step(self, n_images: int, losses: Callable[[], dict[str, float]]) -> None:
         """`losses` gives the running means of the epoch; it is called only when a line is shown."""
 
-        def notes() -> list[Part]:
+        def notes() -> list[Segment]:
             left = f"{self.whole} {clock(self._left_s(self.n_epochs - self.epoch - 1, self._epoch_left_s()))}"
             loss = f"loss {sum(losses().values()):.3f}"
-            return [Part(left), Part(f"{memory_gib():.1f} GiB", MEMORY), Part(loss, LOSS)]
+            return [Segment(left), Segment(f"{memory_gib():.1f} GiB", MEMORY), Segment(loss, LOSS)]
 
         self.meter.update(n_images, notes)
 

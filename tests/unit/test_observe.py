@@ -74,7 +74,7 @@ def test_the_line_of_a_meter_is_read_whole(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0)
     monkeypatch.setattr(progress, "LOG_WIDTH", WIDTH)
     meter = progress.Meter("fp16 epoch 1/300", 118_287, short="fp16 1/300")
-    meter.update(12_800, lambda: [progress.Part("training 1 d 3 h"), progress.Part("x" * 60, progress.LOSS)])
+    meter.update(12_800, lambda: [progress.Segment("training 1 d 3 h"), progress.Segment("x" * 60, progress.LOSS)])
     assert list(counts(caplog.text)) == [(1, 12_800)]
 
 

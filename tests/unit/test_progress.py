@@ -10,20 +10,21 @@ import sys
 import pytest
 
 from app.core import progress
-from app.core.progress import COUNT, LOSS, MEMORY, NAME, RATE, AboveBars, Meter, Part, clock, fitted, line_format
+from app.core.progress import COUNT, LOSS, MEMORY, NAME, RATE, AboveBars, Meter, Segment, clock, fitted, line_format
 
-FP16 = Part("fp16 epoch 3/10", NAME, "fp16 3/10")
-LONG = Part("qat-w4a16-mixed epoch 123/300", NAME, "qat-w4a16-mixed 123/300")
+FP16 = Segment("fp16 epoch 3/10", NAME, "fp16 3/10")
+LONG = Segment("qat-w4a16-mixed epoch 123/300", NAME, "qat-w4a16-mixed 123/300")
 
 
-def parts(count: str, rate: str, left: str, job: str, memory: str) -> list[Part]:
+def segments(count: str, rate: str, left: str, job: str, memory: str) -> list[Segment]:
     return [
-        Part(count, COUNT), Part(rate, RATE), Part(left), Part(job), Part(memory, MEMORY), Part("loss 3.142", LOSS)
+        Segment(count, COUNT), Segment(rate, RATE), Segment(left), Segment(job), Segment(memory, MEMORY),
+        Segment("loss 3.142", LOSS),
     ]  # fmt: skip
 
 
-SMOKE = parts("144/320", "14.2 images/s", "0:12 left", "job 2:10", "2.1 GiB")
-FULL = parts("45,000/118,287", "372 images/s", "12:05 left", "training 1 d 3 h", "12.3 GiB")
+SMOKE = segments("144/320", "14.2 images/s", "0:12 left", "job 2:10", "2.1 GiB")
+FULL = segments("45,000/118,287", "372 images/s", "12:05 left", "training 1 d 3 h", "12.3 GiB")
 
 
 @pytest.mark.parametrize(
@@ -38,12 +39,12 @@ FULL = parts("45,000/118,287", "372 images/s", "12:05 left", "training 1 d 3 h",
         (LONG, FULL, 79, "qat-w4a16-mixed 123/300: 372 images/s, 12:05 left, training 1 d 3 h, 12.3 GiB"),
     ],
 )
-def test_what_does_not_fit_goes_bar_first(name: Part, of: list[Part], width: int, shown: str) -> None:
+def test_what_does_not_fit_goes_bar_first(name: Segment, of: list[Segment], width: int, shown: str) -> None:
     assert line_format(name, of, width) == shown
 
 
 def test_a_bar_needs_ten_columns() -> None:
-    """Beside the name of 15, the parts of 64 and two blanks."""
+    """Beside the name of 15, the segments of 64 and two blanks."""
     assert "{bar}" in line_format(FP16, SMOKE, 81 + 10)
     assert "{bar}" not in line_format(FP16, SMOKE, 81 + 9)
 
@@ -52,7 +53,7 @@ def test_numbers_that_matter_are_on_a_terminal_of_80_columns() -> None:
     for name, of in ((FP16, SMOKE), (LONG, FULL)):
         head, tail = fitted(name, of, 79)
         assert len(f"{head}: {tail}") <= 79
-        assert all(part.text in tail for part in of if part.rank <= MEMORY)
+        assert all(segment.text in tail for segment in of if segment.rank <= MEMORY)
 
 
 class Terminal(io.StringIO):

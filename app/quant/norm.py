@@ -46,8 +46,8 @@ def is_installed(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a layer writes its output: into parts of a wider tensor, one part or two for the halves of its channels.
+class Slices:
+    """What a layer writes its output into: parts of a wider tensor, one part or two for the halves of its channels.
 
     With `copies` it also gives the last part as a tensor of its own. A convolution would copy a slice of a wider
     channels_last tensor before it reads it.
@@ -60,14 +60,14 @@ class Place:
 class FusedConv(Conv):
     """Convolution, BatchNorm and activation."""
 
-    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None, place: Place | None = None) -> Any:
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor | None = None, into: Slices | None = None) -> Any:
         """act(bn(conv(x))) + shortcut.
 
         Returns:
-            a tensor; with `place`, which only the kernels take, the parts and, if asked for, the copy.
+            a tensor; with `into`, which only the kernels take, the parts and, if asked for, the copy.
         """
         if uses_kernels(self, x):
-            return norm_act(self.bn, _convolve(self.conv, x), isinstance(self.act, nn.SiLU), shortcut, place)
+            return norm_act(self.bn, _convolve(self.conv, x), isinstance(self.act, nn.SiLU), shortcut, into)
         y = self.act(self.bn(self.conv(x)))
         return y if shortcut is None else shortcut + y
 
@@ -83,13 +83,13 @@ class FusedC2f(C2f):
         n_blocks = len(self.m)
         whole = _empty(y, (2 + n_blocks) * self.c)
         rooms = [whole.narrow(1, i * self.c, self.c) for i in range(2 + n_blocks)]
-        first_place = Place(rooms[:2], copies=n_blocks > 0)
-        *parts, dense = norm_act(first.bn, y, isinstance(first.act, nn.SiLU), None, first_place)
+        into = Slices(rooms[:2], copies=n_blocks > 0)
+        *parts, dense = norm_act(first.bn, y, isinstance(first.act, nn.SiLU), None, into)
         for i, block in enumerate(self.m):
             if i + 1 < n_blocks:
-                part, dense = block(dense, Place([rooms[2 + i]], copies=True))
+                part, dense = block(dense, Slices([rooms[2 + i]], copies=True))
             else:
-                (part,) = block(dense, Place([rooms[2 + i]], copies=False))
+                (part,) = block(dense, Slices([rooms[2 + i]], copies=False))
             parts.append(part)
         return self.cv2(cast(torch.Tensor, _Join.apply(_Whole(whole), *parts)))
 
@@ -97,19 +97,19 @@ class FusedC2f(C2f):
 class FusedBottleneck(Bottleneck):
     """Two convolutions, the second of which adds the shortcut."""
 
-    def forward(self, x: torch.Tensor, place: Place | None = None) -> Any:
-        return self.cv2(self.cv1(x), shortcut=x if self.add else None, place=place)
+    def forward(self, x: torch.Tensor, into: Slices | None = None) -> Any:
+        return self.cv2(self.cv1(x), shortcut=x if self.add else None, into=into)
 
 
 class FusedCIB(CIB):
     """A chain of convolutions, the last of which adds the shortcut."""
 
-    def forward(self, x: torch.Tensor, place: Place | None = None) -> Any:
+    def forward(self, x: torch.Tensor, into: Slices | None = None) -> Any:
         *inner, last = self.cv1
         y = x
         for layer in inner:
             y = layer(y)
-        return last(y, shortcut=x if self.add else None, place=place)
+        return last(y, shortcut=x if self.add else None, into=into)
 
 
 class Doubling(nn.Upsample):
@@ -152,7 +152,7 @@ def _convolve(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def norm_act(
-    norm: nn.BatchNorm2d, x: torch.Tensor, act: bool, shortcut: torch.Tensor | None = None, place: Place | None = None
+    norm: nn.BatchNorm2d, x: torch.Tensor, act: bool, shortcut: torch.Tensor | None = None, into: Slices | None = None
 ) -> Any:
     """BatchNorm of x, then SiLU if `act`, then + shortcut; in training mode running statistics move as in PyTorch.
 
@@ -162,16 +162,16 @@ def norm_act(
             beyond those of the norm are padding.
         act: SiLU follows.
         shortcut: like x, or None.
-        place: where the output goes; a new tensor by default.
+        into: where the output goes; a new tensor by default.
 
     Returns:
-        a tensor like x in channels_last, or a tuple: the parts of `place` and, if asked for, the copy.
+        a tensor like x in channels_last, or a tuple: the parts of `into` and, if asked for, the copy.
     """
     if norm.training:
-        outputs = cast(Tensors, _NormAct.apply(norm, act, place, norm.weight, norm.bias, x, shortcut))
+        outputs = cast(Tensors, _NormAct.apply(norm, act, into, norm.weight, norm.bias, x, shortcut))
     else:
-        outputs = _passes(norm, act, place, x, shortcut).outputs
-    return outputs if place else outputs[0]
+        outputs = _passes(norm, act, into, x, shortcut).outputs
+    return outputs if into else outputs[0]
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,12 @@ class _Passed:
     cut: norm_passes.Plan
 
 
-def _passes(norm: Any, act: bool, place: Place | None, x: torch.Tensor, shortcut: torch.Tensor | None) -> _Passed:
+def _passes(norm: Any, act: bool, into: Slices | None, x: torch.Tensor, shortcut: torch.Tensor | None) -> _Passed:
     rows = as_matrix(x)
     n_channels = len(norm.weight)
-    parts = [_alias(part) for part in place.parts] if place else [_empty(x, n_channels)]
+    parts = [_alias(part) for part in into.parts] if into else [_empty(x, n_channels)]
     cut = norm_passes.plan(x, n_channels, len(parts))
-    copy = _empty(x, cut.n_part) if place and place.copies else None
+    copy = _empty(x, cut.n_part) if into and into.copies else None
     values = Norm(
         norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.eps, norm.momentum
     )
@@ -204,13 +204,13 @@ def _passes(norm: Any, act: bool, place: Place | None, x: torch.Tensor, shortcut
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913 - one argument a tensor
-        ctx: Any, norm: Any, act: bool, place: Place | None, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
+        ctx: Any, norm: Any, act: bool, into: Slices | None, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
         shortcut: torch.Tensor | None,
     ) -> Tensors:  # fmt: skip
-        passed = _passes(norm, act, place, x, shortcut)
+        passed = _passes(norm, act, into, x, shortcut)
         ctx.save_for_backward(passed.rows.tensor, passed.stats, weight, bias)
         ctx.stride, ctx.act, ctx.cut = passed.rows.stride, act, passed.cut
-        ctx.has_copy = place is not None and place.copies
+        ctx.has_copy = into is not None and into.copies
         return passed.outputs
 
     @staticmethod

@@ -25,7 +25,7 @@ FurtherLoss = Callable[[torch.Tensor, dict[str, Any], Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class Rise:
-    """Place of a step, counted from 0, in a warm-up of n_steps."""
+    """A step, counted from 0, of a warm-up of n_steps."""
 
     step: int
     n_steps: int

@@ -17,7 +17,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.loss import E2ELoss
 
 from app.quant.kernels import Layout, Spec, gradient, quantize
-from app.quant.norm import Place, norm_act
+from app.quant.norm import Slices, norm_act
 from app.quant.upsample import double
 from app.train.colours import Palette, recolour
 from app.train.loss import HeadLoss
@@ -72,7 +72,7 @@ def norms(dtype: torch.dtype, act: bool) -> None:
     shortcut = torch.randn(2, 48, 4, 4).to(dtype).to(memory_format=NHWC).requires_grad_()
     room = torch.empty(2, 64, 4, 4, dtype=dtype).contiguous(memory_format=NHWC)
     norm_act(layer, x, act, shortcut, None).sum().backward()
-    part, copy = norm_act(layer, x, act, None, Place([room.narrow(1, 16, 48)], copies=True))
+    part, copy = norm_act(layer, x, act, None, Slices([room.narrow(1, 16, 48)], copies=True))
     torch.autograd.backward([part, copy], [torch.ones_like(part), torch.ones_like(copy)])
     with torch.no_grad():
         norm_act(layer.eval(), x, act, shortcut)

@@ -18,7 +18,7 @@ from ultralytics.nn.modules.block import C2f, C2fCIB
 from ultralytics.nn.modules.conv import Conv
 
 from app.quant import norm
-from app.quant.norm import Place, install, norm_act
+from app.quant.norm import Slices, install, norm_act
 from app.quant.upsample import double
 from tests.support.interpreter import run_in_interpreter
 
@@ -75,7 +75,7 @@ def wide_slice(shape: tuple[int, int, int, int], dtype: torch.dtype, mean: float
 
 
 def forward_and_backward(
-    run: Callable[[Place | None], Any], x: torch.Tensor, form: str
+    run: Callable[[Slices | None], Any], x: torch.Tensor, form: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the layer in one of its forms and backward with random gradients; gives its output, and their sum."""
     n, channels, height, width = x.shape
@@ -87,16 +87,16 @@ def forward_and_backward(
         y.backward(grad)
         return y, grad.double()
     if form == "part":
-        (y,) = run(Place([room.narrow(1, 16, channels)], copies=False))
+        (y,) = run(Slices([room.narrow(1, 16, channels)], copies=False))
         y.backward(grad)
         return y, grad.double()
     if form == "part and copy":
-        y, copy = run(Place([room.narrow(1, 16, channels)], copies=True))
+        y, copy = run(Slices([room.narrow(1, 16, channels)], copies=True))
         assert torch.equal(y, copy)
         assert torch.equal(y, room[:, 16:])
         torch.autograd.backward([y, copy], [grad, copy_grad])
         return y, grad.double() + copy_grad.double()
-    first, last, copy = run(Place([room.narrow(1, 0, half), room.narrow(1, half, half)], copies=True))
+    first, last, copy = run(Slices([room.narrow(1, 0, half), room.narrow(1, half, half)], copies=True))
     torch.autograd.backward([first, last, copy], [grad[:, :half], grad[:, half:], copy_grad[:, :half]])
     last_grad = grad[:, half:].double() + copy_grad[:, :half].double()
     return torch.cat([first, last], 1), torch.cat([grad[:, :half].double(), last_grad], 1)
@@ -113,7 +113,7 @@ def compare(shape: tuple[int, int, int, int], dtype: torch.dtype, act: bool, for
     shortcut = None if form == "halves" else wide_slice(shape, dtype).detach().requires_grad_()
     expected = reference(x_reference)
     expected = functional.silu(expected) if act else expected
-    y, expected_grad = forward_and_backward(lambda place: norm_act(layer, x, act, shortcut, place), x, form)
+    y, expected_grad = forward_and_backward(lambda into: norm_act(layer, x, act, shortcut, into), x, form)
     pairs = [(y, expected)]
     if shortcut is not None:
         pairs[0] = (y, expected + shortcut.double())
@@ -167,7 +167,7 @@ def compare_eval(dtype: torch.dtype, act: bool) -> None:
     with torch.no_grad():
         y = norm_act(layer.eval(), x, act, shortcut)
         first, last, copy = norm_act(
-            layer, x, act, None, Place([room.narrow(1, 0, 24), room.narrow(1, 24, 24)], copies=True)
+            layer, x, act, None, Slices([room.narrow(1, 0, 24), room.narrow(1, 24, 24)], copies=True)
         )
     assert distance(y, expected + shortcut.double()) < LIMIT[dtype]
     assert distance(torch.cat([first, last], 1), expected) < LIMIT[dtype]

@@ -321,5 +321,4 @@ class _Together(torch.autograd.Function):
         layout: Layout = ctx.layout
         flat, absmax, pick = ctx.saved_tensors
         flat_grads = kernels.gradient(layout.join_grads(grads), flat, layout, absmax, pick)
-        pairs = zip(grads, layout.split(flat_grads), strict=True)
-        return None, None, *(None if grad is None else weight_grad for grad, weight_grad in pairs)
+        return None, None, *layout.split_grads(flat_grads, grads)

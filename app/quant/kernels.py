@@ -6,6 +6,7 @@ channel, or a whole weight where the scale is per tensor. One program of the ker
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,6 +101,10 @@ class Layout:
         """Views of the flat buffer with the shapes and strides of the weights."""
         views = zip(self.shapes, self.strides, self.starts, strict=True)
         return [flat.as_strided(shape, stride, start) for shape, stride, start in views]
+
+    def split_grads(self, flat: torch.Tensor, grads: tuple[torch.Tensor | None, ...]) -> Iterator[torch.Tensor | None]:
+        """`split` of the weights' gradients, and None for a weight that had none in `join_grads`."""
+        return (None if grad is None else part for grad, part in zip(grads, self.split(flat), strict=True))
 
 
 def _memory_format(weight: torch.Tensor) -> torch.memory_format:

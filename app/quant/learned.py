@@ -196,9 +196,7 @@ class _Together(torch.autograd.Function):
         pointers = (upstream, flat, layout.table, steps, scales, flat_grads, step_grads, scale_grads)
         with torch.cuda.device_of(flat):
             _gradient_kernel[(len(scales),)](*pointers, PASSES_CLAMP=ctx.passes_clamp, **layout.launch)
-        pairs = zip(grads, layout.split(flat_grads), strict=True)
-        weight_grads = (None if grad is None else weight_grad for grad, weight_grad in pairs)
-        return None, None, None, step_grads, scale_grads, *weight_grads
+        return None, None, None, step_grads, scale_grads, *layout.split_grads(flat_grads, grads)
 
 
 @jit

@@ -25,12 +25,13 @@ from app.core.results import STATES
 from app.core.run import RunRoot
 from app.data.prepare import prepare
 from app.report.tables import markdown_table
+from app.train.batches import first_images
 from app.train.loader import PREFETCH_BATCHES
 from app.train.loop import Loop
 from app.train.processes import ALONE
 from app.train.train import device_of, make_ready
 from app.train.trainer import Trainer
-from app.train.validator import LABELS, HeldOut
+from app.train.validator import HeldOut
 
 log = logging.getLogger(__name__)
 N_WARM_UPS = 3  # steps before any clock starts: kernels are compiled, the graph is captured
@@ -124,7 +125,8 @@ def measure(config: Config, run: RunRoot) -> EpochCost:
         batch = next(loader)
         for _ in range(N_WARM_UPS):
             loop.step(batch)
-        loop.step(first_images(batch, len(trainer.train_loader.dataset) % config.train.batch or config.train.batch))
+        n_last = len(trainer.train_loader.dataset) % config.train.batch or config.train.batch
+        loop.step(first_images(batch, n_last))  # the epoch's last batch: its kernels are compiled for its own size
         n_ahead = PREFETCH_BATCHES * config.train.workers  # batches that the workers have made already
         n_batches = max(2 * n_ahead, N_STEPS)
         loop.timed("step", lambda: [loop.step(batch) for _ in range(N_STEPS)])
@@ -147,13 +149,6 @@ def measure(config: Config, run: RunRoot) -> EpochCost:
         seconds["loop"][0] / n_batches, score_s / len(STATES) / n_val, reestimate_s,
         seconds["validate"][0] - score_s - reestimate_s, seconds["examine"][0], seconds["save"][0],
     )  # fmt: skip
-
-
-def first_images(batch: dict[str, Any], n_images: int) -> dict[str, Any]:
-    """A batch as the last one of an epoch may be: its kernels are compiled for another number of images."""
-    is_kept = batch["batch_idx"] < n_images
-    labels = {name: batch[name][is_kept] for name in LABELS}
-    return {**batch, **labels, "img": batch["img"][:n_images]}
 
 
 def show(config: Config, cost: EpochCost) -> None:

@@ -20,13 +20,14 @@ from app.core.run import RunRoot
 from app.data.view import read_index, read_split
 from app.estimate.cost import BudgetShare, Cost, Line, Stopwatch, line, repeat, typical
 from app.estimate.pieces import TrainingCosts
+from app.train.batches import STRIDE, Ticket, first_images
 from app.train.done import make_ready
-from app.train.loader import PREFETCH_BATCHES, STRIDE, Ticket
+from app.train.loader import PREFETCH_BATCHES
 from app.train.loop import Loop
 from app.train.monitor import log_file
 from app.train.train import finish
 from app.train.trainer import Trainer
-from app.train.validator import LABELS, HeldOut
+from app.train.validator import HeldOut
 
 T = TypeVar("T")
 TURNS = range(2, 20)  # of steps: the first one also compiles and allocates
@@ -177,13 +178,6 @@ def half_of(n_images: int, side: int) -> int:
 def train_on(loop: Loop, batch: dict[str, Any]) -> None:
     loop.watch.next(0, batch)
     loop.backward(batch)
-
-
-def first_images(batch: dict[str, Any], n_images: int) -> dict[str, Any]:
-    """A smaller batch of the first images."""
-    is_kept = batch["batch_idx"] < n_images
-    labels = {name: batch[name][is_kept] for name in LABELS}
-    return {**batch, **labels, "img": batch["img"][:n_images]}
 
 
 def from_processes(loop: TimedLoop, made: Cost) -> Cost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from app.core.config import UserError
 
 STRIDE = 32  # px of the input to a px of the network's smallest map
+LABELS = ("batch_idx", "cls", "bboxes")  # entries of a batch that have a row for every object
 
 
 class Ticket(NamedTuple):
@@ -104,3 +105,10 @@ class EpochBatches(Sampler[list[Ticket]]):
 def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
     """Permutation of range(n_images) that an epoch reads its images in, int64 [n_images]."""
     return np.random.default_rng([seed, epoch]).permutation(n_images)
+
+
+def first_images(batch: dict[str, Any], n_images: int) -> dict[str, Any]:
+    """A smaller batch of the first images, as the last one of an epoch may be."""
+    is_kept = batch["batch_idx"] < n_images
+    labels = {name: batch[name][is_kept] for name in LABELS}
+    return {**batch, **labels, "img": batch["img"][:n_images]}

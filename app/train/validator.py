@@ -16,9 +16,9 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.metrics import DetMetrics
 
 from app.core.results import AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES
+from app.train.batches import LABELS
 from app.train.match import Targets, match, targets_of
 
-LABELS = ("batch_idx", "cls", "bboxes")  # what a validator reads of a batch for every image
 AT = "@"  # between a number's name and the name of its weights
 Weights = dict[str, torch.Tensor]
 

@@ -21,7 +21,8 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
     stage.add_argument("--images", type=int, help="eval: repeat images to so many, for time; rehearsal: score so many")
-    stage.add_argument("--arms", nargs="+", help="train, agreement, stability: some of its arms; rehearsal: parts")
+    of_arms = "train, agreement, stability: some of its arms (stability: scheme files too); rehearsal: parts"
+    stage.add_argument("--arms", nargs="+", help=of_arms)
     stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")
     stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends, 0 shows")
     stage.add_argument("--until", type=int, help="stability: show the arms as of this epoch (default: their last)")

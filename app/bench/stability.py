@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from app.bench.stability_figure import draw
-from app.bench.stability_measures import draw_shares, show_falls, show_measures
+from app.bench.stability_measures import draw_shares, show_falls, show_measures, show_pairs
 from app.bench.stability_rows import BASE, LOW_RATE, Row, all_up_to, merge, read_arm, read_file, recipe, write_file
 from app.bench.stability_table import show
 from app.bench.train import train_command, visible_gpus
@@ -27,6 +27,7 @@ from app.core.curves import save_png
 from app.core.labels import FP16
 from app.core.results import AP_FREQUENT
 from app.core.run import RunRoot
+from app.core.scheme import SCHEME, is_file
 from app.data.prepare import prepare
 from app.train.done import teacher_path
 from app.train.interrupt import Interrupt
@@ -69,6 +70,7 @@ ARMS: dict[str, list[str]] = {
     f"w4a16-mixed-dw{LOW_RATE}": [LOW, "quant.scheme=w4a16-mixed-dw"],
 }
 DEFAULT_SEEDS = [0, 1]
+IN_FOLDER_NAMES = str.maketrans(" /", "__")
 POLL_S = 0.5  # between two looks at the running trainings
 GRACE_S = 30.0  # for saving when the time is up
 
@@ -78,7 +80,7 @@ class Plan:
     """What a call does.
 
     Attributes:
-        arms: by name.
+        arms: names of ARMS, and scheme files: each is an arm of its own.
         seeds: None: DEFAULT_SEEDS are trained, and all of `files` are shown.
         for_s: seconds until the call saves and returns; 0 trains nothing and needs no data.
         n_jobs: trainings at a time.
@@ -142,7 +144,8 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     for seed in DEFAULT_SEEDS if plan.seeds is None else plan.seeds:
         for arm in plan.arms:
             trainings.append(training_of(run, arm, seed, overlays, sets))
-    common = recipe(load("qat", overlays, sets), ARMS)
+    arms = ARMS | {arm: settings_of(arm) for arm in plan.arms}
+    common = recipe(load("qat", overlays, sets), arms)
     others = []
     for path in plan.files:
         others += read_file(path, common)
@@ -151,7 +154,7 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
         for training in missing:
             prepare(training.config, training.root, force=False)
         train_all(missing, overlays, plan)
-    rows = merge(rows_of(trainings) + others, list(ARMS))
+    rows = merge(rows_of(trainings) + others, list(arms))
     write_file(run.root / "bench-stability.json", common, rows)
     visible = chosen(rows, plan)
     if not visible:
@@ -160,6 +163,7 @@ def bench_stability(run: RunRoot, overlays: list[Path], sets: list[str], plan: P
     log.info("%s", of_recipe(common))
     show(visible)
     show_measures(visible)
+    show_pairs(visible)
     show_falls(visible, trainings[0].config.report.min_share_of_best)
     save_png(draw(visible), run.root / "bench-stability.png")
     log.info("curves of raw, EMA and EMA + BN: %s", run.root / "bench-stability.png")
@@ -181,17 +185,22 @@ def of_recipe(common: dict[str, Any]) -> str:
 def check_arms(arms: list[str]) -> None:
     """Raises UserError for an unknown arm, and for one that needs the weights of BASE where BASE is not named."""
     for arm in arms:
-        if arm not in ARMS:
-            raise UserError(f"--arms {arm}: choose among {', '.join(ARMS)}")
+        if arm not in ARMS and not is_file(arm):
+            raise UserError(f"--arms {arm}: choose among {', '.join(ARMS)}, or name a scheme file such as my.yaml")
     for arm in arms:
         if (branches(arm) or arm.endswith(DISTILLED)) and BASE not in arms:
             verb = "begins with" if branches(arm) else "is distilled from"
             raise UserError(f"--arms {arm}: it {verb} the weights of {BASE}, name that arm too")
 
 
+def settings_of(arm: str) -> list[str]:
+    """What an arm sets beside the variant's: as in ARMS, or its scheme file."""
+    return ARMS[arm] if arm in ARMS else [f"{SCHEME}={arm}"]
+
+
 def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> Training:
     """The training of an arm with a seed; that of BASE keeps the checkpoint that the arms after BRANCH begin with."""
-    own = [*sets, *ARMS[arm], f"train.seed={seed}"]
+    own = [*sets, *settings_of(arm), f"train.seed={seed}"]
     variant = "fp16" if arm.startswith(BASE) else "qat"
     if arm == BASE:
         switches = [load("qat", overlays, [*own, *ARMS[it]]).n_quant_warmup_epochs for it in ARMS if branches(it)]
@@ -212,7 +221,7 @@ def branches(arm: str) -> bool:
 
 def root_of(run: RunRoot, arm: str, seed: int) -> RunRoot:
     """Run root of one training; the cache of views is shared."""
-    return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(',', '').replace(' ', '_')}-{seed}")
+    return RunRoot(run.runs_dir, f"{run.name}-{arm.replace(',', '').translate(IN_FOLDER_NAMES)}-{seed}")
 
 
 def to_train(trainings: list[Training], rows: list[Row]) -> list[Training]:

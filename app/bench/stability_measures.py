@@ -75,6 +75,18 @@ def show_measures(rows: list[Row]) -> None:
         log.info("%s", line)
 
 
+def show_pairs(rows: list[Row]) -> None:
+    """Logs every quantized arm as a share of every other, of the same seeds: whether two schemes differ."""
+    by_arm = {arm: its_rows for arm, its_rows in rows_by_arm(rows).items() if not arm.startswith(BASE)}
+    if len(by_arm) < 2:
+        return
+    cells = [[f"{MEASURE}, as a share of", *by_arm]]
+    for arm, its_rows in by_arm.items():
+        cells.append([arm, *(MISSING if other == arm else share(MEASURE, its_rows, by_arm[other]) for other in by_arm)])
+    for line in markdown_table(cells):
+        log.info("%s", line)
+
+
 def scatter(measure: Measure, rows: list[Row]) -> tuple[str, str]:
     """Mean over the seeds that have it, and their coefficient of variation, at the last epoch that all these have."""
     rows = measure.among(rows)

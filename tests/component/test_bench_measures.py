@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from app.bench.stability import Plan, bench_stability, is_among, recipe, training_of
-from app.bench.stability_measures import MEASURE, Measure, draw_shares, falls, scatter, share, show_falls, show_measures
+from app.bench.stability_measures import (
+    MEASURE,
+    Measure,
+    draw_shares,
+    falls,
+    scatter,
+    share,
+    show_falls,
+    show_measures,
+    show_pairs,
+)
 from app.bench.stability_rows import up_to, write_file
 from app.core.config import load
 from app.core.results import STATES
@@ -68,6 +78,19 @@ def test_table_has_a_line_for_each_candidate(caplog: pytest.LogCaptureFixture) -
     assert list(table) == [f"{name}{last}" for name in names for last in ("", ", last 5")]
     assert table["AP"] == ["0.0400", "-", "0.500"]
     assert table["AP_frequent"] == ["-", "-", "-"]
+
+
+def test_every_quantized_arm_beside_every_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the seeds that both have; FP16 has its table, and one arm alone nothing beside it."""
+    low = [row("fp16, lrf 0.01", 0, 0.3), row("fp16", 0, 0.4)]
+    rows = [*low, row("w4a16", 0, 0.2), row("w4a16", 1, 0.9), row("w8a16", 0, 0.3)]
+    with caplog.at_level(logging.INFO):
+        show_pairs(rows[:4])
+        assert caplog.messages == []
+        show_pairs(rows)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in caplog.messages]
+    assert lines[0] == ["AP_frequent, last 5, as a share of", "w4a16", "w8a16"]
+    assert lines[2:] == [["w4a16", "-", "0.667"], ["w8a16", "1.500", "-"]]
 
 
 def test_seeds_without_the_measure_are_left_out() -> None:

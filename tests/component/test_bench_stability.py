@@ -65,6 +65,25 @@ def test_every_arm_can_be_built_and_has_a_folder_of_its_own(tmp_path: Any) -> No
         assert (quant_config is None) == (config.variant == "fp16")
 
 
+def test_a_scheme_file_is_an_arm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It has a folder, its rows join those of a file, and a call that does not name it says so."""
+    own, run = tmp_path / "own.yaml", RunRoot(tmp_path, "stability")
+    own.write_text('- {pattern: "*", bits: 3, granularity: channel, why: own}\n')
+    arm, kept = str(own), tmp_path / "kept.json"
+    training = training_of(run, arm, 1, [], [])
+    assert training.config.quant is not None and training.config.quant.scheme.name == "own"
+    assert training.root.root.parent == tmp_path
+    known = recipe(load("qat"), {"fp16": [], arm: [f"quant.scheme={arm}"]})
+    write_file(kept, known, [row("fp16", 1, {6: 0.2}), row(arm, 1, {6: 0.1})])
+    with caplog.at_level(logging.INFO):
+        bench_stability(run, [], [], Plan(["fp16", arm], [1], 0, 1, files=(kept,)))
+    assert cells_of(caplog.messages[4])[0] == arm
+    with pytest.raises(UserError, match=r"kept\.json: it has rows of .*own\.yaml, which .*: --arms has to name it"):
+        bench_stability(run, [], [], Plan(["fp16"], [1], 0, 1, files=(kept,)))
+    with pytest.raises(UserError, match=r"--arms w9: choose among fp16, .* or name a scheme file such as my\.yaml"):
+        bench_stability(run, [], [], Plan(["w9"], [1], 0, 1))
+
+
 def test_a_float_warm_up_begins_with_what_fp16_keeps(tmp_path: Any) -> None:
     run, conf = RunRoot(tmp_path, "stability"), ["train.epochs=120"]
     fp16, branch = (training_of(run, arm, 3, [], conf).config for arm in (BASE, BRANCH))
@@ -211,7 +230,7 @@ ROW = {"w4a16": ["quant.dampening=1e-3"]}
         (["quant.dampening=1e-3"], ROW, "other settings (quant.dampening: 0.0 -> 0.001)"),
         (["quant.freeze_momentum=0.1"], ROW, "other settings (quant.freeze_momentum: 0.01 -> 0.1)"),  # not in the file
         ([], {"w4a16": []}, "w4a16 was ['quant.dampening=1e-3'], now it is []"),
-        ([], {}, "w4a16 was ['quant.dampening=1e-3'], now it is None"),
+        ([], {}, "it has rows of w4a16, which this call does not know: --arms has to name it"),
         (["train.seed=3", "train.workers=5", "data.coco_dir=elsewhere", "guard.collapse=warn"], ROW, None),
     ],
 )
@@ -335,7 +354,13 @@ def test_nothing_to_show(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> Non
 # Line of the table of measures that the bench prints -> column of docs/results.md.
 MEASURES = {"AP_frequent, last 5": 1, "AP_commonest, last 5": 2, "AP": 3}
 LOSSES = {10: 4, 9: 5}  # column of the table of arms -> column of docs/results.md
-ARMS_OF_PAGE = {"w4a16": "w4a16 (the default)", "w4a16-mixed": "w4a16-mixed", "w4a16-mixed-dw": "w4a16-mixed-dw"}
+# Arm -> its name in docs/results.md; in the order of the bench's columns.
+ARMS_OF_PAGE = {
+    "w4a16": "w4a16 (the default)", "w4a16-mixed": "w4a16-mixed", "w4a16-mixed-dw": "w4a16-mixed-dw",
+    "w4a16, distilled": "w4a16, distilled (n=8)",
+}  # fmt: skip
+MEASURE_OF_PAGE = "AP_frequent, last 5"  # the number that judges
+OF_16_SEEDS = ("fp16", "w4a16", "w4a16-mixed", "w4a16-mixed-dw")  # the arms whose falls the page counts
 LATEST, EAGER = "docs/stability.json", "docs/stability-eager.json"
 # Of the last section, the name of an option -> its arm in the bench.
 OPTIONS = {
@@ -371,17 +396,23 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 def by_first_cell(lines: list[str]) -> dict[str, list[str]]:
+    """Rows of all tables; of those that begin alike the last."""
     return {cells[0]: cells for cells in map(cells_of, lines)}
+
+
+def of_arms(lines: list[str]) -> dict[str, list[str]]:
+    """Rows of the bench's table of arms and that of measures, which come before the one of pairs."""
+    return by_first_cell(lines[::-1])
 
 
 @pytest.fixture(scope="module")
 def told() -> dict[str, list[str]]:
-    """Rows of the tables of docs/results.md; of those that begin alike the last."""
+    """Rows of the tables of docs/results.md."""
     return by_first_cell((REPO_DIR / "docs" / "results.md").read_text().splitlines())
 
 
 def test_the_results_page_shows_what_the_file_says(printed: dict[str, list[str]], told: dict[str, list[str]]) -> None:
-    ours = by_first_cell(printed[ALL])
+    ours = of_arms(printed[ALL])
     for place, (arm, name) in enumerate(ARMS_OF_PAGE.items(), start=3):
         for measure, column_of_page in MEASURES.items():
             assert ours[measure][place] == told[name][column_of_page]
@@ -394,7 +425,7 @@ def test_the_results_page_shows_what_the_file_says(printed: dict[str, list[str]]
 def test_the_results_page_shows_how_far_curves_fall(printed: dict[str, list[str]]) -> None:
     """The mean curves of AP keep 0.97 of their best, those of AP_frequent 0.99; single trainings are counted."""
     page = (REPO_DIR / "docs" / "results.md").read_text().replace("\n", " ")
-    for arm in ("fp16", *ARMS_OF_PAGE):
+    for arm in OF_16_SEEDS:
         (falls,) = (line for line in printed[ALL] if line.startswith(f"{arm}: lowest"))
         of_ap, of_frequent = falls.partition("below 0.9: ")[2].split("; ")
         lowest, n_below = of_ap.removeprefix("AP ").split(", ")
@@ -402,14 +433,32 @@ def test_the_results_page_shows_how_far_curves_fall(printed: dict[str, list[str]
         assert f"{arm} {n_below}" in page
         lowest, n_below = of_frequent.removeprefix("AP_frequent ").split(", ")
         assert float(lowest) >= 0.99
-        assert n_below == "0 of 8"
+        assert n_below == "0 of 16"
+
+
+def test_the_results_page_shows_what_schemes_and_options_differ_by(printed: dict[str, list[str]]) -> None:
+    lines = printed[ALL]
+    (first,) = (number for number, line in enumerate(lines) if "as a share of" in line)
+    (of_low_rate,) = (cells for cells in map(cells_of, lines) if cells[0] == MEASURE_OF_PAGE)
+    heads = cells_of(lines[first])
+    pairs = by_first_cell(lines[first + 2 : first + 1 + len(heads)])
+    page = (REPO_DIR / "docs" / "results.md").read_text().replace("\n", " ")
+    dw, base = pairs["w4a16-mixed-dw"], heads.index("w4a16")
+    assert f"mixed-dw has {dw[base]} of w4a16's AP and {dw[heads.index('w4a16-mixed')]} of mixed's" in page
+    assert f"gives {pairs['w4a16, distilled'][base]} of plain w4a16" in page
+    (arms,) = (cells_of(line) for line in lines if line.startswith("| measure"))
+    shares = {arm.partition(" (n=")[0]: cell for arm, cell in zip(arms, of_low_rate, strict=True)}
+    assert f"FP16 keeps {shares['fp16, lrf 0.01']}, " in page
+    for arm, words in (("w4a16", "w4a16 loses"), ("w4a16-mixed-dw", "w4a16-mixed-dw")):
+        share, error = map(float, shares[f"{arm}, lrf 0.01"].split(" ± "))
+        assert f"{words} {1 - share:.3f} ± {error:.3f}" in page
 
 
 def test_the_results_page_shows_the_earlier_loop_beside_this_one(
     printed: dict[str, list[str]], told: dict[str, list[str]]
 ) -> None:
     for column, lines in ((1, printed[EAGER_AT_96]), (2, printed[AT_96])):
-        ours = by_first_cell(lines)
+        ours = of_arms(lines)
         for arm, name in (("fp16", "FP16"), ("w4a16", "w4a16"), ("w4a16-mixed", "w4a16-mixed")):
             assert told[f"{name}, AP"][column] == ours[arm][5]
             assert told[f"{name}, val loss"][column] == ours[arm][8]
@@ -418,7 +467,7 @@ def test_the_results_page_shows_the_earlier_loop_beside_this_one(
 def test_the_results_page_shows_the_options_that_the_file_says(
     printed: dict[str, list[str]], told: dict[str, list[str]]
 ) -> None:
-    of_seed_6, of_all = by_first_cell(printed[SEED_6]), by_first_cell(printed[OF_EAGER])
+    of_seed_6, of_all = of_arms(printed[SEED_6]), of_arms(printed[OF_EAGER])
     for option, arm in OPTIONS.items():
         share = float(of_seed_6[arm][7].partition(" at ")[0])
         assert told[option][2].split()[0] == f"{share:.2f}"

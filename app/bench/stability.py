@@ -195,7 +195,7 @@ def check_arms(arms: list[str]) -> None:
 
 def settings_of(arm: str) -> list[str]:
     """What an arm sets beside the variant's: as in ARMS, or its scheme file."""
-    return ARMS[arm] if arm in ARMS else [f"{SCHEME}={arm}"]
+    return ARMS.get(arm, [f"{SCHEME}={arm}"])
 
 
 def training_of(run: RunRoot, arm: str, seed: int, overlays: list[Path], sets: list[str]) -> Training:

@@ -135,7 +135,7 @@ def read_file(path: Path, expected: dict[str, Any]) -> list[Row]:
     for arm in dict.fromkeys(row["arm"] for row in other["rows"]):
         before, now = other["arms"][arm], expected["arms"].get(arm)
         if now is None:
-            raise UserError(f"--with {path}: it has rows of {arm}, which this call does not know: --arms has to name it")
+            raise UserError(f"--with {path}: it has rows of {arm}, unknown to this call: --arms has to name it")
         if before != now:
             raise UserError(f"--with {path}: {arm} was {before}, now it is {now}")
     check_schemes(path, other["rows"], expected["schemes"])

@@ -78,7 +78,7 @@ def test_a_scheme_file_is_an_arm(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO):
         bench_stability(run, [], [], Plan(["fp16", arm], [1], 0, 1, files=(kept,)))
     assert cells_of(caplog.messages[4])[0] == arm
-    with pytest.raises(UserError, match=r"kept\.json: it has rows of .*own\.yaml, which .*: --arms has to name it"):
+    with pytest.raises(UserError, match=r"kept\.json: it has rows of .*own\.yaml, unknown .*: --arms has to name it"):
         bench_stability(run, [], [], Plan(["fp16"], [1], 0, 1, files=(kept,)))
     with pytest.raises(UserError, match=r"--arms w9: choose among fp16, .* or name a scheme file such as my\.yaml"):
         bench_stability(run, [], [], Plan(["w9"], [1], 0, 1))
@@ -230,7 +230,7 @@ ROW = {"w4a16": ["quant.dampening=1e-3"]}
         (["quant.dampening=1e-3"], ROW, "other settings (quant.dampening: 0.0 -> 0.001)"),
         (["quant.freeze_momentum=0.1"], ROW, "other settings (quant.freeze_momentum: 0.01 -> 0.1)"),  # not in the file
         ([], {"w4a16": []}, "w4a16 was ['quant.dampening=1e-3'], now it is []"),
-        ([], {}, "it has rows of w4a16, which this call does not know: --arms has to name it"),
+        ([], {}, "it has rows of w4a16, unknown to this call: --arms has to name it"),
         (["train.seed=3", "train.workers=5", "data.coco_dir=elsewhere", "guard.collapse=warn"], ROW, None),
     ],
 )

@@ -22,7 +22,7 @@ from app.train.distill import Teacher
 from app.train.loader import COLOURS
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
-from app.train.step import criterion_of_part
+from app.train.step import criterion_of_part, watched_terms
 
 N_WARM_UPS = 2  # passes before the capture: they compile kernels and make what is made once
 _many = cast(Any, torch)  # its stubs do not list the operations on many tensors
@@ -95,9 +95,10 @@ class Passes:
             loss, items = self.loss(preds, self.rows, self.head_weights)
             if self.teacher:
                 loss = loss + self.teacher.loss(self.inputs, preds, self.head_weights)
+            terms = watched_terms(loss, items)
         sources = [*self.half.values(), *self.others]
         grads = torch.autograd.grad(loss * self.scale, sources, allow_unused=True)
-        return items, [*_as_float(list(grads[: len(self.half)])), *grads[len(self.half) :]]
+        return terms, [*_as_float(list(grads[: len(self.half)])), *grads[len(self.half) :]]
 
 
 def _plain_weights(net: nn.Module) -> list[str]:
@@ -168,7 +169,7 @@ class StepGraph:
         for weight in self.untouched:
             weight.grad = None
         cast(torch.cuda.CUDAGraph, self.graph).replay()
-        return self.items.clone()
+        return self.terms.clone()
 
     def _fits(self, batch: dict[str, Any]) -> bool:
         n_images = len(batch["img"])
@@ -243,7 +244,7 @@ class StepGraph:
     def _record(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.items, grads = self.passes.run()
+            self.terms, grads = self.passes.run()
             _many._foreach_add_(self.gradients.views, [grad for grad in grads if grad is not None])
 
     def release(self) -> None:
@@ -252,6 +253,6 @@ class StepGraph:
         .grad may still hold gradients of earlier batches of a step.
         """
         self.graph = None
-        for name in ("passes", "items"):
+        for name in ("passes", "terms"):
             vars(self).pop(name, None)
         torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ from app.train.monitor import After, Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
 from app.train.processes import explain_lost_peer
 from app.train.state import State
-from app.train.step import Rise, clipped_step, trained_weights, warm_up
+from app.train.step import Rise, clipped_step, trained_weights, warm_up, watched_terms
 from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
 from app.train.validator import HeldOut, tensors_of
@@ -187,7 +187,8 @@ class Loop:
             self.watch.add_loss(self.state.add_losses(terms))
             return
         loss, items = self.forward(self.state.net, batch)
-        self.watch.add_loss(self.state.add_losses(torch.stack(list(items.values())).detach()))
+        terms = watched_terms(loss, torch.stack(list(items.values())))
+        self.watch.add_loss(self.state.add_losses(terms))
         self.state.scaler.scale(loss).backward()
 
     def optimizer_step(self) -> None:

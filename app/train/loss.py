@@ -111,12 +111,17 @@ class HeadLoss:
     def _terms(
         self, preds: dict[str, torch.Tensor], found: Objects, grid: Grid, head: Head
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Box, class and DFL loss of a head [3], times their gains; and the number of images over all ranks."""
+        """Box, class and DFL loss of a head [3], times their gains; and the number of images over all ranks.
+
+        An anchor whose box is not finite overlaps nothing, so it would be assigned to no object, and the loss would be
+        finite without it. Therefore the factors of all terms, and with them the gradients, are NaN then.
+        """
         boxes, scores = preds["boxes"].contiguous(), preds["scores"].contiguous()
-        assigned = assign(found, decode(boxes.detach(), grid), scores.detach(), grid, head.topk)
+        predicted = decode(boxes.detach(), grid)
+        assigned = assign(found, predicted, scores.detach(), grid, head.topk)
         sums = torch.stack([assigned.score.sum(), assigned.score.new_full((), boxes.shape[0])])
         score_sum, n_images = self.ranks.all_reduce(sums)
-        factors = head.gains / score_sum.clamp(min=1)
+        factors = head.gains / score_sum.clamp(min=1) + predicted.sum() * 0
         return cast(torch.Tensor, _HeadLoss.apply(boxes, scores, (found, assigned, grid), factors)), n_images
 
     def grid_of(self, feats: list[torch.Tensor]) -> Grid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,15 @@ class Watch:
 
 
 def check_finite(net: nn.Module, scaler: GradScaler, watch: Watch) -> None:
-    """Weights that are not finite, or a GradScaler that no scale is small enough for, must not replace a good state.
+    """Weights or running statistics that are not finite, or a GradScaler that no scale is small enough for, must not
+    replace a good state.
 
     Raises:
         NonFinite: with the batches of the newest step, or of the loss or gradient that was not finite.
     """
     watch.check()
-    are_finite = torch.stack([weight.isfinite().all() for weight in net.parameters()])
+    floats = [value for value in chain(net.parameters(), net.buffers()) if value.is_floating_point()]
+    are_finite = torch.stack([value.isfinite().all() for value in floats])
     if not are_finite.all():
         raise NonFinite("weights", watch.newest)
     if scaler.get_scale() < SMALLEST_SCALE:

@@ -108,6 +108,18 @@ def loss_of(
     return loss + beside(batch["img"], preds, net.criterion) if beside else loss, items
 
 
+def watched_terms(loss: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """The terms, detached, and all NaN where the trained loss is not finite.
+
+    They are those of the one2one head; the loss has the one2many head and what is added beside it too.
+
+    Args:
+        loss: that is trained, a scalar.
+        terms: of the one2one head, float32 [3].
+    """
+    return terms.detach() + loss.detach() * 0
+
+
 def criterion_of_part(net: Any, ranks: Ranks) -> E2ELoss:
     """Ultralytics' loss of both heads: its own for a whole batch, PartLoss where each rank has a part of the batch.
 

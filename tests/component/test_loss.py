@@ -14,6 +14,7 @@ from ultralytics.utils.loss import E2ELoss
 
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.processes import ALONE
+from app.train.step import watched_terms
 from tests.support.interpreter import run_in_interpreter
 from tests.support.random_boxes import labels
 
@@ -82,6 +83,26 @@ def compare_scored(criterion: E2ELoss, counts: list[int]) -> None:
     torch.testing.assert_close(items, torch.stack(list(expected.values())), rtol=RTOL, atol=RTOL)
 
 
+def see(criterion: E2ELoss, head: str, kind: str, value: float, where: tuple[slice, ...]) -> None:
+    """Outputs that are not finite: the loss of both is not, nor a gradient, and the terms say it of either head."""
+    batch = labels([3, 2], 0.5)
+    for is_ours in (False, True):
+        preds = outputs(2, 1.0)
+        with torch.no_grad():
+            preds[head][kind][where] = value
+        if is_ours:
+            padded = torch.zeros(8, 6)
+            pad_rows(label_rows(batch), padded, 2)
+            loss, terms = HeadLoss(criterion, ALONE)(preds, padded, torch.tensor([criterion.o2m, criterion.o2o]))
+            assert not watched_terms(loss, terms).isfinite().any(), (head, kind, value)
+        else:
+            loss = criterion(preds, batch)[0].sum()
+        loss.backward()
+        assert not loss.isfinite(), (head, kind, value, is_ours)
+        grads = [preds[head][name].grad.isfinite().all() for name in ("boxes", "scores")]
+        assert not all(grads), (head, kind, value, is_ours)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     network: Any = DetectionModel("yolov10n.yaml", verbose=False)
@@ -92,3 +113,8 @@ if __name__ == "__main__":
     compare(criterion, counts=[0, 5, 0], largest=0.5, spread=3.0)
     compare(criterion, counts=[4, 6], largest=0.02, spread=2.0)  # smaller than a stride
     compare_scored(criterion, counts=[3, 0, 2])
+    whole, finest, a_bin = (slice(None),) * 3, (slice(None), slice(None), slice(0, 144)), (slice(None), slice(3, 4))
+    for head in ("one2many", "one2one"):
+        for value, where in ((float("nan"), whole), (float("nan"), finest), (float("inf"), a_bin)):
+            see(criterion, head, "boxes", value, where)
+        see(criterion, head, "scores", float("nan"), (slice(0, 1), slice(5, 6), slice(7, 8)))

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterator
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.amp.grad_scaler import GradScaler
+from ultralytics.utils.loss import v8DetectionLoss
 
 from app.core.config import Config
 from app.core.run import RunRoot
@@ -153,6 +154,41 @@ def test_gradient_is_caught_before_the_weights_are_spoilt(runs_dir: Path, monkey
     assert state_of(run, config)["faults"] == [
         {"what": "gradient", "cause": "gradient of model.1.conv.weight", "batches": [BAD]}
     ]
+
+
+def test_a_fault_of_the_head_that_is_not_shown_is_a_fault_of_the_loss(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses that are printed and kept are those of the one2one head."""
+    config, run = settle(runs_dir, "one2many", "qat", SETTINGS)
+    next_batch, number = Watch.next, 0
+
+    def note(self: Watch, its_number: int, batch: dict[str, Any]) -> None:
+        nonlocal number
+        number = its_number
+        next_batch(self, its_number, batch)
+
+    loss_of_head = v8DetectionLoss.loss
+
+    def spoilt(self: v8DetectionLoss, *args: Any) -> Any:
+        loss, items = loss_of_head(self, *args)
+        is_one2many = self.assigner.topk2 > 1
+        return (loss * float("nan") if number == BAD and is_one2many else loss), items
+
+    monkeypatch.setattr(Watch, "next", note)
+    monkeypatch.setattr(v8DetectionLoss, "loss", spoilt)
+    train(config, run, force=False)
+    (fault,) = state_of(run, config)["faults"]
+    assert (fault["what"], fault["batches"]) == ("loss", [BAD])
+
+
+def test_running_statistics_that_are_not_finite_are_a_fault() -> None:
+    norm = torch.nn.BatchNorm2d(2)
+    watch, scaler = Watch(torch.device("cpu")), GradScaler("cpu")
+    check_finite(norm, scaler, watch)
+    cast(torch.Tensor, norm.running_var)[1] = float("nan")
+    with pytest.raises(NonFinite, match="weights is not finite"):
+        check_finite(norm, scaler, watch)
 
 
 def test_it_stops_when_the_rollbacks_are_used_up(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

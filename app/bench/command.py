@@ -31,7 +31,7 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
     stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
     stage.add_argument("--draw-s", type=float, default=60, help="rehearsal: seconds to draw in (default: %(default)s)")
-    stage.add_argument("--train-s", type=float, default=240, help="rehearsal: to train FP16 in (default: %(default)s)")
+    stage.add_argument("--train-s", type=float, default=240, help="rehearsal: of training FP16 (default: %(default)s)")
     stage.add_argument("--n-train", type=int, help="rehearsal: images to draw at most (default: COCO's 118,287)")
     stage.add_argument("--n-val", type=int, help="rehearsal: val images to draw (default: COCO's 5,000)")
 

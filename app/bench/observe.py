@@ -63,8 +63,8 @@ class Observed:
 def observe(words: list[str], log_path: Path, stop_after_s: float | None = None) -> Observed:
     """Runs `python -m app` with these words; what it says goes into a file.
 
-    After `stop_after_s`, but not before it has trained images, it gets a SIGTERM. Raises a UserError that ends with its
-    last line if it failed.
+    It gets a SIGTERM `stop_after_s` after its first trained images: starting and compiling take a minute and more. Raises
+    a UserError that ends with its last line if it failed.
     """
     observed, over = Observed(), threading.Event()
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def observe(words: list[str], log_path: Path, stop_after_s: float | None = None)
     for watcher in watchers if shutil.which("nvidia-smi") else watchers[:1]:
         watcher.start()
     try:
-        if stop_after_s is not None and is_at_work(child, observed, start + stop_after_s):
+        if stop_after_s is not None and has_trained_for(child, observed, start, stop_after_s):
             stopped = time.monotonic()
             child.send_signal(signal.SIGTERM)
             child.wait()
@@ -99,10 +99,10 @@ def observe(words: list[str], log_path: Path, stop_after_s: float | None = None)
     return observed
 
 
-def is_at_work(child: subprocess.Popen[bytes], observed: Observed, until: float) -> bool:
-    """Waits until then, and until the first images are trained; False where the stage has ended before."""
+def has_trained_for(child: subprocess.Popen[bytes], observed: Observed, start: float, seconds: float) -> bool:
+    """Waits until so long after the first trained images; False where the stage has ended before."""
     while child.poll() is None:
-        if time.monotonic() >= until and observed.progress:
+        if observed.progress and time.monotonic() >= start + observed.progress[0][0] + seconds:
             return True
         time.sleep(EVERY_S / 10)
     return False

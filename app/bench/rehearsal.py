@@ -48,7 +48,7 @@ class Plan:
     """How much is rehearsed.
 
     Attributes:
-        draw_s, train_s: seconds for drawing, and for the FP16 training with its stop.
+        draw_s, train_s: seconds for drawing, and of the FP16 training in two halves, without their starts.
         n_train, n_val: images to draw at most, and of val; COCO's where None.
         n_scored: val images that eval takes; None: all.
     """
@@ -162,7 +162,7 @@ def data(rehearsal: Rehearsal) -> dict[str, Any]:
 
 
 def train(rehearsal: Rehearsal) -> dict[str, Any]:
-    """Half of the time, a SIGTERM, the same command again for the other half, and another SIGTERM."""
+    """Half of the time from the first images on, a SIGTERM, the same command again for the other half, and another."""
     words, half_s = "train --variant fp16", rehearsal.plan.train_s / 2
     halves = {}
     for name in ("begun", "resumed"):

@@ -30,6 +30,7 @@ def end(*_):
         child.kill()
     sys.exit(143)
 signal.signal(signal.SIGTERM, end)
+time.sleep(1.5)
 done = 0
 while True:
     done += 10
@@ -44,6 +45,8 @@ def test_a_stage_is_stopped_after_its_first_images(tmp_path: Path, monkeypatch: 
     observed = observe(["train"], tmp_path / "said" / "train.txt", stop_after_s=1.0)
     assert observed.code == 128 + signal.SIGTERM and observed.answer_s is not None
     assert observed.progress[0][1:] == (1, 10)
+    at_work = [seconds for seconds, *_ in observed.progress]
+    assert at_work[0] >= 1.5 and at_work[-1] - at_work[0] > 0.8, "the start does not count"
     assert [images for _, _, images in observed.progress] == list(range(10, 10 * len(observed.progress) + 1, 10))
     seen = [look for look in observed.looks if look.loader_files == [4, 4]]  # three streams, and a file of its own
     assert seen, observed.looks

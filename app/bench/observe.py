@@ -63,8 +63,8 @@ class Observed:
 def observe(words: list[str], log_path: Path, stop_after_s: float | None = None) -> Observed:
     """Runs `python -m app` with these words; what it says goes into a file.
 
-    It gets a SIGTERM `stop_after_s` after its first trained images: starting and compiling take a minute and more. Raises
-    a UserError that ends with its last line if it failed.
+    It gets a SIGTERM `stop_after_s` after its first trained images: starting and compiling take a minute and more.
+    Raises a UserError that ends with its last line if it failed.
     """
     observed, over = Observed(), threading.Event()
     log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -271,7 +271,7 @@ def read_split(provenance: dict[str, Any], split: str) -> list[Image]:
 def _read_labels(path: str) -> np.ndarray:
     """Lines 'class cx cy w h' -> float32 [n,5]."""
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123  a Path of each file takes longer than reading it
+        with open(path, encoding="utf-8") as file:  # a Path of each file would take longer than reading it
             values = np.array(file.read().split(), dtype=np.float32)
         return values.reshape(-1, 5)
     except (FileNotFoundError, ValueError) as error:

@@ -30,8 +30,9 @@ pytestmark = [
 ]
 SMOKE = Path(__file__).parents[2] / "conf" / "smoke.yaml"
 LOSS_NAMES = [name.removeprefix("val/") for name in LOSSES]
-# Without autocast, and without TF32, both differ in the last bits of float32. With it, PyTorch's layers round to float16 between BatchNorm
-# and SiLU, and Ultralytics' loss computes in float16: a detection or two changes sides among the 64 images.
+# Without autocast, and without TF32, both differ in the last bits of float32. With autocast, PyTorch's layers round to
+# float16 between BatchNorm and SiLU, and Ultralytics' loss computes in float16: a detection or two changes sides among
+# the 64 images.
 TOLERANCE = {False: 1e-3, True: 1e-2}
 # Precision and recall are read where F1 is largest: confidences whose F1 is as good lie far apart.
 AT_LARGEST_F1, F1_TOLERANCE = {"metrics/precision(B)", "metrics/recall(B)"}, 0.02

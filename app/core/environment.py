@@ -146,6 +146,16 @@ def _is_one_of_several() -> bool:
         return False
 
 
+def n_threads(n_processes: int = 1) -> int:
+    """Threads that compute on the CPU, in one of so many processes of this machine: OMP_NUM_THREADS at most.
+
+    Together they take the cores that this process may use (taskset, a cpuset); os.cpu_count() has all of them.
+    """
+    own_share = max(len(os.sched_getaffinity(0)) // n_processes, 1)
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a number for each nested level
+    return min(own_share, int(limit)) if limit.isdecimal() and int(limit) > 0 else own_share
+
+
 def cpu_name() -> str:
     names = cpuinfo_values("model name")
     return names[0] if names else platform.processor() or platform.machine()

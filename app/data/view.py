@@ -22,7 +22,7 @@ from app.coco.images import content_hash, fault
 from app.coco.split import Split, agreed_names, doubts
 from app.core.config import UserError
 from app.core.environment import n_threads
-from app.core.files import new_folder, write_text
+from app.core.files import make_link, new_folder, write_text
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> 
 
     `names` are the classes of the network in their order.
     """
-    (root / "images" / source.name).symlink_to(source.images_dir)
+    make_link(root / "images" / source.name, source.images_dir)
     label_dir = root / "labels" / source.name
     label_dir.mkdir(parents=True)
     listed = Counter(category["name"] for category in split.categories)

@@ -88,17 +88,20 @@ def test_stages_of_one_process_refuse_ranks(
     assert line == (f"error: the environment says {ranks}, but {stage} runs in one process: unset RANK and WORLD_SIZE")
 
 
+LEVEL = """
+import logging
+from app.core.progress import set_up_terminal
+set_up_terminal()
+print(logging.getLogger("app").level)
+"""
+
+
 @pytest.mark.parametrize(("n", "level"), [(None, logging.INFO), ("1", logging.INFO), ("2", logging.ERROR)])
-def test_the_second_of_several_processes_alone_is_silent(
-    environ: pytest.MonkeyPatch, n: str | None, level: int
-) -> None:
+def test_only_one_of_several_processes_is_silent(environ: pytest.MonkeyPatch, n: str | None, level: int) -> None:
     environ.setenv("RANK", "1")
     if n is not None:
         environ.setenv("WORLD_SIZE", n)
-    show = (
-        "from app.core.progress import set_up_terminal as s; s(); import logging; print(logging.getLogger('app').level)"
-    )
-    result = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True, cwd=REPO_DIR)
+    result = subprocess.run([sys.executable, "-c", LEVEL], capture_output=True, text=True, check=True, cwd=REPO_DIR)
     assert result.stdout == f"{level}\n"
 
 

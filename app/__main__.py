@@ -71,6 +71,7 @@ def main() -> int:
     args = parse(sys.argv[1:])
     from app.core.answers import answered
     from app.core.config import UserError
+    from app.core.environment import check_is_alone
     from app.core.files import printable
     from app.core.os_errors import explain_os_errors
     from app.core.progress import set_up_terminal
@@ -79,6 +80,8 @@ def main() -> int:
 
     set_up_terminal()
     try:
+        if args.stage != "train":
+            check_is_alone(args.stage)
         with answered(), explain_os_errors(output_folder(args), FULL_DISK_REMEDY):
             args.function(args)
     except UserError as error:

@@ -26,7 +26,7 @@ from app.coco.dataset import SPLITS, annotation_path
 from app.coco.score import ImageFile, image_files, truth_of, usable_ids
 from app.core.config import Config, Eval, UserError, load
 from app.core.environment import cpu_name, environment
-from app.core.files import read_json, write_json
+from app.core.files import make_link, read_json, write_json
 from app.core.labels import BASELINE
 from app.core.run import RunRoot
 from app.data.prepare import prepare
@@ -154,7 +154,7 @@ def repeat(given: Given, n_times: int) -> Path:
         image_id, name = image.id, image.path.name
         if n_times > 1:
             image_id, name = number, f"{number:012d}{image.path.suffix}"
-        (coco_dir / split / name).symlink_to(image.path.resolve())
+        make_link(coco_dir / split / name, image.path.resolve())
         tree["images"].append({**given.truth.imgs[image.id], "id": image_id, "file_name": name})
         for annotation in given.truth.imgToAnns[image.id]:
             own = {"image_id": image_id, "id": len(tree["annotations"]) + 1}

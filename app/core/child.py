@@ -48,13 +48,17 @@ def run_stage(stage: str, arguments: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def signals_passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Context in which the signals of this process go to the child, which answers them."""
+def signals_passed_on(*children: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Context in which the signals of this process go to its children, which answer them."""
     before = {}
+
+    def pass_on(number: int, _: object) -> None:
+        for child in children:
+            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
     with left_to_children():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            passed = signal.SIGTERM if number == signal.SIGHUP else number
-            before[number] = signal.signal(number, lambda *_, passed=passed: child.send_signal(passed))
+            before[number] = signal.signal(number, pass_on)
         try:
             yield
         finally:

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+MISSING = "the following arguments are required"  # argparse's words; what follows them the user has not typed
+HELP = "--help lists the arguments"
+
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser without its page of usage above an error; it knows how a setting is written.
@@ -20,7 +23,8 @@ class Parser(argparse.ArgumentParser):
         from app.core.files import printable  # imports pydantic: --help answers without it
         from app.core.mounts import as_known
 
-        self.exit(2, f"error: {printable(as_known(message))}: {advice(message.split())}\n")
+        remedy = HELP if message.startswith(MISSING) else advice(message.split())
+        self.exit(2, f"error: {printable(as_known(message))}: {remedy}\n")
 
 
 def advice(words: list[str]) -> str:
@@ -38,7 +42,7 @@ def advice(words: list[str]) -> str:
             return f"a setting is written {' or '.join(f'--set {key}={value or following}' for key in keys)}"
         if separator and "." in name:
             return "a setting is written --set key=value; conf/base.yaml lists the keys"
-    return "--help lists the arguments"
+    return HELP
 
 
 def not_empty(text: str) -> str:

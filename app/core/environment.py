@@ -88,8 +88,7 @@ def launched_as() -> tuple[int, int, int, int] | None:
     Raises:
         UserError: the variables say that there are several processes, but are not those of torchrun.
     """
-    n_text = os.environ.get("WORLD_SIZE", "1")
-    if n_text == "1" or "RANK" not in os.environ:
+    if not has_ranks():
         return None
     missing = [name for name in (*RANK_VARIABLES, *RENDEZVOUS_VARIABLES) if name not in os.environ]
     values = [os.environ.get(name, "") for name in (*RANK_VARIABLES, "MASTER_PORT")]
@@ -99,9 +98,24 @@ def launched_as() -> tuple[int, int, int, int] | None:
             return (rank, n, local, n_local) if n > 1 else None
     what = f"without {', '.join(missing)}" if missing else "with values that do not fit together"
     raise UserError(
-        f"the environment says RANK={os.environ['RANK']} and WORLD_SIZE={n_text} {what}: start the processes with "
-        "torchrun (docs/running.md), or unset RANK and WORLD_SIZE to train in one process"
+        f"the environment says {_ranks()} {what}: start the processes with torchrun (docs/running.md), or unset "
+        "RANK and WORLD_SIZE to train in one process"
     )
+
+
+def check_is_alone(stage: str) -> None:
+    """Raises a UserError if this process is one of several, which would all write the same files."""
+    if has_ranks():
+        raise UserError(f"the environment says {_ranks()}, but {stage} runs in one process: unset RANK and WORLD_SIZE")
+
+
+def has_ranks() -> bool:
+    """Whether the environment says that there are several processes."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _ranks() -> str:
+    return f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']}"
 
 
 def isolate_libraries(cache_dir: Path) -> None:
@@ -117,7 +131,7 @@ def isolate_libraries(cache_dir: Path) -> None:
         YOLO_CONFIG_DIR=str(config_dir), YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false",
         MPLBACKEND="agg",
     )  # fmt: skip
-    if not _is_one_of_several():  # a wrapper's variables, of which Ultralytics would make ranks
+    if launched_as() is None:  # a wrapper's variables, of which Ultralytics would make ranks
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
     # Brevitas removes the names of a tensor at every quantization, and torch warns of any use of named tensors.
@@ -139,11 +153,14 @@ def isolate_libraries(cache_dir: Path) -> None:
         write_atomic(font, lambda part: shutil.copyfile(source, part))
 
 
-def _is_one_of_several() -> bool:
-    try:
-        return launched_as() is not None
-    except UserError:  # a training refuses to start; other stages do not care
-        return False
+def n_threads(n_processes: int = 1) -> int:
+    """Threads that compute on the CPU, in one of so many processes of this machine: OMP_NUM_THREADS at most.
+
+    Together they take the cores that this process may use (taskset, a cpuset); os.cpu_count() has all of them.
+    """
+    own_share = max(len(os.sched_getaffinity(0)) // n_processes, 1)
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a number for each nested level
+    return min(own_share, int(limit)) if limit.isdecimal() and int(limit) > 0 else own_share
 
 
 def cpu_name() -> str:

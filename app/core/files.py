@@ -19,6 +19,7 @@ from app.core.shapes import Shape, misfits
 
 ABANDONED_S = 2 * 24 * 3600.0
 NOT_EMPTY_ERRNOS = (errno.ENOTEMPTY, errno.EEXIST)  # a rename to a folder that is not empty; POSIX allows both
+NO_LINK_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of a symbolic link on exFAT, and on CIFS
 # A folder cannot be flushed on CIFS, FUSE and exFAT.
 NO_SYNC_ERRNOS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EISDIR)
 
@@ -111,6 +112,16 @@ def keep(path: Path, second: Path) -> None:
         part.replace(second)
     finally:
         part.unlink(missing_ok=True)  # rename does nothing if both names are links to the same file
+
+
+def make_link(path: Path, target: Path) -> None:
+    """Makes a symbolic link; raises a UserError where the file system of the runs has none."""
+    try:
+        path.symlink_to(target)
+    except OSError as error:
+        if error.errno not in NO_LINK_ERRNOS:
+            raise
+        raise UserError(f"{path}: its file system has no symbolic links: put runs/ on another disk") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
+from app.core.environment import has_ranks
 from app.core.files import printable
 from app.core.mounts import as_known
 
@@ -188,7 +189,7 @@ def set_up_terminal() -> None:
     Of the ranks of a training, rank 0 speaks for all; the other ranks log only their errors.
     """
     rank_text = os.environ.get("RANK", "")
-    rank = int(rank_text) if rank_text.isascii() and rank_text.isdigit() else 0
+    rank = int(rank_text) if has_ranks() and rank_text.isascii() and rank_text.isdigit() else 0
     handler = AboveBars(sys.stderr)
     handler.setFormatter(Printable(f"process {rank + 1}: %(message)s" if rank else "%(message)s"))
     handler.addFilter(lambda record: record.name.partition(".")[0] == "app" or record.levelno >= logging.WARNING)

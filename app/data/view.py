@@ -21,12 +21,12 @@ from app.coco.entries import label_name
 from app.coco.images import content_hash, fault
 from app.coco.split import Split, agreed_names, doubts
 from app.core.config import UserError
-from app.core.files import new_folder, write_text
+from app.core.files import make_link, new_folder, write_text
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
 VIEW_VERSION = 7
-N_THREADS = min(8, os.cpu_count() or 1)
+N_THREADS = min(8, len(os.sched_getaffinity(0)))
 FILES_AT_ONCE = 1000
 Entries = list[dict[str, Any]]  # entries of a view's index, one an image
 Indices = dict[str, dict[str, Any]]  # by 'train' and 'val'; see read_index
@@ -111,7 +111,7 @@ def _build_split(root: Path, source: Source, split: Split, names: list[str]) -> 
 
     `names` are the classes of the network in their order.
     """
-    (root / "images" / source.name).symlink_to(source.images_dir)
+    make_link(root / "images" / source.name, source.images_dir)
     label_dir = root / "labels" / source.name
     label_dir.mkdir(parents=True)
     listed = Counter(category["name"] for category in split.categories)

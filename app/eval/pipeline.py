@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
+import multiprocessing
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 from typing import Any, TextIO
 
 import cv2
@@ -26,6 +29,7 @@ from app.eval.runtime import CPU, Model, n_decoders
 BATCHES_AHEAD = 2
 SMALL_PX = 2.0  # boxes of a network that puts out shares of 0 to 1 end before it
 READ_S = 300.0  # timeout for one image: its disk or network hangs
+LEAVE_S = 10.0  # for the images that are being decoded when the work ends early
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +58,7 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
     cv2.setNumThreads(1)  # images are decoded in parallel below; OpenCV's threads would take cores from ONNX Runtime
     begin = asked = time.perf_counter()
     separator, farthest = "[\n", 0.0
-    with ThreadPoolExecutor(n_decoders(model)) as pool:
+    with decoders(n_decoders(model)) as pool:
         n_ahead = BATCHES_AHEAD * n_batch + n_decoders(model)
         decoded_images = decode_ahead(pool, images, model.size, n_ahead)
         for batch in batches(track(decoded_images, title, len(images)), n_batch):
@@ -85,21 +89,36 @@ def detect(model: Model, images: list[ImageFile], file: TextIO, settings: Eval, 
     return seconds
 
 
-def decode_ahead(pool: ThreadPoolExecutor, images: list[ImageFile], imgsz: InputSize, n_ahead: int) -> Iterator[Input]:
+@contextlib.contextmanager
+def decoders(n: int) -> Iterator[ThreadPool]:
+    """Daemon threads: when a read hangs, neither this context nor the end of Python waits for its thread, as both do
+    with concurrent.futures. The other threads get time for their images: OpenCV may abort a Python that ends meanwhile.
+    """
+    pool = ThreadPool(n)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        end = threading.Thread(target=pool.join, daemon=True)
+        end.start()
+        end.join(LEAVE_S)
+
+
+def decode_ahead(pool: ThreadPool, images: list[ImageFile], imgsz: InputSize, n_ahead: int) -> Iterator[Input]:
     """Yields the decoded images in order; at most `n_ahead` images are decoded or being decoded."""
-    waiting: deque[Future[Input]] = deque()
+    waiting: deque[AsyncResult[Input]] = deque()
     for image in images:
-        waiting.append(pool.submit(load_input, image, imgsz))
+        waiting.append(pool.apply_async(load_input, (image, imgsz)))
         if len(waiting) >= n_ahead:
             yield decoded(waiting.popleft())
     while waiting:
         yield decoded(waiting.popleft())
 
 
-def decoded(future: Future[Input]) -> Input:
+def decoded(result: AsyncResult[Input]) -> Input:
     try:
-        return future.result(READ_S)
-    except TimeoutError as error:
+        return result.get(READ_S)
+    except multiprocessing.TimeoutError as error:
         raise UserError(f"an image could not be read in {READ_S:.0f} s: check the disk of the dataset") from error
 
 

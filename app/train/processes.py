@@ -6,26 +6,22 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
+import subprocess
 import sys
-import tempfile
-import uuid
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from app.core.answers import left_to_children
+from app.core.answers import SIGNALS
+from app.core.child import PROGRAM, signal_name, signals_passed_on
 from app.core.environment import launched_as
 from app.train.guard import GuardStop
 from app.train.interrupt import Interrupted, PeerLost
@@ -34,7 +30,9 @@ T = TypeVar("T")
 RAISED_BY_ALL = (GuardStop, Interrupted)  # all ranks raise these at the same step
 STEP_TIMEOUT_S = 660.0  # of a collective within a step: a little more than a batch may take to load (loader.py)
 LONG_TIMEOUT_S = 7200.0  # of a wait for rank 0, which prepares the data and validates alone
-LOOPBACK = "APP_STORE_PORT"  # `launch` sets it: all processes are on this machine, and none listens to another one
+POLL_S = 0.1  # between two looks at the ranks
+PEERS_S = 10.0  # in which the other ranks of one that has ended may end by themselves
+STOP_S = 30.0  # between the TERM to a rank that goes on all the same, and the KILL
 log = logging.getLogger(__name__)
 
 
@@ -157,10 +155,7 @@ def process_group(devices: list[str]) -> Iterator[Ranks]:
         torch.cuda.set_device(int(devices[local]))
     timeout = timedelta(seconds=STEP_TIMEOUT_S)
     with _lost_peers_explained():
-        numbers: dict[str, Any] = {}
-        if port := os.environ.get(LOOPBACK):
-            numbers = {"store": TCPStore("127.0.0.1", int(port), n, timeout=timeout), "rank": rank, "world_size": n}
-        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout, **numbers)
+        dist.init_process_group("nccl" if on_gpus else "gloo", timeout=timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
     ranks = Ranks(rank, n, local, n_local, control, os.getppid())
     try:
@@ -202,46 +197,59 @@ def _lost_peers_explained() -> Iterator[None]:
 def launch(n: int, arguments: list[str]) -> int:
     """Runs `python -m app` with these arguments in n processes of this machine and waits for them.
 
-    When one process fails, the launcher stops the others: TERM, and KILL after 30 s. It passes SIGINT and SIGTERM on.
+    Signals are passed on to all ranks, once each, and the ranks decide what to save, however long that takes. torchrun
+    would kill them after 30 s (PContext.close, torch 2.10). When one rank fails, the launcher stops the others.
 
     Returns:
-        exit code: 0; that of the process that failed; or 128 + signal after a signal to this process.
+        exit code: 0, or that of the rank that failed.
     """
-    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # `_exit_code` says in a line what these say in tables
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a container without a network cannot look itself up
-        os.environ.setdefault(name, "lo")
     store = _store_on_loopback()  # it lives as long as this process
-    os.environ[LOOPBACK] = str(store.port)
-    with tempfile.TemporaryDirectory(prefix="launch-") as log_dir:
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=n, max_restarts=0, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-            rdzv_endpoint=f"{log_dir}/rendezvous", rdzv_configs={"store_type": "file"}, local_addr="localhost",
-            signals_to_handle="SIGTERM,SIGINT",
-            logs_specs=DefaultLogsSpecs(log_dir, redirects=Std.OUT),  # gloo writes to stdout, we to stderr
-        )  # fmt: skip
-        try:
-            with left_to_children():
-                elastic_launch(config, sys.executable)("-m", "app", *arguments)
-        except SignalException as stop:
-            for rank in psutil.Process().children():  # there is one where a second signal came: it ends at once
-                rank.send_signal(stop.sigval)
-            return 128 + stop.sigval
-        except ChildFailedError as error:
-            return _exit_code(error, n)
-    return 0
+    ranks = [_start(rank, n, store.port, arguments) for rank in range(n)]
+    with signals_passed_on(*ranks):
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
+            time.sleep(POLL_S)
+        _wait(ranks, PEERS_S)
+        codes = [rank.poll() or 0 for rank in ranks]  # a rank that is stopped below has not failed
+        for stop in (subprocess.Popen.terminate, subprocess.Popen.kill):
+            for rank in ranks:
+                stop(rank)
+            _wait(ranks, STOP_S)
+    return _exit_code(codes)
 
 
-def _exit_code(error: ChildFailedError, n: int) -> int:
-    """Exit code of the process that failed first; logs what killed that process, if a signal did."""
-    failures: list[ProcessFailure] = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-    killed = [failure for failure in failures if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM]
-    first = (killed or failures)[0]
-    if first.exitcode >= 0:
-        return first.exitcode
-    log.error(
-        "process %d of %d was killed by %s (short of memory?), the others were stopped: the same command goes on from "
-        "the last checkpoint",
-        first.local_rank + 1, n, signal.Signals(-first.exitcode).name,
-    )  # fmt: skip
-    return 1
+def _start(rank: int, n: int, port: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A rank with torchrun's variables. It uses the loopback: a container without a network cannot look itself up."""
+    variables = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # fmt: skip
+    defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    return subprocess.Popen(
+        [sys.executable, *PROGRAM, *arguments],
+        env={**defaults, **os.environ, **{name: str(value) for name, value in variables.items()}},
+        stdout=subprocess.DEVNULL,  # gloo writes to stdout, we to stderr
+        start_new_session=True,  # else a terminal's Ctrl-C would reach it a second time
+    )
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Waits until all ranks have ended, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(deadline - time.monotonic(), 0))
+
+
+def _exit_code(codes: list[int]) -> int:
+    """Exit code of the launcher: the largest one, as a rank ends with 1 because another one has ended (PeerLost).
+
+    If a signal killed a rank, it is 1, and a line says which one.
+    """
+    for rank, code in enumerate(codes):
+        if code < 0 and -code not in SIGNALS:
+            log.error(
+                "process %d of %d was killed by %s, the others were stopped: the same command goes on from the last "
+                "checkpoint", rank + 1, len(codes), signal_name(-code),
+            )  # fmt: skip
+            return 1
+    return max(128 - code if code < 0 else code for code in codes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import copy, deepcopy
@@ -16,6 +15,7 @@ from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds
 
 from app.core.config import Config
+from app.core.environment import n_threads
 from app.core.files import read_json, write_json
 from app.core.progress import Meter, counted
 from app.core.run import VIEW_SHAPE, RunRoot
@@ -63,8 +63,8 @@ class Trainer(DetectionTrainer):
         self.provenance = read_json(run.provenance, "data", VIEW_SHAPE)
         self.dataset_dir = run.dataset_yaml.parent.resolve()
         super().__init__(DEFAULT_CFG, ultralytics_args(config, run, device))
-        if self.device.type == "cpu":  # Ultralytics leaves one core idle (select_device: NUM_THREADS), 8.4.190
-            torch.set_num_threads(max((os.cpu_count() or 1) // ranks.n_local, 1))
+        if self.device.type == "cpu":  # Ultralytics takes all cores of the machine but one (NUM_THREADS), 8.4.190
+            torch.set_num_threads(n_threads(ranks.n_local))
         init_seeds(config.train.seed, deterministic=config.train.deterministic)
         # Deterministic mode also fills every new tensor with NaN, to show reads of unwritten memory; at 640 px that is
         # a second pass of writes over all activations.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,9 @@ import torch
 
 from app.core.config import UserError, load
 from app.train import device
+from app.train.processes import Ranks
+from app.train.trainer import Trainer
+from tests.support.settle import settle
 
 CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # what torch 2.10.0+cu128 lists
 
@@ -67,6 +71,20 @@ def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_shared_memory(monkeypatch, gib=0.0625)  # Docker's default, 64 MiB
     with pytest.raises(UserError, match=r"shm: 0.1 GiB, 8 loader processes need 3.5: .*SHM_SIZE=4g"):
         device.check_devices(load("fp16"))
+
+
+def test_a_training_on_the_cpu_takes_the_cores_it_may_use(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, run = settle(runs_dir, "threads", "fp16", {"data.n_train": 8, "data.n_val": 8})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 5, 7, 9, 11})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        assert Trainer(config, run, "cpu").facts()["torch_threads"] == 6
+        assert Trainer(config, run, "cpu", Ranks(n=2, n_local=2)).facts()["torch_threads"] == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert Trainer(config, run, "cpu").facts()["torch_threads"] == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,10 @@ ARGUMENTS = [
         "option that there is not", ("data", "--what", "a"), f"{NONE}: --what a: --help lists the arguments",
     ),
     Argument(
+        "option that is missing, called as a setting is", ("import-weights", "--run", "x"),
+        "the following arguments are required: --weights: --help lists the arguments",
+    ),
+    Argument(
         "compare without runs", ("compare", "", ""),
         "argument left: name two runs or scored folders, A=runs/a B=runs/b: --help lists the arguments",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -405,6 +406,18 @@ def test_views_of_splits_with_other_names_are_apart(coco_dir: Path, run: RunRoot
         sets += [f"data.{role}_images={role}2017", f"data.{role}_annotations=annotations/instances_{role}2017.json"]
     run_data(open_run("other", run.runs_dir), coco_dir, *sets)
     assert [len(found.labels) for found in read_split(first, "train")] == [2, 0]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP])
+def test_runs_without_symbolic_links_are_refused(
+    coco_dir: Path, run: RunRoot, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(target: Path, link: Path, is_folder: bool = False) -> None:
+        raise OSError(number, os.strerror(number), str(target), None, str(link))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(UserError, match=r"images/train2017: its file system has no symbolic links: put runs/ on"):
+        run_data(run, coco_dir)
 
 
 def test_links_to_single_images_are_taken(coco_dir: Path, run: RunRoot) -> None:

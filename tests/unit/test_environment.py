@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
+import app.__main__ as cli
 from app.core import child
 from app.core.config import UserError
-from app.core.environment import RANK_VARIABLES, isolate_libraries, launched_as
+from app.core.environment import RANK_VARIABLES, REPO_DIR, isolate_libraries, launched_as, n_threads
 from app.core.files import printable
 from app.core.progress import Meter
 
@@ -71,11 +73,36 @@ def test_one_process_is_alone(environ: pytest.MonkeyPatch, tmp_path: Path, value
     assert not set(RANK_VARIABLES) & set(os.environ)
 
 
-def test_other_stages_do_not_care_about_ranks(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [TORCHRUN, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "many"}])
+@pytest.mark.parametrize("command", ["data", "export", "all", "publish --run r --aim x", "download-coco --to coco"])
+def test_stages_of_one_process_refuse_ranks(
+    environ: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, values: dict[str, str], command: str
+) -> None:
+    for name, value in values.items():
+        environ.setenv(name, value)
+    environ.setattr(sys, "argv", ["app", *command.split()])
+    environ.setattr("app.core.progress.set_up_terminal", lambda: None)
+    assert cli.main() == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    stage, ranks = command.partition(" ")[0], f"RANK={values['RANK']} and WORLD_SIZE={values['WORLD_SIZE']}"
+    assert line == (f"error: the environment says {ranks}, but {stage} runs in one process: unset RANK and WORLD_SIZE")
+
+
+LEVEL = """
+import logging
+from app.core.progress import set_up_terminal
+set_up_terminal()
+print(logging.getLogger("app").level)
+"""
+
+
+@pytest.mark.parametrize(("n", "level"), [(None, logging.INFO), ("1", logging.INFO), ("2", logging.ERROR)])
+def test_only_one_of_several_processes_is_silent(environ: pytest.MonkeyPatch, n: str | None, level: int) -> None:
     environ.setenv("RANK", "1")
-    environ.setenv("WORLD_SIZE", "garbage")
-    isolate_libraries(tmp_path)
-    assert not set(RANK_VARIABLES) & set(os.environ)
+    if n is not None:
+        environ.setenv("WORLD_SIZE", n)
+    result = subprocess.run([sys.executable, "-c", LEVEL], capture_output=True, text=True, check=True, cwd=REPO_DIR)
+    assert result.stdout == f"{level}\n"
 
 
 def test_torchruns_ranks_stay(environ: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,6 +129,22 @@ def test_the_font_is_a_file_and_no_link(
     font = tmp_path / "ultralytics" / "Ultralytics" / "Arial.ttf"
     assert font.is_file()
     assert not font.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("limit", "n_processes", "n"),
+    [(None, 1, 6), (None, 4, 1), (None, 9, 1), ("4", 1, 4), ("4", 3, 2), ("64", 1, 6), ("2,1", 1, 2),
+     ("", 1, 6), ("0", 1, 6)],
+)  # fmt: skip
+def test_threads_take_the_cores_that_the_process_may_use(
+    environ: pytest.MonkeyPatch, limit: str | None, n_processes: int, n: int
+) -> None:
+    environ.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 16)))
+    environ.setattr(os, "cpu_count", lambda: 64)
+    environ.delenv("OMP_NUM_THREADS", raising=False)
+    if limit is not None:
+        environ.setenv("OMP_NUM_THREADS", limit)
+    assert n_threads(n_processes) == n
 
 
 SAID = {

@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from onnx import TensorProto
 from app.coco.dataset import Dataset, hash_contents, hash_ids
 from app.coco.score import first_of, load_truth, score, standalone_dataset
 from app.core.config import Eval, UserError, load
-from app.core.environment import clocks
+from app.core.environment import REPO_DIR, clocks
 from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot
 from app.eval import pipeline
@@ -117,11 +116,43 @@ def test_decoding_ahead_is_bounded_and_in_order(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(pipeline, "load_input", load)
     numbers: list[Any] = list(range(50))
     taken = []
-    with ThreadPoolExecutor(4) as pool:
+    with pipeline.decoders(4) as pool:
         for number in pipeline.decode_ahead(pool, numbers, IMGSZ, 5):
             assert len(started) - len(taken) <= 5
             taken.append(number)
     assert taken == numbers
+
+
+HANGING = """
+import io, sys, time
+from pathlib import Path
+from app.coco.score import ImageFile
+from app.core.config import UserError
+from app.eval import pipeline
+from app.eval.runtime import open_model
+from tests.support.eval_fixtures import SETTINGS
+
+def hang(path):
+    time.sleep(120)
+
+pipeline.READ_S, pipeline.LEAVE_S, pipeline.read_image = 1.0, 0.5, hang
+model = open_model(Path(sys.argv[1]), "cpu")
+start = time.monotonic()
+try:
+    pipeline.detect(model, [ImageFile(id, Path("a.jpg"), 4, 4) for id in range(50)], io.StringIO(), SETTINGS, "eval")
+except UserError as error:
+    print(f"{time.monotonic() - start:.1f}", error, flush=True)
+"""
+
+
+def test_a_read_that_hangs_is_said_and_ends_the_process(tmp_path: Path) -> None:
+    onnx_path = write_model(tmp_path / "m.onnx", raw_output(HIT))
+    command = [sys.executable, "-c", HANGING, str(onnx_path)]
+    result = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=False, timeout=60)
+    seconds, said = result.stdout.split(" ", 1)
+    assert float(seconds) < 3
+    assert said == "an image could not be read in 1 s: check the disk of the dataset\n"
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_raw_and_end2end_files_give_the_same_result(tmp_path: Path, coco_dir: Path) -> None:

@@ -35,7 +35,9 @@ GPU_JOBS = {
     "sensitivity",
 }
 # What `make test` without a container hands down to the tests.
-OF_A_MAKE_AROUND = "RUNNER ACCEL RUN GPUS CONF COCO_DIR ARGS MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
+OF_A_MAKE_AROUND = (
+    "RUNNER ACCEL RUN GPUS CUDA_VISIBLE_DEVICES CONF COCO_DIR ARGS MAKEFLAGS MAKEOVERRIDES MAKELEVEL".split()
+)
 CHECKS = REPO_DIR / "scripts" / "checks"
 PLAIN_ENGINE = '20.10 {"runc":{"path":"runc"}}'  # what `docker info` says without NVIDIA's toolkit
 
@@ -150,6 +152,11 @@ def test_a_mistake_is_one_line_with_its_remedy(env: dict[str, str], said: str) -
 def test_an_engine_with_the_nvidia_runtime_is_preferred() -> None:
     result = make("data", ENGINE='28.0 {"nvidia":{},"runc":{}}')
     assert result.stdout.startswith("runner: docker, accel: gpu, run: full")
+
+
+def test_every_job_computes_with_as_many_threads_as_outside() -> None:
+    jobs = {name: service for name, service in services("docker-compose.yml").items() if name in GPU_JOBS}
+    assert all(service["environment"]["OMP_NUM_THREADS"] is None for service in jobs.values())
 
 
 def test_what_make_is_given_is_text() -> None:
@@ -423,6 +430,35 @@ def test_gpus_that_are_hidden_stay_hidden(tmp_path: Path, seen: str, gpus: str, 
         assert (result.returncode, "CUDA_VISIBLE_DEVICES is empty" in result.stderr) == (2, True)
     else:
         assert result.stdout == f"{left}\n"
+
+
+GPU_IN_DOCKER = {"RUNNER": "docker", "ACCEL": "gpu", "ENGINE": '28.0 {"nvidia":{},"runc":{}}', "COMPOSE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["CUDA_VISIBLE_DEVICES=3,1"], ["GPUS: all", "<CUDA_VISIBLE_DEVICES=3>"]),
+        (["CUDA_VISIBLE_DEVICES=3,1", "GPUS=2"], ["GPUS: all", "<CUDA_VISIBLE_DEVICES=3,1>"]),
+        (["GPUS=2"], ["GPUS: 2"]),
+    ],
+)
+def test_the_container_uses_the_gpus_that_are_not_hidden(words: list[str], told: list[str]) -> None:
+    result = make("train-qat", *words, **GPU_IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith(("GPUS: ", "<CUDA_"))] == told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["CUDA_VISIBLE_DEVICES="], "CUDA_VISIBLE_DEVICES is empty, so no GPU is to be seen"),
+        (["CUDA_VISIBLE_DEVICES=3", "GPUS=2"], "GPUS=2: there are only 1 (3)"),
+    ],
+)
+def test_gpus_that_the_container_has_not_are_refused(words: list[str], said: str) -> None:
+    result = make("train-qat", *words, **GPU_IN_DOCKER)
+    assert (result.returncode, said in result.stderr) == (2, True)
 
 
 def test_weights_to_import_are_mounted_alone_and_read_only(outside: Path) -> None:

@@ -58,7 +58,7 @@ class Stage:
 
 
 log = logging.getLogger("app")
-FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and the same command goes on"
+FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and {} goes on"
 
 
 def main() -> int:
@@ -78,14 +78,16 @@ def main() -> int:
     from app.train.interrupt import Interrupted, PeerLost
 
     set_up_terminal()
+    is_forced = bool(vars(args).get("force"))
+    again = "the same command without --force" if is_forced else "the same command"
     try:
-        with answered(), explain_os_errors(output_folder(args), FULL_DISK_REMEDY):
+        with answered(is_forced), explain_os_errors(output_folder(args), FULL_DISK_REMEDY.format(again)):
             args.function(args)
     except UserError as error:
         log.error("error: %s", printable(error))
         return 2
     except Interrupted as stop:
-        log.warning("stopped by %s, everything is saved: the same command goes on from here", stop)
+        log.warning("stopped by %s, everything is saved: %s goes on from here", stop, again)
         return 128 + stop.signal
     except GuardStop as stop:
         log.warning("%s", stop)

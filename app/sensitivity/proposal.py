@@ -160,4 +160,4 @@ def facts_of(subject: Subject, searched: Search, scored: HeldOut) -> dict[str, A
         fought = duel(scored.batches, found, given)
         verdict = "the same bits" if found == given else fought.verdict
         duels.append({"found": found, "against": given, **asdict(fought), "verdict": verdict})
-    return {"rows": rows, "duels": duels, "n_images": scored.n_images}
+    return {"rows": rows, "duels": duels, "n_images": scored.n_images, "n_batches": len(scored.batches)}

@@ -303,8 +303,13 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    with set_up(args) as job:
-        sweeps.run(args, job.run)
+    from app.core.environment import isolate_libraries
+    from app.core.run import hold, open_run
+
+    run = open_run(args.run, args.runs_dir)
+    isolate_libraries(run.cache_dir)
+    with hold(run, args.stage):  # its runs have the configurations, and what they keep of files that are gone
+        sweeps.run(args, run)
 
 
 def sensitivity(args: argparse.Namespace) -> None:

@@ -117,7 +117,8 @@ def lane_of(order: Order, run: RunRoot, seed: int) -> Lane:
     sets = [*order.sets, f"{SEED}={seed}"]
     yes = ["--yes"] if order.accepts_cpu else []
     common = job_words(own.name, own.runs_dir, order.overlays, sets)
-    fp16 = Training(load("fp16", order.overlays, sets), own, ["train", "--variant", "fp16", *common, *yes])
+    config = load("fp16", order.overlays, sets, own.root)
+    fp16 = Training(config, own, ["train", "--variant", "fp16", *common, *yes])
     trainings, ptq = [fp16], []
     for scheme in dict.fromkeys(order.schemes):
         of_scheme = [*sets, f"{SCHEME}={scheme}"]

@@ -55,7 +55,7 @@ def dry_run(order: Order, run: RunRoot) -> None:
     gpus = places(lanes[0].trainings[0].config)
     sets = [*order.sets, f"{SCHEME}={order.schemes[0]}", *([ON_ONE_GPU] if len(gpus) > 1 else [])]
     path = run.root / "estimate.json"
-    if not is_estimate_of(load("qat", order.overlays, sets), run):
+    if not is_estimate_of(load("qat", order.overlays, sets, lanes[0].run.root), run):
         log.info("sweep: no estimate of these settings on this machine in %s, it is made first", path)
         if code := run_stage("estimate", job_words(run.name, run.runs_dir, order.overlays, sets)):
             sys.exit(code)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.__main__ import main
 from app.core import child
 from app.core.config import Config, UserError, dump, load
 from app.core.files import read_json, write_text
@@ -39,6 +40,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRoot:
 
 def order(*seeds: int, schemes: tuple[str, ...] = SCHEMES, epochs: int = 2) -> Order:
     return Order(schemes, seeds, [], [f"train.epochs={epochs}"])
+
+
+def keep_settings(given: Order, run: RunRoot) -> None:
+    """What a training leaves behind of its settings, which those of this file do not."""
+    for lane in lanes_of(given, run):
+        for training in lane.trainings:
+            write_text(training.run.variant_dir(training.config.label) / "config.yaml", dump(training.config))
 
 
 def calls(run: RunRoot) -> list[str]:
@@ -170,6 +178,23 @@ def test_a_wrong_order_is_refused_before_anything_begins(run: RunRoot, given: Or
     with pytest.raises(UserError, match=said):
         stage.sweep(given, run)
     assert not run.root.exists()
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["sweep", "dry-run"])
+def test_a_sweep_goes_on_when_the_weights_that_it_started_from_are_gone(
+    run: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    weights = tmp_path / "best.pt"
+    weights.write_text("weights")
+    given = Order(["w4a16"], [0], [], ["train.epochs=2", f"train.weights={weights}"])
+    keep_settings(given, run)
+    write_estimate(run, lanes_of(given, run)[0].trainings[1].config, [])
+    weights.unlink()
+    sets = [word for setting in given.sets for word in ("--set", setting)]
+    common = ["--run", "s", "--runs-dir", str(run.runs_dir), "--schemes", "w4a16", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", ["app", "sweep", *common, *sets, *words])
+    assert main() == 0
+    assert ("s-seed0 qat-w4a16 train ends 0" in calls(run)) == (not words)
 
 
 def test_two_schemes_of_one_name_are_refused(run: RunRoot, tmp_path: Path) -> None:

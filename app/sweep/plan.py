@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.child import job_words
-from app.core.config import Config, UserError, load
+from app.core.config import Config, UserError, load, parse_set, read_yaml
 from app.core.files import read_json
 from app.core.run import SEED_OF_SWEEP, SWEEP_FILE, RunRoot, open_run
 from app.core.scheme import SCHEME
+from app.core.shapes import value_at
 from app.train.done import DONE_SHAPE, check_snapshot, epochs_left
 
 SEED = "train.seed"
+NOT_GIVEN = object()
 TAKEN = {SCHEME: "--schemes", SEED: "--seeds"}  # settings that a sweep gives each training itself
 
 
@@ -94,10 +96,12 @@ def lanes_of(order: Order, run: RunRoot) -> list[Lane]:
 
 
 def check_settings(order: Order) -> None:
-    for item in order.sets:
-        key = item.partition("=")[0].strip()
-        if key in TAKEN:
-            raise UserError(f"--set {item}: a sweep gives each training its own {key}: name them with {TAKEN[key]}")
+    given = [(f"--set {item}", parse_set(item)) for item in order.sets]
+    given += [(f"--conf {file}", read_yaml(file)) for file in order.overlays]
+    for where, tree in given:
+        for key, option in TAKEN.items():
+            if value_at(tree, key, NOT_GIVEN) is not NOT_GIVEN:
+                raise UserError(f"{where}: a sweep gives each training its own {key}: name them with {option}")
 
 
 def check_name(run: RunRoot) -> None:

@@ -170,6 +170,7 @@ def test_a_mistake_of_the_user_ends_all(run: RunRoot, monkeypatch: pytest.Monkey
     [
         (Order(["w4a16"], [0], [], ["train.seed=3"]), "gives each training its own train.seed: name them with --seeds"),
         (Order(["w4a16"], [0], [], ["quant.scheme=w8a16"]), "name them with --schemes"),
+        (Order(["w4a16"], [0], [], ["train={seed: 3}"]), "name them with --seeds"),
         (Order(["nothing"], [0], [], []), "choose one of"),
         (Order(["w4a16"], [-1], [], []), "train.seed"),
     ],
@@ -178,6 +179,14 @@ def test_a_wrong_order_is_refused_before_anything_begins(run: RunRoot, given: Or
     with pytest.raises(UserError, match=said):
         stage.sweep(given, run)
     assert not run.root.exists()
+
+
+@pytest.mark.parametrize(("text", "option"), [("train: {seed: 3}", "--seeds"), ("quant: {scheme: w8a16}", "--schemes")])
+def test_a_file_of_settings_names_neither_seed_nor_scheme(run: RunRoot, tmp_path: Path, text: str, option: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"mine.yaml: a sweep gives each training its own .* with {option}"):
+        lanes_of(Order(["w4a16"], [0], [file], []), run)
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["sweep", "dry-run"])

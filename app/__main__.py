@@ -78,7 +78,7 @@ def main() -> int:
     from app.train.interrupt import Interrupted, PeerLost
 
     set_up_terminal()
-    is_forced = bool(vars(args).get("force"))
+    is_forced = bool(vars(args).get("force")) and args.stage != "sweep"  # which starts nothing over twice
     again = "the same command without --force" if is_forced else "the same command"
     try:
         with answered(is_forced), explain_os_errors(output_folder(args), FULL_DISK_REMEDY.format(again)):

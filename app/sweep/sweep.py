@@ -32,7 +32,10 @@ def sweep(order: Order, run: RunRoot) -> None:
     """
     lanes = lanes_of(order, run)
     check_schemes(lanes)
-    write_json(sweep_path(run), sweep_facts(lanes))
+    write_json(sweep_path(run), sweep_facts(lanes, run))
+    for lane in lanes:
+        if lane.force:  # the data stage then takes other data than before; its own --force replaces what all runs share
+            lane.run.provenance.unlink(missing_ok=True)
     gpus = places(lanes[0].trainings[0].config)
     log.info("sweep: %s", headline(lanes, gpus))
     failed = run_lanes(lanes, gpus, run.root)

@@ -58,7 +58,7 @@ class Stage:
 
 
 log = logging.getLogger("app")
-FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and the same command goes on"
+FULL_DISK_REMEDY = "finished files and the last checkpoint are whole; make room, and {} goes on"
 
 
 def main() -> int:
@@ -79,16 +79,18 @@ def main() -> int:
     from app.train.interrupt import Interrupted, PeerLost
 
     set_up_terminal()
+    is_forced = bool(vars(args).get("force")) and args.stage != "sweep"  # which starts nothing over twice
+    again = "the same command without --force" if is_forced else "the same command"
     try:
         if args.stage != "train":
             check_is_alone(args.stage)
-        with answered(), explain_os_errors(output_folder(args), FULL_DISK_REMEDY):
+        with answered(is_forced), explain_os_errors(output_folder(args), FULL_DISK_REMEDY.format(again)):
             args.function(args)
     except UserError as error:
         log.error("error: %s", printable(error))
         return 2
     except Interrupted as stop:
-        log.warning("stopped by %s, everything is saved: the same command goes on from here", stop)
+        log.warning("stopped by %s, everything is saved: %s goes on from here", stop, again)
         return 128 + stop.signal
     except GuardStop as stop:
         log.warning("%s", stop)
@@ -304,8 +306,13 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    with set_up(args) as job:
-        sweeps.run(args, job.run)
+    from app.core.environment import isolate_libraries
+    from app.core.run import hold, open_run
+
+    run = open_run(args.run, args.runs_dir)
+    isolate_libraries(run.cache_dir)
+    with hold(run, args.stage):  # its runs have the configurations, and what they keep of files that are gone
+        sweeps.run(args, run)
 
 
 def sensitivity(args: argparse.Namespace) -> None:

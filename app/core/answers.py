@@ -21,7 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_SOCKET = -1
 END = b"\0"  # no signal has this number
 FIRST = "interrupted: the same command starts this stage again, or goes on from the last checkpoint"
+FIRST_FORCED = "interrupted: the same command starts over; without --force it goes on from what is saved"
 SECOND = "ended at once: finished files and the last checkpoint are whole, the same command makes the rest"
+SECOND_FORCED = "ended at once: finished files and the last checkpoint are whole, the same command starts over"
 log = logging.getLogger(__name__)
 
 
@@ -63,11 +65,15 @@ class Answers:
 
 
 @contextlib.contextmanager
-def answered() -> Iterator[None]:
-    """Context of a stage without a state to save: after the answer SIGINT interrupts it, and SIGTERM exits with 143."""
+def answered(forced: bool = False) -> Iterator[None]:
+    """Context of a stage without a state to save: after the answer SIGINT interrupts it, and SIGTERM exits with 143.
+
+    A stage that is `forced` starts over, so the answer names the command that goes on.
+    """
+    first, second = (FIRST_FORCED, SECOND_FORCED) if forced else (FIRST, SECOND)
     handler = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        with Answers(lambda: FIRST, lambda: SECOND):
+        with Answers(lambda: first, lambda: second):
             yield
     finally:
         signal.signal(signal.SIGTERM, handler)

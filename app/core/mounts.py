@@ -8,7 +8,10 @@ import re
 
 MOUNTS = "APP_MOUNTS"  # set by docker-compose.yml and scripts/job: a line 'path in the container=path outside' each
 HERE = "."  # path outside of the checkout: the user stands in it, so a path below it is shown without it
-SEEN = "runs/, data/, COCO_DIR, and what make is given as A, B, ONNX, WEIGHTS, CONF, quant.scheme or train.weights"
+SEEN = (
+    "runs/, data/, COCO_DIR, and what make is given as A, B, ONNX, WEIGHTS, CONF, quant.scheme, sensitivity.against or "
+    "train.weights"
+)
 
 
 def in_container() -> bool:

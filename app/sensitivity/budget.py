@@ -13,9 +13,9 @@ from app.core.config import UserError
 from app.core.scheme import FLOAT, MAX_NAME, Rule, Scheme, find_scheme
 from app.quant.sizes import Layer, layers_of
 from app.sensitivity.changes import BY_CHANNEL, MEASURED_BITS, learned_layers, uniform
-from app.sensitivity.search import Option, OverBudget, cheapest
+from app.sensitivity.search import SLACK, Option, cheapest
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|MB|KiB|MiB)?")
+SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?) ?(B|kB|MB|KiB|MiB)?")  # it becomes part of a scheme's name
 UNITS = {None: 1, "B": 1, "kB": 1e3, "MB": 1e6, "KiB": 2**10, "MiB": 2**20}
 SAME_AS = "same-as:"
 BYTES, BITS = "--budget", "--budget-bits"  # the option of each kind
@@ -27,12 +27,16 @@ HEAD_PARTS = ("one2one_cv2", "one2one_cv3")  # the one2many head, which the trai
 class Budget:
     """What the weights may take: `kind` BYTES, of codes and scales in the INT4 file; or BITS, the mean of a weight.
 
-    `label` names it in the name of a scheme.
+    `label` names it in `scheme`, the name of what is found for it.
     """
 
     kind: str
     amount: float
     label: str
+
+    @property
+    def scheme(self) -> str:
+        return f"fit-{self.label}"
 
     def __str__(self) -> str:
         return f"{self.amount:,.0f} bytes" if self.kind == BYTES else f"{self.amount:.3f} bits a weight"
@@ -42,8 +46,20 @@ def read_budget(kind: str, text: str, model: Any) -> Budget:
     """An option's value: a size such as 3.0MB, a number of bits such as 4.3, or same-as:SCHEME.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or no scheme of the network takes so little.
     """
+    budget = budget_in(kind, text, model)
+    least, most = (amount_of(kind, layers_of(model, uniform(bits))) for bits in (MEASURED_BITS[0], MEASURED_BITS[-1]))
+    if least > budget.amount * (1 + SLACK):
+        unit = "bytes" if kind == BYTES else "bits a weight"
+        raise UserError(
+            f"{kind}: {budget} is too little, schemes of this network take {least:,.0f} to {most:,.0f} {unit}"
+        )
+    return budget
+
+
+def budget_in(kind: str, text: str, model: Any) -> Budget:
+    """As `read_budget`, whatever schemes of the network take."""
     if text.startswith(SAME_AS):
         return budget_of(kind, scheme_named(text.removeprefix(SAME_AS)), model)
     match = SIZE.fullmatch(text.strip())
@@ -82,15 +98,12 @@ def amount_of(kind: str, layers: list[Layer]) -> float:
     if kind == BYTES:
         return float(sum(layer.n_bytes(packs=True) for layer in layers))
     counted = [layer for layer in layers if layer.is_in_file and layer.rule.bits != FLOAT]
-    return sum(layer.n_weights * int(layer.rule.bits) for layer in counted) / sum(layer.n_weights for layer in counted)
+    n_weights = sum(layer.n_weights for layer in counted)
+    return sum(layer.n_weights * int(layer.rule.bits) for layer in counted) / max(n_weights, 1)
 
 
 def propose(model: Any, budget: Budget, cost: Callable[[str, int], float]) -> dict[str, int]:
-    """The bits of every layer whose costs have the smallest sum within the budget; `cost` is that of a layer at bits.
-
-    Raises:
-        UserError: not even the fewest bits are within the budget.
-    """
+    """The bits of every layer whose costs have the least sum within the budget; `cost` is that of a layer at bits."""
     names = list(learned_layers(model))
     by_bits = {bits: {layer.name: layer for layer in layers_of(model, uniform(bits))} for bits in MEASURED_BITS}
     n_weights = {name: by_bits[2][name].n_weights for name in names}
@@ -106,15 +119,7 @@ def propose(model: Any, budget: Budget, cost: Callable[[str, int], float]) -> di
             price = by_bits[bits][name].n_bytes(packs=True) if budget.kind == BYTES else n_weights[name] * bits
             of_layer.append(Option(bits, price, cost(name, bits)))
         options.append(of_layer)
-    try:
-        chosen = cheapest(options, limit)
-    except OverBudget as error:
-        least, most = (amount_of(budget.kind, list(by_bits[bits].values())) for bits in (2, 8))
-        unit = "bytes" if budget.kind == BYTES else "bits a weight"
-        raise UserError(
-            f"{budget.kind}: {budget} is too little, schemes of this network take {least:,.0f} to {most:,.0f} {unit}"
-        ) from error
-    return {name: option.bits for name, option in zip(names, chosen, strict=True)}
+    return {name: option.bits for name, option in zip(names, cheapest(options, limit), strict=True)}
 
 
 def scheme_of(name: str, bits: dict[str, int], why: Callable[[str], str]) -> Scheme:

@@ -91,8 +91,8 @@ def scheme_change(model: Any, scheme: Scheme) -> Change:
     """A scheme as a change.
 
     Raises:
-        UserError: a scale of the scheme is not a channel's, its codes have the full range, or a pattern does not fit
-            the network.
+        UserError: the scheme quantizes nothing, a scale of it is not a channel's, its codes have the full range, or a
+            pattern does not fit the network.
     """
     bits = {}
     for layer in layers_of(model, scheme):
@@ -108,6 +108,8 @@ def scheme_change(model: Any, scheme: Scheme) -> Change:
                 "choose one without"
             )
         bits[layer.name] = int(layer.rule.bits)
+    if not bits:
+        raise UserError(f"sensitivity: scheme {scheme} leaves every layer in float: choose one with bits")
     return Change(SCHEME, scheme.name, bits)
 
 

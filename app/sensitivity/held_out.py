@@ -19,9 +19,11 @@ from app.core.progress import track
 from app.data.view import chosen, read_index
 from app.sensitivity.changes import Change
 from app.sensitivity.images import Batch, ValImages, batches_of
-from app.sensitivity.measure import Probe
+from app.sensitivity.measure import Probe, mean_over
 
-MIN_ERRORS = 2.0  # standard errors by which a difference counts
+MIN_BATCHES = 3  # that decide a duel
+MAX_CHANCE = 0.05  # with which equal schemes may be told apart
+N_ANGLES = 10_000  # steps of the integral in `chance_of`
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,14 @@ class Duel:
 
     loss: float
     error: float | None
+    n_batches: int
 
     @property
     def verdict(self) -> str:
-        if self.error is None or abs(self.loss) <= MIN_ERRORS * self.error:
+        """By Student's t test of the batches' differences."""
+        if self.error is None or self.n_batches < MIN_BATCHES:
+            return "not told apart"
+        if chance_of(self.loss, self.error, self.n_batches - 1) > MAX_CHANCE:
             return "not told apart"
         return "wins" if self.loss < 0 else "loses"
 
@@ -96,6 +102,17 @@ class Duel:
 def duel(batches: list[dict[str, Any]], found: str, other: str) -> Duel:
     """Compares two schemes batch by batch; every batch counts as its images do."""
     losses = np.array([batch["changes"][found][0] - batch["changes"][other][0] for batch in batches])
-    weights = [batch["n"] for batch in batches]
-    error = float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None
-    return Duel(float(np.average(losses, weights=weights)), error)
+    weights = np.array([batch["n"] for batch in batches], float)
+    return Duel(*mean_over(losses, weights), len(batches))
+
+
+def chance_of(mean: float, error: float, freedom: int) -> float:
+    """How often a mean of pure noise is as far from 0: two-sided, by Student's t with so many degrees of freedom.
+
+    The angle atan(t / sqrt(freedom)) has the density cos^(freedom - 1), which is summed here: no package in the list
+    has the distribution.
+    """
+    angles = (np.arange(N_ANGLES) + 0.5) * (np.pi / 2 / N_ANGLES)
+    density = np.cos(angles) ** (freedom - 1)
+    beyond = angles > np.arctan2(abs(mean), error * np.sqrt(freedom))
+    return float(density[beyond].sum() / density.sum())

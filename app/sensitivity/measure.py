@@ -27,10 +27,7 @@ PARTIAL_SHAPE: Shape = {"key": dict[str, Any], "batches": list[dict[str, Any]]}
 
 @dataclass(frozen=True)
 class Measured:
-    """A change on some of the images: what it adds to the loss, that number's standard error, and the shift in nats.
-
-    The standard error is that of the mean over batches; None for a single batch.
-    """
+    """A change on some of the images: what it adds to the loss, with its standard error, and the shift in nats."""
 
     loss: float
     loss_se: float | None
@@ -137,10 +134,21 @@ def summary(batches: list[dict[str, Any]], change: str) -> Measured:
     weights = np.array([batch["n"] for batch in measuring], float)
     losses = np.array([batch["changes"][change][0] - batch["loss"] for batch in measuring])
     shifts = np.array([batch["changes"][change][1] for batch in measuring])
-    n_batches = len(measuring)
-    error = float(losses.std(ddof=1) / np.sqrt(n_batches)) if n_batches > 1 else None
-    mean_loss, mean_shift = np.average(losses, weights=weights), np.average(shifts, weights=weights)
-    return Measured(float(mean_loss), error, float(mean_shift), int(weights.sum()))
+    loss, error = mean_over(losses, weights)
+    return Measured(loss, error, mean_over(shifts, weights)[0], int(weights.sum()))
+
+
+def mean_over(values: np.ndarray, weights: np.ndarray) -> tuple[float, float | None]:
+    """Mean of batches, weighted by their numbers of images, and its standard error; None for a single batch.
+
+    The variance of a batch's mean is taken to be s^2 / images: then the mean square of the deviations, weighted as the
+    mean is, over n - 1 estimates the variance of the mean. Of equal batches this is s^2 / n.
+    """
+    mean = np.average(values, weights=weights)
+    if len(values) == 1:
+        return float(mean), None
+    spread = np.average((values - mean) ** 2, weights=weights)
+    return float(mean), float(np.sqrt(spread / (len(values) - 1)))
 
 
 def float_loss(batches: list[dict[str, Any]]) -> float:

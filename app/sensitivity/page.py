@@ -124,9 +124,10 @@ def proposal(facts: dict[str, Any]) -> str:
         f"# {facts['scheme']}",
         f"Least sum of {'shifts' if facts['measure'] == 'shift' else 'losses'} within the budget, by "
         "integer programming. PTQ with corrected BatchNorm, scored on "
-        f"{facts['n_images']} val images that the search has not seen:",
+        f"{facts['n_images']} val images that the search has not seen, in {facts['n_batches']} batches:",
         "\n".join(markdown_table(cells)),
         "\n".join(lines),
+        "One wins by the loss of the batches, where Student's t test finds less than 5 % for chance.",
         "The file stores 2 to 4 bits in half a byte and 5 to 8 bits in a byte. Bytes are what this file has, mean bits "
         "what a format without such steps would have.",
         f"Train it: `--set quant.scheme={facts['file']}`",

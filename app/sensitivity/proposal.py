@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from app.core.config import UserError
 from app.core.files import write_json, write_text
 from app.core.scheme import Scheme, keep_scheme
 from app.quant.sizes import layers_of
@@ -33,6 +34,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The user's budget, and by name the schemes of sensitivity.against with what each takes."""
+
+    budget: Budget
+    given: dict[str, Scheme]
+    sizes: dict[str, Budget]
+
+
+@dataclass(frozen=True)
 class Search:
     """Schemes by name: those that were found, the user's first, and those given.
 
@@ -44,16 +54,31 @@ class Search:
     same_size: dict[str, str]
 
 
-def propose_scheme(subject: Subject, result: dict[str, Any], option: tuple[str, str]) -> None:
-    """Writes sensitivity/scheme/fit-<budget>.yaml, and fit-<budget>.json and .md, which score it on images that the
-    search has not seen.
+def read_wanted(subject: Subject, option: tuple[str, str]) -> Wanted:
+    """What a proposal takes beside the measurement, which lasts minutes to hours: so this is read first.
 
     Raises:
-        UserError: the budget cannot be read, or is too small.
+        UserError: the budget cannot be read, is too small, or names no scheme; or a scheme of sensitivity.against is
+            none, cannot be measured, or has the name of another.
     """
     kind, text = option
     budget = read_budget(kind, text, subject.model)
-    searched = search(subject, result, budget)
+    schemes = [scheme_named(value) for value in dict.fromkeys(subject.config.sensitivity.against)]
+    for scheme in schemes:
+        scheme_change(subject.model, scheme)
+    sizes = {scheme.name: budget_of(kind, scheme, subject.model) for scheme in schemes}
+    names = [FLOAT, *(scheme.name for scheme in schemes), budget.scheme, *(size.scheme for size in sizes.values())]
+    for scheme in schemes:
+        if names.count(scheme.name) > 1:
+            raise UserError(f"sensitivity.against: another row of the proposal is named {scheme} too: rename the file")
+    return Wanted(budget, {scheme.name: scheme for scheme in schemes}, sizes)
+
+
+def propose_scheme(subject: Subject, result: dict[str, Any], wanted: Wanted) -> None:
+    """Writes sensitivity/scheme/fit-<budget>.yaml, and fit-<budget>.json and .md, which score it on images that the
+    search has not seen."""
+    budget = wanted.budget
+    searched = search(subject, result, wanted)
     folder = subject.run.root / "sensitivity"
     for scheme in searched.found.values():
         keep_scheme(scheme, folder)
@@ -78,11 +103,10 @@ def propose_scheme(subject: Subject, result: dict[str, Any], option: tuple[str, 
         log.info("%s", line)
 
 
-def search(subject: Subject, result: dict[str, Any], budget: Budget) -> Search:
+def search(subject: Subject, result: dict[str, Any], wanted: Wanted) -> Search:
     """The scheme within the budget, and for each scheme of sensitivity.against the one within what that takes."""
     cost = cost_of(result, subject.config.sensitivity.measure)
-    given = {scheme.name: scheme for scheme in map(scheme_named, subject.config.sensitivity.against)}
-    budgets = {None: budget, **{name: budget_of(budget.kind, scheme, subject.model) for name, scheme in given.items()}}
+    given, budgets = wanted.given, {None: wanted.budget, **wanted.sizes}
     measure = subject.config.sensitivity.measure
 
     def why(layer: str) -> str:
@@ -95,7 +119,7 @@ def search(subject: Subject, result: dict[str, Any], budget: Budget) -> Search:
         if reference and bits == scheme_change(subject.model, given[reference]).bits:
             same_size[reference] = reference
             continue
-        name = names.setdefault(str(bits), f"fit-{own.label}")
+        name = names.setdefault(str(bits), own.scheme)
         if name not in found:
             found[name] = scheme_of(name, bits, why)
         if reference:
@@ -136,4 +160,4 @@ def facts_of(subject: Subject, searched: Search, scored: HeldOut) -> dict[str, A
         fought = duel(scored.batches, found, given)
         verdict = "the same bits" if found == given else fought.verdict
         duels.append({"found": found, "against": given, **asdict(fought), "verdict": verdict})
-    return {"rows": rows, "duels": duels, "n_images": scored.n_images}
+    return {"rows": rows, "duels": duels, "n_images": scored.n_images, "n_batches": len(scored.batches)}

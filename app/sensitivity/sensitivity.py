@@ -18,7 +18,7 @@ from app.sensitivity.additive import correlations, sums_of
 from app.sensitivity.changes import GROUP, LAYER, MEASURED_BITS, Change, all_changes, groups_of, learned_layers, single
 from app.sensitivity.images import batches_of
 from app.sensitivity.measure import Kept, float_loss, measure_all, summary
-from app.sensitivity.proposal import propose_scheme
+from app.sensitivity.proposal import propose_scheme, read_wanted
 from app.sensitivity.subject import Subject
 
 SHAPE: Shape = {"key": dict[str, Any], "batches": list[dict[str, Any]], "layers": list[dict[str, Any]]}
@@ -31,15 +31,29 @@ def sensitivity(config: Config, run: RunRoot, force: bool, budget: tuple[str, st
     With a budget, an option and its value, also a scheme file and the page that scores it.
 
     Raises:
-        UserError: no trained FP16 baseline, a result of another baseline or other settings without `force`, or a budget
-            that the network cannot have.
+        UserError: no trained FP16 baseline, a result of another baseline or other settings without `force`, or, before
+            anything is measured, a budget that the network cannot have.
     """
     subject = Subject(config, run)
     result_path = run.root / "sensitivity" / "sensitivity.json"
-    if force or not is_measured(result_path, subject.key):
-        measure(subject, result_path, force)
-    if budget:
-        propose_scheme(subject, read_json(result_path, "sensitivity", SHAPE), budget)
+    wanted = read_wanted(subject, budget) if budget else None
+    if force:
+        forget(result_path)
+    if not is_measured(result_path, subject.key):
+        measure(subject, result_path)
+    if wanted:
+        propose_scheme(subject, read_json(result_path, "sensitivity", SHAPE), wanted)
+
+
+def forget(path: Path) -> None:
+    """Deletes a result and the batches of one, so that what is measured next goes on without `force`."""
+    for old in (path, partial_of(path)):
+        old.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The batches of a result that is not finished."""
+    return path.with_name("partial.json")
 
 
 def is_measured(path: Path, key: dict[str, Any]) -> bool:
@@ -57,7 +71,7 @@ def is_measured(path: Path, key: dict[str, Any]) -> bool:
     return True
 
 
-def measure(subject: Subject, path: Path, force: bool) -> None:
+def measure(subject: Subject, path: Path) -> None:
     """Measures all changes and writes the result."""
     settings, chosen = subject.config.sensitivity, subject.chosen
     changes = all_changes(subject.model, settings)
@@ -67,9 +81,7 @@ def measure(subject: Subject, path: Path, force: bool) -> None:
         subject.run.name, len(layers), ", ".join(map(str, MEASURED_BITS)), len(chosen.search),
         min(settings.images_other_bits, len(chosen.search)),
     )  # fmt: skip
-    kept = Kept(path.with_name("partial.json"), subject.key)
-    if force:
-        kept.batches = []
+    kept = Kept(partial_of(path), subject.key)
     start = time.monotonic()
     batches = measure_all(subject.probe(changes), plan(subject, changes), subject.images.read, kept)
     took_s = time.monotonic() - start

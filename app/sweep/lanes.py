@@ -32,6 +32,11 @@ class Step:
     training: Training | None = None
 
     @property
+    def command(self) -> list[str]:
+        """The words to begin with."""
+        return self.training.command if self.training else self.words
+
+    @property
     def name(self) -> str:
         return self.training.name if self.training else f"seed {self.lane.seed}, {self.words[0]}"
 
@@ -95,8 +100,11 @@ def run_lanes(lanes: list[Lane], gpus: list[str | None], logs_dir: Path) -> list
 
 
 def steps_of(lane: Lane) -> deque[Step]:
-    """The steps of a lane that are not known to be done; a stage that finds nothing to do ends at once."""
-    trainings = [Step(lane, each.words, each) for each in lane.trainings if not each.is_done]
+    """The steps of a lane that are not known to be done; a stage that finds nothing to do ends at once.
+
+    With `force` that is none: a distilled training starts over once its teacher has.
+    """
+    trainings = [Step(lane, each.words, each) for each in lane.trainings if lane.force or not each.is_done]
     after = [Step(lane, words) for words in lane.after]
     return deque([Step(lane, lane.data), *trainings, *after])
 
@@ -107,7 +115,7 @@ def begin(children: Children, steps: deque[Step], gpu: str | None, logs_dir: Pat
     if step.training:
         on = f" on GPU {gpu}" if gpu else ""
         log.info("%s: begins (%s)%s, its lines are in %s", step.name, step.training.state(), on, path)
-    return AtWork(step, children.start(step.words, gpu, path), gpu, steps)
+    return AtWork(step, children.start(step.command, gpu, path), gpu, steps)
 
 
 def leave_out(steps: deque[Step]) -> None:
@@ -141,10 +149,19 @@ def tell_failure(one: AtWork, code: int, path: Path) -> str:
     """
     last = last_line(path)
     if code == OF_THE_USER:
-        raise UserError(f"{one.step.name}: {last.removeprefix('error: ')}")
+        raise UserError(f"{one.step.name}: {last.removeprefix('error: ')}{beyond_force(one.step, last)}")
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}: {last}"
     log.error("%s: %s (%s)", one.step.name, how, path)
     return one.step.name
+
+
+def beyond_force(step: Step, message: str) -> str:
+    """The remedy for a training that --force of a sweep keeps, because its settings are these: a damaged one."""
+    training = step.training
+    if training is None or not training.force or "--force" not in message:
+        return ""
+    folder = training.run.variant_dir(training.config.label)
+    return f" (--force of a sweep keeps what has its settings: delete {folder})"
 
 
 def last_line(path: Path) -> str:

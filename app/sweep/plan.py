@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.core.child import job_words
-from app.core.config import Config, UserError, load
+from app.core.config import Config, UserError, load, parse_set, read_yaml
 from app.core.files import read_json
-from app.core.run import SEED_OF_SWEEP, SWEEP_FILE, RunRoot, open_run
+from app.core.run import SEED_OF_SWEEP, SWEEP_FILE, SWEEP_SHAPE, RunRoot, open_run
 from app.core.scheme import SCHEME
-from app.train.done import DONE_SHAPE, check_snapshot, epochs_left
+from app.core.shapes import value_at
+from app.export.done import file_settings
+from app.train.done import DONE_SHAPE, OTHER_RUN, check_images, check_snapshot, epochs_left
 
 SEED = "train.seed"
+NOT_GIVEN = object()
 TAKEN = {SCHEME: "--schemes", SEED: "--seeds"}  # settings that a sweep gives each training itself
 
 
@@ -26,6 +29,7 @@ class Order:
     overlays: list[Path]
     sets: list[str]
     accepts_cpu: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,28 @@ class Training:
     config: Config
     run: RunRoot
     words: list[str]  # of its command line
+    force: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        """The words to begin with."""
+        return [*self.words, "--force"] if self.starts_over else self.words
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether it begins anew: with `force`, if what is there was trained with other settings or on other images."""
+        if not self.force:
+            return False
+        try:
+            self.check()
+            check_images(self.config, self.run)
+        except UserError:
+            return True
+        return False
+
+    def check(self) -> None:
+        """Raises: UserError: what is there was trained with other settings."""
+        check_snapshot(self.config, self.run.variant_dir(self.config.label) / "config.yaml")
 
     @property
     def name(self) -> str:
@@ -42,18 +68,23 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        return self.run.done(self.config.label).exists()
+        return self.run.done(self.config.label).exists() and not self.starts_over
+
+    @property
+    def epochs_left(self) -> int:
+        return self.config.train.epochs if self.starts_over else epochs_left(self.config, self.run)
 
     @property
     def best_ap(self) -> float:
         return read_json(self.run.done(self.config.label), "train", DONE_SHAPE)["best_ap"]
 
     def state(self) -> str:
-        """'done', 'not begun', or 'epoch 3 of 10'."""
-        n_epochs = self.config.train.epochs
-        left = epochs_left(self.config, self.run)
+        """'done', 'starts over', 'not begun', or 'epoch 3 of 10'."""
+        n_epochs, left = self.config.train.epochs, self.epochs_left
         if self.is_done:
             return "done"
+        if self.starts_over:
+            return "starts over"
         return "not begun" if left == n_epochs else f"epoch {n_epochs - left} of {n_epochs}"
 
 
@@ -66,6 +97,7 @@ class Lane:
     trainings: list[Training]
     common: list[str]  # words of every stage
     ptq: list[list[str]]
+    force: bool = False
 
     @property
     def data(self) -> list[str]:
@@ -74,7 +106,8 @@ class Lane:
     @property
     def after(self) -> list[list[str]]:
         """The stages after the trainings."""
-        return [*self.ptq, ["export", *self.common], ["eval", *self.common]]
+        stages = [*self.ptq, ["export", *self.common], ["eval", *self.common]]
+        return [[*words, "--force"] for words in stages] if self.force else stages
 
 
 def lanes_of(order: Order, run: RunRoot) -> list[Lane]:
@@ -88,16 +121,41 @@ def lanes_of(order: Order, run: RunRoot) -> list[Lane]:
     lanes = [lane_of(order, run, seed) for seed in dict.fromkeys(order.seeds)]
     check_labels(order, lanes[0])
     for lane in lanes:
-        for training in lane.trainings:
-            check_snapshot(training.config, lane.run.variant_dir(training.config.label) / "config.yaml")
+        if not order.force:
+            check_lane(lane)
+    for seed in earlier_runs(run).values():
+        if seed not in order.seeds:
+            check_earlier(lane_of(order, run, seed))
     return lanes
 
 
 def check_settings(order: Order) -> None:
-    for item in order.sets:
-        key = item.partition("=")[0].strip()
-        if key in TAKEN:
-            raise UserError(f"--set {item}: a sweep gives each training its own {key}: name them with {TAKEN[key]}")
+    given = [(f"--set {item}", parse_set(item)) for item in order.sets]
+    given += [(f"--conf {file}", read_yaml(file)) for file in order.overlays]
+    for where, tree in given:
+        for key, option in TAKEN.items():
+            if value_at(tree, key, NOT_GIVEN) is not NOT_GIVEN:
+                raise UserError(f"{where}: a sweep gives each training its own {key}: name them with {option}")
+
+
+def check_lane(lane: Lane) -> None:
+    """Refuses a run whose trainings or ONNX files were made with other settings."""
+    for training in lane.trainings:
+        training.check()
+    wanted = file_settings(lane.trainings[0].config.export)
+    for record in sorted(lane.run.onnx_dir.glob("*.json")):
+        if read_json(record, "export").get("export", wanted) != wanted:
+            raise UserError(f"{record.with_suffix('.onnx')} was made with other settings of export: {OTHER_RUN}")
+
+
+def check_earlier(lane: Lane) -> None:
+    """Refuses a seed of an earlier call that has other settings: one report has them all."""
+    try:
+        check_lane(lane)
+    except UserError as error:
+        raise UserError(
+            f"seed {lane.seed}, of an earlier call of this sweep: {error}, with it among the seeds"
+        ) from error
 
 
 def check_name(run: RunRoot) -> None:
@@ -117,20 +175,28 @@ def lane_of(order: Order, run: RunRoot, seed: int) -> Lane:
     sets = [*order.sets, f"{SEED}={seed}"]
     yes = ["--yes"] if order.accepts_cpu else []
     common = job_words(own.name, own.runs_dir, order.overlays, sets)
-    fp16 = Training(load("fp16", order.overlays, sets), own, ["train", "--variant", "fp16", *common, *yes])
+    config = load("fp16", order.overlays, sets, own.root)
+    fp16 = Training(config, own, ["train", "--variant", "fp16", *common, *yes], order.force)
     trainings, ptq = [fp16], []
     for scheme in dict.fromkeys(order.schemes):
         of_scheme = [*sets, f"{SCHEME}={scheme}"]
         words = job_words(own.name, own.runs_dir, order.overlays, of_scheme)
         config = load("qat", order.overlays, of_scheme, own.root)
-        trainings.append(Training(config, own, ["train", "--variant", "qat", *words, *yes]))
+        trainings.append(Training(config, own, ["train", "--variant", "qat", *words, *yes], order.force))
         ptq.append(["ptq", *words])
-    return Lane(seed, own, trainings, common, ptq)
+    return Lane(seed, own, trainings, common, ptq, order.force)
 
 
-def sweep_facts(lanes: list[Lane]) -> dict[str, object]:
-    """The content of SWEEP_FILE: name of each run and its seed."""
-    return {"runs": {lane.run.name: lane.seed for lane in lanes}}
+def sweep_facts(lanes: list[Lane], run: RunRoot) -> dict[str, object]:
+    """The content of SWEEP_FILE: name of each run and its seed, those of earlier calls too."""
+    return {"runs": earlier_runs(run) | {lane.run.name: lane.seed for lane in lanes}}
+
+
+def earlier_runs(run: RunRoot) -> dict[str, int]:
+    """The runs of earlier calls in which a training has begun, and their seeds."""
+    path = sweep_path(run)
+    runs = read_json(path, "sweep", SWEEP_SHAPE)["runs"] if path.exists() else {}
+    return {name: seed for name, seed in runs.items() if any((run.runs_dir / name).glob("*/config.yaml"))}
 
 
 def sweep_path(run: RunRoot) -> Path:

@@ -5,31 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.core.labels import FP16
+from app.core.labels import FP16, Label
+from app.core.run import RunRoot
 from app.core.shapes import Number, Shape
+from app.eval.evaluate import METRICS
 from app.report.tables import markdown_table
 from app.sweep.plan import Lane, Training
-from app.train.done import epochs_left
+from app.train.done import ptq_labels
 
 ESTIMATE_SHAPE: Shape = {f"hours.{stage}": Number for stage in ("train fp16", "train qat", "ptq", "export", "eval")}
 PILOT_CHECKPOINTS = 4  # that the estimate exports and scores: FP16, QAT, and PTQ's two
-CHECKPOINTS_OF_SCHEME = 3
 
 
 def training_hours(training: Training, hours: dict[str, float]) -> float:
     """Of the epochs that are still to come."""
     variant = "fp16" if training.config.label == str(FP16) else "qat"
-    left = epochs_left(training.config, training.run) / training.config.train.epochs
+    left = training.epochs_left / training.config.train.epochs
     return 0.0 if training.is_done else hours[f"train {variant}"] * left
 
 
 def after_hours(lane: Lane, hours: dict[str, float]) -> float:
-    """Of PTQ, export and eval of a lane that has a training left; done before, they take seconds."""
-    if all(training.is_done for training in lane.trainings):
-        return 0.0
-    n_schemes = len(lane.ptq)
-    share = (1 + CHECKPOINTS_OF_SCHEME * n_schemes) / PILOT_CHECKPOINTS
-    return n_schemes * hours["ptq"] + share * (hours["export"] + hours["eval"])
+    """Of PTQ, export and eval of the checkpoints that are not made or not scored; of the others they take seconds."""
+    labels = [Label.parse(training.config.label) for training in lane.trainings]
+    n_to_quantize = 0
+    for quant in (training.config.quant for training in lane.trainings):
+        if quant:
+            pair = ptq_labels(quant)
+            n_to_quantize += lane.force or not all(lane.run.done(label).exists() for label in pair)
+            labels += pair
+    n_to_score = sum(lane.force or not has_score(lane.run, label) for label in labels)
+    scoring = n_to_score / PILOT_CHECKPOINTS * (hours["export"] + hours["eval"])
+    return n_to_quantize * hours["ptq"] + scoring
+
+
+def has_score(run: RunRoot, label: Label) -> bool:
+    """Whether the file that is traced from a checkpoint is scored."""
+    return (run.root / label.traced.scores_dir / METRICS).exists()
 
 
 def listing(lanes: list[Lane], hours: dict[str, float], places: Sequence[Any]) -> list[str]:

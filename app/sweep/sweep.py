@@ -32,7 +32,10 @@ def sweep(order: Order, run: RunRoot) -> None:
     """
     lanes = lanes_of(order, run)
     check_schemes(lanes)
-    write_json(sweep_path(run), sweep_facts(lanes))
+    write_json(sweep_path(run), sweep_facts(lanes, run))
+    for lane in lanes:
+        if lane.force:  # the data stage then takes other data than before; its own --force replaces what all runs share
+            lane.run.provenance.unlink(missing_ok=True)
     gpus = places(lanes[0].trainings[0].config)
     log.info("sweep: %s", headline(lanes, gpus))
     failed = run_lanes(lanes, gpus, run.root)
@@ -55,7 +58,7 @@ def dry_run(order: Order, run: RunRoot) -> None:
     gpus = places(lanes[0].trainings[0].config)
     sets = [*order.sets, f"{SCHEME}={order.schemes[0]}", *([ON_ONE_GPU] if len(gpus) > 1 else [])]
     path = run.root / "estimate.json"
-    if not is_estimate_of(load("qat", order.overlays, sets), run):
+    if not is_estimate_of(load("qat", order.overlays, sets, lanes[0].run.root), run):
         log.info("sweep: no estimate of these settings on this machine in %s, it is made first", path)
         if code := run_stage("estimate", job_words(run.name, run.runs_dir, order.overlays, sets)):
             sys.exit(code)

@@ -371,6 +371,11 @@ OPTIONS = {
 }
 ALL, AT_96 = f"--with {LATEST}", f"--with {LATEST} --until 96"
 OF_EAGER, EAGER_AT_96, SEED_6 = f"--with {EAGER}", f"--with {EAGER} --until 96", f"--with {EAGER} --seeds 6"
+FOUND_SCHEME = "docs/found-yolov10n.yaml"
+FOUND = (
+    f"--with {LATEST} docs/stability-found.json --seeds 8 9 10 11 12 13 14 15 "
+    f"--arms fp16 w4a16 w4a16-mixed-dw {FOUND_SCHEME}"
+)
 # Each of its arguments is a command line; a process for each would spend its time on imports.
 PROGRAM = """
 import sys
@@ -388,7 +393,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What the bench prints of the kept rows; without data, with the recipe of conf/stability.yaml."""
     common = f"bench stability --run s --runs-dir {tmp_path_factory.mktemp('runs')}"
     common += " --for-s 0 --set data.coco_dir=not-there "
-    commands = [ALL, AT_96, OF_EAGER, EAGER_AT_96, SEED_6]
+    commands = [ALL, AT_96, OF_EAGER, EAGER_AT_96, SEED_6, FOUND]
     command = [sys.executable, "-c", PROGRAM, *(common + arguments for arguments in commands)]
     done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=True)
     pages = done.stderr.split("command " + common)[1:]
@@ -452,6 +457,16 @@ def test_the_results_page_shows_what_schemes_and_options_differ_by(printed: dict
     for arm, words in (("w4a16", "w4a16 loses"), ("w4a16-mixed-dw", "w4a16-mixed-dw")):
         share, error = map(float, shares[f"{arm}, lrf 0.01"].split(" ± "))
         assert f"{words} {1 - share:.3f} ± {error:.3f}" in page
+
+
+def test_the_page_of_sensitivity_shows_what_its_scheme_gave_in_training(printed: dict[str, list[str]]) -> None:
+    page = by_first_cell((REPO_DIR / "docs" / "sensitivity.md").read_text().splitlines())
+    arms, pairs = of_arms(printed[FOUND]), by_first_cell(printed[FOUND])
+    heads = next(cells_of(line) for line in printed[FOUND] if "as a share of" in line)
+    of = heads.index("w4a16-mixed-dw")
+    rows = {"w4a16": "`w4a16`", FOUND_SCHEME: "the proposal, [found-yolov10n.yaml](found-yolov10n.yaml)"}
+    for place, (arm, name) in zip((3, 5), rows.items(), strict=True):
+        assert page[name][1:] == [arms[MEASURE_OF_PAGE][place], pairs[arm][of], arms[arm][10]]
 
 
 def test_the_results_page_shows_the_earlier_loop_beside_this_one(

@@ -27,7 +27,7 @@ from app.sensitivity.budget import BITS as MEAN_BITS
 from app.sensitivity.budget import BYTES, amount_of, propose, read_budget, scheme_of, shortened
 from app.sensitivity.changes import LAYER, RANDOM, SCHEME, Change, groups_of, learned_layers, scheme_change, uniform
 from app.sensitivity.folded import Folded, fold
-from app.sensitivity.held_out import duel
+from app.sensitivity.held_out import chance_of, duel
 from app.sensitivity.images import Batch, choose, class_numbers, label_rows
 from app.sensitivity.measure import Probe, summary
 from app.sensitivity.network import Graph, Statistics, fake_quantized
@@ -230,7 +230,9 @@ def test_a_summary_weighs_batches_by_their_images() -> None:
     batches = [batch(3, 1.0, a=[1.5, 0.2]), batch(1, 2.0, a=[2.1, 0.6]), batch(4, 9.0, b=[9.0, 0.0])]
     found = summary(batches, "a")
     assert found.loss == pytest.approx((3 * 0.5 + 0.1) / 4) and found.shift == pytest.approx((3 * 0.2 + 0.6) / 4)
-    assert found.loss_se == pytest.approx(0.2) and found.n_images == 4  # 0.5 and 0.1: deviation 0.4 / sqrt 2
+    assert found.loss_se == pytest.approx(math.sqrt(0.75 * 0.1**2 + 0.25 * 0.3**2)) and found.n_images == 4
+    equal = summary([batch(2, 1.0, a=[1.5, 0.2]), batch(2, 2.0, a=[2.1, 0.6])], "a")
+    assert equal.loss_se == pytest.approx(0.2)  # 0.5 and 0.1: deviation 0.4 / sqrt 2, over sqrt 2
     assert summary(batches[:1], "a").loss_se is None
 
 
@@ -260,14 +262,34 @@ def test_sums_of_single_layers_beside_whole_schemes() -> None:
     assert found["loss, random"] == pytest.approx(0.5)  # ranks 1, 0, 2 against 0, 1, 2
 
 
-def test_a_duel_is_decided_by_twice_its_error() -> None:
-    batches = [batch(1, 0.0, a=[1.0, 0], b=[1.5, 0], c=[1.0, 0]), batch(1, 0.0, a=[2.0, 0], b=[2.3, 0], c=[2.2, 0])]
+def test_a_duel_is_decided_by_students_t() -> None:
+    """Of 4.3 errors with three batches."""
+    batches = [
+        batch(1, 0.0, a=[1.0, 0], b=[1.5, 0], c=[1.2, 0]), batch(1, 0.0, a=[2.0, 0], b=[2.3, 0], c=[2.0, 0]),
+        batch(1, 0.0, a=[3.0, 0], b=[3.4, 0], c=[3.1, 0]),
+    ]  # fmt: skip
     won = duel(batches, "a", "b")
-    assert won.loss == pytest.approx(-0.4) and won.error == pytest.approx(0.1) and won.verdict == "wins"
+    assert won.loss == pytest.approx(-0.4) and won.error == pytest.approx(0.1 / math.sqrt(3)) and won.verdict == "wins"
     assert duel(batches, "b", "a").verdict == "loses"
-    assert duel(batches, "a", "c").verdict == "not told apart"
+    assert duel(batches, "a", "c").verdict == "not told apart"  # 0.1 and an error of 0.058
     assert duel(batches, "a", "a").verdict == "not told apart"
-    assert duel(batches[:1], "a", "b").verdict == "not told apart"
+    assert duel(batches[:2], "a", "b").verdict == duel(batches[:1], "a", "b").verdict == "not told apart"
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (3, 3.182), (15, 2.131), (120, 1.980)])
+def test_the_chance_is_that_of_the_tables(freedom: int, quantile: float) -> None:
+    assert chance_of(-quantile, 1.0, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert chance_of(0.0, 0.0, freedom) == pytest.approx(1.0) and chance_of(0.1, 0.0, freedom) == 0.0
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 8, 8), (8, 8, 8, 8), (8, 8, 8, 1), (8,) * 16])
+def test_equal_schemes_are_seldom_told_apart(sizes: tuple[int, ...]) -> None:
+    rng, n = np.random.default_rng(0), 1000
+    decided = 0
+    for _ in range(n):
+        batches = [batch(size, 0.0, a=[rng.normal() / math.sqrt(size), 0], b=[0.0, 0]) for size in sizes]
+        decided += duel(batches, "a", "b").verdict != "not told apart"
+    assert decided <= 0.07 * n  # 5 % and three standard errors of that share
 
 
 def test_the_search_sees_other_images_than_the_score() -> None:
@@ -321,7 +343,7 @@ def test_budgets_are_read_and_kept(model: Any) -> None:
     n_odd = sum(conv.weight.numel() % 2 for conv in layers.values())
     assert most - least == (n_weights - n_odd) // 2  # half a byte a weight
     assert amount_of(MEAN_BITS, w4) == 4 and read_budget(MEAN_BITS, "same-as:w8a16", model).amount == 8
-    assert read_budget(BYTES, "3.0MB", model).amount == 3e6 and read_budget(BYTES, "2KiB", model).amount == 2048
+    assert read_budget(BYTES, "3.0MB", model).amount == 3e6 and read_budget(BYTES, "2000KiB", model).amount == 2048000
     for kind, text in ((BYTES, "much"), (MEAN_BITS, "3MB"), (BYTES, "-3"), (BYTES, "same-as:nothing")):
         with pytest.raises(UserError):
             read_budget(kind, text, model)
@@ -334,7 +356,7 @@ def test_budgets_are_read_and_kept(model: Any) -> None:
         rules = {layer.name: layer.rule.bits for layer in layers_of(model, scheme)}
         assert all(rules[name.replace("one2one_", "")] == bits[name] for name in bits if "one2one_" in name)
     with pytest.raises(UserError, match="schemes of this network take"):
-        propose(model, read_budget(BYTES, "100B", model), lambda layer, bits: 1.0)
+        read_budget(BYTES, "100B", model)
 
 
 def test_a_probe_measures_changes(model: Any, images: torch.Tensor, labels: dict[str, torch.Tensor]) -> None:

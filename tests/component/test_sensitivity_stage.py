@@ -63,6 +63,12 @@ def measured(trained: RunRoot) -> RunRoot:
     return trained
 
 
+@pytest.fixture
+def unmeasured(measured: RunRoot, tmp_path: Path) -> RunRoot:
+    shutil.copytree(measured.runs_dir / "coco", tmp_path / "coco")
+    return copy_of(measured, tmp_path, "sensitivity", ".cache", "onnx", "ptq*")
+
+
 def test_every_layer_has_its_numbers(measured: RunRoot) -> None:
     result = result_of(measured)
     assert len(result["layers"]) == N_TINY
@@ -82,9 +88,15 @@ def test_every_layer_has_its_numbers(measured: RunRoot) -> None:
     assert not (folder / "partial.json").exists()
 
 
-def test_an_interrupted_measurement_goes_on(measured: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in its second batch; the first one is not repeated, and all numbers are those of the uninterrupted."""
-    run = copy_of(measured, tmp_path, "sensitivity", ".cache")
+@pytest.mark.parametrize(("words", "without"), [((), ("sensitivity",)), (("--force",), ())], ids=["first", "forced"])
+def test_an_interrupted_measurement_goes_on(
+    measured: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], without: tuple[str, ...]
+) -> None:
+    """Killed in its second batch; the first one is not repeated, and all numbers are those of the uninterrupted.
+
+    A forced one goes on without --force: the result that it replaces is not taken for its own.
+    """
+    run = copy_of(measured, tmp_path, ".cache", *without)
     shutil.copytree(measured.runs_dir / "coco", tmp_path / "coco")
     measure, calls = Probe.measure, []
 
@@ -95,7 +107,7 @@ def test_an_interrupted_measurement_goes_on(measured: RunRoot, tmp_path: Path, m
         return measure(self, *args)
 
     monkeypatch.setattr(Probe, "measure", killed_in_the_second)
-    assert call(run) == 130
+    assert call(run, *words) == 130
     assert (run.root / "sensitivity" / "partial.json").exists()
     assert call(run) == 0
     assert len(calls) == 3
@@ -112,9 +124,13 @@ def test_a_result_is_kept_and_another_one_refused(measured: RunRoot, caplog: pyt
     assert result_of(measured) == before
 
 
+MANY_DIGITS = "1." + "0" * 40
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--budget", f"{MANY_DIGITS}MB"), f"--budget {MANY_DIGITS}MB: give a size such as 3.0MB"),
         (("--budget", "1kB"), "--budget: 1,000 bytes is too little, schemes of this network take "),
         (("--budget", "few"), "--budget few: give a size such as 3.0MB"),
         (
@@ -124,11 +140,46 @@ def test_a_result_is_kept_and_another_one_refused(measured: RunRoot, caplog: pyt
         (("--budget-bits", "same-as:nothing"), "scheme nothing: choose one of"),
     ],
 )
-def test_a_wrong_budget_is_one_line(
-    measured: RunRoot, caplog: pytest.LogCaptureFixture, words: tuple[str, ...], said: str
+def test_a_wrong_budget_is_one_line_before_anything_is_measured(
+    unmeasured: RunRoot, caplog: pytest.LogCaptureFixture, words: tuple[str, ...], said: str
 ) -> None:
-    assert call(measured, *words) == 2
+    assert call(unmeasured, *words) == 2
     assert caplog.messages[-1].startswith(f"error: {said}")
+    assert not (unmeasured.root / "sensitivity").exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("bits: 4, granularity: tensor", "scheme mine has a layer with one scale"),
+        ("bits: 4, granularity: channel, range: full", "scheme mine has a layer with range full"),
+        ("bits: float", "scheme mine leaves every layer in float"),
+    ],
+)
+def test_a_scheme_that_cannot_be_scored_is_refused_before_anything_is_measured(
+    unmeasured: RunRoot, caplog: pytest.LogCaptureFixture, rule: str, said: str
+) -> None:
+    file = unmeasured.runs_dir / "mine.yaml"
+    file.write_text(f'- {{pattern: "*", {rule}, why: all}}\n')
+    against = (*SEARCH, f"sensitivity.against=[{file}]")
+    assert call(unmeasured, "--budget", "same-as:w4a16", sets=against) == 2
+    assert said in caplog.messages[-1]
+    assert not (unmeasured.root / "sensitivity").exists()
+
+
+def test_two_rows_of_one_name_are_refused(unmeasured: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
+    file = unmeasured.runs_dir / "fit-as-w4a16.yaml"
+    file.write_text('- {pattern: "*", bits: 5, granularity: channel, why: all}\n')
+    against = (*SEARCH, f"sensitivity.against=[{file}]")
+    assert call(unmeasured, "--budget", "same-as:w4a16", sets=against) == 2
+    assert "another row of the proposal is named fit-as-w4a16 too" in caplog.messages[-1]
+
+
+def test_bits_of_a_scheme_in_float_are_no_budget(unmeasured: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
+    file = unmeasured.runs_dir / "plain.yaml"
+    file.write_text('- {pattern: "*", bits: float, why: all}\n')
+    assert call(unmeasured, "--budget-bits", f"same-as:{file}") == 2
+    assert "--budget-bits: 0.000 bits a weight is too little" in caplog.messages[-1]
 
 
 def test_the_proposal_is_scored_and_taken_by_ptq_and_export(measured: RunRoot, tmp_path: Path) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from app.__main__ import main, parse
 from app.core import child
 from app.core.config import Config, UserError, dump, load
 from app.core.files import read_json, write_text
@@ -39,6 +42,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunRoot:
 
 def order(*seeds: int, schemes: tuple[str, ...] = SCHEMES, epochs: int = 2) -> Order:
     return Order(schemes, seeds, [], [f"train.epochs={epochs}"])
+
+
+def keep_settings(given: Order, run: RunRoot) -> None:
+    """What a training leaves behind of its settings, which those of this file do not."""
+    for lane in lanes_of(given, run):
+        for training in lane.trainings:
+            write_text(training.run.variant_dir(training.config.label) / "config.yaml", dump(training.config))
 
 
 def calls(run: RunRoot) -> list[str]:
@@ -162,6 +172,7 @@ def test_a_mistake_of_the_user_ends_all(run: RunRoot, monkeypatch: pytest.Monkey
     [
         (Order(["w4a16"], [0], [], ["train.seed=3"]), "gives each training its own train.seed: name them with --seeds"),
         (Order(["w4a16"], [0], [], ["quant.scheme=w8a16"]), "name them with --schemes"),
+        (Order(["w4a16"], [0], [], ["train={seed: 3}"]), "name them with --seeds"),
         (Order(["nothing"], [0], [], []), "choose one of"),
         (Order(["w4a16"], [-1], [], []), "train.seed"),
     ],
@@ -170,6 +181,88 @@ def test_a_wrong_order_is_refused_before_anything_begins(run: RunRoot, given: Or
     with pytest.raises(UserError, match=said):
         stage.sweep(given, run)
     assert not run.root.exists()
+
+
+@pytest.mark.parametrize(("text", "option"), [("train: {seed: 3}", "--seeds"), ("quant: {scheme: w8a16}", "--schemes")])
+def test_a_file_of_settings_names_neither_seed_nor_scheme(run: RunRoot, tmp_path: Path, text: str, option: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"mine.yaml: a sweep gives each training its own .* with {option}"):
+        lanes_of(Order(["w4a16"], [0], [file], []), run)
+
+
+def test_a_changed_scheme_starts_over_by_the_command_that_the_refusal_names(run: RunRoot, tmp_path: Path) -> None:
+    """--force trains nothing anew that has its settings, and makes the files of all."""
+    file = tmp_path / "my.yaml"
+    rule = '- {{pattern: "*", bits: {}, granularity: channel, why: all}}\n'
+    file.write_text(rule.format(5))
+    given = order(0, 1, schemes=(str(file), "w8a16"))
+    stage.sweep(given, run)
+    keep_settings(given, run)
+    file.write_text(rule.format(6))
+    with pytest.raises(UserError, match="start over with ARGS=--force"):
+        stage.sweep(given, run)
+    n_before = len(calls(run))
+    assert parse(["sweep", "--schemes", "a", "--seeds", "0", "--force"]).force
+    forced = replace(given, force=True)
+    assert [training.state() for training in lanes_of(forced, run)[0].trainings] == ["done", "starts over", "done"]
+    assert [training_hours(training, HOURS) for training in lanes_of(forced, run)[0].trainings] == [0, 4, 0]
+    write(run.runs_dir / "s-seed0" / "dataset" / "provenance.json", {"of": "other data"})
+    stage.sweep(forced, run)
+    assert not (run.runs_dir / "s-seed0" / "dataset" / "provenance.json").exists()
+    begun = [line.partition(" begins")[0] for line in calls(run)[n_before:] if " begins" in line]
+    own = ["data", "fp16 train", "qat-my train forced", "qat-w8a16 train", "qat-my ptq forced",
+           "qat-w8a16 ptq forced", "export forced", "eval forced"]  # fmt: skip
+    assert begun == [f"s-seed{seed} {name}" for seed in (0, 1) for name in own] + ["s report"]
+    stage.sweep(given, run)
+
+
+def test_a_damaged_training_that_force_keeps_is_to_be_deleted(run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuses = "error: last.pt is damaged: start over with ARGS=--force"
+    script = f"import sys; sys.exit(0) if 'data' in sys.argv else sys.exit(sys.stderr.write({refuses!r}) and 2)"
+    monkeypatch.setattr(child, "PROGRAM", ["-c", script])
+    with pytest.raises(UserError, match=r"keeps what has its settings: delete .*/s-seed0/fp16\)"):
+        stage.sweep(replace(order(0), force=True), run)
+
+
+def test_changed_settings_of_the_export_are_refused_before_anything_begins(run: RunRoot) -> None:
+    lane = lanes_of(order(0), run)[0]
+    write(lane.run.onnx_dir / "a.json", {"export": {"opset": 13}})
+    with pytest.raises(UserError, match=r"a.onnx was made with other settings of export: .* ARGS=--force"):
+        stage.sweep(order(0), run)
+    assert not calls(run)
+    lanes_of(replace(order(0), force=True), run)
+
+
+def test_a_sweep_keeps_the_seeds_of_earlier_calls(run: RunRoot) -> None:
+    """Those that have begun, as long as their folders are there and their settings are the same."""
+    for seeds in ((2, 0), (1,)):
+        stage.sweep(order(*seeds, schemes=("w4a16",)), run)
+        keep_settings(order(*seeds, schemes=("w4a16",)), run)
+    assert read_json(run.root / "sweep.json", "sweep") == {"runs": {"s-seed2": 2, "s-seed0": 0, "s-seed1": 1}}
+    assert [each.name for each in runs_of(["s"], run.runs_dir)] == ["s-seed2", "s-seed0", "s-seed1"]
+    with pytest.raises(UserError, match=r"seed 2, of an earlier call of this sweep: .*train.epochs: 2 -> 3"):
+        lanes_of(order(4, epochs=3), run)
+    shutil.rmtree(run.runs_dir / "s-seed0")
+    stage.sweep(order(1, 3, schemes=("w4a16", "w8a16")), run)
+    assert list(read_json(run.root / "sweep.json", "sweep")["runs"]) == ["s-seed2", "s-seed1", "s-seed3"]
+
+
+@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["sweep", "dry-run"])
+def test_a_sweep_goes_on_when_the_weights_that_it_started_from_are_gone(
+    run: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    weights = tmp_path / "best.pt"
+    weights.write_text("weights")
+    given = Order(["w4a16"], [0], [], ["train.epochs=2", f"train.weights={weights}"])
+    keep_settings(given, run)
+    write_estimate(run, lanes_of(given, run)[0].trainings[1].config, [])
+    weights.unlink()
+    sets = [word for setting in given.sets for word in ("--set", setting)]
+    common = ["--run", "s", "--runs-dir", str(run.runs_dir), "--schemes", "w4a16", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", ["app", "sweep", *common, *sets, *words])
+    assert main() == 0
+    assert ("s-seed0 qat-w4a16 train ends 0" in calls(run)) == (not words)
 
 
 def test_two_schemes_of_one_name_are_refused(run: RunRoot, tmp_path: Path) -> None:
@@ -221,6 +314,15 @@ def test_hours_are_those_of_what_is_left(run: RunRoot) -> None:
     assert [training_hours(training, HOURS) for training in first.trainings] == [0, 2, 4]
     assert [training_hours(training, HOURS) for training in second.trainings] == [2, 4, 4]
     assert after_hours(first, HOURS) == pytest.approx(2 * 0.5 + 7 / 4 * 1.2)  # 7 checkpoints, the estimate's are 4
+    second_trained = second.trainings[0].run
+    for label in ("fp16", "qat-w4a16", "qat-w8a16", "ptq-w4a16", "ptq-w4a16-bn"):
+        write(second_trained.done(label), {"epochs": 2, "best_ap": 0.5})
+    assert after_hours(second, HOURS) == pytest.approx(0.5 + 7 / 4 * 1.2), "trainings are done, and not their scores"
+    for folder in ("baseline-coco", "qat-w4a16-coco", "ptq-w4a16-coco", "ptq-w4a16-bn-coco"):
+        write(second_trained.root / folder / "metrics.json", {})
+    assert after_hours(second, HOURS) == pytest.approx(0.5 + 3 / 4 * 1.2)
+    assert after_hours(replace(second, force=True), HOURS) == after_hours(first, HOURS)
+    shutil.rmtree(second_trained.root)
     assert finished_after([3.0, 1.0, 1.5], 2) == 3.0
     lines = listing([first, second], HOURS, [None])
     assert lines[-1].startswith("22.20 hours of training and scoring, one training after the other: done after 22.20 h")

@@ -1,7 +1,7 @@
 """`python -m tests.support.tiny_stages STAGE ...` leaves behind what a stage of app does; it imports nothing of app.
 
-A training has epochs of EPOCH_S seconds, writes results.csv after each, and goes on where it stopped. What begins
-and how it ends is in calls.txt of the runs' folder.
+A training has epochs of EPOCH_S seconds, writes results.csv after each, and goes on where it stopped, with --force from
+the beginning. What begins and how it ends is in calls.txt of the runs' folder.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,11 +25,15 @@ def main() -> int:
     for name in ("--run", "--runs-dir", "--variant"):
         parser.add_argument(name)
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     settings = dict(item.split("=") for item in args.set)
-    label = "fp16" if args.variant == "fp16" else f"qat-{settings.get('quant.scheme')}"
+    label = "fp16" if args.variant == "fp16" else f"qat-{Path(settings.get('quant.scheme', '')).stem}"
     name = f"{args.run} {label} {args.stage}" if args.stage in ("train", "ptq") else f"{args.run} {args.stage}"
+    name += " forced" if args.force else ""
     runs_dir = Path(args.runs_dir)
+    if args.force and args.stage == "train":
+        shutil.rmtree(runs_dir / args.run / label)
     note(runs_dir, f"{name} begins {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}")
     code = train(runs_dir / args.run / label, int(settings["train.epochs"])) if args.stage == "train" else 0
     if args.stage == "ptq" and not (runs_dir / args.run / "fp16" / "done.json").exists():

@@ -10,14 +10,14 @@ import time
 import psutil
 import pytest
 
-from app.core.answers import FIRST, SECOND
+from app.core.answers import FIRST, FIRST_FORCED, SECOND, SECOND_FORCED
 
 BUSY_S, POLL_S = 0.1, 0.01
 PROGRAM = """
 import hashlib, logging, os, signal, time
 from app.core.answers import answered, left_to_children
 logging.basicConfig(format="%(message)s")
-with answered():
+with answered({forced}):
 """
 BUSY_IN_C = """
     print("ready", flush=True)
@@ -41,10 +41,11 @@ FORKED = """
 """
 
 
-def start(body: str) -> tuple[subprocess.Popen[str], str]:
+def start(body: str, forced: bool = False) -> tuple[subprocess.Popen[str], str]:
     """The program with this body, and the line that says it is there."""
+    program = PROGRAM.format(forced=forced) + body
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM + body], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     return process, process.stdout.readline()
@@ -58,16 +59,25 @@ def wait_until_busy(process: subprocess.Popen[str]) -> None:
         time.sleep(POLL_S)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_answer_does_not_wait_for_the_call_and_a_second_signal_ends_it(number: signal.Signals) -> None:
-    process, _ = start(BUSY_IN_C)
+@pytest.mark.parametrize(
+    ("number", "forced", "answers"),
+    [
+        (signal.SIGINT, False, (FIRST, SECOND)),
+        (signal.SIGTERM, False, (FIRST, SECOND)),
+        (signal.SIGTERM, True, (FIRST_FORCED, SECOND_FORCED)),
+    ],
+)
+def test_the_answer_does_not_wait_for_the_call_and_a_second_signal_ends_it(
+    number: signal.Signals, forced: bool, answers: tuple[str, str]
+) -> None:
+    process, _ = start(BUSY_IN_C, forced)
     wait_until_busy(process)
     assert process.stderr
     process.send_signal(number)
-    assert process.stderr.readline() == FIRST + "\n"
+    assert process.stderr.readline() == answers[0] + "\n"
     assert process.poll() is None
     process.send_signal(number)
-    assert process.communicate()[1] == SECOND + "\n"
+    assert process.communicate()[1] == answers[1] + "\n"
     assert process.returncode == 128 + number
 
 

@@ -194,6 +194,18 @@ def test_the_container_sees_a_file_of_a_setting_under_its_own_name(tmp_path: Pat
     assert f"<{file}:/host{file}:ro>" in mounts
 
 
+def test_the_container_sees_the_files_of_a_list(tmp_path: Path) -> None:
+    """Names of schemes stay as they are."""
+    file = tmp_path / "its own.yaml"
+    file.touch()
+    given = f"--set 'sensitivity.against=[w4a16, {file}]' --images 3"
+    result = make("sensitivity", f"ARGS={given}", **IN_DOCKER)
+    assert result.returncode == 0, result.stderr
+    said, mounts = result.stdout.partition(", ARGS: ")[2].split("\n", 1)
+    assert shlex.split(said) == ["--set", f"sensitivity.against=[w4a16,/host{file}]", "--images", "3"]
+    assert f"<{file}:/host{file}:ro>" in mounts
+
+
 def test_stop_finds_a_folder_with_a_blank() -> None:
     assert '"label=com.docker.compose.project.working_dir=$(pwd -P)"' in make("-n", "stop").stdout
 

@@ -97,5 +97,5 @@ def test_a_missing_path_says_what_the_container_sees() -> None:
     assert line is not None
     assert line.endswith(
         "(the container sees only runs/, data/, COCO_DIR, and what make is given as A, B, ONNX, WEIGHTS, CONF, "
-        "quant.scheme or train.weights)"
+        "quant.scheme, sensitivity.against or train.weights)"
     )

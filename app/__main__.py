@@ -270,22 +270,22 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from app.core.run import runs_of
+    from app.report.page_files import scored_runs
 
     given: list[str] = [args.run, *args.runs] if args.run is not None else args.runs
-    first, *others = runs_of(given or ["full"], args.runs_dir)
+    (first, *others), left_out = scored_runs(given or ["full"], args.runs_dir)
     args.run = first.name
     with set_up(args) as job:
         from app.report.report import report
 
-        report(job.config, job.run, others)
+        report(job.config, job.run, others, left_out)
 
 
 def publish(args: argparse.Namespace) -> None:
-    from app.core.run import runs_of
+    from app.report.page_files import scored_runs
     from app.report.publish import publish
 
-    run, *others = runs_of([args.run, *args.runs], args.runs_dir)
+    (run, *others), _ = scored_runs([args.run, *args.runs], args.runs_dir)
     publish(run, args.aim, args.force, others)
 
 

@@ -255,12 +255,13 @@ def export(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     with set_up(args, lock=args.onnx is None) as job:
         from app.coco.score import standalone_dataset
-        from app.data.prepare import find
+        from app.data.prepare import find, follow
         from app.eval.contract import Said
         from app.eval.evaluate import evaluate, evaluate_standalone, scores_folder
         from app.eval.metadata import read_names
 
         if args.onnx is None:
+            follow(job.run, job.config.data.coco_dir)
             return evaluate(job.config, job.run, args.force)
         said = Said(args.contract, read_names(args.names) if args.names else None, args.imgsz)
         out_dir = args.out or scores_folder(args.onnx, args.runs_dir, args.force)

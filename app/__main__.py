@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.bench import command as benches
-from app.core.command_line import Parser, job_arguments, run_arguments, settings_arguments
+from app.core.command_line import Parser, job_arguments, run_arguments, seconds, settings_arguments
 from app.data import command as datasets
 from app.eval import command as evals
 from app.job import Job, after_training, is_done, set_up
@@ -146,7 +146,7 @@ def ptq_arguments(stage: argparse.ArgumentParser) -> None:
 
 def estimate_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
-    stage.add_argument("--for-s", type=float, default=60, help="seconds that it may take, more or less (60)")
+    stage.add_argument("--for-s", type=seconds, default=60, help="seconds that it may take, more or less (60)")
 
 
 def eval_arguments(stage: argparse.ArgumentParser) -> None:

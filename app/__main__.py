@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.bench import command as benches
-from app.core.command_line import Parser, job_arguments, run_arguments, settings_arguments
+from app.core.command_line import Parser, job_arguments, run_arguments, seconds, settings_arguments
 from app.data import command as datasets
 from app.eval import command as evals
 from app.job import Job, after_training, is_done, set_up
@@ -151,7 +151,7 @@ def ptq_arguments(stage: argparse.ArgumentParser) -> None:
 
 def estimate_arguments(stage: argparse.ArgumentParser) -> None:
     job_arguments(stage)
-    stage.add_argument("--for-s", type=float, default=60, help="seconds that it may take, more or less (60)")
+    stage.add_argument("--for-s", type=seconds, default=60, help="seconds that it may take, more or less (60)")
 
 
 def eval_arguments(stage: argparse.ArgumentParser) -> None:
@@ -260,12 +260,13 @@ def export(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     with set_up(args, lock=args.onnx is None) as job:
         from app.coco.score import standalone_dataset
-        from app.data.prepare import find
+        from app.data.prepare import find, follow
         from app.eval.contract import Said
         from app.eval.evaluate import evaluate, evaluate_standalone, scores_folder
         from app.eval.metadata import read_names
 
         if args.onnx is None:
+            follow(job.run, job.config.data.coco_dir)
             return evaluate(job.config, job.run, args.force)
         said = Said(args.contract, read_names(args.names) if args.names else None, args.imgsz)
         out_dir = args.out or scores_folder(args.onnx, args.runs_dir, args.force)
@@ -275,22 +276,22 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    from app.core.run import runs_of
+    from app.report.page_files import scored_runs
 
     given: list[str] = [args.run, *args.runs] if args.run is not None else args.runs
-    first, *others = runs_of(given or ["full"], args.runs_dir)
+    (first, *others), left_out = scored_runs(given or ["full"], args.runs_dir)
     args.run = first.name
     with set_up(args) as job:
         from app.report.report import report
 
-        report(job.config, job.run, others)
+        report(job.config, job.run, others, left_out)
 
 
 def publish(args: argparse.Namespace) -> None:
-    from app.core.run import runs_of
+    from app.report.page_files import scored_runs
     from app.report.publish import publish
 
-    run, *others = runs_of([args.run, *args.runs], args.runs_dir)
+    (run, *others), _ = scored_runs([args.run, *args.runs], args.runs_dir)
     publish(run, args.aim, args.force, others)
 
 

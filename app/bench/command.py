@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from app.core.command_line import seconds, seconds_or_0
+
 if TYPE_CHECKING:  # --help answers without it
     from app.core.run import RunRoot
 
@@ -24,14 +26,15 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     of_arms = "train, agreement, stability: some of its arms (stability: scheme files too); rehearsal: parts"
     stage.add_argument("--arms", nargs="+", help=of_arms)
     stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")
-    stage.add_argument("--for-s", type=float, default=86400, help="stability: seconds until it saves and ends, 0 shows")
+    until_end = "stability: seconds until it saves and ends, 0 shows"
+    stage.add_argument("--for-s", type=seconds_or_0, default=86400, help=until_end)
     stage.add_argument("--until", type=int, help="stability: show the arms as of this epoch (default: their last)")
     stage.add_argument("--with", dest="files", type=Path, nargs="+", default=[], help="stability: rows of other calls")
     stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
     stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
     stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
-    stage.add_argument("--draw-s", type=float, default=60, help="rehearsal: seconds to draw in (default: %(default)s)")
-    stage.add_argument("--train-s", type=float, default=240, help="rehearsal: of training FP16 (default: %(default)s)")
+    stage.add_argument("--draw-s", type=seconds, default=60, help="rehearsal: seconds to draw in (default: 60)")
+    stage.add_argument("--train-s", type=seconds, default=240, help="rehearsal: of training FP16 (default: 240)")
     stage.add_argument("--n-train", type=int, help="rehearsal: images to draw at most (default: COCO's 118,287)")
     stage.add_argument("--n-val", type=int, help="rehearsal: val images to draw (default: COCO's 5,000)")
 

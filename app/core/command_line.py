@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,19 @@ def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("name two runs or scored folders, A=runs/a B=runs/b")
     return text
+
+
+def seconds(text: str) -> float:
+    """A time that work may take; argparse says what is wrong with a text that is no number."""
+    number = float(text)
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"'{text}' is no time: give a number of seconds above 0")
+    return number
+
+
+def seconds_or_0(text: str) -> float:
+    """The same, or 0 for no work at all."""
+    return 0.0 if text == "0" else seconds(text)
 
 
 def run_arguments(stage: argparse.ArgumentParser, default: str | None = "full") -> None:

@@ -53,12 +53,16 @@ def environment() -> dict[str, Any]:
         "image": os.environ.get("APP_IMAGE"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "gpus": nvidia_smi(GPU_FACTS),
+        **hardware(),
         "packages": {name: _version(name) for name in PACKAGES},
         "command": shlex.join([Path(sys.executable).name, "-m", "app", *map(as_known, sys.argv[1:])]),
         "time_utc": utc_now(),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """Processors and GPUs, on which the time of work depends."""
+    return {"cpu": cpu_name(), "cpu_count": os.cpu_count(), "gpus": nvidia_smi(GPU_FACTS)}
 
 
 def nvidia_smi(fields: tuple[str, ...]) -> list[str]:

@@ -58,6 +58,11 @@ class Label:
         return self.method in ("qat", "ptq")
 
     @property
+    def base_scheme(self) -> str:
+        """The scheme without the ending of a distilled training: the weights of both are quantized alike."""
+        return self.scheme.removesuffix(DISTILLED)
+
+    @property
     def is_repacked(self) -> bool:
         """Whether the file has the weights of the traced file, in a smaller format or with another contract."""
         return bool(self.packing) or self.contract != "raw"

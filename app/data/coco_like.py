@@ -137,20 +137,23 @@ def _part(image: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) ->
 @cache
 def _textures(size_px: int) -> list[np.ndarray]:
     """Smooth patterns, uint8 [side,side,3], twice as large as an image."""
-    rng, side = np.random.default_rng(0), 2 * size_px
-    textures = []
-    for _ in range(N_TEXTURES):
-        total = np.full((side, side, 3), GREY, np.float32)
-        for n_cells, spread in TEXTURE_CELLS:
-            cells = rng.normal(0, spread, (n_cells, n_cells, 3)).astype(np.float32)
-            total += cv2.resize(cells, (side, side), interpolation=cv2.INTER_CUBIC)
-        textures.append(np.clip(total, 0, 255).astype(np.uint8))
-    return textures
+    rng = np.random.default_rng(0)
+    return [_texture(rng, 2 * size_px) for _ in range(N_TEXTURES)]
+
+
+def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
+    total = np.full((side, side, 3), GREY, np.float32)
+    for n_cells, spread in TEXTURE_CELLS:
+        cells = rng.normal(0, spread, (n_cells, n_cells, 3)).astype(np.float32)
+        total += cv2.resize(cells, (side, side), interpolation=cv2.INTER_CUBIC)
+    return np.clip(total, 0, 255, out=total).astype(np.uint8)
 
 
 @cache
 def _grain(size_px: int) -> np.ndarray:
     """Noise around GREY, uint8 [side,side,3], that is added to an image: on objects and background alike."""
     rng, side = np.random.default_rng(1), 2 * size_px
-    fine = rng.normal(0, GRAIN, (side, side, 3))
-    return np.clip(fine + GREY, 0, 255).astype(np.uint8)
+    grain = np.empty((side, side, 3), np.uint8)
+    for row in grain:  # as floats the whole takes gigabytes; the numbers are those of one call
+        row[:] = np.clip(rng.normal(0, GRAIN, (side, 3)) + GREY, 0, 255)
+    return grain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -22,13 +23,13 @@ from app.core.files import read_json, write_json
 from app.core.os_errors import explain_os_errors, free_bytes, only_one
 from app.core.progress import Meter, clock
 from app.data.coco_like import BASE_PX, SIDES_PX, CocoLike
-from app.data.shards import Drawing, Scene, draw_image, draw_shard, encode, is_drawn, join, shards
+from app.data.shards import Drawing, Scene, draw_image, draw_shard, encode, has_images, is_drawn, is_whole, join, shards
 from app.data.synthetic import CocoSubset
 
 log = logging.getLogger(__name__)
 RECORD = "draw.json"  # in the dataset's folder: what is drawn there
 WORK = ".draw"  # there too, until all is drawn
-FOLDERS = (*SPLITS.values(), ANNOTATIONS)  # the last one says that all is drawn
+FOLDERS = (*SPLITS.values(), ANNOTATIONS)
 SHAPE = {"scene": dict[str, Any], "n_train": int, "n_val": int, "seed": int}
 REMEDY = "make room and start the same command again, it goes on from there"
 N_SAMPLES = 16  # images that are drawn to know how large all of them will be
@@ -53,7 +54,8 @@ class Wanted:
 def draw(target_dir: Path, wanted: Wanted, n_processes: int | None = None) -> None:
     """Fills `target_dir` with train2017/, val2017/ and annotations/; goes on where a killed drawing has stopped.
 
-    The folders get their names when all is drawn. A dataset that was drawn with the same values is left alone.
+    The folders get their names when all is drawn. A dataset that was drawn with the same values is left alone; where
+    files of it are gone, it is drawn again, and its folders are replaced.
     `n_processes` None: one on each core that this process may use.
 
     Raises:
@@ -67,10 +69,11 @@ def draw(target_dir: Path, wanted: Wanted, n_processes: int | None = None) -> No
         raise UserError(f"--seed {drawing.seed}: choose a whole number from 0 on")
     with only_one(target_dir, "drawing"), explain_os_errors(target_dir, REMEDY):
         claim(target_dir, drawing)
-        if (target_dir / ANNOTATIONS).is_dir():
+        if is_whole(target_dir, drawing):
             log.info("%s is drawn already", target_dir)
         else:
-            fill(target_dir / WORK, drawing, n_processes or len(os.sched_getaffinity(0)))
+            if not awaits_names(target_dir, drawing):
+                fill(target_dir / WORK, drawing, n_processes or len(os.sched_getaffinity(0)))
             name_folders(target_dir)
         shutil.rmtree(target_dir / WORK, ignore_errors=True)
 
@@ -109,8 +112,7 @@ def claim(target_dir: Path, drawing: Drawing) -> None:
 
 def fill(root: Path, drawing: Drawing, n_processes: int) -> None:
     """Draws the shards that are missing, then writes the annotation files; `root` then holds the whole dataset."""
-    if all(annotation_path(root, split).exists() for split in SPLITS.values()):
-        return  # killed while the folders got their names
+    shutil.rmtree(root / ANNOTATIONS, ignore_errors=True)  # until all images are there again, see awaits_names
     missing = [shard for shard in shards(drawing, *SPLITS.values()) if not is_drawn(root, shard)]
     n_missing = sum(len(shard.image_ids) for shard in missing)
     check_space(root, drawing, n_missing)
@@ -127,11 +129,26 @@ def fill(root: Path, drawing: Drawing, n_processes: int) -> None:
     join(root, drawing)
 
 
+def awaits_names(target_dir: Path, drawing: Drawing) -> bool:
+    """Whether all is drawn: a drawing was killed while its folders got their names, the annotations the last one."""
+    work_dir = target_dir / WORK
+    for split in SPLITS.values():
+        has_split = any(has_images(place, drawing, split) for place in (work_dir, target_dir))
+        if not has_split or not annotation_path(work_dir, split).exists():
+            return False
+    return True
+
+
 def name_folders(target_dir: Path) -> None:
+    """Moves what is drawn to its place; a folder of the same drawing that lacks files goes."""
     os.sync()  # after a power failure no folder that has its name may lack what was in it
     for folder in FOLDERS:
-        if (target_dir / WORK / folder).is_dir():
-            (target_dir / WORK / folder).rename(target_dir / folder)
+        drawn, place, old = target_dir / WORK / folder, target_dir / folder, target_dir / WORK / f"{folder}.old"
+        if drawn.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                place.rename(old)
+            drawn.rename(place)
 
 
 def start_worker() -> None:

@@ -52,8 +52,10 @@ def prepare(config: Config, run: RunRoot, force: bool, says_done: bool = True) -
         log.info("data: done already (%s)", describe(provenance))
 
 
-def prepared(run: RunRoot) -> dict[str, Any]:
+def prepared(run: RunRoot, given_dir: str = BUILTIN_DATASET) -> dict[str, Any]:
     """The content of provenance.json, for a stage that reads the view: what has gone of the view is built again.
+
+    `given_dir` is data.coco_dir of the command: where the dataset is now, if it is no longer where it was.
 
     Raises:
         UserError: the data stage has not run, or the dataset is not the one that it has seen.
@@ -64,8 +66,21 @@ def prepared(run: RunRoot) -> dict[str, Any]:
     except ValidationError as error:
         raise UserError(f"{run.provenance} was written by another version of this program: {OTHER_RUN}") from error
     if data.coco_dir != BUILTIN_DATASET:
-        data = data.model_copy(update={"coco_dir": recorded["coco_dir"]})
+        place = given_dir if has_moved(recorded, given_dir) else recorded["coco_dir"]
+        data = data.model_copy(update={"coco_dir": place})
     return make_ready(data, run, recorded)
+
+
+def has_moved(recorded: dict[str, Any], given_dir: str) -> bool:
+    """Whether a dataset is no longer where it was, and the command says where it is; its hashes say if that is it."""
+    is_drawn = BUILTIN_DATASET in (given_dir, recorded["settings"]["coco_dir"])
+    return not is_drawn and not Path(recorded["coco_dir"]).is_dir()
+
+
+def follow(run: RunRoot, given_dir: str) -> None:
+    """Records where the dataset is, if it has moved, for a stage that reads images without the view."""
+    if has_moved(read_json(run.provenance, "data", SHAPE), given_dir):
+        prepared(run, given_dir)
 
 
 def make_ready(data: Data, run: RunRoot, recorded: dict[str, Any] | None, force: bool = False) -> dict[str, Any]:

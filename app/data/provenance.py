@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,17 @@ def choose(sound: Entries, n_wanted: int | None, seed: int, role: str, name: str
         return sound
     if n_wanted > len(sound):
         raise UserError(f"data.n_{role}={n_wanted}: {name} has {len(sound):,} usable images; ask for at most as many")
-    all_ids = [entry["id"] for entry in sound]
-    chosen = set(random.Random(seed).sample(all_ids, n_wanted))  # noqa: S311 - a reproducible choice, no secret
+    chosen = {entry["id"] for entry in seeded_choice(sound, n_wanted, seed, lambda entry: entry["n_boxes"] > 0)}
     return [entry for entry in sound if entry["id"] in chosen]
+
+
+def seeded_choice(images: Entries, n: int, seed: int, has_objects: Callable[[dict[str, Any]], bool]) -> Entries:
+    """`n` images at random. Where none of them has objects, the first image that has some takes the last one's place:
+    objects may be rare, and without one there would be no AP."""
+    chosen = random.Random(seed).sample(images, n)  # noqa: S311 - a reproducible choice, no secret
+    if not any(map(has_objects, chosen)):
+        chosen[-1] = next(filter(has_objects, images), chosen[-1])
+    return chosen
 
 
 def none_to_score(used: Entries, image_dir: Path) -> str:

@@ -6,6 +6,7 @@ An image depends on nothing but the scene, the seed, its id and its place in the
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,6 +125,17 @@ def is_drawn(root: Path, shard: Shard) -> bool:
         return sizes == [path.stat().st_size for path in paths]
     except FileNotFoundError:
         return False
+
+
+def has_images(root: Path, drawing: Drawing, split: str) -> bool:
+    """Whether every image of a split has a file; what others have put beside them does not matter."""
+    folder = root / split
+    return folder.is_dir() and set(map(name_of, drawing.image_ids(split))) <= set(os.listdir(folder))
+
+
+def is_whole(root: Path, drawing: Drawing) -> bool:
+    """Whether every file of a drawing is there."""
+    return all(annotation_path(root, split).is_file() and has_images(root, drawing, split) for split in SPLITS.values())
 
 
 def join(root: Path, drawing: Drawing) -> None:

@@ -18,7 +18,7 @@ from app.coco.dataset import SPLITS
 from app.core.config import BUILTIN_DATASET
 from app.core.files import new_folder
 from app.data.shapes import Annotation, Box, draw_crowd, draw_polygon, outline
-from app.data.shards import Drawing, draw_shard, join, shards
+from app.data.shards import Drawing, draw_shard, is_whole, join, shards
 
 VERSION = 1  # of the drawing; a part of the folder's name, so that a changed drawing gets its own folder
 N_TRAIN, N_VAL = 256, 64
@@ -36,15 +36,15 @@ N_TRIES = 30  # to find a free place for a box
 
 
 def draw_coco_subset(target_dir: Path, n_train: int = N_TRAIN, n_val: int = N_VAL, seed: int = 0) -> None:
-    """Draws both splits into `target_dir` in COCO's layout; does nothing if the folder exists.
+    """Draws both splits into `target_dir` in COCO's layout; does nothing if it is there.
 
     The same arguments give the same annotations and, with the locked OpenCV, the same JPEG bytes. Several processes may
     draw the same dataset at the same time.
     """
-    if target_dir.exists():
-        return
     drawing = Drawing(CocoSubset(), n_train, n_val, seed)
-    with new_folder(target_dir) as part_dir:
+    if is_whole(target_dir, drawing):
+        return
+    with new_folder(target_dir, replace=target_dir.exists()) as part_dir:
         for shard in shards(drawing, *SPLITS.values()):
             draw_shard(part_dir, drawing, shard)
         join(part_dir, drawing)

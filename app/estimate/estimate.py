@@ -17,7 +17,7 @@ from app.core.environment import REPO_DIR, environment
 from app.core.files import write_json
 from app.core.memory import available_bytes
 from app.core.progress import clock
-from app.core.run import RunRoot
+from app.core.run import RunRoot, hold
 from app.estimate.cost import Budget, Cost, Stopwatch
 
 # Modules of the stages, in an order in which each adds what the ones before have not imported.
@@ -52,9 +52,16 @@ class Command:
 def estimate(command: Command, run: RunRoot) -> None:
     """Measures pieces of the job beside the run and writes the run's estimate.json; nothing of the pilot stays.
 
+    The run may be in use meanwhile: the estimate has a lock of its own.
+
     Raises:
-        UserError: the job would fail with it too.
+        UserError: the job would fail with it too, or another estimate of this name is at work.
     """
+    with hold(RunRoot(run.runs_dir, f"{run.name}-estimate"), "estimate"):
+        measure(command, run)
+
+
+def measure(command: Command, run: RunRoot) -> None:
     budget = Budget(command.for_s)
     process = command_line()
     available = available_bytes()

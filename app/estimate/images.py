@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from app.coco.split import Split
 from app.core.config import Config, UserError
 from app.core.run import Images, RunRoot, images_of
 from app.data.prepare import find, hash_annotations, prepare
+from app.data.provenance import seeded_choice
 from app.data.view import view_dir
 from app.estimate.cost import Cost, Stopwatch
 
@@ -103,7 +103,7 @@ def sample(split: Split, n: int, seed: int) -> dict[str, Any]:
     sound = [image for image in split.images if image["id"] not in split.problems]
     if not sound:
         raise UserError(f"no image of {split.file} can be used: repair the dataset")
-    images = random.Random(seed).sample(sound, min(n, len(sound)))  # noqa: S311 - a reproducible choice, no secret
+    images = seeded_choice(sound, min(n, len(sound)), seed, lambda image: bool(split.boxes[image["id"]]))
     annotations = []
     for image in images:
         for category, x, y, w, h in split.boxes[image["id"]]:

@@ -31,7 +31,7 @@ def is_exported(config: Config, run: RunRoot) -> bool:
     labels = run.finished_labels()
     if not labels:
         return False
-    prepared(run)
+    prepared(run, config.data.coco_dir)
     n_files = 0
     try:
         for label in labels:

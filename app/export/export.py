@@ -64,7 +64,7 @@ def export(config: Config, run: RunRoot, force: bool) -> None:
     labels = run.finished_labels()
     if not labels:
         raise UserError(f"no finished training under {run.root}: run 'make train-fp16 train-qat' first")
-    prepared(run)
+    prepared(run, config.data.coco_dir)
     for checkpoint_label in labels:
         log.info("export %s: computing with PyTorch what its files must give", checkpoint_label)
         trained = load_trained(run, checkpoint_label)

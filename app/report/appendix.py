@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -223,9 +225,9 @@ def pointers(evidence: Evidence, findings: Findings) -> list[str]:
             f"- {plain(label)}: {', '.join(links)}, TensorBoard `{label}/tensorboard/`, checkpoints `{label}/weights/`"
         )
     for metrics in evidence.scored:
-        model, folder = metrics["model"], metrics["dir"]
+        model, folder = metrics["model"], Path(os.path.relpath(metrics["path"], evidence.run.root))  # ../ where merged
         links = f"[metrics.json]({folder}/metrics.json), [detections.json]({folder}/detections.json)"
-        where = f"`onnx/{model['file']}`, sha256 `{model['sha256'][:N_HASH]}`"
+        where = f"`{folder.parent / 'onnx' / model['file']}`, sha256 `{model['sha256'][:N_HASH]}`"
         lines.append(f"- {plain(model['label'])}: {where}, {links}")
     merged = findings["seeds"]["runs"][1:] if findings["seeds"] else []
     numbers = PageFiles(evidence.run, ending([run["name"] for run in merged])).numbers

@@ -13,7 +13,7 @@ from app.core.config import Report, UserError
 from app.core.files import read_json, write_json, write_text
 from app.core.labels import FOREIGN, Label
 from app.core.mounts import only_seen
-from app.core.run import RunRoot
+from app.core.run import SWEEP_FILE, SWEEP_SHAPE, RunRoot
 from app.core.shapes import Id, PathText, Shape, misfits
 from app.core.start import told
 from app.report.evidence import METRICS_SHAPE, as_row, name_of, scored_folders
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: str | None = None) -> None:
     """Writes out_dir/compare.md, compare.json and figures/, and logs the first table.
 
+    Pairs of repacked files are in the tables alone: they hold the weights of another pair.
+
     Args:
         left, right: two runs, whose rows are paired by the name of their folder, or two folders with a metrics.json.
         out_dir: what is there of an older comparison is replaced.
@@ -43,13 +45,15 @@ def compare(left: Path, right: Path, out_dir: Path, settings: Report, coco_dir: 
     pairs = [(found(old, places), found(new, places)) for old, new in pair_up(left, right)]
     rows = list(chain.from_iterable(pairs))
     check_meter(rows)
-    facts, truth = analyse(scored_dataset(rows[0]), rows)
+    analysed = [pair for pair in pairs if not all(own_label(metrics).is_repacked for metrics in pair)] or pairs
+    rows_analysed = list(chain.from_iterable(analysed))
+    facts, truth = analyse(scored_dataset(rows[0]), rows_analysed)
     out = RunRoot(out_dir.parent, out_dir.name)
     overall = table(pairs)
     blocks = [plain(f"# {left} and {right}"), describe(describe_meter(rows[0])), "\n".join(overall)]
     blocks += filter(None, [frequent_line(rows)])
-    blocks.append(by_size(rows, out.figures_dir))
-    for old, new in pairs:
+    blocks.append(by_size(rows_analysed, out.figures_dir))
+    for old, new in analysed:
         blocks.append(plain(f"## {name_of(old)} and {name_of(new)}"))
         blocks.append(by_class(new, old, facts, out.figures_dir))
         blocks.append("\n".join(class_table(old, new, facts)))
@@ -90,6 +94,10 @@ def folders_of(path: Path) -> dict[str, Path]:
         return {path.name: path}
     if path.is_file():
         raise UserError(f"{path} is a file: name a run or a folder of it")
+    if (path / SWEEP_FILE).exists():
+        names = read_json(path / SWEEP_FILE, "sweep", SWEEP_SHAPE)["runs"]
+        places = ", ".join(str(path.parent / name) for name in names)
+        raise UserError(f"{path} is a sweep: name one of its runs ({places})")
     folders = scored_folders(path)
     if not folders:
         seen = "" if path.exists() else only_seen()
@@ -114,6 +122,11 @@ def told_apart(old: Metrics, new: Metrics) -> Pair:
     if old["dir"] == new["dir"]:
         old, new = old | {"dir": f"left-{old['dir']}"}, new | {"dir": f"right-{new['dir']}"}
     return old, new
+
+
+def own_label(metrics: Metrics) -> Label:
+    """The label of a row before `renamed`."""
+    return Label.parse(name_of(metrics).partition(" (")[0])
 
 
 def renamed(metrics: Metrics, mark: str) -> Metrics:
@@ -174,8 +187,7 @@ def table(pairs: list[Pair]) -> list[str]:
 def began(metrics: Metrics) -> str:
     """What the training of a file started from; of a file from elsewhere that is not known."""
     start = metrics["model"].get("start")
-    is_own = Label.parse(metrics["model"]["label"].partition(" (")[0]).method != FOREIGN
-    return told(start) if start or is_own else MISSING
+    return told(start) if start or own_label(metrics).method != FOREIGN else MISSING
 
 
 def class_table(old: Metrics, new: Metrics, facts: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from app.coco.detail import Metrics
 from app.core.curves import COLOURS, NEUTRAL
-from app.core.labels import BASELINE, PACKED_BITS, Label
+from app.core.labels import BASELINE, DISTILLED, PACKED_BITS, Label
 from app.report.evidence import Evidence, label_of
 from app.report.figures import draw, legend_below, literal
 from app.report.groups import measured_alike
@@ -36,7 +36,8 @@ TITLE = "## AP over bytes"
 
 
 def curve(evidences: list[Evidence]) -> list[Point] | None:
-    """A point for every scored model but repacked ones; None where fewer than ENOUGH_SCHEMES schemes were scored.
+    """A point for every scored model but repacked ones; None where fewer than ENOUGH_SCHEMES schemes were scored;
+    a distilled one is no other scheme.
 
     A point has its label and how it was made; AP by run, their number n and mean; share: the ratio of the mean APs of
     the runs that have both this model and the baseline, with its standard error (delta method); and the size of its
@@ -45,7 +46,7 @@ def curve(evidences: list[Evidence]) -> list[Point] | None:
     scored = {evidence.run.name: measured_alike(evidence.scored)[0] for evidence in evidences if evidence.scored}
     aps, sizes = aps_by_label(scored), sizes_by_label(scored)
     labels = sorted((label for label in aps if is_point(label)), key=lambda label: label.order)
-    schemes = {label.scheme for label in labels if label.is_quantized}
+    schemes = {label.base_scheme for label in labels if label.is_quantized}
     if len(schemes) < ENOUGH_SCHEMES:
         return None
     points = []
@@ -85,9 +86,10 @@ def packed_size(label: Label, sizes: dict[Label, float], evidences: list[Evidenc
 
     A scheme without such layers has no INT4 file, and the size of its QCDQ file. None where that is not known.
     """
-    packed = Label("qat", label.scheme, packing="int4")
-    if packed in sizes:
-        return sizes[packed]
+    for scheme in (label.scheme, label.base_scheme, label.base_scheme + DISTILLED):  # of equal size
+        packed = Label("qat", scheme, packing="int4")
+        if packed in sizes:
+            return sizes[packed]
     for evidence in evidences:
         if described := evidence.quantized.get(str(label)):
             bits = [layer["bits"] for layer in described["layers"] if layer["bits"] is not None]

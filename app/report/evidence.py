@@ -321,4 +321,9 @@ def _scored(run: RunRoot, records: list[dict[str, Any]], missing: list[str]) -> 
             missing.append(f"eval: {label} was exported but not scored: run 'make eval'")
     if not scored:
         missing.append("eval: nothing was scored: run 'make eval'")
-    return sorted(scored, key=lambda row: (row["dir"] != BASELINE.scores_dir, label_of(row).order, row["dir"]))
+    return sorted(scored, key=page_order)
+
+
+def page_order(metrics: Metrics) -> tuple[Any, ...]:
+    """Sort key of scored files: the baseline first."""
+    return metrics["dir"] != BASELINE.scores_dir, label_of(metrics).order, metrics["dir"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -14,7 +15,7 @@ from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
 from app.core.start import start_in, told
 from app.report.curve import curve
-from app.report.evidence import Evidence, Imported, Training
+from app.report.evidence import Evidence, Imported, Training, page_order
 from app.report.groups import describe_meter, is_baseline, measured_alike, meter, rows_of
 from app.report.spread import TELLING_AP, enter_tellings, seed_spread, telling_of_means
 
@@ -235,25 +236,51 @@ def check_same(first: Evidence, other: Evidence) -> None:
     for evidence in (first, other):
         if not evidence.scored:
             raise UserError(f"{names}: {evidence.run.name} has no scores, run 'make eval' first")
-    own, theirs = (meter(measured_alike(evidence.scored)[0][0]) for evidence in (first, other))  # of the baselines
+    own, theirs = (meter(main_group(evidence)[0]) for evidence in (first, other))
     if own != theirs:
         raise UserError(
             f"{names}: their files were measured differently, run 'make eval' for both with the same settings"
         )
 
 
-def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
-    """Turns the findings of the first run into those of all: `seeds`, `over_runs` of the rows, what the others miss.
-
-    seeds.runs has per run its name, its seeds, whether its trainings were healthy, and by folder AP and its differences
-    to baseline and PTQ of the same run; seeds.over_runs has by folder the number of runs, mean and sample standard
-    deviation (None for one run) of each.
+def merged(evidences: list[Evidence]) -> Evidence:
+    """The first run, with every file that was scored in any run: see `sources_of_rows`.
 
     Raises:
         UserError: the runs are not the same but for their seeds.
     """
-    for first, other in combinations(evidences, 2):
-        check_same(first, other)
+    for one, other in combinations(evidences, 2):
+        check_same(one, other)
+    first = evidences[0]
+    apart = chain.from_iterable(measured_alike(first.scored)[1:])
+    sources = sources_of_rows(evidences)
+    pooled = []
+    for evidence in evidences:
+        pooled += [metrics for metrics in main_group(evidence) if sources[metrics["dir"]] is evidence]
+    return replace(first, scored=sorted([*pooled, *apart], key=page_order))
+
+
+def sources_of_rows(evidences: list[Evidence]) -> dict[str, Evidence]:
+    """Folder of a row -> the first run that has it, among those with a baseline where one of these has it."""
+    sources: dict[str, Evidence] = {}
+    for evidence in sorted(evidences, key=lambda evidence: not is_baseline(main_group(evidence)[0])):
+        for metrics in main_group(evidence):
+            sources.setdefault(metrics["dir"], evidence)
+    return sources
+
+
+def main_group(evidence: Evidence) -> list[Metrics]:
+    """The scored files that were measured as the baseline."""
+    return measured_alike(evidence.scored)[0]
+
+
+def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
+    """Turns the findings of `merged` runs into those of all: `seeds`, `over_runs` of the rows, what the others miss.
+
+    seeds.runs has per run its name, its seeds, whether its trainings were healthy, and by folder AP and its differences
+    to baseline and PTQ of the same run; seeds.over_runs has by folder the number of runs, mean and sample standard
+    deviation (None for one run) of each. What is no mean in a row is of the run that the row comes from.
+    """
     min_share = findings["settings"]["min_share_of_best"]
     runs = [one_run(evidence, min_share) for evidence in evidences]
     over_runs = {}
@@ -264,7 +291,9 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
     findings["run"] = ", ".join(run["name"] for run in runs)
     for other in evidences[1:]:
         findings["missing"] = [*findings["missing"], *(f"{other.run.name}: {line}" for line in other.missing)]
+    sources = sources_of_rows(evidences)
     for row in findings["groups"][0]["rows"]:
+        row |= next(own for own in rows_of(main_group(sources[row["dir"]])) if own["dir"] == row["dir"])
         row["over_runs"] = over_runs[row["dir"]]
         row["telling_difference"] = telling_of_means(row["over_runs"]["AP_difference"])
         row["telling_frequent"] = telling_of_means(row["over_runs"]["AP_frequent_difference"])
@@ -274,7 +303,7 @@ def one_run(evidence: Evidence, min_share: float) -> dict[str, Any]:
     """The entry of a run in seeds.runs."""
     trainings = list(evidence.trainings.values())
     config = flatten(trainings[0].config) if trainings else {}
-    rows = rows_of(measured_alike(evidence.scored)[0])
+    rows = rows_of(main_group(evidence))
     return {
         "name": evidence.run.name,
         "seeds": {key: config.get(key) for key in SEEDS},

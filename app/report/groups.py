@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from app.coco.detail import Metrics
@@ -126,11 +125,14 @@ def change(old: float | None, new: float | None) -> float | None:
 
 
 def over_ptq(metrics: Metrics, group: list[Metrics]) -> float | None:
-    """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare."""
+    """What QAT gains over the better PTQ of its scheme in the same group; None where there is nothing to compare.
+
+    PTQ knows no distillation: a distilled QAT is set against the PTQ of the same scheme.
+    """
     label, ap = label_of(metrics), metrics["coco"]["AP"]
     if label.method != "qat" or label.is_repacked or ap is None:
         return None
-    ptq = [replace(label, method="ptq", bn=bn) for bn in (False, True)]
+    ptq = [Label("ptq", label.base_scheme, bn) for bn in (False, True)]
     aps = [rival["coco"]["AP"] for rival in group if label_of(rival) in ptq]
     measured = [rival_ap for rival_ap in aps if rival_ap is not None]
     return ap - max(measured) if measured else None
@@ -142,7 +144,7 @@ def judged_labels(labels: list[Label]) -> list[Label]:
     Repacked files are left out, as they hold the weights of another one.
     """
     quantized = [label for label in labels if label.is_quantized and not label.is_repacked]
-    trained = {label.scheme for label in quantized if label.method == "qat"}
+    trained = {label.base_scheme for label in quantized if label.method == "qat"}
     return [label for label in quantized if label.method == "qat" or label.scheme not in trained]
 
 

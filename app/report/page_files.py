@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from app.core.run import RunRoot
+from app.core.run import RunRoot, runs_of
+from app.report.evidence import gather
 
 MAX_ENDING = 48  # characters: two other seeds of a run whose name has 15
 HASH_DIGITS = 6
@@ -35,6 +36,24 @@ class PageFiles:
     @property
     def published_dir(self) -> Path:
         return self.run.runs_dir / "reports" / f"{self.run.name}{self.ending}"
+
+
+def scored_runs(names: Sequence[str], runs_dir: Path) -> tuple[list[RunRoot], list[str]]:
+    """The runs that a page is made of, as `runs_of` gives them, and a line for every run that is left out.
+
+    Left out are the runs of a sweep that nothing was scored of: their trainings have failed or have not begun.
+    """
+    all_runs = runs_of(names, runs_dir)
+    found = [run for run in all_runs if run.name in names or has_scores(run)] or all_runs[:1]
+    lines = []
+    for run in all_runs:
+        if run not in found:
+            lines.append(f"{run.name}: nothing was scored, the run is left out: the command of its sweep goes on")
+    return found, lines
+
+
+def has_scores(run: RunRoot) -> bool:
+    return run.root.is_dir() and bool(gather(run).scored)
 
 
 def page_of(run: RunRoot, others: Sequence[RunRoot] = ()) -> PageFiles:

@@ -22,7 +22,7 @@ from app.core.run import PROVENANCE_SHAPE, RECORD_SHAPE, RunRoot, record_stage, 
 from app.report.curve import curve_block, curve_lines
 from app.report.evidence import Evidence, gather, label_of
 from app.report.figures import by_class, by_size, curves, precision_recall
-from app.report.findings import Findings, derive, enter_seeds
+from app.report.findings import Findings, derive, enter_seeds, merged
 from app.report.gallery import gallery
 from app.report.groups import distinct, is_baseline, measured_alike, shown_apart
 from app.report.html import page
@@ -38,30 +38,32 @@ RECORD = "run.json"  # has what `state` gives, so it is no part of that
 log = logging.getLogger(__name__)
 
 
-def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = ()) -> None:
+def report(config: Config, run: RunRoot, others: Sequence[RunRoot] = (), left_out: Sequence[str] = ()) -> None:
     """Writes report.json, summary.md, summary.html and figures/, and logs what `show` does.
 
     What a partial run lacks is named on the page and logged. `others` are the same run with other seeds: AP and
     differences become means with their spread, on a page beside that of the run alone, summary-with-<others>.md.
+    `left_out` are lines about runs that the page lacks, which it names as missing.
 
     Raises:
         UserError: there is no such run, or `others` differ from it in more than seeds.
         SystemExit: (1) report.min_ap50 is set and a variant stays below it, or none was scored.
     """
     evidences = list(map(gather, [run, *others]))
-    evidence = evidences[0]
+    evidence = merged(evidences) if others else evidences[0]
     findings = derive(evidence, config.report)
     if others:
         enter_seeds(findings, evidences)
+    findings["missing"] = [*findings["missing"], *left_out]
     files = page_of(run, others)
     write_json(files.numbers, findings)
     log.info("report: drawing the figures")
     block = curve_block(findings["curve"], f"curve{files.ending}.png", run.figures_dir)
-    figures = make_figures(evidence, config.report)
+    figures = make_figures(evidences[0], config.report)
     text = summary(evidence, findings, figures, block)
     write_text(files.markdown, text)
     write_text(files.html, page(text, run.root, findings["run"]))
-    made_of = {} if others else {"state": state(run, config.report)}
+    made_of = {} if others or left_out else {"state": state(run, config.report)}
     record_stage(run, f"report{files.ending}", {"file": files.markdown.name, **made_of})
     show(files, evidence, findings)
     check_min_ap50(evidence, config.report.min_ap50)

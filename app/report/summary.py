@@ -121,7 +121,8 @@ def seeds_lines(findings: Findings) -> list[str]:
     cells = list(map(list, zip(*columns, strict=True)))
     note = (
         "sd is the sample standard deviation; the difference is taken within each run, against its own baseline. "
-        "Sizes, latencies, pictures and all that follows are those of the first run."
+        "Sizes, latencies and all COCO numbers are those of the first run that has the model and a baseline, pictures "
+        "and all else that follows are those of the first run."
     )
     return [*markdown_table(cells), "", note]
 

@@ -68,8 +68,8 @@ def start_lines(findings: Findings) -> list[str]:
     return [f"**Start:** {'; '.join(parts)}."] if parts else []
 
 
-def _mean(row: dict[str, Any], key: str) -> float:
-    """The value of this run, or the mean where runs were merged."""
+def _mean(row: dict[str, Any], key: str) -> Any:
+    """The value of this run, or the mean where runs were merged; None where no run has both models."""
     return row[key] if row["over_runs"] is None else row["over_runs"][key]["mean"]
 
 
@@ -140,9 +140,9 @@ def telling_lines(findings: Findings) -> list[str]:
 
 def _without_training(row: dict[str, Any], group: dict[str, Any]) -> str:
     """What the same scheme reaches by PTQ, where that was scored too."""
-    if row["AP_over_ptq"] is None:
+    if _mean(row, "AP_over_ptq") is None:
         return ""
-    plain_ptq = Label("ptq", Label.parse(row["label"]).scheme)
+    plain_ptq = Label("ptq", Label.parse(row["label"]).base_scheme)
     prefixes = {str(plain_ptq): "", str(replace(plain_ptq, bn=True)): "with BatchNorm re-estimated "}
     rivals = [other for other in group["rows"] if other["label"] in prefixes]
     ptq = ", ".join(f"{prefixes[rival['label']]}{ap_text(rival)} ({difference_text(rival)})" for rival in rivals)

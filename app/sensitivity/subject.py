@@ -33,7 +33,7 @@ class Subject:
     def __init__(self, config: Config, run: RunRoot) -> None:
         source = run.finished(FP16)
         self.run = run
-        self.provenance = prepared(run)
+        self.provenance = prepared(run, config.data.coco_dir)
         self.model, trained, self.checkpoint = load_scored(source)
         update = {"sensitivity": config.sensitivity, "eval": config.eval}
         self.config = trained.model_copy(update=update)

@@ -10,7 +10,7 @@ from typing import Any
 from app.core.child import job_words, run_stage
 from app.core.config import Config, load
 from app.core.differences import difference
-from app.core.environment import GPU_FACTS, nvidia_smi
+from app.core.environment import hardware, nvidia_smi
 from app.core.files import read_json, write_json
 from app.core.run import RunRoot
 from app.core.scheme import SCHEME
@@ -68,12 +68,15 @@ def dry_run(order: Order, run: RunRoot) -> None:
 
 
 def is_estimate_of(config: Config, run: RunRoot) -> bool:
-    """Whether the estimate of this name is one of these settings and GPUs; seed and scheme cost nothing."""
+    """Whether the estimate of this name is one of these settings and this machine; seed and scheme cost nothing.
+
+    A machine is known by its GPUs and processors: containers have other names each time.
+    """
     path = run.root / "estimate.json"
     if not path.exists():
         return False
-    facts = read_json(path, "estimate", {"config": dict[str, Any], "environment.gpus": list[str]})
-    is_here = facts["environment"]["gpus"] == nvidia_smi(GPU_FACTS)
+    facts = read_json(path, "estimate", {"config": dict[str, Any], "environment": dict[str, Any]})
+    is_here = all(facts["environment"].get(key) == value for key, value in hardware().items())
     return is_here and not difference(facts["config"], config, ignore=("train.seed", SCHEME))
 
 

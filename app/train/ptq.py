@@ -53,6 +53,7 @@ def ptq(config: Config, run: RunRoot, force: bool) -> None:
         if label.bn:
             machine = trained.train.model_copy(update={"device": config.train.device, "workers": config.train.workers})
             log.info("ptq %s: re-estimating BatchNorm on train images", label)
+            prepared(run, config.data.coco_dir)  # `trained` names the place of then
             reestimate(model, trained.model_copy(update={"train": machine}), run, checkpoint["epoch"])
         folder = run.variant_dir(label)
         run.done(label).unlink(missing_ok=True)  # until all that it speaks for is written

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.__main__ import main
 from app.bench.soak import differences
 from app.core.config import Config, UserError, load
 from app.core.files import read_json
@@ -180,6 +181,24 @@ def test_ptq_and_export_build_a_deleted_view_again(coco_dir: Path, tmp_path: Pat
     next((coco_dir / "val2017").iterdir()).unlink()
     with pytest.raises(UserError, match=r"1 of 4 images in .*val2017 cannot be used: .*No such file"):
         export(config, run, force=True)
+
+
+def test_ptq_export_and_eval_find_a_dataset_that_has_moved(
+    coco_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with the COCO_DIR of today; the checkpoint's configuration names the place of then."""
+    run, config = RunRoot(tmp_path / "runs", "r"), config_of(coco_dir)
+    prepare(config, run, force=False)
+    train(config, run, force=False)
+    export(config, run, force=False)
+    places = [coco_dir, tmp_path / "second", tmp_path / "third", tmp_path / "fourth"]
+    for before, place, stage in zip(places, places[1:], ("ptq", "export", "eval"), strict=False):
+        before.rename(place)
+        sets = sets_of({**SETTINGS, "data.coco_dir": str(place), "quant.scheme": "w8a16"})
+        options = [word for item in sets for word in ("--set", item)]
+        monkeypatch.setattr(sys, "argv", ["app", stage, "--run", "r", "--runs-dir", str(run.runs_dir), *options])
+        assert main() == 0
+        assert read_json(run.provenance, "data")["coco_dir"] == str(place)
 
 
 def test_image_that_goes_during_a_training_is_one_line(

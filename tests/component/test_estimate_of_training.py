@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from app.core.config import Config, UserError, load
 from app.core.files import read_json
-from app.core.run import Images, RunRoot
+from app.core.run import Images, RunRoot, hold
 from app.data.prepare import prepare
 from app.estimate import pilot, training
 from app.estimate.cost import Budget, Cost, Stopwatch
@@ -141,6 +143,29 @@ def test_every_stage_has_its_price_and_nothing_of_the_pilot_stays(
     ]
     assert max(map(len, own)) <= 100 + len(str(tmp_path))
     json.dumps(facts, allow_nan=False)
+
+
+def test_a_second_estimate_of_the_name_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    """The first one stops in its pilot's folder; a run of that name may be at work meanwhile."""
+    run = RunRoot(tmp_path, "small")
+    waiting = (
+        "import sys; from pathlib import Path; from app.core.run import RunRoot\n"
+        "from app.estimate import estimate as e\n"
+        "e.import_costs = lambda process: (print('begun', flush=True), sys.stdin.readline(), sys.exit(0))\n"
+        f"e.estimate(e.Command([], [], 1), RunRoot(Path({str(tmp_path)!r}), 'small'))\n"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", waiting]
+    with hold(run, "train"), subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdin and first.stdout and first.stdout.readline() == "begun\n"
+        words = ["estimate", "--run", "small", "--runs-dir", str(tmp_path)]
+        second = subprocess.run([sys.executable, "-m", "app", *words], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert re.fullmatch(r"error: .*small-estimate is in use by 'estimate' \(process .*\n", second.stderr)
+        assert (tmp_path / "small-estimate-pilot").is_dir(), "the first one's"
+        first.communicate("go on\n")
+    assert first.returncode == 0
+    assert not list(tmp_path.glob("small-estimate*"))
 
 
 def test_half_the_batch_where_the_gpu_has_no_room(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 from app.__main__ import main, parse
 from app.core import child
 from app.core.config import Config, UserError, dump, load
+from app.core.environment import hardware
 from app.core.files import read_json, write_text
 from app.core.results import read_rows, write_rows
 from app.core.run import RunRoot, runs_of
@@ -333,17 +334,19 @@ def test_hours_are_those_of_what_is_left(run: RunRoot) -> None:
 def test_dry_run_begins_nothing(run: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "app")
     of = lanes_of(order(0), run)[0].trainings[1].config
-    write_estimate(run, of, [])
+    write_estimate(run, of)
     stage.dry_run(order(4, schemes=("w8a16",)), run)
     assert "s-seed4" in caplog.text
     assert not calls(run) and not (run.runs_dir / "s-seed4").exists()
     assert not stage.is_estimate_of(lanes_of(order(0, epochs=9), run)[0].trainings[1].config, run)
-    write_estimate(run, of, ["NVIDIA H100"])
-    assert not stage.is_estimate_of(of, run)
+    assert stage.is_estimate_of(of, run)
+    for other in ({"gpus": ["NVIDIA H100"]}, {"cpu": "a machine that shares runs/"}, {"cpu_count": 96}, {"cpu": None}):
+        write_estimate(run, of, **other)
+        assert not stage.is_estimate_of(of, run)
 
 
-def write_estimate(run: RunRoot, of: Config, gpus: list[str]) -> None:
-    facts = {"hours": HOURS, "config": of.model_dump(mode="json"), "environment": {"gpus": gpus}}
+def write_estimate(run: RunRoot, of: Config, **other: object) -> None:
+    facts = {"hours": HOURS, "config": of.model_dump(mode="json"), "environment": {**hardware(), **other}}
     write(run.root / "estimate.json", facts)
 
 
@@ -355,7 +358,7 @@ def test_dry_run_prices_a_training_that_has_a_gpu_for_itself(
 
     def estimate(name: str, words: list[str]) -> int:
         estimated.append([name, *words])
-        write_estimate(run, load("qat", [], [word for word in words if "=" in word]), [])
+        write_estimate(run, load("qat", [], [word for word in words if "=" in word]))
         return 0
 
     monkeypatch.setattr(stage, "places", lambda config: ["0", "1"])

@@ -378,6 +378,18 @@ ARGUMENTS = [
         "the following arguments are required: --weights: --help lists the arguments",
     ),
     Argument(
+        "time without an end", ("estimate", "--for-s", "inf"),
+        "argument --for-s: 'inf' is no time: give a number of seconds above 0: --help lists the arguments",
+    ),
+    Argument(
+        "time that is no number", ("bench", "rehearsal", "--draw-s", "nan"),
+        "argument --draw-s: 'nan' is no time: give a number of seconds above 0: --help lists the arguments",
+    ),
+    Argument(
+        "time below 0", ("bench", "stability", "--for-s=-1"),
+        "argument --for-s: '-1' is no time: give a number of seconds above 0: --help lists the arguments",
+    ),
+    Argument(
         "compare without runs", ("compare", "", ""),
         "argument left: name two runs or scored folders, A=runs/a B=runs/b: --help lists the arguments",
     ),

@@ -15,7 +15,7 @@ from app.core.run import RunRoot
 from app.report.compare import compare, pair_up
 from app.report.report import report
 from tests.support.drawn import kept_figures
-from tests.support.report_fixtures import add_dataset, build_run, edit, score_detections
+from tests.support.report_fixtures import add_dataset, build_run, edit, score_detections, write
 
 
 @pytest.fixture
@@ -85,6 +85,31 @@ def test_two_runs_are_paired_by_folder_and_told_apart(
     ]
     with pytest.raises(UserError, match="is compared with itself"):
         pair_up(run.root, run.root)
+
+
+def test_repacked_files_are_in_the_table_alone(run: RunRoot, tmp_path: Path) -> None:
+    """An INT4 file has the weights of the QCDQ file: neither analysis nor pictures, unless nothing else is compared."""
+    shutil.copytree(run.root / "qat-w4a16-coco", run.root / "qat-w4a16-int4-coco")
+    edit(run.root / "qat-w4a16-int4-coco/metrics.json", "model.label", "qat-w4a16-int4")
+    other = RunRoot(run.runs_dir, "other")
+    shutil.copytree(run.root, other.root)
+    compare(run.root, other.root, tmp_path / "out", settings())
+    text = (tmp_path / "out/compare.md").read_text()
+    assert "| qat-w4a16-int4 (small) | qat-w4a16-int4 (other) |" in text, "its numbers are there"
+    assert "## qat-w4a16 (small) and" in text and "## qat-w4a16-int4" not in text
+    assert not list((tmp_path / "out/figures").glob("*int4*"))
+    saved = json.loads((tmp_path / "out/compare.json").read_text())
+    assert len(saved["rows"]) == 6 and len(saved["analysis"]["variants"]) == 4
+    folders = (each.root / "qat-w4a16-int4-coco" for each in (run, other))
+    compare(*folders, tmp_path / "alone", settings())
+    assert "## qat-w4a16-int4 (small) and" in (tmp_path / "alone/compare.md").read_text()
+
+
+def test_the_runs_of_a_sweep_are_named(run: RunRoot, tmp_path: Path) -> None:
+    write(run.runs_dir / "s/sweep.json", {"runs": {"s-seed0": 0, "s-seed2": 2}})
+    named = r"s is a sweep: name one of its runs \(.*runs/s-seed0, .*runs/s-seed2\)"
+    with pytest.raises(UserError, match=named):
+        compare(run.runs_dir / "s", run.root, tmp_path / "out", settings())
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,24 @@ def test_one_scheme_has_no_curve(tmp_path: Path) -> None:
     assert "## AP over bytes" not in run.summary.read_text()
 
 
+def test_a_distilled_training_is_no_other_scheme(tmp_path: Path) -> None:
+    """w4a16 trained with a teacher alone, beside PTQ, which has none."""
+    run = build_run(tmp_path)
+    (run.root / "qat-w4a16-coco/metrics.json").unlink()
+    add_ptq(run)
+    add_scores(run, "qat-w4a16-distilled", 0.4298, 2_663_676)
+    add_scores(run, "qat-w4a16-distilled-int4", 0.4298, 1_500_000)
+    assert curve([gather(run)]) is None
+    with kept_figures():
+        report(load("qat"), run)
+    assert "QAT against the better PTQ: +0.0311" in run.summary.read_text()
+    assert "**ptq-w4a16" not in run.summary.read_text(), "its scheme was trained"
+    add_scores(run, "qat-w8a16", 0.43, 2_700_000)
+    points = curve([gather(run)])
+    assert points is not None
+    assert [each["int4_mb"] for each in points if each["scheme"].startswith("w4a16")] == [1.5, 1.5, 1.5]
+
+
 def test_the_picture_has_a_mark_for_each_seed(runs: list[RunRoot]) -> None:
     points = curve(list(map(gather, runs)))
     assert points is not None

@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import os
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,8 @@ import app.data.view
 from app.coco.categories import CATEGORIES, NAMES
 from app.core.config import UserError
 from app.core.run import RunRoot, open_run
-from app.data.prepare import prepared
+from app.data.prepare import follow, prepared
+from app.data.provenance import choose
 from app.data.view import read_split
 from tests.support.data_fixtures import (
     annotation,
@@ -142,6 +145,18 @@ def test_choice_of_images_is_seeded_recorded_and_stable(tmp_path: Path) -> None:
     assert (chosen["a"]["train"]["n_images"], chosen["a"]["train"]["subset"]) == (20, True)
     listed = open_run("a", tmp_path / "runs").provenance.with_name("train.txt").read_text().split()
     assert [int(Path(line).stem) for line in listed] == chosen["a"]["train"]["image_ids"]
+
+
+def test_a_choice_without_objects_takes_one_image_that_has_some() -> None:
+    """Every other choice stays as it was: its runs go on."""
+    entries = [{"id": number, "n_boxes": int(number == 7)} for number in range(200)]
+    plain = {entry["id"] for entry in random.Random(0).sample(entries, 5)}
+    chosen = {entry["id"] for entry in choose(entries, 5, 0, "val", "val2017")}
+    assert 7 not in plain and 7 in chosen and len(chosen & plain) == 4
+    rich = [entry | {"n_boxes": 1} for entry in entries]
+    assert {entry["id"] for entry in choose(rich, 5, 0, "val", "val2017")} == plain
+    bare = [entry | {"n_boxes": 0} for entry in entries]
+    assert {entry["id"] for entry in choose(bare, 5, 0, "val", "val2017")} == plain, "there is none to take"
 
 
 def test_broken_images_are_counted_and_left_out(coco_dir: Path, run: RunRoot) -> None:
@@ -282,6 +297,25 @@ def test_moved_dataset_goes_on(coco_dir: Path, run: RunRoot) -> None:
     run_data(run, coco_dir)
     assert provenance_of(run)["coco_dir"] == str(coco_dir.with_name("moved"))
     assert provenance_of(run)["splits"]["train"]["image_ids_sha256"] == old["splits"]["train"]["image_ids_sha256"]
+
+
+@pytest.mark.parametrize("stage", [prepared, follow])
+def test_a_later_stage_finds_a_dataset_that_has_moved(
+    coco_dir: Path, run: RunRoot, stage: Callable[..., object]
+) -> None:
+    """Stages that read the view, and eval, which does not; the command's place counts where the old one is gone."""
+    run_data(run, coco_dir)
+    moved, other = coco_dir.with_name("moved"), write_dataset(coco_dir.with_name("other"))
+    edit(other, lambda tree: tree["annotations"].pop(), "train2017")
+    stage(run, str(other))
+    assert provenance_of(run)["coco_dir"] == str(coco_dir), "the run's own dataset is there"
+    coco_dir.rename(moved)
+    with pytest.raises(UserError, match=r"made with another train2017 of .*other"):
+        stage(run, str(other))
+    stage(run, str(moved))
+    found = provenance_of(run)
+    assert (found["coco_dir"], found["earlier_coco_dirs"]) == (str(moved), [str(coco_dir)])
+    assert prepared(run) == found
 
 
 @pytest.mark.parametrize("other_run", [False, True])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,8 +25,9 @@ from app.coco.score import standalone_dataset
 from app.core.config import UserError, load
 from app.core.os_errors import only_one
 from app.core.run import RunRoot
+from app.data import coco_like
 from app.data import draw as draw_module
-from app.data.coco_like import CocoLike
+from app.data.coco_like import GRAIN, GREY, CocoLike
 from app.data.draw import WORK, Wanted, draw, name_folders
 from app.data.prepare import prepare
 from app.data.provenance import title
@@ -176,6 +178,41 @@ def test_a_drawing_that_was_killed_while_its_folders_got_their_names_goes_on(
     assert contents(tmp_path) == expected
 
 
+@pytest.mark.parametrize(
+    "lost", ["train2017", "val2017", "annotations", "annotations/instances_val2017.json", "train2017/000000000300.jpg"]
+)
+@pytest.mark.parametrize("is_named", [True, False], ids=["finished", "killed while its folders got their names"])
+def test_what_is_lost_is_drawn_again_to_the_same_bytes(
+    tmp_path: Path, expected: dict[str, bytes], lost: str, is_named: bool
+) -> None:
+    for name, content in expected.items():
+        path = tmp_path / ("." if is_named or name.startswith("train2017") else WORK) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tmp_path / "draw.json").write_text(json.dumps(asdict(DRAWING)))
+    path = next(place / lost for place in (tmp_path, tmp_path / WORK) if (place / lost).exists())
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    draw(tmp_path, SMALL, n_processes=1)
+    assert contents(tmp_path) == expected
+    assert not (tmp_path / WORK).exists()
+
+
+def test_a_folder_of_the_drawing_may_be_a_link_and_hold_other_files(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """Moved to another disk: it is as whole there; where it is not, the link goes and not what it leads to."""
+    coco, elsewhere = tmp_path / "coco", tmp_path / "elsewhere"
+    draw(coco, SMALL, n_processes=2)
+    (coco / "train2017").rename(elsewhere)
+    (coco / "train2017").symlink_to(elsewhere)
+    (elsewhere / "notes.txt").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw_module, "ProcessPoolExecutor", None)
+        draw(coco, SMALL)
+    (elsewhere / "000000000001.jpg").unlink()
+    draw(coco, SMALL, n_processes=2)
+    assert contents(coco) == expected and not (coco / "train2017").is_symlink()
+    assert (elsewhere / "notes.txt").exists()
+
+
 def test_a_drawing_as_large_as_coco_is_never_called_coco(tmp_path: Path, expected: dict[str, bytes]) -> None:
     coco_dir = tmp_path / "coco"
     for name, content in expected.items():
@@ -195,6 +232,22 @@ def test_a_drawing_as_large_as_coco_is_never_called_coco(tmp_path: Path, expecte
             indices[split] = {"drawn": is_drawn, "names": NAMES, "is_official": True, "images": images}
             listed[split] = {"name": SPLITS[split], "n_listed": n_images}
         assert title(config.data, listed, indices) == name
+
+
+def test_the_grain_has_the_numbers_of_one_call_and_takes_the_memory_of_its_bytes() -> None:
+    whole = np.clip(np.random.default_rng(1).normal(0, GRAIN, (400, 400, 3)) + GREY, 0, 255).astype(np.uint8)
+    tracemalloc.start()
+    grain = coco_like._grain.__wrapped__(200)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(grain, whole)
+    assert peak_bytes < 1.5 * whole.nbytes
+
+
+def test_the_backgrounds_are_those_of_every_drawing_so_far() -> None:
+    """Others here mean other bytes of the same command."""
+    digest = hashlib.sha256(b"".join(map(bytes, [*coco_like._textures(64), coco_like._grain(64)]))).hexdigest()
+    assert digest == "b966548c6bce6942a44f0302cf021dadadd0f0731cf614ee97dd3db34488be6c"
 
 
 def foreign(folder: Path) -> None:

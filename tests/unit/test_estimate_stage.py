@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import pytest
 
 from app.coco.categories import CATEGORIES
 from app.core.config import Config, load
+from app.core.files import read_json
 from app.core.memory import own_memory, pss_bytes
 from app.core.run import Images, RunRoot
+from app.data.prepare import prepare
 from app.estimate import cost as cost_module
 from app.estimate import images as images_module
 from app.estimate.cost import NOTHING, Budget, Cost, Line, line, repeat, typical
@@ -242,14 +245,14 @@ def test_the_plan_is_the_jobs_where_that_fits() -> None:
     assert (gpus.imgsz, gpus.batch, gpus.images, gpus.n_processes) == (640, 8, Images(192, 16), 4)
 
 
-def write_many(coco_dir: Path, counts: dict[str, int]) -> Path:
-    """So many images of a person by split."""
+def write_many(coco_dir: Path, counts: dict[str, int], with_person: Container[int] = range(1000)) -> Path:
+    """So many images by split; those with these ids have a person."""
     for split, n in counts.items():
         (coco_dir / split).mkdir(parents=True)
         images = [{"id": key, "file_name": f"{key:012d}.jpg", "width": 40, "height": 30} for key in range(1, n + 1)]
         for image in images:
             write_image(coco_dir / split / image["file_name"], (40, 30))
-        boxes = [annotation(key, key, 1, [4, 3, 10, 6]) for key in range(1, n + 1)]
+        boxes = [annotation(key, key, 1, [4, 3, 10, 6]) for key in range(1, n + 1) if key in with_person]
         write_tree(coco_dir, split, {"images": images, "annotations": boxes, "categories": CATEGORIES})
     return coco_dir
 
@@ -273,6 +276,22 @@ def test_a_large_dataset_is_looked_at_in_part(tmp_path: Path, monkeypatch: pytes
     assert len(json.loads(Path(str(again.data.train_annotations)).read_text())["images"]) == 6
     chosen = job_images(config_for(coco, "data.n_train=30"), whole, sampled, Images(6, 3))
     assert chosen.images == Images(30, 8)
+
+
+@pytest.mark.parametrize("most", [Images(6, 20), Images(40, 200)], ids=["of a sample", "of all"])
+def test_the_pilot_scores_a_dataset_whose_objects_are_rare(tmp_path: Path, most: Images) -> None:
+    """The data stage takes it, as one of 200 val images has an object: sample and pilot have that image too."""
+    coco = write_many(tmp_path / "coco", {"train2017": 40, "val2017": 200}, with_person=(30,))
+    runs = [RunRoot(tmp_path / "runs", name) for name in ("job", "whole", "sampled", "pilot")]
+    prepare(config_for(coco), runs[0], force=False)
+    shutil.rmtree(tmp_path / "runs/.cache")
+    runs[2].root.mkdir()
+    found = job_images(config_for(coco), runs[1], runs[2], most)
+    assert (found.there, bool(found.sets)) == (most, most.val == 20)
+    for seed in range(3):
+        pilot = RunRoot(tmp_path / "runs", f"pilot{seed}")
+        prepare(config_for(coco, *found.sets, "data.n_val=2", f"data.seed={seed}"), pilot, force=False)
+        assert read_json(pilot.provenance, "data")["splits"]["val"]["n_without_objects"] == 1
 
 
 def test_shared_memory_counts_once() -> None:

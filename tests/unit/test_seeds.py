@@ -17,7 +17,7 @@ from app.report.publish import publish
 from app.report.report import report
 from tests.support.drawn import kept_figures
 from tests.support.page_numbers import numbers_without_source
-from tests.support.report_fixtures import add_ptq, build_run, edit
+from tests.support.report_fixtures import SHA, add_ptq, build_run, edit, metrics, write
 
 APS = {"a": (0.40, 0.39), "b": (0.42, 0.39), "c": (0.44, 0.42)}  # run -> AP of fp16, of qat
 
@@ -63,6 +63,33 @@ def test_a_run_without_qat_counts_where_it_can(config: Config, runs: list[RunRoo
     over = found["seeds"]["over_runs"]
     assert (over["baseline-coco"]["AP"]["n"], over["qat-w4a16-coco"]["AP"]["n"]) == (3, 2)
     assert "- c: eval: qat-w4a16 was exported but not scored" in text
+
+
+def test_a_row_that_the_first_run_lacks_is_that_of_the_first_run_that_has_it(
+    config: Config, runs: list[RunRoot]
+) -> None:
+    """w8a16 failed in a and was trained in b and c: 0.40 - 0.42 and 0.41 - 0.44, each against its own baseline."""
+    for run, ap, size_bytes in ((runs[1], 0.40, 2_700_000), (runs[2], 0.41, 2_700_001)):
+        write(run.root / "qat-w8a16-coco/metrics.json", metrics("qat-w8a16", "w8.onnx", SHA["qat"], ap, size_bytes))
+        write(run.root / "ptq-w8a16-coco/metrics.json", metrics("ptq-w8a16", "p8.onnx", SHA["qat"], ap - 0.1, 5))
+    text, found = merged(config, runs)
+    row = next(row for row in found["groups"][0]["rows"] if row["label"] == "qat-w8a16")
+    assert row["over_runs"]["AP_difference"]["mean"] == pytest.approx(-0.025) and row["over_runs"]["AP"]["n"] == 2
+    assert (row["AP_difference"], row["size_mb"]) == (pytest.approx(-0.02), 2.7), "of b, and not against a's baseline"
+    assert [row["label"] for row in found["groups"][0]["rows"]] == ["baseline", "qat-w4a16", "ptq-w8a16", "qat-w8a16"]
+    assert "**qat-w8a16: AP 0.4050 ± 0.0071 against 0.4200 ± 0.0200 of the FP16 training" in text
+    assert "QAT against the better PTQ: +0.1000" in text
+    assert "`../b/onnx/w8.onnx`" in text and "(../b/qat-w8a16-coco/metrics.json)" in text
+    publish(runs[0], None, False, runs[1:])
+    assert "qat-w8a16 0.4050 ± 0.0071 (-0.0250 ± 0.0071, n=2)" in (runs[0].runs_dir / "LOG.md").read_text()
+
+
+def test_a_baseline_that_the_first_run_lacks_is_that_of_another(config: Config, runs: list[RunRoot]) -> None:
+    (runs[0].root / "baseline-coco/metrics.json").unlink()
+    text, found = merged(config, runs)
+    baseline, qat = found["groups"][0]["rows"]
+    assert (baseline["AP"], qat["AP"], qat["over_runs"]["AP_difference"]["n"]) == (0.42, 0.39, 2)
+    assert "**qat-w4a16: AP 0.4000 ± 0.0173 against 0.4300 ± 0.0141 of the FP16 training" in text
 
 
 def test_health_is_told_of_every_run(config: Config, runs: list[RunRoot]) -> None:
@@ -128,6 +155,43 @@ def test_command_line_writes_the_page_of_the_first(runs: list[RunRoot], words: s
     assert "0.4200 ± 0.0200" in made.stderr
     assert (runs[0].root / "summary-with-b-c.md").exists() and not list(runs[1].root.glob("summary*"))
     assert not (runs[0].runs_dir / "full").exists()
+
+
+def app(*words: str, runs_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "app", *words, "--runs-dir", str(runs_dir)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("lost", "first", "other"), [("b", "a", "c"), ("a", "b", "c")])
+def test_a_sweep_is_reported_and_published_without_a_run_that_has_no_scores(
+    runs: list[RunRoot], lost: str, first: str, other: str
+) -> None:
+    """One of three has failed, and a fourth seed has not begun."""
+    runs_dir = runs[0].runs_dir
+    write(runs_dir / "s" / "sweep.json", {"runs": {"a": 0, "b": 1, "c": 2, "d": 3}})
+    for path in (runs_dir / lost).glob("*-coco/metrics.json"):
+        path.unlink()
+    made = app("report", "--run", "s", runs_dir=runs_dir)
+    assert made.returncode == 0, made.stderr
+    line = "{}: nothing was scored, the run is left out: the command of its sweep goes on"
+    page = (runs_dir / first / f"summary-with-{other}.md").read_text()
+    for name in (lost, "d"):
+        assert f"missing: {line.format(name)}" in made.stderr and f"- {line.format(name)}" in page
+    assert "± " in page
+    published = app("publish", "--run", "s", runs_dir=runs_dir)
+    assert published.returncode == 0, published.stderr
+    assert (runs_dir / "reports" / f"{first}-with-{other}" / "summary.md").exists()
+    named = app("report", "--runs", first, lost, other, runs_dir=runs_dir)
+    assert named.returncode == 2 and f"{lost} has no scores, run 'make eval' first" in named.stderr
+
+
+def test_a_sweep_with_one_scored_run_has_the_page_of_that(runs: list[RunRoot]) -> None:
+    runs_dir = runs[0].runs_dir
+    write(runs_dir / "s" / "sweep.json", {"runs": {"a": 0, "d": 3}})
+    made = app("report", "--run", "s", runs_dir=runs_dir)
+    assert made.returncode == 0 and "missing: d: nothing was scored" in made.stderr
+    assert "- d: nothing was scored" in runs[0].summary.read_text()
+    assert "state" not in json.loads(runs[0].run_json.read_text())["stages"]["report"], "another seed changes the page"
 
 
 def test_the_own_page_of_a_run_is_not_overwritten(config: Config, runs: list[RunRoot]) -> None:

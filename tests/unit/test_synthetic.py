@@ -98,5 +98,9 @@ def test_finished_drawing_is_left_alone_and_a_broken_off_one_has_no_name(
             draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)
     assert list(tmp_path.iterdir()) == []
     draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "coco").rglob("*.*")}
+    (tmp_path / "coco/train2017/000000000002.jpg").unlink()
+    draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "coco").rglob("*.*")} == before
     monkeypatch.setattr(synthetic, "draw_shard", fail)
     draw_coco_subset(tmp_path / "coco", n_train=2, n_val=1)

@@ -15,7 +15,7 @@ from app.core.results import Rows
 from app.quant.model import cpu_state_dict
 from app.quant.options import Stabiliser
 from app.train.processes import Ranks
-from app.train.step import criterion_after
+from app.train.step import criterion_after, load_optimizer
 
 
 @dataclass(kw_only=True)
@@ -116,7 +116,7 @@ class State(Progress):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Takes what `state_dict` gave, also that of a training on another device."""
         for name in _progress_names():
             setattr(self, name, state[name])
         if isinstance(self.loss_sum, torch.Tensor):
@@ -124,8 +124,9 @@ class State(Progress):
         self.net.load_state_dict(state["model"])
         self.ema.ema.load_state_dict(state["ema"])
         self.ema.updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # it is empty where the scaler was off, as on a CPU: one that is on begins anew
+            self.scaler.load_state_dict(state["scaler"])
         self.net.criterion = criterion_after(state["criterion_updates"], self.net, self.ranks)
         for stabiliser, its_state in zip(self.stabilisers, state["stabilisers"], strict=True):
             stabiliser.load_state_dict(its_state)

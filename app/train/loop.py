@@ -20,16 +20,22 @@ from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import log_resume, read_in_turn, restore, resume_point, save_state, state_from_fp16
+from app.train.checkpoint import (
+    log_resume,
+    newest_of,
+    read_in_turn,
+    restore,
+    resume_point,
+    save_state,
+    state_from_fp16,
+)
 from app.train.correction import correct, keep_better, model_of
-from app.train.device import explain_memory
 from app.train.distill import read_teacher
 from app.train.graph import StepGraph
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
 from app.train.monitor import After, Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
-from app.train.processes import explain_lost_peer
 from app.train.state import State
 from app.train.step import Rise, clipped_step, trained_weights, warm_up
 from app.train.trainer import Trainer
@@ -64,7 +70,6 @@ class Loop:
         """Trains.
 
         Raises:
-            UserError: GPU memory does not suffice, or a loader process died.
             Interrupted: a signal came; everything is saved.
             GuardStop: the guard ended the training; everything is saved.
         """
@@ -75,10 +80,6 @@ class Loop:
                     while self.state.next_epoch < self.config.train.epochs:
                         self._run_epoch(self.state.next_epoch)
                     self._on_main(self._correct_best)
-                except RuntimeError as error:
-                    explain_lost_peer(error)
-                    explain_memory(error, self.config)
-                    raise
                 finally:
                     if self.ranks.is_main:
                         self.monitor.close()
@@ -300,7 +301,7 @@ class Loop:
     # --- checkpoints, faults, errors ---------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes last.pt, on rank 0.
+        """Writes last.pt, before the first step start.pt, on rank 0.
 
         Raises:
             NonFinite: the state is not worth keeping.
@@ -308,7 +309,7 @@ class Loop:
         check_finite(self.state.net, self.state.scaler, self.watch)
         if self.ranks.is_main:
             save_state(self.state, self.config, self.trainer.last)
-            self.interrupt.kept = resume_point(self.state)
+            self.interrupt.kept, self.interrupt.is_kept = resume_point(self.state), self.trainer.last.exists()
 
     def _save_if_due(self, always: bool = False) -> None:
         """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""
@@ -321,7 +322,7 @@ class Loop:
             raise Interrupted(signal_number)
 
     def _roll_back(self, fault: NonFinite) -> None:
-        """Loads last.pt again; training goes on from there without the batches of the fault.
+        """Loads the newest checkpoint again; training goes on from there without the batches of the fault.
 
         Everything else keeps its place: order and augmentation of the other batches, and the schedule, follow from
         their numbers. The left-out batches are part of last.pt, so a resumed training leaves out the same ones.
@@ -336,7 +337,7 @@ class Loop:
         path = trainer.save_dir / "faults" / file_name(fault, self.ranks)
         save_checkpoint(path, self.config, to_keep(state, fault, cause))
         faults = [*state.faults, {"batches": numbers, "what": fault.what, "cause": cause}]
-        state.load_state_dict(load_checkpoint(trainer.last))
+        state.load_state_dict(load_checkpoint(newest_of(trainer.last)))
         self.ranks.barrier()  # all have read it
         state.faults = faults
         state.optimizer.zero_grad()

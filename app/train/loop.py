@@ -14,7 +14,6 @@ from torch import nn
 from ultralytics.utils.torch_utils import unset_deterministic
 
 from app.core.files import write_json
-from app.core.progress import track
 from app.core.results import AP, CORRECTED_AP, SCORED, SCORED_AP, WARM_UP, write_rows
 from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
@@ -289,8 +288,12 @@ class Loop:
             return
         best = load_checkpoint(trainer.best)
         model = model_of(state, best["scored"])
-        batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
-        correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
+        self.graph.release()  # its memory is needed
+
+        def loss_of(net: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+            return trainer.forward(net, batch)[0]
+
+        correct(model, trainer.extra_epoch(), loss_of, quant.correction_lr, self.ranks.n)
         ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
         state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
         state.rows[-1][CORRECTED_AP] = ap

@@ -17,7 +17,7 @@ from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds
 
 from app.core.config import Config
 from app.core.files import read_json, write_json
-from app.core.progress import Meter, counted
+from app.core.progress import Meter, counted, track
 from app.core.run import VIEW_SHAPE, RunRoot
 from app.core.start import RANDOM
 from app.quant.batchnorm import reestimate_batchnorm
@@ -197,13 +197,17 @@ class Trainer(DetectionTrainer):
         self.train_loader.reset()
 
     def extra_epoch(self) -> Iterator[dict[str, Any]]:
-        """Batches of the epoch after the last one, augmented as that was; whole ones, whatever the number of ranks."""
+        """Batches of the epoch after the last one, augmented as that was, for rank 0 alone.
+
+        They are as large as a rank's part of a batch: more may not fit on its GPU.
+        """
         self.train_loader.close()
         if self.args.close_mosaic:
             self._close_dataloader_mosaic()  # a process that has resumed after the last epoch has not done it yet
-        on_gpu = self.device.type == "cuda"
-        loader = train_loader(self.train_loader.dataset, self.args.workers, on_gpu, Place(self.epochs, 0))
-        yield from loader
+        dataset = copy(self.train_loader.dataset)
+        dataset.batch_size = -(-self.train_loader.batch_size // self.ranks.n)
+        loader = train_loader(dataset, self.args.workers, self.device.type == "cuda", Place(self.epochs, 0))
+        yield from track(loader, "correction", len(loader), "batches")
         loader.close()
 
     def close(self) -> None:

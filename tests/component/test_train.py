@@ -24,8 +24,10 @@ from app.core.config import UserError, load
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
 from app.quant.model import build, load_checkpoint, load_scored
+from app.train.graph import StepGraph
 from app.train.interrupt import Interrupted
 from app.train.loop import Loop
+from app.train.processes import ALONE, Ranks
 from app.train.train import train
 from app.train.validation import Scores, score_states
 from tests.support.settle import AT_EVERY_STEP, sets_of, settle
@@ -111,6 +113,35 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     (folder / "done.json").unlink()  # the next start finds that all is done
     monkeypatch.setattr("app.train.loop.correct", None)
     train(config, run, force=False)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_the_correction_has_the_room_of_the_graph_and_batches_of_a_rank(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, n_ranks: int
+) -> None:
+    """Rank 0 alone makes it: its batches are as large as its part of a batch was, its steps of as many images."""
+    settings = {**SETTINGS, "train.epochs": 1, "train.val_every": 1, "quant.correction_epochs": 1}
+    config, run = settle(runs_dir, f"corrected-{n_ranks}", "qat", settings)
+    happened: list[Any] = []
+    correct_best = Loop._correct_best
+
+    def by_rank_0(self: Loop) -> None:
+        self.ranks = self.trainer.ranks = Ranks(n=n_ranks)
+        happened.clear()
+        correct_best(self)
+        self.ranks = self.trainer.ranks = ALONE
+
+    def correct(model: Any, batches: Any, loss_of: Any, lr: float, accumulate: int) -> None:
+        happened.extend([len(batch["img"]) for batch in batches])
+        happened.append(accumulate)
+
+    monkeypatch.setattr(Loop, "_correct_best", by_rank_0)
+    monkeypatch.setattr("app.train.loop.correct", correct)
+    monkeypatch.setattr(StepGraph, "release", lambda self: happened.append("release"))
+    train(config, run, force=False)
+    sizes = {1: [8] * 5, 2: [4] * 10, 3: [3] * 13 + [1]}[n_ranks]
+    assert happened == ["release", *sizes, n_ranks]
 
 
 @pytest.mark.usefixtures("tiny")

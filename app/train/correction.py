@@ -145,9 +145,13 @@ def model_of(state: State, weights: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def keep_better(path: Path, config: Config, best: dict[str, Any], model: nn.Module, ap: float) -> float:
-    """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower; gives the higher AP."""
+    """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower; gives the higher AP.
+
+    The new checkpoint says that it is corrected.
+    """
     is_better = ap >= best["fitness"]
     if is_better:
-        save_checkpoint(path, config, {**best, "scored": cpu_state_dict(model), "fitness": ap})
+        entries = {**best, "scored": cpu_state_dict(model), "fitness": ap, "corrected": True}
+        save_checkpoint(path, config, entries)
     log.info("correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if is_better else "kept")
     return max(ap, best["fitness"])

@@ -287,19 +287,28 @@ class Loop:
         if quant is None or not quant.correction_epochs or CORRECTED_AP in state.rows[-1]:
             return
         best = load_checkpoint(trainer.best)
-        model = model_of(state, best["scored"])
+        if best.get("corrected"):  # by a process that was killed before last.pt had it
+            ap = state.best_fitness = best["fitness"]
+        else:
+            ap = self._correct(best, quant.correction_lr)
+        state.rows[-1][CORRECTED_AP] = ap
+        write_rows(trainer.save_dir / "results.csv", state.rows)
+        self.monitor.writer.add_scalar(CORRECTED_AP, ap, trainer.epochs)
+        self.save()
+
+    def _correct(self, best: dict[str, Any], lr: float) -> float:
+        """Corrects the content of best.pt; gives the AP of the result."""
+        trainer = self.trainer
+        model = model_of(self.state, best["scored"])
         self.graph.release()  # its memory is needed
 
         def loss_of(net: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
             return trainer.forward(net, batch)[0]
 
-        correct(model, trainer.extra_epoch(), loss_of, quant.correction_lr, self.ranks.n)
+        correct(model, trainer.extra_epoch(), loss_of, lr, self.ranks.n)
         ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
-        state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
-        state.rows[-1][CORRECTED_AP] = ap
-        write_rows(trainer.save_dir / "results.csv", state.rows)
-        self.monitor.writer.add_scalar(CORRECTED_AP, ap, trainer.epochs)
-        self.save()
+        self.state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
+        return ap
 
     # --- checkpoints, faults, errors ---------------------------------------------------------------------------------
 

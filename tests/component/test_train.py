@@ -90,15 +90,17 @@ def interrupt(*_: Any) -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("crash_in", ["correct", "write_rows"])
 def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
-    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, crash_in: str
 ) -> None:
+    """It happens once, also where the process is killed in it, or after it has replaced best.pt."""
     settings = {**SETTINGS, "quant.correction_epochs": 1, "quant.correction_lr": 0.01}
     config, whole = settle(runs_dir, "corrected-whole", "qat", settings)
     train(config, whole, force=False)
-    config, run = settle(runs_dir, "corrected", "qat", settings)
-    with monkeypatch.context() as patch:  # a crash in it: the next start has nothing else to do
-        patch.setattr("app.train.loop.correct", interrupt)
+    config, run = settle(runs_dir, f"corrected-{crash_in}", "qat", settings)
+    with monkeypatch.context() as patch:  # the next start has nothing else to do
+        patch.setattr(f"app.train.loop.{crash_in}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config, run, force=False)
     train(config, run, force=False)
@@ -107,6 +109,7 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], corrected[name])}
     assert changed == {"weight", "bias"}
     assert all(torch.equal(plain[name], corrected[name]) for name in plain if name.endswith("conv.weight"))
+    assert rows(folder) == rows(whole.variant_dir(config.label))
     assert rows(folder)[-1]["AP/corrected"] != ""
     uninterrupted = load_checkpoint(whole.best(config.label))["scored"]
     assert differences(corrected, uninterrupted) == []

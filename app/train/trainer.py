@@ -15,7 +15,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds
 
-from app.core.config import Config
+from app.core.config import Config, UserError
 from app.core.files import read_json, write_json
 from app.core.progress import Meter, counted, track
 from app.core.run import VIEW_SHAPE, RunRoot
@@ -74,7 +74,11 @@ class Trainer(DetectionTrainer):
         self.epoch = 0  # the validator compares it with the last one, where it would draw plots
 
     def set_up(self) -> None:
-        """Builds network, EMA, loaders, optimizer, scaler and validator."""
+        """Builds network, EMA, loaders, optimizer, scaler and validator.
+
+        Raises:
+            UserError: Ultralytics trains on this GPU without the FP16 autocast that train.amp asks for.
+        """
         if self.device.type == "cuda" and self.config.train.kernels:
             self.palette = palette(self.config.train.imgsz, self.device)
         self._setup_train()
@@ -82,6 +86,11 @@ class Trainer(DetectionTrainer):
             self.ranks.share(self.model)
             self.amp = self.ranks.broadcast(self.amp)  # Ultralytics checks it on rank 0 alone
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
+        if self.device.type == "cuda" and self.config.train.amp and not self.amp:
+            raise UserError(
+                "train.amp=true, but FP16 autocast is not right on this GPU by Ultralytics' check (log.txt): set "
+                "train.amp=false"
+            )
         self.model.criterion = criterion_of_part(self.model, self.ranks)
         self.ema.decay = lambda x: ema_decay(self.config.train, x)
 

@@ -211,6 +211,7 @@ class Loop:
         losses = state.mean_losses(len(self.trainer.train_loader))
         row: dict[str, Any] = {"epoch": state.epoch + 1, **losses}
         if self._is_validation_due():
+            self._save_if_due(ahead_s=self.monitor.validation_s(len(self.trainer.test_loader.dataset)))
             row |= self._on_main(self.validate)
             row |= self._examine() if self.ranks.is_main else {}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
@@ -323,10 +324,11 @@ class Loop:
             save_state(self.state, self.config, self.trainer.last)
             self.interrupt.kept, self.interrupt.is_kept = resume_point(self.state), self.trainer.last.exists()
 
-    def _save_if_due(self, always: bool = False) -> None:
-        """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""
+    def _save_if_due(self, ahead_s: float = 0.0, always: bool = False) -> None:
+        """Saves where it is time to, or will be in `ahead_s` seconds, in which nothing can be saved, or where a signal
+        has come. After a signal all ranks leave at this step, or none."""
         own_signal = self.interrupt.signal or (signal.SIGTERM if self.ranks.is_orphan else 0)
-        is_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s)
+        is_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s, ahead_s)
         signal_number, due = self.ranks.maximum([own_signal, int(is_due)])
         if signal_number or due or always:
             self.save()

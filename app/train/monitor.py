@@ -135,11 +135,25 @@ class Monitor:
         after_s = after.qat_epochs * QAT_EPOCH * epoch_s + after.files * self.scoring_s
         return epoch_left_s + n_epochs * epoch_s + after_s
 
-    def save_due(self, every_s: float) -> bool:
-        """Whether so many seconds have passed since the epoch's start or since this was last true."""
-        due = time.monotonic() - self.saved >= every_s
+    def save_due(self, every_s: float, ahead_s: float = 0.0) -> bool:
+        """Whether so many seconds have passed since the epoch's start or since this was last true.
+
+        Args:
+            ahead_s: how long it takes until this can be asked again.
+        """
+        due = time.monotonic() + ahead_s - self.saved >= every_s
         self.saved = time.monotonic() if due else self.saved
         return due
+
+    def validation_s(self, n_images: int) -> float:
+        """Seconds that the next validation takes: as many as the last one took.
+
+        Before the first one of this process they are those in which it trains as many images in each state, which
+        takes longer. They are 0 where it has trained nothing: then the checkpoint that it began from is of this place.
+        """
+        if self.scoring_s or not self.meter.done:
+            return self.scoring_s * len(STATES)
+        return self.meter.seconds / self.meter.done * n_images * len(STATES)
 
     def end_train_pass(self) -> None:
         self.meter.close()

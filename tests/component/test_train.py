@@ -27,6 +27,7 @@ from app.quant.model import build, load_checkpoint, load_scored
 from app.train.graph import StepGraph
 from app.train.interrupt import Interrupted
 from app.train.loop import Loop
+from app.train.monitor import Monitor
 from app.train.processes import ALONE, Ranks
 from app.train.train import train
 from app.train.validation import Scores, score_states
@@ -85,7 +86,7 @@ def test_a_training_of_yolov10n_leaves_everything_the_next_stages_need(runs_dir:
         assert not model.training
 
 
-def interrupt(*_: Any) -> None:
+def interrupt(*_: Any) -> Any:
     raise KeyboardInterrupt
 
 
@@ -256,6 +257,33 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         with pytest.raises(Interrupted) as stop:
             train(config, run, force=False)
         assert stop.value.signal == number
+    train(config, run, force=False)
+    assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("validation_s", "batches_kept"), [(300, 0), (700, 5)])
+def test_a_kill_in_a_long_validation_costs_the_validation_alone(
+    runs_dir: Path,
+    trained: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    validation_s: float,
+    batches_kept: int,
+) -> None:
+    """That of the second epoch, with a checkpoint every 600 s; the training is seconds long."""
+    config, run = settle(runs_dir, f"validation-{validation_s}", "qat", {**SETTINGS, "train.save_every_s": 600})
+    validate = Loop.validate
+
+    def killed(self: Loop) -> dict[str, float]:
+        return interrupt() if self.state.epoch == 1 else validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "validation_s", lambda self, n_images: validation_s)
+        patch.setattr(Loop, "validate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    kept = load_checkpoint(run.variant_dir(config.label) / "weights" / "last.pt")
+    assert (len(kept["rows"]), kept["batch_in_epoch"]) == (1, batches_kept)
     train(config, run, force=False)
     assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
 

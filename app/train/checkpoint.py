@@ -12,7 +12,7 @@ from app.core.config import Config, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import keep
 from app.core.results import WARM_UP, Rows, is_validated
-from app.core.shapes import Count, Shape, misfits
+from app.core.shapes import Count, Number, Shape, misfits
 from app.quant.model import config_of, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, WarmUp
 from app.train.processes import Ranks
@@ -21,8 +21,9 @@ from app.train.state import State
 log = logging.getLogger(__name__)
 STATE_SHAPE: Shape = {
     "epoch": int, "batch_in_epoch": Count, "last_step": int, "accumulate": Count, "loss_names": list[str],
-    "best_fitness": float | None, "best_epoch": Count, "rows": list[dict[str, float]], "faults": list[dict[str, Any]],
-    "loss_sum": Any, "scored": dict[str, Any], "codes_before": Any, "model": dict[str, Any], "ema": dict[str, Any],
+    "trained_s?": Number, "best_fitness": float | None, "best_epoch": Count, "rows": list[dict[str, float]],
+    "faults": list[dict[str, Any]], "loss_sum": Any, "scored": dict[str, Any], "codes_before": Any,
+    "model": dict[str, Any], "ema": dict[str, Any],
     "ema_updates": Count, "optimizer.state": dict[int, Any], "optimizer.param_groups": list[dict[str, Any]],
     "scaler": dict[str, Any], "criterion_updates": Count, "stabilisers": list[dict[str, Any]],
 }  # fmt: skip

@@ -152,7 +152,8 @@ class Loop:
     def _train_epoch(self) -> None:
         trainer, state, batch_size = self.trainer, self.state, self.config.train.batch
         n_batches, n_images = len(trainer.train_loader), len(trainer.train_loader.dataset)
-        self.monitor.start_epoch(state.epoch, trainer.epochs, n_images, state.batch_in_epoch * batch_size)
+        n_before = state.batch_in_epoch * batch_size
+        self.monitor.start_epoch(state.epoch, trainer.epochs, n_images, n_before, state.trained_s)
         for batch in islice(trainer.train_loader, n_batches - state.batch_in_epoch):
             number = state.epoch * n_batches + state.batch_in_epoch
             state.batch_in_epoch += 1
@@ -207,6 +208,7 @@ class Loop:
         """Validates where it is due, then writes what the epoch gave."""
         state = self.state
         self.monitor.end_train_pass()
+        state.trained_s = self.monitor.train_s
         check_finite(state.net, state.scaler, self.watch)  # rank 0 validates alone: no rank may roll back then
         losses = state.mean_losses(len(self.trainer.train_loader))
         row: dict[str, Any] = {"epoch": state.epoch + 1, **losses}
@@ -217,7 +219,7 @@ class Loop:
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
         state.net.criterion.update()  # the weights of the two heads, as Ultralytics has them in the next epoch
         state.rows.append(row | self.monitor.epoch_facts())
-        state.batch_in_epoch, state.loss_sum = 0, 0.0
+        state.batch_in_epoch, state.trained_s, state.loss_sum = 0, 0.0, 0.0
         if self.ranks.is_main:
             self.monitor.end_epoch(state.rows, self.trainer.validator, state.best_fitness, state.best_epoch)
         self._save_if_due(always=True)
@@ -331,6 +333,8 @@ class Loop:
         is_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s, ahead_s)
         signal_number, due = self.ranks.maximum([own_signal, int(is_due)])
         if signal_number or due or always:
+            if self.state.batch_in_epoch:
+                self.state.trained_s = self.monitor.trained_s
             self.save()
         if signal_number:  # a signal that has come since waits for the next step: the other ranks do not know of it
             raise Interrupted(signal_number)

@@ -135,6 +135,22 @@ def test_time_left_for_a_job(tmp_path: Path, hand_clock: Clock, caplog: pytest.L
     monitor.close()
 
 
+@pytest.mark.parametrize(("before_s", "seconds", "rate"), [(300.0, 500.0, 0.2), (0.0, 200.0, 0.25)])
+def test_an_epochs_rate_is_that_of_all_its_processes(
+    tmp_path: Path, hand_clock: Clock, before_s: float, seconds: float, rate: float
+) -> None:
+    """50 of 100 images were trained before, in 300 s or in a time that an earlier version has not kept."""
+    monitor = Monitor(tmp_path, load("fp16"))
+    monitor.start_epoch(0, 4, 100, 50, before_s)
+    hand_clock.now_s += 200
+    monitor.step(50, dict)
+    monitor.end_train_pass()
+    hand_clock.now_s += 40
+    facts = monitor.epoch_facts()
+    assert facts == {"time/train_s": seconds, "time/epoch_s": seconds + 40, "time/images_per_s": rate}
+    monitor.close()
+
+
 def test_a_validation_that_may_outlast_the_next_checkpoint(tmp_path: Path, hand_clock: Clock) -> None:
     """An image takes 4 s to train and a state of 10 images 20 s to score; a checkpoint is due after 400 s."""
     monitor = Monitor(tmp_path, load("fp16"))

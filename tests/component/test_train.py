@@ -20,10 +20,10 @@ from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import DetectionModel
 
 from app.bench.soak import differences
-from app.core.config import UserError, load
+from app.core.config import UserError, load, validate
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
-from app.quant.model import build, load_checkpoint, load_scored
+from app.quant.model import build, load_checkpoint, load_scored, save_checkpoint
 from app.train.graph import StepGraph
 from app.train.interrupt import Interrupted
 from app.train.loop import Loop
@@ -40,6 +40,7 @@ SETTINGS = {
     "hyp.warmup_epochs": 1, "hyp.close_mosaic": 1, "train.ema_tau": 5,
 }  # fmt: skip
 STEPS_AN_EPOCH = 3
+ROUNDED = 0.05  # milliseconds and hundredths of a rate
 WHOLE = "whole"  # run that the tests share
 
 
@@ -65,6 +66,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
     """results.csv without what depends on the clock."""
     with open(folder / "results.csv", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+def images_timed(folder: Path) -> list[float]:
+    """Images of each epoch by its seconds and its rate."""
+    with open(folder / "results.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    return [float(row["time/train_s"]) * float(row["time/images_per_s"]) for row in table]
 
 
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
@@ -225,6 +233,7 @@ def test_a_crashed_training_continues_as_if_nothing_had_happened(
     train(config, run, force=False)
     folder = run.variant_dir(config.label)
     assert rows(folder) == rows(trained[variant])
+    assert images_timed(folder) == pytest.approx([40] * 3, rel=ROUNDED)
     ours, whole = (load_checkpoint(path / "weights" / "last.pt") for path in (folder, trained[variant]))
     del ours["config"], whole["config"]
     assert differences(ours, whole) == []
@@ -259,6 +268,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert stop.value.signal == number
     train(config, run, force=False)
     assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
+    assert images_timed(run.variant_dir(config.label)) == pytest.approx([40] * 3, rel=ROUNDED)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_from_before_seconds_were_kept_goes_on(
+    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = settle(runs_dir, "earlier", "qat", {**SETTINGS, **AT_EVERY_STEP})
+    with monkeypatch.context() as patch:
+        crash_before(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    last = run.variant_dir(config.label) / "weights" / "last.pt"
+    state = load_checkpoint(last)
+    assert (state["batch_in_epoch"], state.pop("trained_s") > 0) == (1, True)
+    save_checkpoint(last, validate(state.pop("config")), state)
+    train(config, run, force=False)
+    assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
+    assert images_timed(run.variant_dir(config.label)) == pytest.approx([32, 40, 40], rel=ROUNDED)
 
 
 @pytest.mark.usefixtures("tiny")

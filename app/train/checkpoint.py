@@ -12,7 +12,7 @@ from app.core.config import Config, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import keep
 from app.core.results import WARM_UP, Rows, is_validated
-from app.core.shapes import Count, Shape, misfits
+from app.core.shapes import Count, Number, Shape, misfits
 from app.quant.model import config_of, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, WarmUp
 from app.train.processes import Ranks
@@ -21,8 +21,9 @@ from app.train.state import State
 log = logging.getLogger(__name__)
 STATE_SHAPE: Shape = {
     "epoch": int, "batch_in_epoch": Count, "last_step": int, "accumulate": Count, "loss_names": list[str],
-    "best_fitness": float | None, "best_epoch": Count, "rows": list[dict[str, float]], "faults": list[dict[str, Any]],
-    "loss_sum": Any, "scored": dict[str, Any], "codes_before": Any, "model": dict[str, Any], "ema": dict[str, Any],
+    "trained_s?": Number, "best_fitness": float | None, "best_epoch": Count, "rows": list[dict[str, float]],
+    "faults": list[dict[str, Any]], "loss_sum": Any, "scored": dict[str, Any], "codes_before": Any,
+    "model": dict[str, Any], "ema": dict[str, Any],
     "ema_updates": Count, "optimizer.state": dict[int, Any], "optimizer.param_groups": list[dict[str, Any]],
     "scaler": dict[str, Any], "criterion_updates": Count, "stabilisers": list[dict[str, Any]],
 }  # fmt: skip
@@ -33,13 +34,28 @@ def previous_of(last: Path) -> Path:
     return last.with_name("last-1.pt")
 
 
+def start_of(last: Path) -> Path:
+    """Where the state before the first step lies until there is `last`: a rollback reads it, and no later process."""
+    return last.with_name("start.pt")
+
+
+def newest_of(last: Path) -> Path:
+    """The file that `save_state` wrote last."""
+    return last if last.exists() else start_of(last)
+
+
 def save_state(state: State, config: Config, last: Path) -> None:
-    """Writes last.pt: the state after the last optimizer step, and the last scored state.
+    """Writes last.pt: the state after the last optimizer step, and the last scored state. Before the first step it is
+    start.pt: a training that ends before that is not bound to its configuration.
 
     The checkpoint before is kept, and for good that of the end of every train.save_period-th epoch. The file is the
     same for any number of ranks, but for BatchNorm's statistics, which training does not read: they are rank 0's.
     """
+    if state.last_step < 0 and not state.faults:
+        save_checkpoint(start_of(last), config, state.state_dict())
+        return
     save_checkpoint(last, config, state.state_dict(), previous_of(last))
+    start_of(last).unlink(missing_ok=True)
     n_done, period = state.epoch + 1, config.train.save_period
     if period and n_done and n_done % period == 0 and state.batch_in_epoch == 0:
         keep(last, last.with_name(f"epoch{n_done}.pt"))

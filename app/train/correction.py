@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -52,7 +53,11 @@ class _Correction:
 
 
 def correct(
-    model: nn.Module, batches: Iterable[Any], loss_of: Callable[[nn.Module, Any], torch.Tensor], lr: float
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_of: Callable[[nn.Module, Any], torch.Tensor],
+    lr: float,
+    accumulate: int = 1,
 ) -> int:
     """Trains scale and shift of every quantized convolution, everything else and BatchNorm's statistics fixed, and
     folds them into the BatchNorm that follows.
@@ -67,6 +72,7 @@ def correct(
         batches: one epoch of what `loss_of` takes, on the model's device.
         loss_of: gives the scalar loss of the model, in training mode, for one batch.
         lr: learning rate.
+        accumulate: batches of an optimizer step.
 
     Returns:
         the number of steps.
@@ -80,7 +86,8 @@ def correct(
     corrections = list(_corrections(model))
     handles = [correction.conv.register_forward_hook(correction) for correction in corrections]
     try:
-        n_steps = _train(corrections, (loss_of(model, batch) for batch in batches), lr)
+        losses = (loss_of(model, batch) for batch in batches)
+        n_steps = _train(corrections, losses, lr, accumulate)
     finally:
         for handle in handles:
             handle.remove()
@@ -106,21 +113,27 @@ def _corrections(model: nn.Module) -> Iterator[_Correction]:
             yield _Correction(layer, norm, trained_scale, nn.Parameter(torch.zeros_like(ones)))
 
 
-def _train(corrections: list[_Correction], losses: Iterator[torch.Tensor], lr: float) -> int:
-    """One Adam step a loss."""
+def _train(corrections: list[_Correction], losses: Iterator[torch.Tensor], lr: float, accumulate: int) -> int:
+    """One Adam step for so many losses, the last one for those that are left; gives the number of steps."""
     parameters = []
     for correction in corrections:
         parameters += [part for part in (correction.scale, correction.shift) if part.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr)
     scaler = GradScaler(enabled=parameters[0].is_cuda)  # losses may come from FP16 autocast
-    n_steps = 0
-    for loss in losses:
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
+
+    def step() -> None:
         scaler.step(optimizer)
         scaler.update()
-        n_steps += 1
-    return n_steps
+        optimizer.zero_grad()
+
+    n_losses = 0
+    for n_losses, loss in enumerate(losses, 1):
+        scaler.scale(loss).backward()
+        if n_losses % accumulate == 0:
+            step()
+    if n_losses % accumulate:
+        step()
+    return math.ceil(n_losses / accumulate)
 
 
 def model_of(state: State, weights: dict[str, torch.Tensor]) -> nn.Module:
@@ -132,9 +145,13 @@ def model_of(state: State, weights: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def keep_better(path: Path, config: Config, best: dict[str, Any], model: nn.Module, ap: float) -> float:
-    """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower; gives the higher AP."""
+    """Replaces the checkpoint `best` at `path` by the corrected model if its AP is not lower; gives the higher AP.
+
+    The new checkpoint says that it is corrected.
+    """
     is_better = ap >= best["fitness"]
     if is_better:
-        save_checkpoint(path, config, {**best, "scored": cpu_state_dict(model), "fitness": ap})
+        entries = {**best, "scored": cpu_state_dict(model), "fitness": ap, "corrected": True}
+        save_checkpoint(path, config, entries)
     log.info("correction: AP %.3f -> %.3f, best.pt %s", best["fitness"], ap, "replaced" if is_better else "kept")
     return max(ap, best["fitness"])

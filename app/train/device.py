@@ -14,6 +14,7 @@ from app.core.config import Config, UserError
 # (ultralytics/data/build.py build_dataloader and engine/trainer.py, 8.4.190). Beside them those of
 # BnImages keep 4 while they draw.
 BATCHES_PER_WORKER = 4 + 2 * 2 + 4
+NO_ROOM = ("out of memory", "ALLOC_FAILED")  # how CUDA, NCCL and cuBLAS say it, whose errors have no class of their own
 
 
 def check_devices(config: Config) -> list[str]:
@@ -79,16 +80,35 @@ def check_shared_memory(config: Config, shm_dir: Path) -> None:
         )
 
 
-def explain_memory(error: RuntimeError, config: Config) -> None:
-    """Turns out-of-memory and loader errors of a training into UserError; any other error passes."""
+def explain_memory(error: RuntimeError, config: Config, has_begun: bool) -> None:
+    """Turns out-of-memory and loader errors of a training into UserError; any other error passes.
+
+    Args:
+        has_begun: there is a checkpoint of it, which binds the training to its train.batch.
+    """
     train = config.train
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_ROOM):
         raise UserError(
-            f"train.batch={train.batch} at {train.imgsz} px does not fit in GPU memory: set "
-            f"train.batch={train.batch // 2}; gradients still accumulate to {config.hyp.nbs} images a step"
+            f"train.batch={train.batch} at {train.imgsz} px does not fit in GPU memory: {_more_room(config, has_begun)}"
         ) from error
     if str(error).startswith("DataLoader"):  # a loader process that died; an error of our own has another text
         raise UserError(
             f"a loader process died or hangs ({str(error).splitlines()[0]}): memory or shared memory may be short; "
             "lower train.workers, or start the container with a larger SHM_SIZE"
         ) from error
+
+
+def _more_room(config: Config, has_begun: bool) -> str:
+    """What a user does who has too little GPU memory."""
+    others = "end other programs on this GPU"
+    if has_begun:
+        return (
+            f"{others}, and the same command goes on from the last checkpoint; another train.batch starts over, with "
+            "ARGS=--force"
+        )
+    if config.train.batch == 1:
+        return f"{others}, lower train.imgsz, or take a smaller model"
+    return (
+        f"set train.batch={config.train.batch // 2}, or {others}; gradients still accumulate to {config.hyp.nbs} "
+        "images a step"
+    )

@@ -131,7 +131,7 @@ def imported_into(run: RunRoot, label: Label | str) -> dict[str, str] | None:
 def check_snapshot(config: Config, snapshot: Path) -> None:
     """Compares with the configuration that a folder was trained with, as far as training depends on it.
 
-    What ended before its first checkpoint was not trained. A finished training may lack last.pt, which may be deleted.
+    What ended before its first step was not trained. A finished training may lack last.pt, which may be deleted.
 
     Raises:
         UserError: another configuration, or one that another version of this program has written.
@@ -153,7 +153,7 @@ def check_snapshot(config: Config, snapshot: Path) -> None:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a variant's folder holds a training, done or with a checkpoint."""
+    """Whether a variant's folder holds a training, done or with a checkpoint of a step."""
     return (folder / "done.json").exists() or any((folder / "weights").glob("last*.pt"))
 
 

@@ -32,16 +32,21 @@ class Interrupt:
 
     Attributes:
         kept: where the same command goes on from after a second signal, in words.
+        is_kept: whether the file holds that; at the start of a training there is none.
     """
 
     def __init__(self, file: str, work: str = "this step") -> None:
         self.signal: int | None = None
         self.immediate = False
-        self.work, self.kept = work, "the last checkpoint"
+        self.work, self.file, self.kept, self.is_kept = work, file, "the last checkpoint", True
         self.answers = Answers(
             lambda: f"stopping after {self.work}; again: at once, going on from {self.kept}",
-            lambda: f"ended at once: the same command goes on from {self.kept}, which {file} keeps",
+            lambda: f"ended at once: the same command goes on from {self.kept}{self._where}",
         )
+
+    @property
+    def _where(self) -> str:
+        return f", which {self.file} keeps" if self.is_kept else ""
 
     def __enter__(self) -> Self:
         self.answers.__enter__()

@@ -14,22 +14,27 @@ from torch import nn
 from ultralytics.utils.torch_utils import unset_deterministic
 
 from app.core.files import write_json
-from app.core.progress import track
 from app.core.results import AP, CORRECTED_AP, SCORED, SCORED_AP, WARM_UP, write_rows
 from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
 from app.train.bn_images import BnImages
-from app.train.checkpoint import log_resume, read_in_turn, restore, resume_point, save_state, state_from_fp16
+from app.train.checkpoint import (
+    log_resume,
+    newest_of,
+    read_in_turn,
+    restore,
+    resume_point,
+    save_state,
+    state_from_fp16,
+)
 from app.train.correction import correct, keep_better, model_of
-from app.train.device import explain_memory
 from app.train.distill import read_teacher
 from app.train.graph import StepGraph
 from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
 from app.train.monitor import After, Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
-from app.train.processes import explain_lost_peer
 from app.train.state import State
 from app.train.step import Rise, clipped_step, trained_weights, warm_up, watched_terms
 from app.train.trainer import Trainer
@@ -64,7 +69,6 @@ class Loop:
         """Trains.
 
         Raises:
-            UserError: GPU memory does not suffice, or a loader process died.
             Interrupted: a signal came; everything is saved.
             GuardStop: the guard ended the training; everything is saved.
         """
@@ -75,10 +79,6 @@ class Loop:
                     while self.state.next_epoch < self.config.train.epochs:
                         self._run_epoch(self.state.next_epoch)
                     self._on_main(self._correct_best)
-                except RuntimeError as error:
-                    explain_lost_peer(error)
-                    explain_memory(error, self.config)
-                    raise
                 finally:
                     if self.ranks.is_main:
                         self.monitor.close()
@@ -152,7 +152,8 @@ class Loop:
     def _train_epoch(self) -> None:
         trainer, state, batch_size = self.trainer, self.state, self.config.train.batch
         n_batches, n_images = len(trainer.train_loader), len(trainer.train_loader.dataset)
-        self.monitor.start_epoch(state.epoch, trainer.epochs, n_images, state.batch_in_epoch * batch_size)
+        n_before = state.batch_in_epoch * batch_size
+        self.monitor.start_epoch(state.epoch, trainer.epochs, n_images, n_before, state.trained_s)
         for batch in islice(trainer.train_loader, n_batches - state.batch_in_epoch):
             number = state.epoch * n_batches + state.batch_in_epoch
             state.batch_in_epoch += 1
@@ -208,16 +209,18 @@ class Loop:
         """Validates where it is due, then writes what the epoch gave."""
         state = self.state
         self.monitor.end_train_pass()
+        state.trained_s = self.monitor.train_s
         check_finite(state.net, state.scaler, self.watch)  # rank 0 validates alone: no rank may roll back then
         losses = state.mean_losses(len(self.trainer.train_loader))
         row: dict[str, Any] = {"epoch": state.epoch + 1, **losses}
         if self._is_validation_due():
+            self._save_if_due(ahead_s=self.monitor.validation_s(len(self.trainer.test_loader.dataset)))
             row |= self._on_main(self.validate)
             row |= self._examine() if self.ranks.is_main else {}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
         state.net.criterion.update()  # the weights of the two heads, as Ultralytics has them in the next epoch
         state.rows.append(row | self.monitor.epoch_facts())
-        state.batch_in_epoch, state.loss_sum = 0, 0.0
+        state.batch_in_epoch, state.trained_s, state.loss_sum = 0, 0.0, 0.0
         if self.ranks.is_main:
             self.monitor.end_epoch(state.rows, self.trainer.validator, state.best_fitness, state.best_epoch)
         self._save_if_due(always=True)
@@ -288,20 +291,33 @@ class Loop:
         if quant is None or not quant.correction_epochs or CORRECTED_AP in state.rows[-1]:
             return
         best = load_checkpoint(trainer.best)
-        model = model_of(state, best["scored"])
-        batches = track(trainer.extra_epoch(), "correction", len(trainer.train_loader), "batches")
-        correct(model, batches, lambda net, batch: trainer.forward(net, batch)[0], quant.correction_lr)
-        ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
-        state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
+        if best.get("corrected"):  # by a process that was killed before last.pt had it
+            ap = state.best_fitness = best["fitness"]
+        else:
+            ap = self._correct(best, quant.correction_lr)
         state.rows[-1][CORRECTED_AP] = ap
         write_rows(trainer.save_dir / "results.csv", state.rows)
         self.monitor.writer.add_scalar(CORRECTED_AP, ap, trainer.epochs)
         self.save()
 
+    def _correct(self, best: dict[str, Any], lr: float) -> float:
+        """Corrects the content of best.pt; gives the AP of the result."""
+        trainer = self.trainer
+        model = model_of(self.state, best["scored"])
+        self.graph.release()  # its memory is needed
+
+        def loss_of(net: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+            return trainer.forward(net, batch)[0]
+
+        correct(model, trainer.extra_epoch(), loss_of, lr, self.ranks.n)
+        ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
+        self.state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
+        return ap
+
     # --- checkpoints, faults, errors ---------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes last.pt, on rank 0.
+        """Writes last.pt, before the first step start.pt, on rank 0.
 
         Raises:
             NonFinite: the state is not worth keeping.
@@ -309,20 +325,23 @@ class Loop:
         check_finite(self.state.net, self.state.scaler, self.watch)
         if self.ranks.is_main:
             save_state(self.state, self.config, self.trainer.last)
-            self.interrupt.kept = resume_point(self.state)
+            self.interrupt.kept, self.interrupt.is_kept = resume_point(self.state), self.trainer.last.exists()
 
-    def _save_if_due(self, always: bool = False) -> None:
-        """Saves where it is time to or a signal has come. After a signal all ranks leave at this step, or none."""
+    def _save_if_due(self, ahead_s: float = 0.0, always: bool = False) -> None:
+        """Saves where it is time to, or will be in `ahead_s` seconds, in which nothing can be saved, or where a signal
+        has come. After a signal all ranks leave at this step, or none."""
         own_signal = self.interrupt.signal or (signal.SIGTERM if self.ranks.is_orphan else 0)
-        is_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s)
+        is_due = self.ranks.is_main and self.monitor.save_due(self.config.train.save_every_s, ahead_s)
         signal_number, due = self.ranks.maximum([own_signal, int(is_due)])
         if signal_number or due or always:
+            if self.state.batch_in_epoch:
+                self.state.trained_s = self.monitor.trained_s
             self.save()
         if signal_number:  # a signal that has come since waits for the next step: the other ranks do not know of it
             raise Interrupted(signal_number)
 
     def _roll_back(self, fault: NonFinite) -> None:
-        """Loads last.pt again; training goes on from there without the batches of the fault.
+        """Loads the newest checkpoint again; training goes on from there without the batches of the fault.
 
         Everything else keeps its place: order and augmentation of the other batches, and the schedule, follow from
         their numbers. The left-out batches are part of last.pt, so a resumed training leaves out the same ones.
@@ -337,7 +356,7 @@ class Loop:
         path = trainer.save_dir / "faults" / file_name(fault, self.ranks)
         save_checkpoint(path, self.config, to_keep(state, fault, cause))
         faults = [*state.faults, {"batches": numbers, "what": fault.what, "cause": cause}]
-        state.load_state_dict(load_checkpoint(trainer.last))
+        state.load_state_dict(load_checkpoint(newest_of(trainer.last)))
         self.ranks.barrier()  # all have read it
         state.faults = faults
         state.optimizer.zero_grad()

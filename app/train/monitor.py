@@ -92,9 +92,13 @@ class Monitor:
         writer: Any = self.writer.file_writer
         writer.add_summary(hparams.hparams_pb(values, trial_id=f"{self.out_dir.parent.name}/{self.label}"))
 
-    def start_epoch(self, epoch: int, n_epochs: int, n_images: int, n_trained: int) -> None:
-        """`epoch` counts from 0; of its n_images, n_trained were trained before, by a process that was stopped."""
+    def start_epoch(self, epoch: int, n_epochs: int, n_images: int, n_trained: int, before_s: float = 0.0) -> None:
+        """`epoch` counts from 0; of its n_images, n_trained were trained before, by a process that was stopped.
+
+        Those took before_s seconds, or a time that is not known, 0.0.
+        """
         self.epoch, self.n_epochs = epoch, n_epochs
+        self.before_s, self.timed_before = before_s, min(n_trained, n_images) if before_s else 0
         n_left = max(n_images - n_trained, 0)  # the last batch may be smaller than the others
         self.share_here = n_left / n_images
         self.epoch_start = self.saved = time.monotonic()
@@ -135,22 +139,44 @@ class Monitor:
         after_s = after.qat_epochs * QAT_EPOCH * epoch_s + after.files * self.scoring_s
         return epoch_left_s + n_epochs * epoch_s + after_s
 
-    def save_due(self, every_s: float) -> bool:
-        """Whether so many seconds have passed since the epoch's start or since this was last true."""
-        due = time.monotonic() - self.saved >= every_s
+    def save_due(self, every_s: float, ahead_s: float = 0.0) -> bool:
+        """Whether so many seconds have passed since the epoch's start or since this was last true.
+
+        Args:
+            ahead_s: how long it takes until this can be asked again.
+        """
+        due = time.monotonic() + ahead_s - self.saved >= every_s
         self.saved = time.monotonic() if due else self.saved
         return due
 
+    def validation_s(self, n_images: int) -> float:
+        """Seconds that the next validation takes: as many as the last one took.
+
+        Before the first one of this process they are those in which it trains as many images in each state, which
+        takes longer. They are 0 where it has trained nothing: then the checkpoint that it began from is of this place.
+        """
+        if self.scoring_s or not self.meter.done:
+            return self.scoring_s * len(STATES)
+        return self.meter.seconds / self.meter.done * n_images * len(STATES)
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds that the epoch's steps have taken so far, in all processes."""
+        return self.before_s + self.meter.seconds
+
     def end_train_pass(self) -> None:
         self.meter.close()
-        self.train_s, self.train_end = self.meter.seconds, time.monotonic()
+        self.train_s, self.train_end = self.trained_s, time.monotonic()
 
     def epoch_facts(self) -> dict[str, float]:
-        """Seconds and images/s of the epoch so far, validation included in time/epoch_s."""
+        """Seconds and images/s of the epoch so far, validation included in time/epoch_s.
+
+        They are those of all processes that have trained it, but for what a killed one did after its last checkpoint.
+        """
         return {
             "time/train_s": round(self.train_s, 3),
-            "time/epoch_s": round(time.monotonic() - self.epoch_start, 3),
-            "time/images_per_s": round(self.meter.done / self.train_s, 2),
+            "time/epoch_s": round(self.before_s + time.monotonic() - self.epoch_start, 3),
+            "time/images_per_s": round((self.timed_before + self.meter.done) / self.train_s, 2),
         }
 
     def end_epoch(self, rows: Rows, validator: Any, best_ap: float | None, best_epoch: int) -> None:

@@ -15,7 +15,9 @@ from app.core.results import Rows
 from app.quant.model import cpu_state_dict
 from app.quant.options import Stabiliser
 from app.train.processes import Ranks
-from app.train.step import criterion_after
+from app.train.step import criterion_after, load_optimizer
+
+ADDED = ("trained_s",)  # fields that checkpoints of an earlier version lack
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,7 @@ class Progress:
         batch_in_epoch: how many batches of that epoch have been trained.
         last_step: number of the batch that ended the last optimizer step; batches count from the training's start.
         accumulate: batches of an optimizer step.
+        trained_s: seconds that the batches of that epoch took, in all processes; an earlier version has kept none.
         loss_sum: sums of the epoch's loss terms [n_terms], named by loss_names; 0.0 before the first batch.
         best_fitness, best_epoch: AP in best.pt and its epoch from 1; None and 0 where there is no best.pt.
         rows: of results.csv.
@@ -37,6 +40,7 @@ class Progress:
 
     epoch: int = -1
     batch_in_epoch: int = 0
+    trained_s: float = 0.0
     last_step: int = -1
     accumulate: int = 1
     loss_sum: torch.Tensor | float = 0.0
@@ -116,16 +120,17 @@ class State(Progress):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Takes what `state_dict` gave, also that of a training on another device."""
         for name in _progress_names():
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0.0) if name in ADDED else state[name])
         if isinstance(self.loss_sum, torch.Tensor):
             self.loss_sum = self.loss_sum.to(next(self.net.parameters()).device)
         self.net.load_state_dict(state["model"])
         self.ema.ema.load_state_dict(state["ema"])
         self.ema.updates = state["ema_updates"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        if state["scaler"]:  # it is empty where the scaler was off, as on a CPU: one that is on begins anew
+            self.scaler.load_state_dict(state["scaler"])
         self.net.criterion = criterion_after(state["criterion_updates"], self.net, self.ranks)
         for stabiliser, its_state in zip(self.stabilisers, state["stabilisers"], strict=True):
             stabiliser.load_state_dict(its_state)

@@ -20,6 +20,7 @@ from app.train.loss import GpuLoss
 from app.train.processes import Ranks
 
 MAX_NORM = 10.0  # of a step's gradients, as Ultralytics has it
+IMPLEMENTATION = ("fused", "foreach")  # keys of an optimizer's groups that say how it computes, and not what
 FurtherLoss = Callable[[torch.Tensor, dict[str, Any], Any], torch.Tensor]
 
 
@@ -74,23 +75,46 @@ def ema_decay(settings: Train, n_updates: int) -> float:
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer, groups and settings with PyTorch's fused kernel, which does not wait for the GradScaler.
-
-    SGD's momentum starts as zeros here, which gives the same first step. By itself the fused SGD makes the momentum
-    from unwritten memory in its first step. If the GradScaler skips that step (infinite gradients are normal while its
-    scale settles), the momentum stays unwritten, and every weight becomes noise or NaN (torch/optim/sgd.py _fused_sgd,
-    2.10).
-    """
-    implementation = ("fused", "foreach")
+    """The same optimizer, groups and settings with PyTorch's fused kernel, which does not wait for the GradScaler."""
     groups = []
     for group in optimizer.param_groups:
-        groups.append({key: value for key, value in group.items() if key not in implementation})
+        groups.append({key: value for key, value in group.items() if key not in IMPLEMENTATION})
     fused = cast(Any, type(optimizer))(groups, fused=True)
-    if isinstance(fused, torch.optim.SGD):
-        for group in fused.param_groups:
-            for parameter in group["params"] if group["momentum"] else []:
-                fused.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    fill_momentum(fused)
     return fused
+
+
+def fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each weight of a fused SGD that has no momentum yet one of zeros, which gives the same first step.
+
+    By itself the fused SGD makes the momentum from unwritten memory in its first step. If the GradScaler skips that
+    step (infinite gradients are normal while its scale settles), the momentum stays unwritten, and every weight becomes
+    noise or NaN (torch/optim/sgd.py _fused_sgd, 2.10).
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["fused"] and group["momentum"] else []:
+            if optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Gives an optimizer the state of one of the same kind, which may have trained on another device.
+
+    The implementation stays its own: the GradScaler leaves it to an optimizer that was made fused to skip a step with
+    infinite gradients, and only the fused kernels do so. They take momentum that is strided like its weight; weights
+    are channels_last on a GPU alone.
+    """
+    groups = []
+    for own, group in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+        groups.append({**group, **{key: own[key] for key in IMPLEMENTATION}})
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for weight, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                entries[name] = torch.empty_like(weight).copy_(value)
+    fill_momentum(optimizer)
 
 
 def loss_of(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 from app.core.config import Config, UserError
 from app.core.curves import write_loss_curve
@@ -12,11 +14,11 @@ from app.core.environment import environment, utc_now
 from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot, record_stage
 from app.core.start import told
-from app.train.device import check_devices
-from app.train.done import TEACHER, After, images_now, make_ready
+from app.train.device import check_devices, explain_memory
+from app.train.done import TEACHER, After, has_begun, images_now, make_ready
 from app.train.loop import Loop
 from app.train.monitor import log_file
-from app.train.processes import ALONE, Ranks
+from app.train.processes import ALONE, Ranks, explain_lost_peer
 from app.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -29,14 +31,15 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE, after
     do after this training, if it is known.
 
     Raises:
-        UserError: the folder holds a training of another configuration, no dataset was prepared, or the device or
-            shared memory does not suffice.
+        UserError: the folder holds a training of another configuration, no dataset was prepared, the device, its memory
+            or shared memory does not suffice, or a loader process died.
+        PeerLost: another process of the training has ended or hangs.
     """
     out_dir = run.variant_dir(config.label)
     device = device_of(config, ranks)
     if not ranks.broadcast(ranks.is_main and make_ready(config, run, force)):
         return
-    with log_file(out_dir / "log.txt") if ranks.is_main else contextlib.nullcontext():
+    with log_file(out_dir / "log.txt") if ranks.is_main else contextlib.nullcontext(), _explained(config, out_dir):
         trainer = Trainer(config, run, device, ranks)
         if ranks.is_main:
             write_json(out_dir / "env.json", {**environment(), **trainer.facts()})
@@ -45,6 +48,17 @@ def train(config: Config, run: RunRoot, force: bool, ranks: Ranks = ALONE, after
         loop.run()
     if ranks.is_main:
         finish(loop, run)
+
+
+@contextlib.contextmanager
+def _explained(config: Config, folder: Path) -> Iterator[None]:
+    """Says in the user's words why a training cannot be set up or go on, where it is no fault of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        explain_memory(error, config, has_begun(folder))  # NCCL has its errors too: before a lost peer is blamed
+        explain_lost_peer(error)
+        raise
 
 
 def finish(loop: Loop, run: RunRoot) -> None:

@@ -14,10 +14,10 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import ModelEMA, autocast, init_seeds
 
-from app.core.config import Config
+from app.core.config import Config, UserError
 from app.core.environment import n_threads
 from app.core.files import read_json, write_json
-from app.core.progress import Meter, counted
+from app.core.progress import Meter, counted, track
 from app.core.run import VIEW_SHAPE, RunRoot
 from app.core.start import RANDOM
 from app.quant.batchnorm import reestimate_batchnorm
@@ -74,7 +74,11 @@ class Trainer(DetectionTrainer):
         self.epoch = 0  # the validator compares it with the last one, where it would draw plots
 
     def set_up(self) -> None:
-        """Builds network, EMA, loaders, optimizer, scaler and validator."""
+        """Builds network, EMA, loaders, optimizer, scaler and validator.
+
+        Raises:
+            UserError: Ultralytics trains on this GPU without the FP16 autocast that train.amp asks for.
+        """
         if self.device.type == "cuda" and self.config.train.kernels:
             self.palette = palette(self.config.train.imgsz, self.device)
         self._setup_train()
@@ -82,6 +86,11 @@ class Trainer(DetectionTrainer):
             self.ranks.share(self.model)
             self.amp = self.ranks.broadcast(self.amp)  # Ultralytics checks it on rank 0 alone
             self.scaler = torch.amp.GradScaler("cuda", enabled=self.amp)  # pyright: ignore[reportPrivateImportUsage]
+        if self.device.type == "cuda" and self.config.train.amp and not self.amp:
+            raise UserError(
+                "train.amp=true, but FP16 autocast is not right on this GPU by Ultralytics' check (log.txt): set "
+                "train.amp=false"
+            )
         self.model.criterion = criterion_of_part(self.model, self.ranks)
         self.ema.decay = lambda x: ema_decay(self.config.train, x)
 
@@ -197,13 +206,17 @@ class Trainer(DetectionTrainer):
         self.train_loader.reset()
 
     def extra_epoch(self) -> Iterator[dict[str, Any]]:
-        """Batches of the epoch after the last one, augmented as that was; whole ones, whatever the number of ranks."""
+        """Batches of the epoch after the last one, augmented as that was, for rank 0 alone.
+
+        They are as large as a rank's part of a batch: more may not fit on its GPU.
+        """
         self.train_loader.close()
         if self.args.close_mosaic:
             self._close_dataloader_mosaic()  # a process that has resumed after the last epoch has not done it yet
-        on_gpu = self.device.type == "cuda"
-        loader = train_loader(self.train_loader.dataset, self.args.workers, on_gpu, Place(self.epochs, 0))
-        yield from loader
+        dataset = copy(self.train_loader.dataset)
+        dataset.batch_size = -(-self.train_loader.batch_size // self.ranks.n)
+        loader = train_loader(dataset, self.args.workers, self.device.type == "cuda", Place(self.epochs, 0))
+        yield from track(loader, "correction", len(loader), "batches")
         loader.close()
 
     def close(self) -> None:

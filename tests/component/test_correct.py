@@ -53,6 +53,20 @@ def test_loss_falls_and_only_affine_parts_change() -> None:
     assert not model[0]._forward_hooks
 
 
+@pytest.mark.parametrize("n", [4, 5])
+def test_parts_of_batches_make_the_steps_of_whole_ones(n: int) -> None:
+    """A rank has a half of each batch; their losses are sums over images. Of five halves the last is a step alone."""
+
+    def sum_of(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss_of(model, batch) * len(batch[0])
+
+    halves, whole, split = batches(n), toy(), toy()
+    joined = [tuple(map(torch.cat, zip(*halves[i : i + 2], strict=True))) for i in range(0, n, 2)]
+    assert correct(whole, joined, sum_of, 0.05) == correct(split, halves, sum_of, 0.05, 2) == -(-n // 2)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(split.state_dict()[name], value, rtol=FOLD_TOLERANCE, atol=FOLD_TOLERANCE)
+
+
 def drift(model: nn.Module) -> list[Any]:
     """Corrections away from their start, active through hooks."""
     torch.manual_seed(2)

@@ -135,6 +135,41 @@ def test_time_left_for_a_job(tmp_path: Path, hand_clock: Clock, caplog: pytest.L
     monitor.close()
 
 
+@pytest.mark.parametrize(("before_s", "seconds", "rate"), [(300.0, 500.0, 0.2), (0.0, 200.0, 0.25)])
+def test_an_epochs_rate_is_that_of_all_its_processes(
+    tmp_path: Path, hand_clock: Clock, before_s: float, seconds: float, rate: float
+) -> None:
+    """50 of 100 images were trained before, in 300 s or in a time that an earlier version has not kept."""
+    monitor = Monitor(tmp_path, load("fp16"))
+    monitor.start_epoch(0, 4, 100, 50, before_s)
+    hand_clock.now_s += 200
+    monitor.step(50, dict)
+    monitor.end_train_pass()
+    hand_clock.now_s += 40
+    facts = monitor.epoch_facts()
+    assert facts == {"time/train_s": seconds, "time/epoch_s": seconds + 40, "time/images_per_s": rate}
+    monitor.close()
+
+
+def test_a_validation_that_may_outlast_the_next_checkpoint(tmp_path: Path, hand_clock: Clock) -> None:
+    """An image takes 4 s to train and a state of 10 images 20 s to score; a checkpoint is due after 400 s."""
+    monitor = Monitor(tmp_path, load("fp16"))
+    monitor.start_epoch(0, 2, 100, 50)
+    assert monitor.validation_s(10) == 0, "nothing is trained that the last checkpoint has not"
+    hand_clock.now_s += 70 * 4
+    monitor.step(70, dict)
+    assert monitor.validation_s(10) == 10 * 3 * 4
+    assert not monitor.save_due(401, ahead_s=120)
+    assert monitor.save_due(400, ahead_s=120)
+    assert not monitor.save_due(400, ahead_s=399), "it is saved now"
+    monitor.end_train_pass()
+    hand_clock.now_s += 3 * 20
+    monitor.end_epoch([{"epoch": 1.0, **ROW, **APS}], validator(), 0.25, 1)
+    monitor.start_epoch(1, 2, 100, 0)
+    assert monitor.validation_s(10) == 60
+    monitor.close()
+
+
 def test_why_two_of_three_aps_may_be_0_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """At the first validation, here that of epoch 2; a training that continues after it says it no more."""
     rows = [{"epoch": 1.0, **ROW}, {"epoch": 2.0, **ROW, **APS}, {"epoch": 3.0, **ROW, **APS}]

@@ -20,12 +20,15 @@ from ultralytics.nn.modules import Detect
 from ultralytics.nn.tasks import DetectionModel
 
 from app.bench.soak import differences
-from app.core.config import UserError, load
+from app.core.config import UserError, load, validate
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
-from app.quant.model import build, load_checkpoint, load_scored
+from app.quant.model import build, load_checkpoint, load_scored, save_checkpoint
+from app.train.graph import StepGraph
 from app.train.interrupt import Interrupted
 from app.train.loop import Loop
+from app.train.monitor import Monitor
+from app.train.processes import ALONE, Ranks
 from app.train.train import train
 from app.train.validation import Scores, score_states
 from tests.support.settle import AT_EVERY_STEP, sets_of, settle
@@ -37,6 +40,7 @@ SETTINGS = {
     "hyp.warmup_epochs": 1, "hyp.close_mosaic": 1, "train.ema_tau": 5,
 }  # fmt: skip
 STEPS_AN_EPOCH = 3
+ROUNDED = 0.05  # milliseconds and hundredths of a rate
 WHOLE = "whole"  # run that the tests share
 
 
@@ -64,6 +68,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
 
 
+def images_timed(folder: Path) -> list[float]:
+    """Images of each epoch by its seconds and its rate."""
+    with open(folder / "results.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    return [float(row["time/train_s"]) * float(row["time/images_per_s"]) for row in table]
+
+
 @pytest.mark.parametrize("variant", ["fp16", "qat"])
 def test_a_training_of_yolov10n_leaves_everything_the_next_stages_need(runs_dir: Path, variant: str) -> None:
     config, run = settle(runs_dir, "yolov10n", variant, {**SETTINGS, "data.n_train": 16, "train.val_every": 3})
@@ -83,20 +94,22 @@ def test_a_training_of_yolov10n_leaves_everything_the_next_stages_need(runs_dir:
         assert not model.training
 
 
-def interrupt(*_: Any) -> None:
+def interrupt(*_: Any) -> Any:
     raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("crash_in", ["correct", "write_rows"])
 def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
-    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, crash_in: str
 ) -> None:
+    """It happens once, also where the process is killed in it, or after it has replaced best.pt."""
     settings = {**SETTINGS, "quant.correction_epochs": 1, "quant.correction_lr": 0.01}
     config, whole = settle(runs_dir, "corrected-whole", "qat", settings)
     train(config, whole, force=False)
-    config, run = settle(runs_dir, "corrected", "qat", settings)
-    with monkeypatch.context() as patch:  # a crash in it: the next start has nothing else to do
-        patch.setattr("app.train.loop.correct", interrupt)
+    config, run = settle(runs_dir, f"corrected-{crash_in}", "qat", settings)
+    with monkeypatch.context() as patch:  # the next start has nothing else to do
+        patch.setattr(f"app.train.loop.{crash_in}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(config, run, force=False)
     train(config, run, force=False)
@@ -105,12 +118,42 @@ def test_correction_changes_what_is_exported_and_nothing_of_the_weights(
     changed = {name.rpartition(".")[2] for name in plain if not torch.equal(plain[name], corrected[name])}
     assert changed == {"weight", "bias"}
     assert all(torch.equal(plain[name], corrected[name]) for name in plain if name.endswith("conv.weight"))
+    assert rows(folder) == rows(whole.variant_dir(config.label))
     assert rows(folder)[-1]["AP/corrected"] != ""
     uninterrupted = load_checkpoint(whole.best(config.label))["scored"]
     assert differences(corrected, uninterrupted) == []
     (folder / "done.json").unlink()  # the next start finds that all is done
     monkeypatch.setattr("app.train.loop.correct", None)
     train(config, run, force=False)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("n_ranks", [1, 2, 3])
+def test_the_correction_has_the_room_of_the_graph_and_batches_of_a_rank(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, n_ranks: int
+) -> None:
+    """Rank 0 alone makes it: its batches are as large as its part of a batch was, its steps of as many images."""
+    settings = {**SETTINGS, "train.epochs": 1, "train.val_every": 1, "quant.correction_epochs": 1}
+    config, run = settle(runs_dir, f"corrected-{n_ranks}", "qat", settings)
+    happened: list[Any] = []
+    correct_best = Loop._correct_best
+
+    def by_rank_0(self: Loop) -> None:
+        self.ranks = self.trainer.ranks = Ranks(n=n_ranks)
+        happened.clear()
+        correct_best(self)
+        self.ranks = self.trainer.ranks = ALONE
+
+    def correct(model: Any, batches: Any, loss_of: Any, lr: float, accumulate: int) -> None:
+        happened.extend([len(batch["img"]) for batch in batches])
+        happened.append(accumulate)
+
+    monkeypatch.setattr(Loop, "_correct_best", by_rank_0)
+    monkeypatch.setattr("app.train.loop.correct", correct)
+    monkeypatch.setattr(StepGraph, "release", lambda self: happened.append("release"))
+    train(config, run, force=False)
+    sizes = {1: [8] * 5, 2: [4] * 10, 3: [3] * 13 + [1]}[n_ranks]
+    assert happened == ["release", *sizes, n_ranks]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -190,6 +233,7 @@ def test_a_crashed_training_continues_as_if_nothing_had_happened(
     train(config, run, force=False)
     folder = run.variant_dir(config.label)
     assert rows(folder) == rows(trained[variant])
+    assert images_timed(folder) == pytest.approx([40] * 3, rel=ROUNDED)
     ours, whole = (load_checkpoint(path / "weights" / "last.pt") for path in (folder, trained[variant]))
     del ours["config"], whole["config"]
     assert differences(ours, whole) == []
@@ -224,6 +268,52 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         assert stop.value.signal == number
     train(config, run, force=False)
     assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
+    assert images_timed(run.variant_dir(config.label)) == pytest.approx([40] * 3, rel=ROUNDED)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_checkpoint_from_before_seconds_were_kept_goes_on(
+    runs_dir: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = settle(runs_dir, "earlier", "qat", {**SETTINGS, **AT_EVERY_STEP})
+    with monkeypatch.context() as patch:
+        crash_before(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    last = run.variant_dir(config.label) / "weights" / "last.pt"
+    state = load_checkpoint(last)
+    assert (state["batch_in_epoch"], state.pop("trained_s") > 0) == (1, True)
+    save_checkpoint(last, validate(state.pop("config")), state)
+    train(config, run, force=False)
+    assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
+    assert images_timed(run.variant_dir(config.label)) == pytest.approx([32, 40, 40], rel=ROUNDED)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("validation_s", "batches_kept"), [(300, 0), (700, 5)])
+def test_a_kill_in_a_long_validation_costs_the_validation_alone(
+    runs_dir: Path,
+    trained: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    validation_s: float,
+    batches_kept: int,
+) -> None:
+    """That of the second epoch, with a checkpoint every 600 s; the training is seconds long."""
+    config, run = settle(runs_dir, f"validation-{validation_s}", "qat", {**SETTINGS, "train.save_every_s": 600})
+    validate = Loop.validate
+
+    def killed(self: Loop) -> dict[str, float]:
+        return interrupt() if self.state.epoch == 1 else validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "validation_s", lambda self, n_images: validation_s)
+        patch.setattr(Loop, "validate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run, force=False)
+    kept = load_checkpoint(run.variant_dir(config.label) / "weights" / "last.pt")
+    assert (len(kept["rows"]), kept["batch_in_epoch"]) == (1, batches_kept)
+    train(config, run, force=False)
+    assert rows(run.variant_dir(config.label)) == rows(trained["qat"])
 
 
 @pytest.mark.usefixtures("tiny")
@@ -235,7 +325,7 @@ def test_a_killed_process_continues(runs_dir: Path, trained: dict[str, Path]) ->
     command += ["--runs-dir", str(runs_dir), *(word for item in sets_of(settings) for word in ("--set", item))]
     last = run.variant_dir(config.label) / "weights" / "last.pt"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=REPO_DIR) as process:
-        while not last.with_name("last-1.pt").exists() and process.poll() is None:  # the first is the start
+        while not last.exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL

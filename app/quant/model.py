@@ -150,6 +150,16 @@ def names_of(checkpoint: dict[str, Any]) -> list[str]:
     return checkpoint.get("names", NAMES)
 
 
+def other_names(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """How the classes of one network differ from those of another: in number, or the first pair; None where none do."""
+    if len(names) != len(wanted):
+        return f"{len(names)} classes, not {len(wanted)}"
+    for number, (name, other) in enumerate(zip(names, wanted, strict=True)):
+        if name != other:
+            return f"class {number} is {name}, not {other}"
+    return None
+
+
 def load_scored(path: Path) -> tuple[DetectionModel, Config, dict[str, Any]]:
     """Rebuilds the evaluated model (EMA weights, re-estimated BatchNorm) from a checkpoint file alone.
 

@@ -13,7 +13,7 @@ from app.core.differences import WITHOUT_EFFECT, difference, shown
 from app.core.files import keep
 from app.core.results import WARM_UP, Rows, is_validated
 from app.core.shapes import Count, Number, Shape, misfits
-from app.quant.model import config_of, load_checkpoint, save_checkpoint
+from app.quant.model import config_of, load_checkpoint, other_names, save_checkpoint
 from app.quant.options import Stabiliser, WarmUp
 from app.train.processes import Ranks
 from app.train.state import State
@@ -25,7 +25,7 @@ STATE_SHAPE: Shape = {
     "faults": list[dict[str, Any]], "loss_sum": Any, "scored": dict[str, Any], "codes_before": Any,
     "model": dict[str, Any], "ema": dict[str, Any],
     "ema_updates": Count, "optimizer.state": dict[int, Any], "optimizer.param_groups": list[dict[str, Any]],
-    "scaler": dict[str, Any], "criterion_updates": Count, "stabilisers": list[dict[str, Any]],
+    "scaler": dict[str, Any], "names?": list[str], "criterion_updates": Count, "stabilisers": list[dict[str, Any]],
 }  # fmt: skip
 
 
@@ -131,13 +131,17 @@ def state_from_fp16(state: State, config: Config) -> dict[str, Any] | None:
     results.csv go on; the best epoch and the options of `quant` begin anew.
 
     Raises:
-        UserError: the checkpoint is missing, of another recipe, or of a later epoch than the warm-up's last.
+        UserError: the checkpoint is missing, of another recipe or other classes, or of a later epoch than the warm-up's
+            last.
     """
     path = config.warmup_from
     if path is None:
         return None
     source = load_checkpoint(path, STATE_SHAPE)
     check_warm_up(config, path, source)
+    names = list(state.net.names.values())
+    if fault := other_names(source.get("names", names), names):
+        raise UserError(f"quant.warmup_from={path} has other classes than this run ({fault})")
     log.info("train %s: the first %d epochs are those of %s", config.label, source["epoch"] + 1, path)
     return {
         **source,

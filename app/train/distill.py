@@ -21,7 +21,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from app.core.config import Config, UserError
 from app.core.differences import WITHOUT_EFFECT, difference, shown
-from app.quant.model import load_scored
+from app.core.files import read_json
+from app.core.run import VIEW_SHAPE, RunRoot
+from app.quant.model import load_scored, names_of, other_names
 from app.train.done import teacher_path
 from app.train.processes import ALONE, Ranks
 
@@ -97,16 +99,19 @@ def read_teacher(config: Config, run_root: Path, device: torch.device, ranks: Ra
     """The teacher of a training; None where quant.distill is 0.
 
     Raises:
-        UserError: it cannot be read, is no FP16 training, or one of another recipe or seed.
+        UserError: it cannot be read, is no FP16 training, or one of another recipe, seed or other classes.
     """
     path = teacher_path(config, run_root)
     if path is None or config.quant is None:
         return None
-    model, source, _ = load_scored(path)
+    model, source, checkpoint = load_scored(path)
     if differences := difference(source, config, ignore=(*WITHOUT_EFFECT, "variant", "quant")):
         raise UserError(f"quant.distill: the teacher {path} was trained with another recipe ({shown(differences)})")
     if source.variant != "fp16":
         raise UserError(f"quant.distill: the teacher {path} is of {source.label}, not of an FP16 training")
+    names = read_json(RunRoot(run_root.parent, run_root.name).provenance, "data", VIEW_SHAPE)["names"]
+    if fault := other_names(names_of(checkpoint), names):
+        raise UserError(f"quant.distill: the teacher {path} has other classes than this run ({fault})")
     net: Any = model
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     return Teacher(net.to(device, memory_format=layout), config.quant.distill, ranks)

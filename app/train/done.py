@@ -82,9 +82,11 @@ def make_ready(config: Config, run: RunRoot, force: bool) -> bool:
     if config.quant:
         keep_scheme(config.quant.scheme, out_dir)
     if config.warmup_from and config.warmup_from.is_file():
+        check_source("quant.warmup_from", config.warmup_from, run)
         write_json(out_dir / WARMUP, {"sha256": sha256(config.warmup_from)})
     if teacher := teacher_path(config, run.root):
         write_json(out_dir / TEACHER, teacher_facts(teacher))
+        check_source("quant.distill", teacher, run)
     if not has_begun(out_dir):
         write_json(out_dir / IMAGES, {"images": images_now(run)})
     return True
@@ -107,17 +109,50 @@ def check_images(config: Config, run: RunRoot) -> None:
     folder = run.variant_dir(config.label)
     if not run.provenance.exists() or not has_begun(folder):
         return
-    record = run.done(config.label) if run.done(config.label).exists() else folder / IMAGES
-    if not record.exists() or "images" not in read_json(record, "train"):
+    kept = images_of(folder)
+    if kept is None:
         log.warning("train %s: an earlier version began it, which did not record of which images", config.label)
         return
-    kept = read_json(record, "train", IMAGES_SHAPE)["images"]
-    for split, hashes in images_now(run).items():
+    if split := other_split(kept, images_now(run)):
+        raise UserError(
+            f"{folder} was trained with other {split} images or annotations than {run.provenance.parent} has now: "
+            f"{OTHER_RUN}"
+        )
+
+
+def images_of(folder: Path) -> dict[str, dict[str, str]] | None:
+    """As `images_now`, of what the training in this folder has read; None where no record says it."""
+    record = folder / "done.json" if (folder / "done.json").exists() else folder / IMAGES
+    if not record.exists() or "images" not in read_json(record, "train"):
+        return None
+    return read_json(record, "train", IMAGES_SHAPE)["images"]
+
+
+def other_split(kept: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> str | None:
+    """The first split whose images or annotations differ, as far as both hashes are known."""
+    for split, hashes in now.items():
         if any(hashes[key] != kept[split].get(key, hashes[key]) for key in hashes):
-            raise UserError(
-                f"{folder} was trained with other {split} images or annotations than {run.provenance.parent} has now: "
-                f"{OTHER_RUN}"
-            )
+            return split
+    return None
+
+
+def check_source(key: str, path: Path, run: RunRoot) -> None:
+    """Refuses a checkpoint of a training on other images than the run has, where the folder of that training tells.
+
+    Raises:
+        UserError: names the split; `key` is the setting that takes the checkpoint.
+    """
+    kept = images_of(folder_of(path))
+    if kept and (split := other_split(kept, images_now(run))):
+        raise UserError(
+            f"{key}: {path} was trained with other {split} images or annotations than {run.provenance.parent} has: "
+            "name a checkpoint of the same dataset"
+        )
+
+
+def folder_of(path: Path) -> Path:
+    """The variant's folder of a checkpoint in its weights/."""
+    return path.absolute().parent.parent
 
 
 def imported_into(run: RunRoot, label: Label | str) -> dict[str, str] | None:
@@ -183,7 +218,7 @@ def teacher_facts(path: Path) -> dict[str, str]:
     Raises:
         UserError: its training has not finished.
     """
-    if not path.is_file() or not (path.parents[1] / "done.json").exists():
+    if not path.is_file() or not (folder_of(path) / "done.json").exists():
         raise UserError(
             f"quant.distill: {path} is not there, or its training has not finished: run 'make train-fp16' first, or "
             "name best.pt of another finished one as quant.teacher"

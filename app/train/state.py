@@ -109,6 +109,7 @@ class State(Progress):
             scored[name] = ema[name] if name in ema and torch.equal(ema[name], weights) else weights
         return {
             **progress,
+            "names": list(self.net.names.values()),
             "scored": scored,
             "model": cpu_state_dict(self.net),
             "ema": ema,

@@ -74,6 +74,7 @@ def test_fp16s_epochs_are_a_float_warm_up_bit_for_bit(runs_dir: Path, fp16: Path
 REFUSED = {
     "later": ({"quant.warmup_share": 0.34}, r"has 2 epochs, the warm-up 1 \(quant.warmup_share=0.34 of 3\)"),
     "recipe": ({"hyp.lr0": 0.5}, r"was trained with another recipe \(hyp.lr0: 0.01 -> 0.5\)"),
+    "classes": ({}, r"has other classes than this run \(class 0 is toothbrush, not person\)"),
     "QAT": ({}, "is not an epochN.pt of an FP16 training"),
     "none": ({}, "nothing.pt is missing"),
 }
@@ -88,7 +89,8 @@ def test_a_checkpoint_that_is_no_warm_up_of_this_training_is_refused(
     path = folder / "weights" / "nothing.pt" if case == "none" else runs_dir / f"epoch2-{case}.pt"
     if case != "none":
         state = load_checkpoint(folder / "weights" / "last.pt")
-        save_checkpoint(path, validate(state.pop("config")), {**state, "epoch": 1})
+        names = state["names"][::-1] if case == "classes" else state["names"]
+        save_checkpoint(path, validate(state.pop("config")), {**state, "epoch": 1, "names": names})
     warm_up = {**FLOAT_WARM_UP, "quant.warmup_from": path}
     config, run = settle(runs_dir, f"refused-{case}", "qat", SETTINGS | warm_up | settings)
     with pytest.raises(UserError, match=message):

@@ -15,9 +15,10 @@ import torch
 
 from app.bench.soak import differences
 from app.bench.stability import ARMS, check_arms, training_of
+from app.coco.categories import NAMES
 from app.core.config import Config, UserError, load
 from app.core.differences import config_hash
-from app.core.files import read_json, sha256
+from app.core.files import read_json, sha256, write_json
 from app.core.run import RunRoot
 from app.quant.model import load_checkpoint, load_scored
 from app.report.evidence import Training
@@ -252,6 +253,32 @@ def test_a_teacher_that_is_missing_unfinished_or_of_another_recipe_is_refused(fp
     )
     with pytest.raises(UserError, match="is of qat-w4a16-distilled, not of an FP16 training"):
         read_teacher(qat, fp16.root, torch.device("cpu"), ALONE)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_teacher_of_other_images_is_refused(fp16: RunRoot, runs_dir: Path, split: str) -> None:
+    config, run = beside(fp16, runs_dir, f"images-{split}")
+    done = read_json(run.done("fp16"), "train")
+    done["images"][split]["images_sha256"] = "0" * 64
+    write_json(run.done("fp16"), done)
+    with pytest.raises(UserError, match=rf"quant\.distill: .*best\.pt was trained with other {split} images or annot"):
+        train(config, run, force=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"), [(NAMES[::-1], "class 0 is person, not toothbrush"), (NAMES[:3], "80 classes, not 3")]
+)
+def test_a_teacher_of_other_classes_is_refused(
+    fp16: RunRoot, runs_dir: Path, names: tuple[str, ...], fault: str
+) -> None:
+    """Of a version that did not record of which images."""
+    config, run = beside(fp16, runs_dir, f"classes-{len(names)}")
+    done = read_json(run.done("fp16"), "train")
+    del done["images"]
+    write_json(run.done("fp16"), done)
+    write_json(run.provenance, read_json(run.provenance, "data") | {"names": list(names)})
+    with pytest.raises(UserError, match=rf"the teacher .*best\.pt has other classes than this run \({fault}\)"):
+        read_teacher(config, run.root, torch.device("cpu"), ALONE)
 
 
 # --- configuration, graph and bench ----------------------------------------------------------------------------------

@@ -156,6 +156,23 @@ def test_another_checkpoint_to_warm_up_from_is_refused(runs_dir: Path) -> None:
     assert is_trained(config, run)
 
 
+@pytest.mark.parametrize("record", ["done.json", "images.json"])
+def test_a_checkpoint_of_other_images_is_no_warm_up(runs_dir: Path, record: str) -> None:
+    """Where the folder of its training says of which; a copy elsewhere does not."""
+    checkpoint = runs_dir / f"source-{record}" / "fp16" / "weights" / "epoch1.pt"
+    write_text(checkpoint, "one")
+    warm = {"quant.warmup_share": 0.5, "quant.warmup_bits": "float", "quant.warmup_from": checkpoint}
+    config, run = settle(runs_dir, f"warm-{record}", "qat", warm)
+    assert make_ready(config, run, force=False)
+    images = images_now(run)
+    write_json(checkpoint.parents[1] / record, {"images": images})
+    assert make_ready(config, run, force=False)
+    images["val"]["annotation_sha256"] = "0" * 64
+    write_json(checkpoint.parents[1] / record, {"images": images})
+    with pytest.raises(UserError, match=r"quant\.warmup_from: .*epoch1\.pt was trained with other val images or annot"):
+        make_ready(config, run, force=False)
+
+
 def test_epochs_left_by_the_files(trained: tuple[Config, RunRoot]) -> None:
     config, run = trained
     assert epochs_left(config, run) == 0

@@ -37,15 +37,22 @@ class Said:
         self.count.release()
 
 
-def test_answers_come_before_the_step_ends(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two signals in the third batch. The end of the process is only noted, so the first one ends the training."""
-    config, run = settle(runs_dir, "answered", "qat", SETTINGS)
+@pytest.mark.parametrize(
+    ("batch_number", "kept", "where"),
+    [(1, "epoch 1", ""), (3, "epoch 1, batch 3", ", which qat-w4a16/weights/last.pt keeps")],
+)
+def test_answers_come_before_the_step_ends(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch, batch_number: int, kept: str, where: str
+) -> None:
+    """Two signals in a batch. The end of the process is only noted, so the first one ends the training. In the first
+    batch there is no checkpoint yet."""
+    config, run = settle(runs_dir, f"answered-{batch_number}", "qat", SETTINGS)
     said, codes, backward = Said(), [], Loop.backward
     monkeypatch.setattr(answers, "log", said)
     monkeypatch.setattr(answers.os, "_exit", codes.append)
 
     def backward_with_signals(self: Loop, batch: dict[str, Any]) -> None:
-        if self.state.batch_in_epoch == 3:
+        if self.state.batch_in_epoch == batch_number:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 assert said.count.acquire(timeout=ANSWER_S)
@@ -55,7 +62,7 @@ def test_answers_come_before_the_step_ends(runs_dir: Path, monkeypatch: pytest.M
     with tiny_network(), pytest.raises(Interrupted):
         train(config, run, force=False)
     assert said.lines == [
-        "stopping after this step; again: at once, going on from epoch 1, batch 3",
-        "ended at once: the same command goes on from epoch 1, batch 3, which qat-w4a16/weights/last.pt keeps",
+        f"stopping after this step; again: at once, going on from {kept}",
+        f"ended at once: the same command goes on from {kept}{where}",
     ]
     assert codes == [128 + signal.SIGINT]

@@ -2,8 +2,8 @@
 
 python3 .ci/sweep.py [SCHEMES [SEEDS]]      with RUNNER, ACCEL and so on as for make
 
-Beside it runs a sweep of the first seed that nobody stops. Three schemes and two seeds, the default, take more than
-five minutes on two cores, half of it for 26 ONNX files; .ci/run has two schemes and a seed, in half the time.
+Beside it runs a sweep of the first seed that nobody stops. Three schemes and two seeds, the default, take five to six
+minutes on two cores, half of it for 26 ONNX files.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,16 +17,8 @@ from app.core.results import AP, CORRECTED_AP, SCORED, SCORED_AP, WARM_UP, write
 from app.quant.health import Oscillations, is_in_window
 from app.quant.model import cpu_state_dict, load_checkpoint, save_checkpoint
 from app.quant.options import Stabiliser, stabilisers
+from app.train import checkpoint
 from app.train.bn_images import BnImages
-from app.train.checkpoint import (
-    log_resume,
-    newest_of,
-    read_in_turn,
-    restore,
-    resume_point,
-    save_state,
-    state_from_fp16,
-)
 from app.train.correction import correct, keep_better, model_of
 from app.train.distill import read_teacher
 from app.train.graph import StepGraph
@@ -35,6 +26,7 @@ from app.train.guard import GuardStop, judge
 from app.train.interrupt import Interrupt, Interrupted
 from app.train.monitor import After, Monitor
 from app.train.nonfinite import NonFinite, Watch, check_finite, file_name, find_cause, to_keep
+from app.train.processes import on_main
 from app.train.state import State
 from app.train.step import Rise, clipped_step, trained_weights, warm_up, watched_terms
 from app.train.trainer import Trainer
@@ -78,7 +70,7 @@ class Loop:
                 try:
                     while self.state.next_epoch < self.config.train.epochs:
                         self._run_epoch(self.state.next_epoch)
-                    self._on_main(self._correct_best)
+                    on_main(self.ranks, self.interrupt, self.save, self._correct_best)
                 finally:
                     if self.ranks.is_main:
                         self.monitor.close()
@@ -104,14 +96,14 @@ class Loop:
         self.forward = partial(trainer.forward, beside=teacher and teacher.beside)
         self.forward_alone = partial(trainer.forward, beside=teacher and teacher.alone().beside)
         self.graph = StepGraph(self.state, n_own, self.config.train, trainer.palette, teacher)
-        saved = read_in_turn(trainer.last, self.ranks)
-        first = saved or state_from_fp16(self.state, self.config)
+        saved = checkpoint.read_in_turn(trainer.last, self.ranks)
+        first = saved or checkpoint.state_from_fp16(self.state, self.config)
         if first:
-            restore(self.state, first, trainer.last if saved else self.config.warmup_from or trainer.last)
-            self.interrupt.kept = resume_point(self.state)
+            checkpoint.restore(self.state, first, trainer.last if saved else self.config.warmup_from or trainer.last)
+            self.interrupt.kept = checkpoint.resume_point(self.state)
             if self.state.rows and self.ranks.is_main:  # done.make_ready has deleted results.csv
                 write_rows(trainer.save_dir / "results.csv", self.state.rows)
-            log_resume(self.state, self.config)
+            checkpoint.log_resume(self.state, self.config)
         if not saved:
             self.save()
 
@@ -215,7 +207,7 @@ class Loop:
         row: dict[str, Any] = {"epoch": state.epoch + 1, **losses}
         if self._is_validation_due():
             self._save_if_due(ahead_s=self.monitor.validation_s(len(self.trainer.test_loader.dataset)))
-            row |= self._on_main(self.validate)
+            row |= on_main(self.ranks, self.interrupt, self.save, self.validate)
             row |= self._examine() if self.ranks.is_main else {}
         row |= {f"lr/pg{i}": group["lr"] for i, group in enumerate(state.optimizer.param_groups)}
         state.net.criterion.update()  # the weights of the two heads, as Ultralytics has them in the next epoch
@@ -267,21 +259,6 @@ class Loop:
     def _reestimate(self, model: nn.Module) -> None:
         self.trainer.reestimate(model, self.bn_images.after(self.state.epoch))
 
-    def _on_main(self, work: Callable[[], T]) -> T:
-        """Runs `work` on rank 0 and broadcasts its result; a signal during it ends all ranks."""
-        result = None
-        if self.ranks.is_main:
-            with self.interrupt.at_once(self._save_and_end_all):
-                result = work()
-        result, signal_number = self.ranks.broadcast((result, 0))
-        if signal_number:
-            raise Interrupted(signal_number)
-        return cast(T, result)
-
-    def _save_and_end_all(self) -> None:
-        self.save()
-        self.ranks.broadcast((None, self.interrupt.signal))
-
     def _correct_best(self) -> None:
         """Corrects best.pt on one epoch of train images where quant.correction_epochs says so; once.
 
@@ -305,11 +282,7 @@ class Loop:
         trainer = self.trainer
         model = model_of(self.state, best["scored"])
         self.graph.release()  # its memory is needed
-
-        def loss_of(net: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-            return trainer.forward(net, batch)[0]
-
-        correct(model, trainer.extra_epoch(), loss_of, lr, self.ranks.n)
+        correct(model, trainer.extra_epoch(), lambda net, batch: trainer.forward(net, batch)[0], lr, self.ranks.n)
         ap = self._score(HeldOut(model, {SCORED: tensors_of(model)}))[SCORED][SCORES[AP]]
         self.state.best_fitness = keep_better(trainer.best, self.config, best, model, ap)
         return ap
@@ -324,8 +297,9 @@ class Loop:
         """
         check_finite(self.state.net, self.state.scaler, self.watch)
         if self.ranks.is_main:
-            save_state(self.state, self.config, self.trainer.last)
-            self.interrupt.kept, self.interrupt.is_kept = resume_point(self.state), self.trainer.last.exists()
+            checkpoint.save_state(self.state, self.config, self.trainer.last)
+            self.interrupt.kept = checkpoint.resume_point(self.state)
+            self.interrupt.is_kept = self.trainer.last.exists()
 
     def _save_if_due(self, ahead_s: float = 0.0, always: bool = False) -> None:
         """Saves where it is time to, or will be in `ahead_s` seconds, in which nothing can be saved, or where a signal
@@ -356,7 +330,7 @@ class Loop:
         path = trainer.save_dir / "faults" / file_name(fault, self.ranks)
         save_checkpoint(path, self.config, to_keep(state, fault, cause))
         faults = [*state.faults, {"batches": numbers, "what": fault.what, "cause": cause}]
-        state.load_state_dict(load_checkpoint(newest_of(trainer.last)))
+        state.load_state_dict(load_checkpoint(checkpoint.newest_of(trainer.last)))
         self.ranks.barrier()  # all have read it
         state.faults = faults
         state.optimizer.zero_grad()

@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from app.core.answers import SIGNALS
 from app.core.child import PROGRAM, signal_name, signals_passed_on
 from app.core.environment import launched_as
 from app.train.guard import GuardStop
-from app.train.interrupt import Interrupted, PeerLost
+from app.train.interrupt import Interrupt, Interrupted, PeerLost
 
 T = TypeVar("T")
 RAISED_BY_ALL = (GuardStop, Interrupted)  # all ranks raise these at the same step
@@ -123,6 +123,23 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def on_main(ranks: Ranks, interrupt: Interrupt, save: Callable[[], None], work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 and broadcasts its result; a signal during it saves at once and ends all ranks."""
+
+    def save_and_end_all() -> None:
+        save()
+        ranks.broadcast((None, interrupt.signal))
+
+    result = None
+    if ranks.is_main:
+        with interrupt.at_once(save_and_end_all):
+            result = work()
+    result, signal_number = ranks.broadcast((result, 0))
+    if signal_number:
+        raise Interrupted(signal_number)
+    return cast(T, result)
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -257,7 +257,7 @@ def test_a_sweep_goes_on_when_the_weights_that_it_started_from_are_gone(
     weights.write_text("weights")
     given = Order(["w4a16"], [0], [], ["train.epochs=2", f"train.weights={weights}"])
     keep_settings(given, run)
-    write_estimate(run, lanes_of(given, run)[0].trainings[1].config, [])
+    write_estimate(run, lanes_of(given, run)[0].trainings[1].config)
     weights.unlink()
     sets = [word for setting in given.sets for word in ("--set", setting)]
     common = ["--run", "s", "--runs-dir", str(run.runs_dir), "--schemes", "w4a16", "--seeds", "0"]

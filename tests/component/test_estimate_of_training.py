@@ -29,7 +29,7 @@ from app.estimate.price import training_parts
 from app.estimate.summary import computed, gpu, ram
 from app.estimate.training import from_processes, measure_training, val_image
 from app.sweep.price import ESTIMATE_SHAPE
-from app.train import loop
+from app.train import checkpoint
 from app.train.loader import CocoDataset
 from app.train.loop import Loop
 from app.train.train import train
@@ -75,7 +75,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkClock]:
     takes(CocoDataset, "_sample", lambda dataset, ticket, out: SAMPLE_S)
     takes(Trainer, "score", lambda trainer, *_: VAL_IMAGE_S * len(trainer.test_loader.dataset))
     takes(Trainer, "reestimate", lambda trainer, model, images: BN_IMAGE_S * sum(map(len, images)))
-    takes(loop, "save_state", lambda *_: SAVE_S)
+    takes(checkpoint, "save_state", lambda *_: SAVE_S)
     yield clock
 
 

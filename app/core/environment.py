@@ -158,13 +158,12 @@ def isolate_libraries(cache_dir: Path) -> None:
 
 
 def n_threads(n_processes: int = 1) -> int:
-    """Threads that compute on the CPU, in one of so many processes of this machine: OMP_NUM_THREADS at most.
+    """Threads that compute on the CPU, in one of so many processes of this machine.
 
     Together they take the cores that this process may use (taskset, a cpuset); os.cpu_count() has all of them.
+    OMP_NUM_THREADS says nothing: Ultralytics sets it to 1 when it is imported (8.4.190).
     """
-    own_share = max(len(os.sched_getaffinity(0)) // n_processes, 1)
-    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a number for each nested level
-    return min(own_share, int(limit)) if limit.isdecimal() and int(limit) > 0 else own_share
+    return max(len(os.sched_getaffinity(0)) // n_processes, 1)
 
 
 def cpu_name() -> str:

@@ -131,19 +131,11 @@ def test_the_font_is_a_file_and_no_link(
     assert not font.is_symlink()
 
 
-@pytest.mark.parametrize(
-    ("limit", "n_processes", "n"),
-    [(None, 1, 6), (None, 4, 1), (None, 9, 1), ("4", 1, 4), ("4", 3, 2), ("64", 1, 6), ("2,1", 1, 2),
-     ("", 1, 6), ("0", 1, 6)],
-)  # fmt: skip
-def test_threads_take_the_cores_that_the_process_may_use(
-    environ: pytest.MonkeyPatch, limit: str | None, n_processes: int, n: int
-) -> None:
+@pytest.mark.parametrize(("n_processes", "n"), [(1, 6), (3, 2), (4, 1), (9, 1)])
+def test_threads_take_the_cores_that_the_process_may_use(environ: pytest.MonkeyPatch, n_processes: int, n: int) -> None:
     environ.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 16)))
     environ.setattr(os, "cpu_count", lambda: 64)
-    environ.delenv("OMP_NUM_THREADS", raising=False)
-    if limit is not None:
-        environ.setenv("OMP_NUM_THREADS", limit)
+    environ.setenv("OMP_NUM_THREADS", "1")  # as Ultralytics sets it when it is imported
     assert n_threads(n_processes) == n
 
 

@@ -154,11 +154,6 @@ def test_an_engine_with_the_nvidia_runtime_is_preferred() -> None:
     assert result.stdout.startswith("runner: docker, accel: gpu, run: full")
 
 
-def test_every_job_computes_with_as_many_threads_as_outside() -> None:
-    jobs = {name: service for name, service in services("docker-compose.yml").items() if name in GPU_JOBS}
-    assert all(service["environment"]["OMP_NUM_THREADS"] is None for service in jobs.values())
-
-
 def test_what_make_is_given_is_text() -> None:
     result = make("data", "RUN=$(shell echo x)", "ACCEL=cpu", "RUNNER=local")
     assert "RUN=$(shell echo x): use letters, digits" in result.stderr

@@ -12,7 +12,6 @@ Parts that have been measured are skipped, so that a machine that is lent for mi
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from app.bench.observe import Observed, described, observe
 from app.coco.dataset import OFFICIAL_SIZES, SPLITS
 from app.core.child import job_words
 from app.core.config import Config, UserError, load
-from app.core.environment import environment
+from app.core.environment import environment, n_cores
 from app.core.files import read_json, write_json
 from app.core.progress import clock
 from app.core.results import read_rows
@@ -131,8 +130,7 @@ def draw(rehearsal: Rehearsal) -> dict[str, Any]:
     plan, record = rehearsal.plan, rehearsal.coco_dir / "draw.json"
     n_val = plan.n_val or OFFICIAL_SIZES[SPLITS["val"]]
     n_most = plan.n_train or OFFICIAL_SIZES[SPLITS["train"]]
-    n_cores = len(os.sched_getaffinity(0))
-    n_in_time = int(n_cores * DRAW_SHARE * plan.draw_s / image_s()) - n_val
+    n_in_time = int(n_cores() * DRAW_SHARE * plan.draw_s / image_s()) - n_val
     n_train = max(min(n_in_time, n_most), rehearsal.config.train.batch)
     if record.exists():
         begun = read_json(record, "draw", {"n_train": int, "n_val": int})
@@ -140,7 +138,7 @@ def draw(rehearsal: Rehearsal) -> dict[str, Any]:
     words = ["draw", "--to", str(rehearsal.coco_dir), "--n-train", str(n_train), "--n-val", str(n_val)]
     observed = observe(words, rehearsal.log_path("draw"))
     rate = (n_train + n_val) / observed.seconds
-    return {"n_train": n_train, "n_val": n_val, "images_per_s": rate, "n_cores": n_cores}
+    return {"n_train": n_train, "n_val": n_val, "images_per_s": rate, "n_cores": n_cores()}
 
 
 def image_s() -> float:

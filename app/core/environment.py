@@ -157,13 +157,17 @@ def isolate_libraries(cache_dir: Path) -> None:
         write_atomic(font, lambda part: shutil.copyfile(source, part))
 
 
-def n_threads(n_processes: int = 1) -> int:
-    """Threads that compute on the CPU, in one of so many processes of this machine.
+def n_cores() -> int:
+    """Cores that this process may use (taskset, a cpuset); os.cpu_count() has all of the machine.
 
-    Together they take the cores that this process may use (taskset, a cpuset); os.cpu_count() has all of them.
     OMP_NUM_THREADS says nothing: Ultralytics sets it to 1 when it is imported (8.4.190).
     """
-    return max(len(os.sched_getaffinity(0)) // n_processes, 1)
+    return len(os.sched_getaffinity(0))
+
+
+def n_threads(n_processes: int) -> int:
+    """Threads that compute on the CPU, in one of so many processes that share these cores."""
+    return max(n_cores() // n_processes, 1)
 
 
 def cpu_name() -> str:

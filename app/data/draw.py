@@ -19,6 +19,7 @@ from app.coco.categories import CATEGORIES
 from app.coco.dataset import ANNOTATIONS, SPLITS, annotation_path
 from app.core.config import BUILTIN_DATASET, UserError
 from app.core.differences import difference, shown
+from app.core.environment import n_cores
 from app.core.files import read_json, write_json
 from app.core.os_errors import explain_os_errors, free_bytes, only_one
 from app.core.progress import Meter, clock
@@ -73,7 +74,7 @@ def draw(target_dir: Path, wanted: Wanted, n_processes: int | None = None) -> No
             log.info("%s is drawn already", target_dir)
         else:
             if not awaits_names(target_dir, drawing):
-                fill(target_dir / WORK, drawing, n_processes or len(os.sched_getaffinity(0)))
+                fill(target_dir / WORK, drawing, n_processes or n_cores())
             name_folders(target_dir)
         shutil.rmtree(target_dir / WORK, ignore_errors=True)
 

@@ -21,12 +21,13 @@ from app.coco.entries import label_name
 from app.coco.images import content_hash, fault
 from app.coco.split import Split, agreed_names, doubts
 from app.core.config import UserError
+from app.core.environment import n_cores
 from app.core.files import make_link, new_folder, write_text
 from app.core.progress import track
 
 log = logging.getLogger(__name__)
 VIEW_VERSION = 7
-N_THREADS = min(8, len(os.sched_getaffinity(0)))
+N_THREADS = min(8, n_cores())
 FILES_AT_ONCE = 1000
 Entries = list[dict[str, Any]]  # entries of a view's index, one an image
 Indices = dict[str, dict[str, Any]]  # by 'train' and 'val'; see read_index

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from app.core.config import Config
+from app.core.environment import n_cores
 from app.core.os_errors import free_bytes
 from app.core.progress import clock
 from app.core.run import RunRoot, n_bn_images
@@ -79,7 +79,7 @@ def summary(
     totals = {stage: sum(of.values()) for stage, of in seconds.items()}
     whole_s = sum(totals.values())
     fp16 = parts["train fp16"]
-    part, remedy = limit(config, measured.trainings["fp16"], fp16, len(os.sched_getaffinity(0)))
+    part, remedy = limit(config, measured.trainings["fp16"], fp16, n_cores())
     facts = {
         "hours": {stage: total / 3600 for stage, total in totals.items()} | {"whole job": whole_s / 3600},
         "seconds": seconds,

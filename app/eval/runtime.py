@@ -17,7 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 
 from app.coco.categories import CATEGORY_IDS, OFFICIAL_IDS
 from app.core.config import UserError
-from app.core.environment import cpu_name, n_threads
+from app.core.environment import cpu_name, n_cores
 from app.core.files import printable
 from app.core.mounts import only_seen
 from app.eval.classes import category_ids, without_unlisted
@@ -198,7 +198,7 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.
     Raises:
         UserError: ONNX Runtime cannot load the file, or uses another provider.
     """
-    options.intra_op_num_threads = n_threads()
+    options.intra_op_num_threads = n_cores()
     # On a GPU errors only: without one the CUDA build warns about device discovery. On a CPU nothing: an error that
     # stops a run is raised as well, and its text, which may be a stranger's, becomes printable in our message.
     options.log_severity_level = 4 if provider == CPU else 3
@@ -300,7 +300,7 @@ def gpu_name() -> str | None:
 
 def n_decoders(model: Model) -> int:
     """Threads that decode images: one a core if a GPU runs the model; else few, as ONNX Runtime needs the cores."""
-    return max(1, n_threads() // 8) if model.provider == CPU else min(16, n_threads())
+    return max(1, n_cores() // 8) if model.provider == CPU else min(16, n_cores())
 
 
 def describe_runtime(model: Model) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def describe_runtime(model: Model) -> dict[str, Any]:
         "onnxruntime": ort.__version__,
         "provider": model.provider,
         "device": cpu_name() if model.provider == CPU else gpu_name(),
-        "intra_op_threads": n_threads(),
+        "intra_op_threads": n_cores(),
         "n_nodes_on_cpu": None if on_cpu is None else len(on_cpu),
         "nodes_on_cpu": on_cpu,
     }

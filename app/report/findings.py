@@ -291,9 +291,11 @@ def enter_seeds(findings: Findings, evidences: list[Evidence]) -> None:
     findings["run"] = ", ".join(run["name"] for run in runs)
     for other in evidences[1:]:
         findings["missing"] = [*findings["missing"], *(f"{other.run.name}: {line}" for line in other.missing)]
-    sources = sources_of_rows(evidences)
+    sources, rows = sources_of_rows(evidences), {}
+    for evidence in evidences:
+        rows |= {row["dir"]: row for row in rows_of(main_group(evidence)) if sources[row["dir"]] is evidence}
     for row in findings["groups"][0]["rows"]:
-        row |= next(own for own in rows_of(main_group(sources[row["dir"]])) if own["dir"] == row["dir"])
+        row |= rows[row["dir"]]
         row["over_runs"] = over_runs[row["dir"]]
         row["telling_difference"] = telling_of_means(row["over_runs"]["AP_difference"])
         row["telling_frequent"] = telling_of_means(row["over_runs"]["AP_frequent_difference"])

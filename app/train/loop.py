@@ -6,7 +6,7 @@ import logging
 import signal
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ from app.train.trainer import Trainer
 from app.train.validation import SCORES, examine, score_states
 from app.train.validator import HeldOut, tensors_of
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 

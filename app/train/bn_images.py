@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from itertools import islice
 from typing import Any
@@ -73,3 +76,18 @@ def mosaic_share(config: Config, n_batches: int, epoch: int) -> float:
         return 0.0
     updates = range(closes_at * n_steps + 1, (epoch + 1) * n_steps + 1)
     return math.prod(ema_decay(config.train, n) for n in updates)
+
+
+def pinned_ahead(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The batches in pinned memory, each copied there by a thread while the one before is used.
+
+    A copy to a GPU from other memory waits until the GPU has done all that was launched before.
+    """
+    ready: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for batch in batches:
+            ready.append(pool.submit(batch.pin_memory))
+            if len(ready) > 1:
+                yield ready.popleft().result()
+        while ready:
+            yield ready.popleft().result()

@@ -6,6 +6,7 @@ decide image, mosaic partners and augmentation, so that a training can resume an
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -34,6 +35,9 @@ MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
 COLOURS = "colours"  # entry of a batch whose images have their old colours: Sample.colours, uint8 [N,3,256]
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
+# A forked process has its parent's garbage. It may hold CUDA graphs of a training that has ended: to free one there
+# aborts the process. So the collector of a child leaves alone what was there before the fork.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from app.quant.norm import install, is_installed
 from app.quant.options import exempt_scales_from_decay
 from app.quant.start import read_start
 from app.train.batches import Part, Place
+from app.train.bn_images import pinned_ahead
 from app.train.colours import Palette, palette, recolour
 from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
@@ -193,9 +194,11 @@ class Trainer(DetectionTrainer):
         Args:
             images: batches as a loader gives them, uint8 [N,3,H,W].
         """
-        batches = counted(images, Meter(f"{self.config.label} BatchNorm", len(images), "batches"))
+        on_gpu = self.device.type == "cuda"
+        meter = Meter(f"{self.config.label} BatchNorm", len(images), "batches")
+        batches = counted(pinned_ahead(images) if on_gpu else images, meter)
         inputs = (self.preprocess_batch({"img": batch})["img"] for batch in batches)
-        if self.device.type == "cuda":  # cuDNN's layout: the first convolution would copy its output, the largest map
+        if on_gpu:  # cuDNN's layout: the first convolution would copy its output, the largest map
             inputs = (batch.contiguous(memory_format=torch.channels_last) for batch in inputs)
         with autocast(self.amp, device=self.device.type):
             reestimate_batchnorm(model, inputs)

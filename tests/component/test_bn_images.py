@@ -11,7 +11,7 @@ import torch
 
 from app.core.config import Config, load
 from app.core.run import RunRoot
-from app.train.bn_images import mosaic_share
+from app.train.bn_images import mosaic_share, pinned_ahead
 from app.train.ptq import bn_images
 from tests.support.settle import sets_of, settle
 
@@ -74,3 +74,23 @@ def test_a_training_that_goes_on_draws_the_same(settled: tuple[Config, RunRoot])
     transforms = resumed.dataset.transforms
     assert all(same(whole.after(6), resumed.after(6)))
     assert resumed.dataset.transforms is transforms
+
+
+def test_batches_are_pinned_in_order_and_one_ahead_of_their_use() -> None:
+    begun: list[int] = []
+
+    class Batch:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def pin_memory(self) -> int:
+            begun.append(self.number)
+            return self.number
+
+    batches: Any = map(Batch, range(5))
+    used = []
+    for number in pinned_ahead(batches):
+        used.append(number)
+        assert len(begun) <= number + 2
+    assert used == begun == list(range(5))
+    assert list(pinned_ahead([])) == []

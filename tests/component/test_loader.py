@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from app.core.config import UserError
 from app.train.loader import CocoDataset
@@ -76,3 +77,33 @@ def test_a_loader_process_that_fails_is_a_line(
     assert re.search(said, line)  # which of torch's two watchdogs is first is chance
     assert line.endswith("lower train.workers, or start the container with a larger SHM_SIZE")
     assert "\n" not in line
+
+
+class Graph:
+    """Stands for a CUDA graph in a cycle of garbage: to free one in a forked process aborts it."""
+
+    def __init__(self) -> None:
+        self.cycle, self.owner = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.owner:
+            os.abort()
+
+
+class Collecting(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        gc.collect()
+        return index
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_loader_process_does_not_free_what_its_parent_has_left() -> None:
+    gc.disable()  # nothing of the parent is collected before the fork
+    try:
+        Graph()
+        assert list(DataLoader(Collecting(), batch_size=None, num_workers=1, timeout=60)) == [0, 1]
+    finally:
+        gc.enable()
+        gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -28,6 +29,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 GPU_FACTS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
 GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
+CPU_MAX, NO_LIMIT = Path("/sys/fs/cgroup/cpu.max"), "max"  # a container's: quota and period in microseconds
 CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
 
@@ -158,11 +160,16 @@ def isolate_libraries(cache_dir: Path) -> None:
 
 
 def n_cores() -> int:
-    """Cores that this process may use (taskset, a cpuset); os.cpu_count() has all of the machine.
+    """Cores that this process may use (taskset, a cpuset, docker's --cpus); os.cpu_count() has all of the machine.
 
     OMP_NUM_THREADS says nothing: Ultralytics sets it to 1 when it is imported (8.4.190).
     """
-    return len(os.sched_getaffinity(0))
+    n_allowed = len(os.sched_getaffinity(0))
+    limit = CPU_MAX.read_text(encoding="ascii").split() if CPU_MAX.exists() else [NO_LIMIT]
+    if limit[0] == NO_LIMIT:
+        return n_allowed
+    quota_us, period_us = map(int, limit)
+    return min(n_allowed, math.ceil(quota_us / period_us))
 
 
 def n_threads(n_processes: int) -> int:

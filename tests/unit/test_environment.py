@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import app.__main__ as cli
-from app.core import child
+from app.core import child, environment
 from app.core.config import UserError
-from app.core.environment import RANK_VARIABLES, REPO_DIR, isolate_libraries, launched_as, n_threads
+from app.core.environment import RANK_VARIABLES, REPO_DIR, isolate_libraries, launched_as, n_cores, n_threads
 from app.core.files import printable
 from app.core.progress import Meter
 
@@ -132,11 +132,27 @@ def test_the_font_is_a_file_and_no_link(
 
 
 @pytest.mark.parametrize(("n_processes", "n"), [(1, 6), (3, 2), (4, 1), (9, 1)])
-def test_threads_take_the_cores_that_the_process_may_use(environ: pytest.MonkeyPatch, n_processes: int, n: int) -> None:
+def test_threads_take_the_cores_that_the_process_may_use(
+    environ: pytest.MonkeyPatch, tmp_path: Path, n_processes: int, n: int
+) -> None:
     environ.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 16)))
     environ.setattr(os, "cpu_count", lambda: 64)
+    environ.setattr(environment, "CPU_MAX", tmp_path / "none")
     environ.setenv("OMP_NUM_THREADS", "1")  # as Ultralytics sets it when it is imported
     assert n_threads(n_processes) == n
+
+
+@pytest.mark.parametrize(
+    ("limit", "n"), [("max 100000", 6), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)]
+)
+def test_a_container_with_a_share_of_the_cores_has_as_many(
+    environ: pytest.MonkeyPatch, tmp_path: Path, limit: str, n: int
+) -> None:
+    """docker run --cpus=1.5: two processes at a time, as the kernel counts them."""
+    environ.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    environ.setattr(environment, "CPU_MAX", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert n_cores() == n
 
 
 SAID = {

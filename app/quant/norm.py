@@ -167,9 +167,9 @@ def norm_act(
     Returns:
         a tensor like x in channels_last, or a tuple: the parts of `into` and, if asked for, the copy.
     """
-    if norm.training:
+    if norm.training and torch.is_grad_enabled():
         outputs = cast(Tensors, _NormAct.apply(norm, act, into, norm.weight, norm.bias, x, shortcut))
-    else:
+    else:  # re-estimation and scoring, whose time is that of the host
         outputs = _passes(norm, act, into, x, shortcut).outputs
     return outputs if into else outputs[0]
 

@@ -376,6 +376,7 @@ FOUND = (
     f"--with {LATEST} docs/stability-found.json --seeds 8 9 10 11 12 13 14 15 "
     f"--arms fp16 w4a16 w4a16-mixed-dw {FOUND_SCHEME}"
 )
+FULL = f"--with {LATEST} docs/stability-full.json --until 72 --seeds 0 1 2 3 4 5 6 7 --arms fp16 w4a16 w4a16-full"
 # Each of its arguments is a command line; a process for each would spend its time on imports.
 PROGRAM = """
 import sys
@@ -393,7 +394,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What the bench prints of the kept rows; without data, with the recipe of conf/stability.yaml."""
     common = f"bench stability --run s --runs-dir {tmp_path_factory.mktemp('runs')}"
     common += " --for-s 0 --set data.coco_dir=not-there "
-    commands = [ALL, AT_96, OF_EAGER, EAGER_AT_96, SEED_6, FOUND]
+    commands = [ALL, AT_96, OF_EAGER, EAGER_AT_96, SEED_6, FOUND, FULL]
     command = [sys.executable, "-c", PROGRAM, *(common + arguments for arguments in commands)]
     done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=True)
     pages = done.stderr.split("command " + common)[1:]
@@ -457,6 +458,14 @@ def test_the_results_page_shows_what_schemes_and_options_differ_by(printed: dict
     for arm, words in (("w4a16", "w4a16 loses"), ("w4a16-mixed-dw", "w4a16-mixed-dw")):
         share, error = map(float, shares[f"{arm}, lrf 0.01"].split(" ± "))
         assert f"{words} {1 - share:.3f} ± {error:.3f}" in page
+
+
+def test_the_results_page_shows_what_all_codes_gave(printed: dict[str, list[str]]) -> None:
+    arms, pairs = of_arms(printed[FULL]), by_first_cell(printed[FULL])
+    _, _, _, plain, full = arms[MEASURE_OF_PAGE]
+    page = (REPO_DIR / "docs" / "results.md").read_text().replace("\n ", "")
+    assert f"difference: {full} of FP16 and {pairs['w4a16-full'][1]} of w4a16" in page
+    assert f"epoch 72 of 120, where the GPU's time ended: w4a16 has {plain} there" in page
 
 
 def test_the_page_of_sensitivity_shows_what_its_scheme_gave_in_training(printed: dict[str, list[str]]) -> None:

@@ -87,6 +87,13 @@ class Compose(unittest.TestCase):
         (port,) = compose_config()["tensorboard"]["ports"]
         self.assertEqual((port["host_ip"], port["published"]), ("127.0.0.1", "6006"))
 
+    def test_no_service_needs_a_network_of_its_own(self) -> None:
+        """Two commands at once would each make one, and compose would refuse the two of one name from then on."""
+        modes = {name: service["network_mode"] for name, service in compose_config().items()}
+        on_bridge = {name for name, mode in modes.items() if mode == "bridge"}
+        self.assertEqual(on_bridge, {"tensorboard", "download-coco"})
+        self.assertEqual(set(modes.values()), {"none", "bridge"})
+
     def test_compiled_kernels_are_shared_with_nobody(self) -> None:
         result = docker("compose", "--profile", "job", "config", "--format", "json", env={"APP_UID": "77"})
         self.assertEqual(json.loads(result.stdout)["volumes"]["cache"]["name"], "w4a16-detector-cache-77")

@@ -115,19 +115,21 @@ def _read_json(file: Path) -> Tree:
 def _by_id(file: Path, entries: list[Image]) -> dict[int, Image]:
     """The entries by image id; raises a UserError if two of them have the same id or would share a label file."""
     images: dict[int, Image] = {}
-    label_names: set[PurePosixPath] = set()
+    of_label: dict[PurePosixPath, str] = {}
     for image in entries:
-        label = label_name(image["file_name"])  # a.jpg and a.png would share a label file
-        if image["id"] in images or label in label_names:
+        label, name = label_name(image["file_name"]), image["file_name"]
+        if image["id"] in images or of_label.get(label) == name:
+            raise UserError(f"{file}: image id {image['id']} or file name {name} is listed twice: mend the annotations")
+        if label in of_label:
             raise UserError(
-                f"{file}: image id {image['id']} or file name {image['file_name']} is listed twice: "
-                "mend the annotations"
+                f"{file}: {of_label[label]} and {name} differ in their suffix alone and would share a label file: "
+                "rename one of them, here and in the folder"
             )
         images[image["id"]] = image
-        label_names.add(label)
+        of_label[label] = name
     for image in images.values():
-        folders = PurePosixPath(image["file_name"]).parents
-        if shared := label_names.intersection(folders):
+        folders = set(PurePosixPath(image["file_name"]).parents)
+        if shared := of_label.keys() & folders:
             raise UserError(f"{file}: the folder {shared.pop()}/ has the name of an image's label file: rename it")
     return images
 

@@ -43,7 +43,8 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         code = child.wait()
     if code >= 0:
         return code
-    log.error("'%s' was killed by %s: the same command goes on from there", stage, signal_name(-code))
+    again = "the same command without --force" if "--force" in arguments else "the same command"
+    log.error("'%s' was killed by %s: %s goes on from there", stage, signal_name(-code), again)
     return 128 - code
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from app.core.errors import UserError, describe
 from app.core.labels import DISTILLED, FP16, Label
@@ -110,9 +110,16 @@ class Hyp(Section):
     fliplr: float = Field(ge=0, le=1)
     mosaic: float = Field(ge=0, le=1)
     mixup: float = Field(ge=0, le=1)
-    copy_paste: float = Field(ge=0, le=1)
+    copy_paste: float
     close_mosaic: int = Field(ge=0)
     nbs: int = Field(gt=0)
+
+    @field_validator("copy_paste")
+    @classmethod
+    def _only_outlines_can_be_pasted(cls, share: float) -> float:
+        if share:
+            raise ValueError("it pastes objects along their outlines, and the labels are boxes: 0 alone is possible")
+        return share
 
 
 class Quant(Section):

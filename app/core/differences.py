@@ -22,7 +22,7 @@ WITHOUT_EFFECT = {
     "data.strict": "It says whether a doubtful annotation file is refused.",
     "train.workers": "It chooses mosaic's partners, at random as before; a training may resume with another number.",
     "train.device": "It says where a training runs; a training may continue on other hardware, to within rounding.",
-    "train.cache": "Images kept in RAM have the pixels of their files.",
+    "train.cache": "As of train.workers; images kept in RAM have the pixels of their files.",
     "train.save_every_s": "A resumed training equals an uninterrupted one, wherever its checkpoint was saved.",
     "train.save_period": "It only keeps copies of checkpoints.",
     "train.graph": "A CUDA graph launches the kernels that would be launched one by one.",
@@ -35,7 +35,6 @@ WITHOUT_EFFECT = {
     "report": "Only the report stage reads it, after training.",
     "sensitivity": "Only the sensitivity stage reads it, after training.",
 }
-MACHINE_KEYS = tuple(key for key in WITHOUT_EFFECT if "." in key)  # all but the sections: how a training is computed
 
 
 def flatten(config: Config | dict[str, Any]) -> dict[str, Any]:

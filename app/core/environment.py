@@ -152,6 +152,7 @@ def isolate_libraries(cache_dir: Path) -> None:
     # By default OpenMP's threads spin for a millisecond while they wait. Then a step takes 3.7 times as long beside a
     # busy process as alone (two cores). With 1,000 spins it takes 2.5 times as long, and alone a tenth longer.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_cores()))  # Ultralytics would set 1 when it is imported (8.4.190)
     os.environ.setdefault("USER", "user")  # torchvision asks getpass.getuser(), which fails for a uid without a name
     spec = util.find_spec("matplotlib")
     if spec is not None and spec.origin is not None and not font.exists():

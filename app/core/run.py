@@ -154,7 +154,10 @@ def runs_of(names: Iterable[str], runs_dir: Path) -> list[RunRoot]:
     found: list[str] = []
     for name in names:
         path = open_run(name, runs_dir).root / SWEEP_FILE
-        found += read_json(path, "sweep", SWEEP_SHAPE)["runs"] if path.exists() else [name]
+        of_sweep = list(read_json(path, "sweep", SWEEP_SHAPE)["runs"]) if path.exists() else [name]
+        if not of_sweep:
+            raise UserError(f"{path} names no runs: run 'make sweep' again")
+        found += of_sweep
     return [open_run(name, runs_dir) for name in dict.fromkeys(found)]
 
 

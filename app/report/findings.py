@@ -10,7 +10,7 @@ from typing import Any
 
 from app.coco.detail import Metrics
 from app.core.config import Report, UserError
-from app.core.differences import MACHINE_KEYS, difference, flatten, shown
+from app.core.differences import WITHOUT_EFFECT, difference, flatten, shown
 from app.core.labels import FP16
 from app.core.results import AP, SCORED, SCORED_AP, STATES, VAL_LOSS, Row, Rows, candidates, column, train_loss
 from app.core.start import start_in, told
@@ -27,7 +27,6 @@ SEEDS = ("train.seed", "data.seed")
 MERGED = ("AP", "AP_difference", "AP_frequent", "AP_frequent_difference", "AP_over_ptq")
 SCORED_VAL_LOSS = column(VAL_LOSS, SCORED)
 COMMON_FACTS = {"code_version": "code", "lock_sha256": "package lock", "device": "device", "gpus": "GPU"}
-LATER_SECTIONS = ("guard", "report", "sensitivity")  # change nothing that is trained, exported or scored
 
 
 def derive(evidence: Evidence, settings: Report) -> Findings:
@@ -168,7 +167,7 @@ def doubts_of_trainings(trainings: list[Training]) -> list[str]:
             lines.append(f"{training.label} was distilled {teacher}: another recipe than that of the other trainings.")
     for other in trainings[1:]:
         first = trainings[0]
-        if keys := difference(first.config, other.config, ignore=(*MACHINE_KEYS, *FAIR_DIFFERENCES)):
+        if keys := difference(first.config, other.config, ignore=(*WITHOUT_EFFECT, *FAIR_DIFFERENCES)):
             lines.append(f"{other.label} was trained with another configuration than {first.label}: {', '.join(keys)}.")
     for key, what in COMMON_FACTS.items():
         values = {str(training.environment.get(key)) for training in trainings}
@@ -226,7 +225,7 @@ def check_same(first: Evidence, other: Evidence) -> None:
     names = f"{other.run.name} cannot be merged with {first.run.name}"
     for label in first.finished.keys() & other.finished.keys():
         config = first.finished[label].config
-        differences = difference(config, other.finished[label].config, ignore=(*MACHINE_KEYS, *LATER_SECTIONS))
+        differences = difference(config, other.finished[label].config, ignore=tuple(WITHOUT_EFFECT))
         if wrong := {key: values for key, values in differences.items() if key not in SEEDS}:
             raise UserError(f"{names}: the settings of {label} differ in more than seeds ({shown(wrong)})")
         if not differences:

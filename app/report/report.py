@@ -232,10 +232,12 @@ def next_step(run: RunRoot, evidence: Evidence, findings: Findings) -> str:
             "(README, 'The full run')"
         )
     if findings["seeds"] is None:
+        seed = max((training.config["train"]["seed"] for training in evidence.trainings.values()), default=0) + 1
+        other = f"{run.name}-seed{seed}"
         return (
             "open the page in a browser, 'make tensorboard' for the curves; how much another seed differs: the "
-            f"commands of this run with RUN={run.name}-seed1 and '--set train.seed=1' added to ARGS, then 'make report "
-            f'RUN={run.name} ARGS="--runs {run.name}-seed1"\''
+            f"commands of this run with RUN={other} and '--set train.seed={seed}' added to ARGS, then 'make report "
+            f'RUN={run.name} ARGS="--runs {other}"\''
         )
     others = " ".join(merged["name"] for merged in findings["seeds"]["runs"][1:])
     publish = f'make publish RUN={run.name} ARGS="--runs {others}"'

@@ -20,6 +20,7 @@ from app.sensitivity.images import Chosen, ValImages, bn_batches, choose
 from app.sensitivity.measure import Probe
 from app.sensitivity.network import Graph
 from app.train.device import check_devices
+from app.train.done import images_now
 from app.train.processes import ALONE
 from app.train.step import criterion_of_part
 
@@ -50,7 +51,7 @@ class Subject:
         self.key = {
             "checkpoint_sha256": sha256(source),
             "settings": settings.model_dump(mode="json", exclude=set(SEARCHED)),
-            "val_ids_sha256": self.provenance["splits"]["val"]["image_ids_sha256"],
+            "images": images_now(run),
         }
 
     def probe(self, changes: list[Change]) -> Probe:

@@ -15,6 +15,7 @@ from app.core.progress import clock
 from app.core.results import SCORED_AP, is_validated, read_rows
 from app.sweep.children import Children
 from app.sweep.plan import Lane, Training
+from app.train.done import check_images
 
 POLL_S = 0.2
 TOLD_EVERY_S = 600.0  # how far a training is
@@ -87,6 +88,7 @@ def run_lanes(lanes: list[Lane], gpus: list[str | None], logs_dir: Path) -> list
                     continue
                 if code == 0:
                     tell_end(one)
+                    check_finished(one.step)
                 elif not children.signal:
                     failed.append(tell_failure(one, code, log_of(one.step, logs_dir)))
                 leave_out(one.to_come)
@@ -135,10 +137,17 @@ def tell_end(one: AtWork) -> None:
         log.info("%s: done in %s, best AP %.3f", one.step.name, took, one.step.training.best_ap)
     elif one.step.words[0] == "eval":
         log.info(
-            "seed %d: quantized without training too, exported and scored: %s",
+            "seed %d: what there is is scored: %s",
             one.step.lane.seed,
             one.step.lane.run.root,
         )
+
+
+def check_finished(step: Step) -> None:
+    """After the data stage: refuses a finished training on other images or annotations than the run has now."""
+    for training in step.lane.trainings if step.words[0] == "data" else []:
+        if training.is_done:
+            check_images(training.config, training.run)
 
 
 def tell_failure(one: AtWork, code: int, path: Path) -> str:

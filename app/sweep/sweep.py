@@ -44,7 +44,7 @@ def sweep(order: Order, run: RunRoot) -> None:
     if failed:
         log.error("failed: %s; the same command tries them again", "; ".join(failed))
     if code or failed:
-        sys.exit(code or 1)
+        sys.exit(1 if failed else code)
 
 
 def dry_run(order: Order, run: RunRoot) -> None:

@@ -16,7 +16,7 @@ from brevitas.nn import QuantConv2d
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from app.core.config import Config, UserError
+from app.core.config import Config
 from app.quant.model import cpu_state_dict, save_checkpoint
 from app.train.processes import ALONE
 from app.train.state import State
@@ -87,7 +87,7 @@ def correct(
     handles = [correction.conv.register_forward_hook(correction) for correction in corrections]
     try:
         losses = (loss_of(model, batch) for batch in batches)
-        n_steps = _train(corrections, losses, lr, accumulate)
+        n_steps = _train(corrections, losses, lr, accumulate) if corrections else 0
     finally:
         for handle in handles:
             handle.remove()
@@ -107,7 +107,7 @@ def _corrections(model: nn.Module) -> Iterator[_Correction]:
                 continue
             norm = following if isinstance(following, nn.BatchNorm2d) else None
             if norm is None and layer.bias is None:
-                raise UserError(f"quant.correction_epochs: {layer} has neither BatchNorm nor bias to fold into")
+                continue  # DFL, a fixed sum: there is nothing to fold into
             ones = torch.ones(layer.out_channels, 1, 1, device=layer.weight.device)
             trained_scale = nn.Parameter(ones.clone(), requires_grad=norm is not None)
             yield _Correction(layer, norm, trained_scale, nn.Parameter(torch.zeros_like(ones)))

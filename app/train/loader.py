@@ -7,6 +7,7 @@ decide image, mosaic partners and augmentation, so that a training can resume an
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import signal
@@ -27,17 +28,19 @@ from ultralytics.data.dataset import YOLODataset
 from app.coco.dataset import SPLITS
 from app.coco.images import place, read_image
 from app.core.config import UserError
+from app.core.memory import available_bytes
 from app.data.view import read_split
 from app.train.augment import N_PARTNERS, Augmentation, Boxes, Sample, takes
 from app.train.batches import BEGINNING, STRIDE, WHOLE, EpochBatches, Part, Place, Ticket, epoch_order
 
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
+log = logging.getLogger(__name__)
 COLOURS = "colours"  # entry of a batch whose images have their old colours: Sample.colours, uint8 [N,3,256]
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
 # A forked process has its parent's garbage. It may hold CUDA graphs of a training that has ended: to free one there
 # aborts the process. So the collector of a child leaves alone what was there before the fork.
-os.register_at_fork(after_in_child=gc.freeze)
+os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 
 
 def dataset_of(folder: Path, classes: list[str]) -> dict[str, Any]:
@@ -88,25 +91,39 @@ class CocoDataset(YOLODataset):
     colours_later = False  # the images keep their colours, and a batch has the entry COLOURS
 
     def __init__(self, split: str, data: dict[str, Any], provenance: dict[str, Any], seed: int, **kwargs: Any) -> None:
-        """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset."""
+        """`split` is train, which is augmented, or val; kwargs: imgsz, batch_size, hyp and cache of YOLODataset, and
+        n_sharing, the number of processes that share this machine's memory."""
         self.provenance, self.split, self.seed = provenance, split, seed
         self.stream_of: tuple[int, int, int] | None = None  # epoch, worker, number of workers
         self.recent: dict[int, None] = {}  # decoded images, in order
         self.boxes: Boxes | None = None
         self.memory: Memory | None = None
         train = split == "train"
-        in_ram = kwargs.pop("cache", None) == "ram"
+        in_ram, n_sharing = kwargs.pop("cache", None) == "ram", kwargs.pop("n_sharing", 1)
         super().__init__(
             img_path=data[split], data=data, task="detect", stride=STRIDE, prefix=f"{split}: ",
             augment=train, rect=not train, pad=0.0 if train else 0.5, **kwargs,
         )  # fmt: skip
         self.n_recent = min(self.ni, MOSAIC_WINDOW * self.batch_size, 1000)
         self.max_buffer_length = sys.maxsize  # load_image below lets go of images, not BaseDataset's own
-        if in_ram and self.check_cache_ram():  # BaseDataset's own would advise cache=disk, which writes beside images
-            self.cache = "ram"
-            self.cache_images()
-            self.recent.clear()
+        if in_ram:
+            self.cache = "ram"  # where memory does not suffice too: it says from which images mosaic takes partners
+            if self._fit_into(available_bytes() // n_sharing):
+                self.cache_images()
         del self.images  # `labels` has them
+
+    def _fit_into(self, room: int) -> bool:
+        """Whether the scaled images fit twice into so many bytes. BaseDataset's own asks what the machine has, which
+        a container may not have, and which ranks share."""
+        sizes = (image.shape_hw for image in self.images)
+        placed = [place(width, height, cast(int, self.imgsz)) for height, width in sizes]
+        needed = sum(3 * image.new_width * image.new_height for image in placed)
+        if 2 * needed > room:
+            log.warning(
+                "train.cache: the %s images take %.2f GiB, more than half of the %.2f GiB that there are for them: "
+                "they are read anew for every sample, take train.cache=false", self.split, needed / 2**30, room / 2**30,
+            )  # fmt: skip
+        return 2 * needed <= room
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
         """Paths in the view; BaseDataset's own reads the list `img_path`."""

@@ -145,6 +145,7 @@ class Trainer(DetectionTrainer):
         dataset = CocoDataset(
             mode, self.data, self.provenance, self.args.seed,
             imgsz=self.args.imgsz, batch_size=batch, hyp=self.args, cache=self.args.cache or None,
+            n_sharing=self.ranks.n_local,
         )  # fmt: skip
         return dataset.view(copy(self.args), colours_later=True) if mode == "train" and self.palette else dataset
 

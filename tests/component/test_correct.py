@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from brevitas.nn import QuantConv2d
 from torch import nn
 
-from app.core.config import UserError, load
+from app.core.config import load
 from app.quant import schemes
 from app.quant.model import build, load_checkpoint, save_checkpoint
 from app.train.correction import _corrections, correct, keep_better
@@ -109,13 +110,14 @@ def test_yolov10n_folds_into_every_layer() -> None:
         torch.testing.assert_close(folded[name], expected[name], rtol=YOLO_TOLERANCE, atol=YOLO_TOLERANCE)
 
 
-def test_layer_that_nothing_can_be_folded_into_is_named() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
-    quant = load("qat", [], ["quant.scheme=w4a16"]).quant
-    assert quant is not None
-    schemes.quantize(model, quant)
-    with pytest.raises(UserError, match="neither BatchNorm nor bias"):
-        correct(model, [], loss_of, 0.1)
+def test_a_layer_that_nothing_can_be_folded_into_is_left_as_it_is() -> None:
+    """DFL, where a scheme quantizes it."""
+    model, _ = build(load("qat", [], ["model=yolov10n.yaml", "quant.scheme=w4a16-dfl"]))
+    corrected = {correction.conv for correction in _corrections(model)}
+    left = [name for name, layer in model.named_modules() if isinstance(layer, QuantConv2d) and layer not in corrected]
+    assert left == ["model.23.dfl.conv"]
+    dfl = nn.Sequential(model.get_submodule(left[0]))
+    assert correct(dfl, [(torch.rand(1, 16, 4, 8), torch.zeros(1))], loss_of, 0.1) == 0
 
 
 @pytest.mark.parametrize(("ap", "kept", "best"), [(0.39, True, 0.4), (0.4, False, 0.4), (0.45, False, 0.45)])

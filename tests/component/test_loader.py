@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import signal
@@ -12,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+import torch
+from torch.utils.data import get_worker_info
+from ultralytics.cfg import get_cfg
 
 from app.core.config import UserError
-from app.train.loader import CocoDataset
+from app.data.prepare import prepared
+from app.train.batches import Ticket
+from app.train.loader import CocoDataset, dataset_of
 from app.train.train import train
-from app.train.trainer import Trainer
+from app.train.trainer import Trainer, recipe_args
+from tests.support.interpreter import run_script
 from tests.support.settle import settle
 from tests.support.tiny import tiny_network
 
@@ -79,31 +83,52 @@ def test_a_loader_process_that_fails_is_a_line(
     assert "\n" not in line
 
 
+# A cycle of garbage stands for a CUDA graph: to free one in a forked process aborts it. The first thing that a child
+# does, before any hook that is registered later, is to collect garbage.
+FORK = """
+import gc, os
+os.register_at_fork(after_in_child=gc.collect)
+import app.train.loader
+
 class Graph:
-    """Stands for a CUDA graph in a cycle of garbage: to free one in a forked process aborts it."""
-
-    def __init__(self) -> None:
+    def __init__(self):
         self.cycle, self.owner = self, os.getpid()
-
-    def __del__(self) -> None:
+    def __del__(self):
         if os.getpid() != self.owner:
             os.abort()
 
+gc.disable()  # nothing of the parent is collected before the fork
+Graph()
+child = os.fork()
+if not child:
+    gc.collect()
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert gc.collect() > 0 and not gc.get_freeze_count()  # the parent does
+"""
 
-class Collecting(Dataset[int]):
-    def __getitem__(self, index: int) -> int:
-        gc.collect()
-        return index
 
-    def __len__(self) -> int:
-        return 2
+def test_a_forked_process_does_not_free_what_its_parent_has_left(tmp_path: Path) -> None:
+    (tmp_path / "fork.py").write_text(FORK)
+    done = run_script(tmp_path / "fork.py")
+    assert done.returncode == 0, done.stderr
 
 
-def test_a_loader_process_does_not_free_what_its_parent_has_left() -> None:
-    gc.disable()  # nothing of the parent is collected before the fork
-    try:
-        Graph()
-        assert list(DataLoader(Collecting(), batch_size=None, num_workers=1, timeout=60)) == [0, 1]
-    finally:
-        gc.enable()
-        gc.collect()
+def test_mosaic_takes_the_same_partners_where_memory_does_not_suffice_for_the_cache(
+    runs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two processes share 64 images of 64 px: they fit twice into 3 MB for each, not into 1 MB."""
+    config, run = settle(runs_dir, tmp_path.name, "fp16", {"data.n_train": 64, "data.n_val": 4, "train.imgsz": 64})
+    provenance, hyp = prepared(run), get_cfg(overrides=recipe_args(config, "cpu"))
+    data = dataset_of(run.dataset_yaml.parent, provenance["names"])
+    samples = []
+    for n_bytes in (6e6, 2e6):
+        monkeypatch.setattr("app.train.loader.available_bytes", lambda n_bytes=n_bytes: int(n_bytes))
+        dataset = CocoDataset(
+            "train", data, provenance, 0, imgsz=64, batch_size=2, hyp=hyp, cache="ram", n_sharing=2
+        )  # fmt: skip
+        samples.append([dataset[Ticket(0, place)]["img"] for place in range(8)])
+        assert all(image is not None for image in dataset.ims) == (n_bytes > 3e6)
+    assert all(torch.equal(kept, read) for kept, read in zip(*samples, strict=True))
+    (line,) = (record.message for record in caplog.records if "train.cache" in record.message)
+    assert line.startswith("train.cache: the train images take 0.00 GiB, more than half of the 0.00 GiB")

@@ -147,9 +147,16 @@ IDS = [
     ),
     Case(
         "file name listed twice", lambda coco: edit(coco, lambda found: [
+            found["images"][0].update(file_name="same.jpg"), found["images"][1].update(file_name="same.jpg")
+        ]),
+        f"{TRAIN_JSON}: image id 2 or file name same.jpg is listed twice: mend the annotations",
+    ),
+    Case(
+        "file names that differ in their suffix", lambda coco: edit(coco, lambda found: [
             found["images"][0].update(file_name="same.jpg"), found["images"][1].update(file_name="same.png")
         ]),
-        f"{TRAIN_JSON}: image id 2 or file name same.png is listed twice: mend the annotations",
+        f"{TRAIN_JSON}: same.jpg and same.png differ in their suffix alone and would share a label file: rename one of "
+        "them, here and in the folder",
     ),
     Case(
         "image id too large for a float", first("images", id=2**53 + 1),

@@ -117,6 +117,7 @@ def test_full_run_is_the_scratch_recipe() -> None:
         ("train.device=gpu", "choose auto, cpu, or the numbers of GPUs such as 0 or 0,1"),
         ("train.seed=4294967296", "train.seed = 4294967296"),
         ("hyp.lr0=.inf", "finite"),
+        ("hyp.copy_paste=0.5", "along their outlines, and the labels are boxes"),
         ("variant=int8", "variant=int8: this is no setting"),
         ("train.epochs=!!timestamp x", "not valid YAML"),
         ("train.epochs=2020-13-45", "not valid YAML"),
@@ -206,7 +207,7 @@ def test_every_key_is_in_the_hash_or_has_a_reason_not_to_be() -> None:
         assert name in CHANGED or any(key.startswith(f"{name}.") for key in CHANGED)
 
 
-@pytest.mark.parametrize("key", CHANGED)
+@pytest.mark.parametrize("key", sorted(set(CHANGED) - {"hyp.copy_paste"}))
 def test_hash_changes_with_the_keys_that_have_an_effect_alone(key: str) -> None:
     before = with_values(load("qat"), NEEDED.get(key, {}))
     after = with_values(before, {key: CHANGED[key]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,16 @@ def test_a_result_is_kept_and_another_one_refused(measured: RunRoot, caplog: pyt
     assert call(measured, "--images", "3") == 2
     assert "was made with another settings: overwrite it with --force" in caplog.messages[-1]
     assert result_of(measured) == before
+
+
+def test_a_result_on_other_annotations_is_refused(unmeasured: RunRoot, caplog: pytest.LogCaptureFixture) -> None:
+    assert call(unmeasured, "--images", "2") == 0
+    path = unmeasured.root / "sensitivity" / "sensitivity.json"
+    result = read_json(path, "sensitivity")
+    result["key"]["images"]["val"]["annotation_sha256"] = "other"
+    path.write_text(json.dumps(result))
+    assert call(unmeasured, "--images", "2") == 2
+    assert "was made with another images: overwrite it with --force" in caplog.messages[-1]
 
 
 MANY_DIGITS = "1." + "0" * 40

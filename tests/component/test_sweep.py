@@ -249,6 +249,28 @@ def test_a_sweep_keeps_the_seeds_of_earlier_calls(run: RunRoot) -> None:
     assert list(read_json(run.root / "sweep.json", "sweep")["runs"]) == ["s-seed2", "s-seed1", "s-seed3"]
 
 
+def test_a_finished_training_on_other_images_is_refused(run: RunRoot, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def check(config: Config, own: RunRoot) -> None:
+        asked.append(config.label)
+        raise UserError("was trained with other val images")
+
+    stage.sweep(order(0, schemes=("w4a16",)), run)
+    n_before = len(calls(run))
+    monkeypatch.setattr("app.sweep.lanes.check_images", check)
+    with pytest.raises(UserError, match="other val images"):
+        stage.sweep(order(0, schemes=("w4a16",)), run)
+    assert asked == ["fp16"]
+    assert calls(run)[-1] == "s-seed0 data ends 0" and len(calls(run)) == n_before + 2
+
+
+def test_a_sweep_of_no_runs_is_a_line(run: RunRoot) -> None:
+    write(run.root / "sweep.json", {"runs": {}})
+    with pytest.raises(UserError, match=r"sweep.json names no runs: run 'make sweep' again"):
+        runs_of(["s"], run.runs_dir)
+
+
 @pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["sweep", "dry-run"])
 def test_a_sweep_goes_on_when_the_weights_that_it_started_from_are_gone(
     run: RunRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]

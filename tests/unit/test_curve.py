@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -216,6 +218,15 @@ def test_the_end_of_a_sweep_names_the_sweep(runs: list[RunRoot]) -> None:
     edit(first.provenance, "title", BUILTIN_TITLE)
     assert "COCO itself: the same 'make sweep' with COCO_DIR=path" in following([first])
     evidence = gather(first)
+    single = RunRoot(first.runs_dir, "single")
+    shutil.copytree(first.root, single.root)
+    path = single.variant_dir("fp16") / "config.yaml"
+    edit(single.provenance, "title", "COCO 2017")
+    seed = int(re.findall(r"seed: (\d+)", path.read_text())[-1])
+    assert following([single]).endswith(
+        f"with RUN=single-seed{seed + 1} and '--set train.seed={seed + 1}' added to ARGS, then 'make report RUN=single "
+        f'ARGS="--runs single-seed{seed + 1}"\''
+    )
     text = next_step(first, evidence, {**derive(evidence, load("qat").report), "missing": ["a file"]})
     assert text == "the command of sweep s makes what is missing, and the page anew"
 

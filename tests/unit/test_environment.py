@@ -155,6 +155,18 @@ def test_a_container_with_a_share_of_the_cores_has_as_many(
     assert n_cores() == n
 
 
+@pytest.mark.parametrize("module", ["app.export.export", "app.train.ptq", "app.sensitivity.sensitivity"])
+def test_a_stage_computes_with_the_cores_that_it_may_use(tmp_path: Path, module: str) -> None:
+    """Ultralytics leaves one thread to what imports it before PyTorch, and to all children."""
+    program = (
+        "from pathlib import Path; from app.core.environment import isolate_libraries; "
+        f"isolate_libraries(Path({str(tmp_path)!r})); import {module}, torch; print(torch.get_num_threads())"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, cwd=REPO_DIR)
+    assert int(done.stdout.split()[-1]) == n_cores(), done.stderr
+
+
 SAID = {
     signal.SIGKILL: "SIGKILL (short of memory?)",
     signal.SIGSEGV: "SIGSEGV",
@@ -167,7 +179,7 @@ def test_a_killed_stage_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: signal.Signals
 ) -> None:
     def killed(command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
-        assert command[3:] == ["train", "--variant", "qat", "--run", "r"]
+        assert command[3:8] == ["train", "--variant", "qat", "--run", "r"]
         code = f"import os, resource as r; r.setrlimit(r.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), {int(number)})"
         return popen([sys.executable, "-c", code], **kwargs)
 
@@ -179,6 +191,8 @@ def test_a_killed_stage_is_named(
     assert child.run_stage("train --variant qat", ["--run", "r"]) == 128 + number
     expected = f"'train --variant qat' was killed by {SAID[number]}: the same command goes on from there"
     assert [record.getMessage() for record in caplog.records] == [expected]
+    child.run_stage("train --variant qat", ["--run", "r", "--force"])  # which would delete the checkpoint
+    assert caplog.records[-1].getMessage().endswith("the same command without --force goes on from there")
     for name, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), handlers, strict=True):
         signal.signal(name, handler)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from app.core.config import Config, UserError, load
 from app.core.run import RunRoot
@@ -123,6 +124,16 @@ def test_one_run_has_no_spread(config: Config, runs: list[RunRoot]) -> None:
     text, found = merged(config, runs)
     assert found["seeds"]["over_runs"]["ptq-w4a16-coco"]["AP"] == pytest.approx({"n": 1, "mean": 0.2198, "sd": None})
     assert "has AP 0.2198 (" in text
+
+
+def test_settings_that_no_training_reads_may_differ(config: Config, runs: list[RunRoot]) -> None:
+    """How the files were scored is compared where it was recorded, with the scores."""
+    for number, run in enumerate(runs):
+        path = run.variant_dir("qat-w4a16") / "config.yaml"
+        tree = yaml.safe_load(path.read_text())
+        tree["eval"]["latency_runs"] += number
+        path.write_text(yaml.safe_dump(tree))
+    assert merged(config, runs)[1]["seeds"]["over_runs"]["qat-w4a16-coco"]["AP"]["n"] == 3
 
 
 def test_other_settings_are_refused_by_name(config: Config, runs: list[RunRoot]) -> None:

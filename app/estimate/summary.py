@@ -183,7 +183,9 @@ def disk(config: Config, measured: MeasuredJob, run: RunRoot) -> dict[str, float
     onnx = [size for name, size in sizes.items() if name.startswith("onnx/")]
     others = sum(sizes.values()) - sum(detections) + sum(onnx) * (n_files / max(len(onnx) / 2, 1) - 1)
     labels = (images.train + images.val) * FILE_BYTES
-    needed = others + per_image * images.val * n_files + labels
+    n_kept = config.train.epochs // config.train.save_period if config.train.save_period else 0
+    kept = n_kept * sum(size for name, size in sizes.items() if name.endswith("/last.pt"))
+    needed = others + per_image * images.val * n_files + labels + kept
     return {"needed_gib": needed / GIB, "free_gib": free_bytes(run.root) / GIB}
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -27,6 +29,7 @@ from app.estimate.images import job_images
 from app.estimate.pieces import AfterCosts, CheckpointCosts, FileCosts, ScoreCosts, TrainingCosts
 from app.estimate.plan import plan_for_cpu, plan_for_gpu
 from app.estimate.price import eval_parts, export_parts, job_files, limit, ptq_parts, report_parts, training_parts
+from app.estimate.summary import disk
 from tests.support.data_fixtures import annotation, config_for, write_image, write_tree
 
 PX = 64**2
@@ -255,6 +258,21 @@ def write_many(coco_dir: Path, counts: dict[str, int], with_person: Container[in
         boxes = [annotation(key, key, 1, [4, 3, 10, 6]) for key in range(1, n + 1) if key in with_person]
         write_tree(coco_dir, split, {"images": images, "annotations": boxes, "categories": CATEGORIES})
     return coco_dir
+
+
+def test_checkpoints_that_are_kept_take_disk(tmp_path: Path) -> None:
+    """30 epochs, of which every tenth is kept of both trainings, 10 and 14 MiB each."""
+    sizes = {"fp16/weights/last.pt": 10 * 2**20, "qat-w4a16/weights/last.pt": 14 * 2**20}
+    images = Images(100, 10)
+    measured: Any = SimpleNamespace(
+        sizes=sizes, images=SimpleNamespace(images=images), plan=SimpleNamespace(images=images), has_packed_bits=True
+    )
+
+    def needed(save_period: int) -> float:
+        config = load("qat", sets=["train.epochs=30", f"train.save_period={save_period}"])
+        return disk(config, measured, RunRoot(tmp_path, "r"))["needed_gib"]
+
+    assert needed(10) - needed(0) == pytest.approx(3 * 24 / 1024)
 
 
 def test_a_large_dataset_is_looked_at_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from app.core.environment import REPO_DIR
 from app.core.files import read_json
@@ -19,7 +22,10 @@ from app.core.results import AP, AP_FREQUENT, SCORED
 SOURCE = "docs/stability.json"  # rows of the stability bench: a part of the repository, and of the image
 ROWS = REPO_DIR / SOURCE
 ARM = "fp16"
-N_SIGMA = 2  # two standard deviations: by chance one comparison in twenty lies beyond
+N_SIGMA = 2  # two standard deviations of many trainings: by chance about one comparison in twenty lies beyond
+MAX_CHANCE = 0.05  # with which equals may be told apart: one comparison in twenty
+N_ANGLES = 10_000  # steps of the integral in `chance_of`
+MAX_T = 100.0
 RULE = "2 x sqrt(2) x"  # the difference of two trainings has sqrt(2) times the deviation of one
 TELLING_AP = 0.01  # below it an AP rests on a handful of boxes
 ENOUGH_RUNS = 3  # or paired seeds: the spread of two says nothing yet
@@ -74,9 +80,31 @@ def telling_of_single(row: dict[str, Any], base: dict[str, Any], share: float, a
 
 
 def telling_of_means(over_runs: dict[str, Any]) -> float | None:
-    """What a mean of differences must exceed: two standard errors of it; None where there are too few runs."""
+    """What chance makes a mean of differences exceed in MAX_CHANCE of cases, by Student's t; None for too few runs."""
     n, sd = over_runs["n"], over_runs["sd"]
-    return N_SIGMA * sd / math.sqrt(n) if n >= ENOUGH_RUNS else None
+    return telling_t(n - 1) * sd / math.sqrt(n) if n >= ENOUGH_RUNS else None
+
+
+@cache
+def telling_t(freedom: int) -> float:
+    """The standard errors beyond which a mean of pure noise lies in MAX_CHANCE of cases: 4.30 for three values."""
+    low, high = 0.0, MAX_T
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if chance_of(middle, 1.0, freedom) > MAX_CHANCE else (low, middle)
+    return high
+
+
+def chance_of(mean: float, error: float, freedom: int) -> float:
+    """How often a mean of pure noise is as far from 0: two-sided, by Student's t with so many degrees of freedom.
+
+    The angle atan(t / sqrt(freedom)) has the density cos^(freedom - 1), which is summed here: no package in the list
+    has the distribution.
+    """
+    angles = (np.arange(N_ANGLES) + 0.5) * (np.pi / 2 / N_ANGLES)
+    density = np.cos(angles) ** (freedom - 1)
+    beyond = angles > np.arctan2(abs(mean), error * np.sqrt(freedom))
+    return float(density[beyond].sum() / density.sum())
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from app.report.spread import ENOUGH_RUNS, TELLING_AP
 from app.report.tables import number, plain, signed
 
 DRAWN = "drawn"  # a word in the title of every dataset that this program has drawn
+ONCE_IN_TWENTY = "which chance exceeds once in twenty"
 
 
 def verdict(findings: Findings) -> list[str]:
@@ -93,7 +94,7 @@ def _telling(row: dict[str, Any]) -> str:
         return f" Too few runs for a spread: merge {ENOUGH_RUNS} or more." if is_merged else ""
     side = "more" if abs(_mean(row, "AP_difference")) > limit else "less"
     if row["over_runs"]:
-        return f" That is {side} than two standard errors of the difference, {number(limit)}."
+        return f" That is {side} than {number(limit)}, {ONCE_IN_TWENTY}."
     return f" That is {side} than about {limit:.2g}, by which two single trainings may differ by chance (see below)."
 
 
@@ -106,7 +107,7 @@ def _frequent(row: dict[str, Any], group: dict[str, Any]) -> str:
     limit, told = row["telling_frequent"], ""
     if limit is not None:
         side = "beyond" if abs(_mean(row, difference)) > limit else "within"
-        by_chance = f"two standard errors of it, {number(limit)}"
+        by_chance = f"{number(limit)}, {ONCE_IN_TWENTY}"
         told = f", {side} {by_chance if row['over_runs'] else f'about {limit:.2g} that chance may make'}"
     n_classes = group["measured"]["n_frequent_classes"]
     return f" Over the {n_classes} frequent classes: {aps}, {merged_text(row, difference, signed)}{told}."

@@ -17,13 +17,12 @@ from app.coco.score import quiet, score, truth_of
 from app.core.config import Config
 from app.core.progress import track
 from app.data.view import chosen, read_index
+from app.report.spread import MAX_CHANCE, chance_of
 from app.sensitivity.changes import Change
 from app.sensitivity.images import Batch, ValImages, batches_of
 from app.sensitivity.measure import Probe, mean_over
 
 MIN_BATCHES = 3  # that decide a duel
-MAX_CHANCE = 0.05  # with which equal schemes may be told apart
-N_ANGLES = 10_000  # steps of the integral in `chance_of`
 
 
 @dataclass(frozen=True)
@@ -104,15 +103,3 @@ def duel(batches: list[dict[str, Any]], found: str, other: str) -> Duel:
     losses = np.array([batch["changes"][found][0] - batch["changes"][other][0] for batch in batches])
     weights = np.array([batch["n"] for batch in batches], float)
     return Duel(*mean_over(losses, weights), len(batches))
-
-
-def chance_of(mean: float, error: float, freedom: int) -> float:
-    """How often a mean of pure noise is as far from 0: two-sided, by Student's t with so many degrees of freedom.
-
-    The angle atan(t / sqrt(freedom)) has the density cos^(freedom - 1), which is summed here: no package in the list
-    has the distribution.
-    """
-    angles = (np.arange(N_ANGLES) + 0.5) * (np.pi / 2 / N_ANGLES)
-    density = np.cos(angles) ** (freedom - 1)
-    beyond = angles > np.arctan2(abs(mean), error * np.sqrt(freedom))
-    return float(density[beyond].sum() / density.sum())

@@ -21,13 +21,14 @@ from app.quant.batchnorm import batchnorm_layers, reestimate_batchnorm
 from app.quant.model import float_network
 from app.quant.schemes import QUANTIZERS, quantize
 from app.quant.sizes import layers_of
+from app.report.spread import chance_of, telling_t
 from app.sensitivity.additive import correlations, rank_correlation, sums_of
 from app.sensitivity.batchnorm import corrections
 from app.sensitivity.budget import BITS as MEAN_BITS
 from app.sensitivity.budget import BYTES, amount_of, propose, read_budget, scheme_of, shortened
 from app.sensitivity.changes import LAYER, RANDOM, SCHEME, Change, groups_of, learned_layers, scheme_change, uniform
 from app.sensitivity.folded import Folded, fold
-from app.sensitivity.held_out import chance_of, duel
+from app.sensitivity.held_out import duel
 from app.sensitivity.images import Batch, choose, class_numbers, label_rows
 from app.sensitivity.measure import Probe, summary
 from app.sensitivity.network import Graph, Statistics, fake_quantized
@@ -279,6 +280,7 @@ def test_a_duel_is_decided_by_students_t() -> None:
 @pytest.mark.parametrize(("freedom", "quantile"), [(2, 4.303), (3, 3.182), (15, 2.131), (120, 1.980)])
 def test_the_chance_is_that_of_the_tables(freedom: int, quantile: float) -> None:
     assert chance_of(-quantile, 1.0, freedom) == pytest.approx(0.05, abs=1e-4)
+    assert telling_t(freedom) == pytest.approx(quantile, abs=1e-3)
     assert chance_of(0.0, 0.0, freedom) == pytest.approx(1.0) and chance_of(0.1, 0.0, freedom) == 0.0
 
 

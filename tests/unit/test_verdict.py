@@ -138,10 +138,10 @@ def test_a_quantized_model_near_zero_is_a_verdict(run: RunRoot) -> None:
     assert "**qat-w4a16: AP 0.0002 against 0.4321 of the FP16 training, -0.4319**" in box(run)
 
 
-@pytest.mark.parametrize(("n", "limit"), [(1, None), (2, None), (3, 0.02 / math.sqrt(3)), (4, 0.01)])
-def test_limit_of_means_is_two_standard_errors(n: int, limit: float | None) -> None:
+@pytest.mark.parametrize(("n", "limit"), [(1, None), (2, None), (3, 0.04303 / math.sqrt(3)), (4, 0.01591)])
+def test_limit_of_means_is_that_of_students_t(n: int, limit: float | None) -> None:
     found = telling_of_means({"n": n, "mean": -0.02, "sd": None if n == 1 else 0.01})
-    assert found == (None if limit is None else pytest.approx(limit))
+    assert found == (None if limit is None else pytest.approx(limit, rel=1e-3))
 
 
 def seeds(tmp_path: Path, differences: list[float]) -> list[RunRoot]:
@@ -154,17 +154,17 @@ def seeds(tmp_path: Path, differences: list[float]) -> list[RunRoot]:
 
 
 def test_merged_runs_are_judged_by_their_own_spread(tmp_path: Path) -> None:
-    """-0.01, -0.03, -0.02: mean -0.02, deviation 0.01, two standard errors 2 * 0.01 / sqrt(3) = 0.0115."""
-    text = top(*seeds(tmp_path, [-0.01, -0.03, -0.02]))
+    """-0.03, -0.05, -0.04: mean -0.04, deviation 0.01, limit 4.303 * 0.01 / sqrt(3) = 0.0248."""
+    text = top(*seeds(tmp_path, [-0.03, -0.05, -0.04]))
     assert "(n=3, small set, val2017, 1,200 images; mean ± sample standard deviation over 3 runs" in text
-    assert "That is more than two standard errors of the difference, 0.0115." in text
+    assert "That is more than 0.0248, which chance exceeds once in twenty." in text
     assert "by chance" not in text and "stability.json" not in text
 
 
 def test_a_mean_within_its_own_spread(tmp_path: Path) -> None:
-    """+0.02, -0.03, -0.02: mean -0.01, deviation sqrt(0.0007) = 0.0265, two standard errors 0.0306."""
+    """+0.02, -0.03, -0.02: mean -0.01, deviation sqrt(0.0007) = 0.0265, limit 0.0657."""
     text = top(*seeds(tmp_path, [0.02, -0.03, -0.02]))
-    assert "That is less than two standard errors of the difference, 0.0306." in text
+    assert "That is less than 0.0657, which chance exceeds once in twenty." in text
 
 
 def test_two_runs_have_no_spread_to_judge_by(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from app.bench import command as benches
 from app.core.command_line import Parser, job_arguments, run_arguments, seconds, settings_arguments
 from app.data import command as datasets
 from app.eval import command as evals
-from app.job import Job, after_training, is_done, set_up
+from app.job import Job, after_training, is_done, set_up, start_over
 from app.report import command as reports
 from app.schemes import command as schemes
 from app.sensitivity import command as layers_alone
@@ -346,6 +346,8 @@ def whole_job(args: argparse.Namespace) -> None:
                 from app.quant.model import check_scheme
 
                 check_scheme(job.config)
+                if args.force:
+                    start_over(job)
             own = [*(["--yes"] if args.yes else []), *after_training(job, command)] if "train" in command else []
             if code := run_stage(command, [*own, *common]):
                 sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,6 +66,19 @@ def is_done(args: argparse.Namespace) -> bool:
             case _:
                 return False
         return question(job.config, job.run)
+
+
+def start_over(job: Job) -> None:
+    """Deletes what the whole job makes anew with --force: without it the job then goes on where this one is stopped."""
+    from app.core.labels import FP16
+    from app.core.run import hold
+    from app.train.done import ptq_labels
+
+    quantized = ptq_labels(job.config.quant) if job.config.quant else ()
+    with hold(job.run, "all"):
+        for label in (FP16, job.config.label, *quantized):
+            shutil.rmtree(job.run.variant_dir(label), ignore_errors=True)
+        shutil.rmtree(job.run.onnx_dir, ignore_errors=True)  # export makes the files of other schemes too
 
 
 def after_training(job: Job, command: str) -> list[str]:

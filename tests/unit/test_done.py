@@ -316,6 +316,20 @@ def test_the_job_starts_what_is_not_done(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [stage for stage, _ in started(monkeypatch, everything, common)] == ["data"]
 
 
+def test_a_forced_job_deletes_first_what_it_makes_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that it goes on without --force after a stop; a training of another scheme is not made anew."""
+    monkeypatch.setitem(sys.modules, "app.quant.model", SimpleNamespace(check_scheme=lambda config: None))
+    run = RunRoot(tmp_path, "r")
+    folders = ["fp16", "onnx", "ptq-w4a16", "ptq-w4a16-bn", "qat-w4a16", "qat-w8a16"]
+    for folder in folders:
+        (run.root / folder / "weights").mkdir(parents=True)
+    common = ["--run", "r", "--runs-dir", str(tmp_path)]
+    started(monkeypatch, set(), common)
+    assert sorted(os.listdir(run.root)) == folders
+    started(monkeypatch, set(), [*common, "--force"])
+    assert os.listdir(run.root) == ["qat-w8a16"]
+
+
 def test_force_asks_nothing(tmp_path: Path, reported: RunRoot) -> None:
     from app.job import is_done
 

@@ -14,6 +14,7 @@ from app.core.environment import isolate_libraries
 
 # Several tests share the cores: OpenMP threads do not spin (app/core/environment.py lets them spin a little).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process of tests a core: more threads wait for each other
 isolate_libraries(Path(tempfile.mkdtemp(prefix="w4a16-tests-")))
 
 

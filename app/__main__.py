@@ -69,7 +69,7 @@ def main() -> int:
         number after a signal.
     """
     args = parse(sys.argv[1:])
-    from app.core.answers import answered
+    from app.core.answers import answered, command_that_goes_on
     from app.core.config import UserError
     from app.core.environment import check_is_alone
     from app.core.files import printable
@@ -80,7 +80,7 @@ def main() -> int:
 
     set_up_terminal()
     is_forced = bool(vars(args).get("force")) and args.stage != "sweep"  # which starts nothing over twice
-    again = "the same command without --force" if is_forced else "the same command"
+    again = command_that_goes_on(is_forced)
     try:
         if args.stage != "train":
             check_is_alone(args.stage)

@@ -64,6 +64,11 @@ class Answers:
                 os._exit(128 + ord(number))
 
 
+def command_that_goes_on(forced: bool) -> str:
+    """What to start after a command that was, or was not, to start over."""
+    return "the same command without --force" if forced else "the same command"
+
+
 @contextlib.contextmanager
 def answered(forced: bool = False) -> Iterator[None]:
     """Context of a stage without a state to save: after the answer SIGINT interrupts it, and SIGTERM exits with 143.

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.core.answers import left_to_children
+from app.core.answers import command_that_goes_on, left_to_children
 
 log = logging.getLogger(__name__)
 PROGRAM = ["-m", "app"]  # what a stage is, as words for Python
@@ -43,7 +43,7 @@ def run_stage(stage: str, arguments: list[str]) -> int:
         code = child.wait()
     if code >= 0:
         return code
-    again = "the same command without --force" if "--force" in arguments else "the same command"
+    again = command_that_goes_on("--force" in arguments)
     log.error("'%s' was killed by %s: %s goes on from there", stage, signal_name(-code), again)
     return 128 - code
 

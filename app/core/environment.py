@@ -163,7 +163,7 @@ def isolate_libraries(cache_dir: Path) -> None:
 def n_cores() -> int:
     """Cores that this process may use (taskset, a cpuset, docker's --cpus); os.cpu_count() has all of the machine.
 
-    OMP_NUM_THREADS says nothing: Ultralytics sets it to 1 when it is imported (8.4.190).
+    OMP_NUM_THREADS says nothing: it may be the 1 that Ultralytics sets when it is imported (8.4.190).
     """
     n_allowed = len(os.sched_getaffinity(0))
     limit = CPU_MAX.read_text(encoding="ascii").split() if CPU_MAX.exists() else [NO_LIMIT]

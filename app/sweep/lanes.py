@@ -145,7 +145,9 @@ def tell_end(one: AtWork) -> None:
 
 def check_finished(step: Step) -> None:
     """After the data stage: refuses a finished training on other images or annotations than the run has now."""
-    for training in step.lane.trainings if step.words[0] == "data" else []:
+    if step.words[0] != "data":
+        return
+    for training in step.lane.trainings:
         if training.is_done:
             check_images(training.config, training.run)
 

@@ -35,9 +35,9 @@ from app.train.batches import BEGINNING, STRIDE, WHOLE, EpochBatches, Part, Plac
 
 MOSAIC_WINDOW = 8  # batches of recently read images from which mosaic takes its partners, as Ultralytics has it
 PREFETCH_BATCHES = 4  # each loader process keeps ahead
-log = logging.getLogger(__name__)
 COLOURS = "colours"  # entry of a batch whose images have their old colours: Sample.colours, uint8 [N,3,256]
 WAIT_S = 600.0  # for one batch; longer means that a loader process hangs
+log = logging.getLogger(__name__)
 # A forked process has its parent's garbage. It may hold CUDA graphs of a training that has ended: to free one there
 # aborts the process. So the collector of a child leaves alone what was there before the fork.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)

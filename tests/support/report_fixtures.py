@@ -39,6 +39,15 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
+def set_in(path: Path, dotted: str, value: Any) -> None:
+    """Changes a setting of a config.yaml to another value."""
+    tree = yaml.safe_load(path.read_text())
+    section, key = dotted.split(".")
+    assert tree[section][key] != value
+    tree[section][key] = value
+    path.write_text(yaml.safe_dump(tree))
+
+
 def edit(path: Path, dotted: str, value: Any) -> None:
     """Changes one key of a JSON file."""
     tree = json.loads(path.read_text())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from app.core.config import Config, UserError, load
 from app.core.results import read_rows, write_rows
@@ -27,6 +26,7 @@ from tests.support.report_fixtures import (
     edit,
     export_file,
     metrics,
+    set_in,
     write,
     write_bench_rows,
 )
@@ -280,7 +280,7 @@ def test_doubts(config: Config, run: RunRoot) -> None:
     edit(run.variant_dir("fp16") / "env.json", "code_version", "abc-dirty")
     path = run.variant_dir("qat-w4a16") / "config.yaml"
     path.write_text(path.read_text().replace("imgsz: 640", "imgsz: 320").replace("save_period: 0", "save_period: 2"))
-    set_in(path, "eval", "latency_runs", 7)  # no training reads it
+    set_in(path, "eval.latency_runs", 7)  # no training reads it
     parity = {"max_box_px": 240.0, "max_score": 0.31, "magnifies_rounding": True}
     edit(next(run.onnx_dir.glob("*baseline*.json")), "gates", {"parity": parity})
     text = page(config, run)
@@ -288,14 +288,6 @@ def test_doubts(config: Config, run: RunRoot) -> None:
     assert "qat-w4a16 was trained with another configuration than fp16: train.imgsz." in text
     assert "trained with different code" in text
     assert "uncommitted changes" in text
-
-
-def set_in(path: Path, section: str, key: str, value: Any) -> None:
-    """Changes a setting of a config.yaml."""
-    tree = yaml.safe_load(path.read_text())
-    assert tree[section][key] != value
-    tree[section][key] = value
-    path.write_text(yaml.safe_dump(tree))
 
 
 def gate(tmp_path: Path, minimum: float) -> int | str | None:

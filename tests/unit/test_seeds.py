@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from app.core.config import Config, UserError, load
 from app.core.run import RunRoot
@@ -18,7 +17,7 @@ from app.report.publish import publish
 from app.report.report import report
 from tests.support.drawn import kept_figures
 from tests.support.page_numbers import numbers_without_source
-from tests.support.report_fixtures import SHA, add_ptq, build_run, edit, metrics, write
+from tests.support.report_fixtures import SHA, add_ptq, build_run, edit, metrics, set_in, write
 
 APS = {"a": (0.40, 0.39), "b": (0.42, 0.39), "c": (0.44, 0.42)}  # run -> AP of fp16, of qat
 
@@ -128,11 +127,8 @@ def test_one_run_has_no_spread(config: Config, runs: list[RunRoot]) -> None:
 
 def test_settings_that_no_training_reads_may_differ(config: Config, runs: list[RunRoot]) -> None:
     """How the files were scored is compared where it was recorded, with the scores."""
-    for number, run in enumerate(runs):
-        path = run.variant_dir("qat-w4a16") / "config.yaml"
-        tree = yaml.safe_load(path.read_text())
-        tree["eval"]["latency_runs"] += number
-        path.write_text(yaml.safe_dump(tree))
+    for number, run in enumerate(runs, start=1):
+        set_in(run.variant_dir("qat-w4a16") / "config.yaml", "eval.latency_runs", number)
     assert merged(config, runs)[1]["seeds"]["over_runs"]["qat-w4a16-coco"]["AP"]["n"] == 3
 
 

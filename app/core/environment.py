@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from app.core.cgroups import groups_above
 from app.core.config import UserError
 from app.core.files import sha256, write_atomic
 from app.core.mounts import as_known
@@ -29,7 +31,6 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 RENDEZVOUS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 GPU_FACTS = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
 GPU_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "pstate")
-CPU_MAX, NO_LIMIT = Path("/sys/fs/cgroup/cpu.max"), "max"  # a container's: quota and period in microseconds
 CPUFREQ_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CPU_CLOCKS = ("scaling_governor", "scaling_min_freq", "scaling_max_freq")
 
@@ -165,12 +166,18 @@ def n_cores() -> int:
 
     OMP_NUM_THREADS says nothing: it may be the 1 that Ultralytics sets when it is imported (8.4.190).
     """
-    n_allowed = len(os.sched_getaffinity(0))
-    limit = CPU_MAX.read_text(encoding="ascii").split() if CPU_MAX.exists() else [NO_LIMIT]
-    if limit[0] == NO_LIMIT:
-        return n_allowed
-    quota_us, period_us = map(int, limit)
-    return min(n_allowed, math.ceil(quota_us / period_us))
+    return min([len(os.sched_getaffinity(0)), *_cpu_limits()])
+
+
+def _cpu_limits() -> Iterator[int]:
+    """Cores that the quotas of the cgroups above this process come to; a part of one counts as one."""
+    for group in groups_above("cpu"):
+        if group.version == 1:
+            quota, period = group.read("cpu.cfs_quota_us"), group.read("cpu.cfs_period_us")
+        else:
+            quota, _, period = (group.read("cpu.max") or "max").partition(" ")
+        if quota and period and quota not in ("max", "-1"):
+            yield math.ceil(int(quota) / int(period))
 
 
 def n_threads(n_processes: int) -> int:

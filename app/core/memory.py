@@ -6,11 +6,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+from app.core import cgroups
+
 # Files of a cgroup, by version: limit, usage, and the key in memory.stat of cached files, which the kernel gives back.
 FILES = {
     2: ("memory.max", "memory.current", "inactive_file"),
@@ -19,30 +19,20 @@ FILES = {
 KIB = 2**10
 
 
-def available_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+def available_bytes() -> int:
     """What this process can still take: the smallest of MemAvailable and of what every cgroup above it leaves."""
-    lines = (proc / "meminfo").read_text().splitlines()
+    lines = (cgroups.PROC / "meminfo").read_text().splitlines()
     of_machine = next(int(line.split()[1]) * KIB for line in lines if line.startswith("MemAvailable:"))
-    return min([of_machine, *_left_by_cgroups(proc, cgroups)])
+    return min([of_machine, *_left_by_cgroups()])
 
 
-def _left_by_cgroups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """In a container the paths of /proc may be those of the host: then only the root of its own mount is there."""
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        version, root = (1, cgroups / "memory") if controllers else (2, cgroups)
-        folder = root / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            limit_file, usage_file, cache_key = FILES[version]
-            if not group.is_relative_to(root) or not (group / limit_file).exists():
-                continue
-            limit = (group / limit_file).read_text().strip()
-            if limit != "max":
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                used = int((group / usage_file).read_text()) - int(stat[cache_key])
-                yield max(int(limit) - used, 0)
+def _left_by_cgroups() -> Iterator[int]:
+    for group in cgroups.groups_above("memory"):
+        limit_file, usage_file, cache_key = FILES[group.version]
+        limit, usage, stat = map(group.read, (limit_file, usage_file, "memory.stat"))
+        if limit and usage and stat and limit != "max":
+            cached = dict(line.split() for line in stat.splitlines())[cache_key]
+            yield max(int(limit) - (int(usage) - int(cached)), 0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ def own_memory() -> tuple[int, int]:
 
 def _memory_of(pid: int) -> int:
     with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-        return pss_bytes((PROC / str(pid) / "smaps_rollup").read_text())
+        return pss_bytes((cgroups.PROC / str(pid) / "smaps_rollup").read_text())
     return 0
 
 

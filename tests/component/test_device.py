@@ -76,7 +76,7 @@ def test_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_on_the_cpu_takes_the_cores_it_may_use(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = settle(runs_dir, "threads", "fp16", {"data.n_train": 8, "data.n_val": 8})
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3, 5, 7, 9, 11})
-    monkeypatch.setattr("app.core.environment.CPU_MAX", runs_dir / "none")
+    monkeypatch.setattr("app.core.environment.groups_above", lambda controller: [])
     before = torch.get_num_threads()
     try:
         assert Trainer(config, run, "cpu").facts()["torch_threads"] == 6

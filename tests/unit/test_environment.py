@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import app.__main__ as cli
-from app.core import child, environment
+from app.core import cgroups, child
 from app.core.config import UserError
 from app.core.environment import RANK_VARIABLES, REPO_DIR, isolate_libraries, launched_as, n_cores, n_threads
 from app.core.files import printable
@@ -131,13 +131,23 @@ def test_the_font_is_a_file_and_no_link(
     assert not font.is_symlink()
 
 
-@pytest.mark.parametrize(("n_processes", "n"), [(1, 6), (3, 2), (4, 1), (9, 1)])
-def test_threads_take_the_cores_that_the_process_may_use(
-    environ: pytest.MonkeyPatch, tmp_path: Path, n_processes: int, n: int
-) -> None:
+@pytest.fixture
+def groups(tmp_path: Path, environ: pytest.MonkeyPatch) -> Path:
+    """Six cores by affinity; the root of the control groups, where this process has none yet."""
     environ.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 16)))
     environ.setattr(os, "cpu_count", lambda: 64)
-    environ.setattr(environment, "CPU_MAX", tmp_path / "none")
+    environ.setattr(cgroups, "PROC", tmp_path)
+    environ.setattr(cgroups, "CGROUPS", tmp_path / "cgroup")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/\n")
+    (tmp_path / "cgroup").mkdir()
+    return tmp_path / "cgroup"
+
+
+@pytest.mark.parametrize(("n_processes", "n"), [(1, 6), (3, 2), (4, 1), (9, 1)])
+def test_threads_take_the_cores_that_the_process_may_use(
+    groups: Path, environ: pytest.MonkeyPatch, n_processes: int, n: int
+) -> None:
     environ.setenv("OMP_NUM_THREADS", "1")  # as Ultralytics sets it when it is imported
     assert n_threads(n_processes) == n
 
@@ -145,13 +155,29 @@ def test_threads_take_the_cores_that_the_process_may_use(
 @pytest.mark.parametrize(
     ("limit", "n"), [("max 100000", 6), ("150000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)]
 )
-def test_a_container_with_a_share_of_the_cores_has_as_many(
-    environ: pytest.MonkeyPatch, tmp_path: Path, limit: str, n: int
-) -> None:
+def test_a_container_with_a_share_of_the_cores_has_as_many(groups: Path, limit: str, n: int) -> None:
     """docker run --cpus=1.5: two processes at a time, as the kernel counts them."""
-    environ.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
-    environ.setattr(environment, "CPU_MAX", tmp_path / "cpu.max")
-    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    (groups / "cpu.max").write_text(f"{limit}\n")
+    assert n_cores() == n
+
+
+def test_the_narrowest_quota_of_nested_groups_counts(groups: Path) -> None:
+    """A batch system limits the job, which is a group above that of its step."""
+    step = groups / "job.slice" / "step.scope"
+    step.mkdir(parents=True)
+    (groups.parent / "self" / "cgroup").write_text("0::/job.slice/step.scope\n")
+    (step / "cpu.max").write_text("500000 100000\n")
+    (step.parent / "cpu.max").write_text("300000 100000\n")
+    assert n_cores() == 3
+
+
+@pytest.mark.parametrize(("quota", "n"), [("-1", 6), ("150000", 2)])
+def test_version_1_of_control_groups(groups: Path, quota: str, n: int) -> None:
+    """The path is the host's, so that only the root of the container's own mount is there."""
+    (groups.parent / "self" / "cgroup").write_text("4:memory:/docker/1\n2:cpu,cpuacct:/docker/1\n0::/\n")
+    (groups / "cpu").mkdir()
+    (groups / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (groups / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert n_cores() == n
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -41,26 +42,41 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     Returns:
         the number of batches used.
     """
-    norms = batchnorm_layers(model).values()
+    n_batches = 0
+    with normalised_by_batch(model) as norms:
+        for images in batches:
+            if n_batches == 0:
+                zero_statistics(norms)
+            n_batches += 1
+            for norm in norms:
+                norm.momentum = 1.0 / n_batches
+            model(images)
+    return n_batches
+
+
+@contextmanager
+def normalised_by_batch(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
+    """Inside, the model is in eval mode but for its BatchNorm layers, which are given; momenta may be set."""
+    norms = list(batchnorm_layers(model).values())
     momenta = [norm.momentum for norm in norms]
     was_training = model.training
-    n_batches = 0
     model.eval()
-    for images in batches:
-        if n_batches == 0:
-            for norm in norms:
-                norm.reset_running_stats()
-                if norm.running_var is not None:  # 1 + (var - 1), as a kernel updates it, would round a small one away
-                    norm.running_var.zero_()
-                norm.train()
-        n_batches += 1
-        for norm in norms:
-            norm.momentum = 1.0 / n_batches
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.train(was_training)
-    return n_batches
+    for norm in norms:
+        norm.train()
+    try:
+        yield norms
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)
+
+
+def zero_statistics(norms: Iterable[nn.BatchNorm2d]) -> None:
+    """Sets running mean, running variance and the count of batches to 0."""
+    for norm in norms:
+        norm.reset_running_stats()
+        if norm.running_var is not None:  # 1 + (var - 1), as a kernel updates it, would round a small one away
+            norm.running_var.zero_()
 
 
 def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:

@@ -18,6 +18,7 @@ from app.train.loader import CocoDataset, train_loader
 from app.train.step import ema_decay
 
 BN_EPOCH = 2**31 - 1  # never trained: the tickets of these batches
+N_PINNING = 2  # one thread is not always as fast as the GPU (runs/LOG.md)
 
 
 class BnImages:
@@ -79,15 +80,15 @@ def mosaic_share(config: Config, n_batches: int, epoch: int) -> float:
 
 
 def pinned_ahead(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The batches in pinned memory, each copied there by a thread while the one before is used.
+    """The batches in pinned memory, copied there by N_PINNING threads while those before are used.
 
     A copy to a GPU from other memory waits until the GPU has done all that was launched before.
     """
     ready: deque[Future[torch.Tensor]] = deque()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(N_PINNING) as pool:
         for batch in batches:
             ready.append(pool.submit(batch.pin_memory))
-            if len(ready) > 1:
+            if len(ready) > N_PINNING:
                 yield ready.popleft().result()
         while ready:
             yield ready.popleft().result()

@@ -30,6 +30,7 @@ from app.train.bn_images import pinned_ahead
 from app.train.colours import Palette, palette, recolour
 from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
+from app.train.replay import reestimate_by_replay
 from app.train.step import FurtherLoss, criterion_of_part, ema_decay, fuse, loss_of
 from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
 
@@ -195,14 +196,21 @@ class Trainer(DetectionTrainer):
         Args:
             images: batches as a loader gives them, uint8 [N,3,H,W].
         """
-        on_gpu = self.device.type == "cuda"
+        train, on_gpu = self.config.train, self.device.type == "cuda"
+        work = reestimate_by_replay if on_gpu and train.graph and train.kernels else reestimate_batchnorm
         meter = Meter(f"{self.config.label} BatchNorm", len(images), "batches")
         batches = counted(pinned_ahead(images) if on_gpu else images, meter)
-        inputs = (self.preprocess_batch({"img": batch})["img"] for batch in batches)
-        if on_gpu:  # cuDNN's layout: the first convolution would copy its output, the largest map
-            inputs = (batch.contiguous(memory_format=torch.channels_last) for batch in inputs)
         with autocast(self.amp, device=self.device.type):
-            reestimate_batchnorm(model, inputs)
+            work(model, map(self._scaled, batches))
+
+    def _scaled(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 on the device, 0..1; on a GPU in the type and layout of the first convolution."""
+        if self.device.type == "cpu":
+            return images / 255
+        images = images.to(self.device, non_blocking=True)
+        dtype = torch.float16 if self.amp else torch.float32
+        out = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=torch.channels_last)
+        return torch.div(images, 255.0, out=out)
 
     def read_from(self, epoch: int, batch: int) -> None:
         """The train loader begins anew at a batch of an epoch, both counted from 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,8 +90,15 @@ def save_checkpoint(path: Path, config: Config, entries: dict[str, Any], previou
     checkpoint = {"format": CHECKPOINT_FORMAT, "config": config.model_dump(mode="json"), **entries}
     buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a reason
     torch.save(checkpoint, buffer)
-    buffer.write(seal(buffer.getbuffer()))
-    write_atomic(path, lambda part: part.write_bytes(buffer.getbuffer()), previous)
+    write_atomic(path, lambda part: write_sealed(part, buffer.getbuffer()), previous)
+
+
+def write_sealed(path: Path, data: memoryview) -> None:
+    """Writes data and its seal, which a thread computes meanwhile: that takes half as long as the writing."""
+    with ThreadPoolExecutor(1) as pool, path.open("wb") as file:
+        sealing = pool.submit(seal, data)
+        file.write(data)
+        file.write(sealing.result())
 
 
 def seal(data: bytes | memoryview) -> bytes:

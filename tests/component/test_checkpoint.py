@@ -98,7 +98,6 @@ def test_a_broken_off_save_leaves_both_as_they_were(
     last: Path, monkeypatch: pytest.MonkeyPatch, point: str, how: str
 ) -> None:
     """Killed, or refused by the system, at each step of a save, and with half of the bytes written."""
-    write_bytes = Path.write_bytes
 
     def stop(*args: Any, **kwargs: Any) -> None:
         if how == "kill":
@@ -106,11 +105,14 @@ def test_a_broken_off_save_leaves_both_as_they_were(
         raise OSError(28, "No space left on device")
 
     def half(path: Path, data: Any) -> None:
-        write_bytes(path, data[: len(data) // 2])
+        path.write_bytes(data[: len(data) // 2])
         stop()
 
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.write_bytes" if point == "half" else point, half if point == "half" else stop)
+        if point == "half":
+            patch.setattr("app.quant.model.write_sealed", half)
+        else:
+            patch.setattr(point, stop)
         if point == "pathlib.Path.hardlink_to":
             patch.setattr(shutil, "copyfile", stop)  # what is tried in its place
         if how == "kill":

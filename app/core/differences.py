@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {
     "train.cache": "As of train.workers; images kept in RAM have the pixels of their files.",
     "train.save_every_s": "A resumed training equals an uninterrupted one, wherever its checkpoint was saved.",
     "train.save_period": "It only keeps copies of checkpoints.",
-    "train.graph": "A CUDA graph launches the kernels that would be launched one by one.",
+    "train.graph": "A graph computes what kernels one by one do, and BatchNorm's statistics to within rounding.",
     "train.kernels": "Its kernels compute what PyTorch's and Ultralytics' do, to within rounding.",
     "quant.fast_path": "Weights and gradients are bit-equal to those of plain Brevitas, by test.",
     "quant.teacher": "teacher.json has the hash of the checkpoint, which decides, and not its place.",

@@ -256,7 +256,7 @@ class Loop:
         return self.trainer.score(held_out, self.state.loss_names)
 
     def _reestimate(self, model: nn.Module) -> None:
-        self.trainer.reestimate(model, self.bn_images.after(self.state.epoch))
+        self.trainer.reestimate(model, self.bn_images.after(self.state.epoch), self.graph.enabled)
 
     def _correct_best(self) -> None:
         """Corrects best.pt on one epoch of train images where quant.correction_epochs says so; once.

@@ -2,83 +2,97 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from app.core.config import UserError
 from app.quant.batchnorm import normalised_by_batch, zero_statistics
 
 _many = cast(Any, torch)  # its stubs do not list the operations on many tensors
-log = logging.getLogger(__name__)
 
 
 class Replay:
-    """Work on tensors of one shape on a GPU. The second call with that shape is captured, the next ones are replays.
+    """Work on tensors on a GPU: the first call is made, the second captured as a CUDA graph, the next are replays.
 
-    Tensors of another shape go to `work` itself, and so do all where it cannot be captured; then one line says why.
+    From the first tensor of another shape on, all calls are made: the work may have replaced what the graph reads.
 
     Args:
-        work: reads and writes the same memory at every call, but for its argument.
+        work: reads and writes the same memory at every call with one shape, but for its argument.
+
+    Raises:
+        UserError: the work cannot be captured. PyTorch's allocator does not recover from that (torch/cuda/graphs.py,
+            2.10), so the work is not called instead.
     """
 
     def __init__(self, work: Callable[[torch.Tensor], None]) -> None:
         self.work = work
+        self.given: torch.Tensor | None = None  # where the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.first: torch.Tensor | None = None
-        self.enabled = True
+        self.is_over = False
 
     def __call__(self, given: torch.Tensor) -> None:
-        if self.first is None:  # this call compiles kernels, and makes what is made once
-            self.first = given
+        if self.given is None:  # this call compiles kernels, and makes what is made once
+            self.given = given
             self.work(given)
             return
-        fits = given.shape == self.first.shape and given.stride() == self.first.stride()
-        if fits and self.graph is None and self.enabled:
-            self._capture(self.first)
-        if fits and self.graph:
-            self.first.copy_(given)
-            self.graph.replay()
-        else:
+        if given.shape != self.given.shape or given.stride() != self.given.stride():
+            self.release()
+        if self.is_over:
             self.work(given)
+            return
+        self.given.copy_(given)
+        if self.graph is None:
+            self.graph = self._capture(self.given)
+        self.graph.replay()
 
-    def _capture(self, given: torch.Tensor) -> None:
+    def _capture(self, given: torch.Tensor) -> torch.cuda.CUDAGraph:
         try:
             graph = torch.cuda.CUDAGraph()
-            is_current = torch.cuda.stream(torch.cuda.current_stream())  # again where a capture fails
-            with is_current, torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread pins memory
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread pins memory meanwhile
                 self.work(given)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.enabled = False
             reason = str(error).strip().splitlines()[0]
-            log.warning("train.graph: no CUDA graph, BatchNorm is re-estimated without (%s)", reason)
-        else:
-            self.graph = graph
+            raise UserError(
+                f"BatchNorm's re-estimation cannot be captured as a CUDA graph ({reason}): "
+                "go on without graphs, ARGS='--set train.graph=false'"
+            ) from error
+        return graph
+
+    def release(self) -> None:
+        """Gives the memory of the graph back. No call is a replay any more."""
+        self.is_over = True
+        if self.graph:
+            self.graph = None
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
 
 @torch.no_grad()
 def reestimate_by_replay(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
-    """`reestimate_batchnorm` on a GPU, with one CUDA graph for all batches of full size.
+    """`reestimate_batchnorm` of a network on a GPU that calls each BatchNorm once, with one CUDA graph for all batches.
 
-    A graph repeats its numbers, so no momentum changes from batch to batch: it is 1, each forward begins with
-    statistics of 0 and leaves those of its batch, and their sum over all batches is divided at the end.
+    A graph repeats its numbers, so no momentum changes from batch to batch: it is 1, each forward leaves the statistics
+    of its batch, and their sum over all batches is divided at the end.
 
     Args:
         batches: as for reestimate_batchnorm; the first one is written over.
+
+    Raises:
+        UserError: the forward cannot be captured.
     """
     n_batches = 0
     with normalised_by_batch(model) as norms:
-        for norm in norms:
-            norm.momentum = 1.0
         running = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var) if tensor is not None]
         sums = [torch.zeros_like(tensor) for tensor in running]
+        for norm in norms:
+            norm.momentum = 1.0
 
         def add(images: torch.Tensor) -> None:
-            _many._foreach_zero_(running)
             model(images)
             _many._foreach_add_(sums, running)
 
@@ -91,4 +105,5 @@ def reestimate_by_replay(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
         if n_batches:
             _many._foreach_div_(sums, n_batches)
             _many._foreach_copy_(running, sums)
+        replay.release()
     return n_batches

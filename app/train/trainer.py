@@ -190,21 +190,22 @@ class Trainer(DetectionTrainer):
         finally:
             meter.close()
 
-    def reestimate(self, model: nn.Module, images: list[torch.Tensor]) -> None:
+    def reestimate(self, model: nn.Module, images: list[torch.Tensor], replays: bool) -> None:
         """Re-estimates BatchNorm's statistics of a model, in place.
 
         Args:
             images: batches as a loader gives them, uint8 [N,3,H,W].
+            replays: the forward is a CUDA graph.
         """
-        train, on_gpu = self.config.train, self.device.type == "cuda"
-        work = reestimate_by_replay if on_gpu and train.graph and train.kernels else reestimate_batchnorm
+        on_gpu = self.device.type == "cuda"
+        work = reestimate_by_replay if replays else reestimate_batchnorm
         meter = Meter(f"{self.config.label} BatchNorm", len(images), "batches")
         batches = counted(pinned_ahead(images) if on_gpu else images, meter)
         with autocast(self.amp, device=self.device.type):
             work(model, map(self._scaled, batches))
 
     def _scaled(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 on the device, 0..1; on a GPU in the type and layout of the first convolution."""
+        """uint8 images to the device, scaled to 0..1; on a GPU in the type and layout of the first convolution."""
         if self.device.type == "cpu":
             return images / 255
         images = images.to(self.device, non_blocking=True)

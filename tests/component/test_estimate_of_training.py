@@ -63,9 +63,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkClock]:
     def takes(owner: Any, name: str, seconds: Any) -> None:
         work = getattr(owner, name)
 
-        def slow(*args: Any) -> Any:
-            clock.now_s += seconds(*args)
-            return work(*args)
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            clock.now_s += seconds(*args, **kwargs)
+            return work(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, slow)
 
@@ -74,7 +74,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkClock]:
     takes(Loop, "optimizer_step", lambda loop: STEP_S)
     takes(CocoDataset, "_sample", lambda dataset, ticket, out: SAMPLE_S)
     takes(Trainer, "score", lambda trainer, *_: VAL_IMAGE_S * len(trainer.test_loader.dataset))
-    takes(Trainer, "reestimate", lambda trainer, model, images: BN_IMAGE_S * sum(map(len, images)))
+    takes(Trainer, "reestimate", lambda trainer, model, images, replays: BN_IMAGE_S * sum(map(len, images)))
     takes(checkpoint, "save_state", lambda *_: SAVE_S)
     yield clock
 

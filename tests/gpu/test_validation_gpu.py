@@ -62,7 +62,9 @@ def scored(variant: str, run: RunRoot, amp: bool, kernels: bool) -> Scores:
         images = BnImages(trainer.train_loader.dataset, trainer.args, config).after(config.train.epochs - 1)
         state: Any = SimpleNamespace(net=trainer.model, ema=trainer.ema)
         return score_states(
-            state, lambda held_out: trainer.score(held_out, LOSS_NAMES), lambda model: trainer.reestimate(model, images)
+            state,
+            lambda held_out: trainer.score(held_out, LOSS_NAMES),
+            lambda model: trainer.reestimate(model, images, replays=kernels),
         )
     finally:
         trainer.close()

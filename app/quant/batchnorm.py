@@ -44,9 +44,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
     """
     n_batches = 0
     with normalised_by_batch(model) as norms:
-        for images in batches:
-            if n_batches == 0:
-                zero_statistics(norms)
+        for images in from_zero(norms, batches):
             n_batches += 1
             for norm in norms:
                 norm.momentum = 1.0 / n_batches
@@ -71,12 +69,15 @@ def normalised_by_batch(model: nn.Module) -> Iterator[list[nn.BatchNorm2d]]:
         model.train(was_training)
 
 
-def zero_statistics(norms: Iterable[nn.BatchNorm2d]) -> None:
-    """Sets running mean, running variance and the count of batches to 0."""
-    for norm in norms:
-        norm.reset_running_stats()
-        if norm.running_var is not None:  # 1 + (var - 1), as a kernel updates it, would round a small one away
-            norm.running_var.zero_()
+def from_zero(norms: Iterable[nn.BatchNorm2d], batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The batches. Before the first is given, running statistics and counts of batches become 0."""
+    for number, images in enumerate(batches):
+        if number == 0:
+            for norm in norms:
+                norm.reset_running_stats()
+                if norm.running_var is not None:  # 1 + (var - 1), as a kernel updates it, would round a small one away
+                    norm.running_var.zero_()
+        yield images
 
 
 def batchnorm_layers(model: nn.Module) -> dict[str, nn.BatchNorm2d]:

@@ -22,7 +22,7 @@ from app.train.distill import Teacher
 from app.train.loader import COLOURS
 from app.train.loss import HeadLoss, capacity, label_rows, pad_rows
 from app.train.state import State
-from app.train.step import criterion_of_part, watched_terms
+from app.train.step import criterion_of_part, unwritten_inputs, watched_terms
 
 N_WARM_UPS = 2  # passes before the capture: they compile kernels and make what is made once
 _many = cast(Any, torch)  # its stubs do not list the operations on many tensors
@@ -72,10 +72,9 @@ class Passes:
         self.rows = torch.zeros(capacity(shape[0]), COLUMNS, device=device)
         self.head_weights = torch.zeros(2, device=device)
         self.scale = torch.ones(1, device=device)
-        dtype = torch.float16 if self.amp else torch.float32
-        self.inputs = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+        self.inputs = unwritten_inputs(shape, device, self.amp)
         halved = _plain_weights(self.net) if self.amp else []
-        self.half = {name: torch.empty_like(trained[name], dtype=dtype).requires_grad_() for name in halved}
+        self.half = {name: torch.empty_like(trained[name], dtype=self.inputs.dtype).requires_grad_() for name in halved}
         self.masters = [trained[name] for name in self.half]
         self.others = [weight for name, weight in trained.items() if name not in self.half]
         self.weights = [*self.masters, *self.others]

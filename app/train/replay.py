@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from app.core.config import UserError
-from app.quant.batchnorm import normalised_by_batch, zero_statistics
+from app.quant.batchnorm import from_zero, normalised_by_batch
 
 _many = cast(Any, torch)  # its stubs do not list the operations on many tensors
 
@@ -97,9 +97,7 @@ def reestimate_by_replay(model: nn.Module, batches: Iterable[torch.Tensor]) -> i
             _many._foreach_add_(sums, running)
 
         replay = Replay(add)
-        for images in batches:
-            if n_batches == 0:
-                zero_statistics(norms)
+        for images in from_zero(norms, batches):
             n_batches += 1
             replay(images)
         if n_batches:

@@ -24,6 +24,12 @@ IMPLEMENTATION = ("fused", "foreach")  # keys of an optimizer's groups that say 
 FurtherLoss = Callable[[torch.Tensor, dict[str, Any], Any], torch.Tensor]
 
 
+def unwritten_inputs(shape: torch.Size, device: torch.device, amp: bool) -> torch.Tensor:
+    """Room for images [N,3,H,W] on a GPU, in the type and layout of the first convolution."""
+    dtype = torch.float16 if amp else torch.float32
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Rise:
     """A step, counted from 0, of a warm-up of n_steps."""

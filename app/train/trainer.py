@@ -31,7 +31,7 @@ from app.train.colours import Palette, palette, recolour
 from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train_loader
 from app.train.processes import ALONE, Ranks
 from app.train.replay import reestimate_by_replay
-from app.train.step import FurtherLoss, criterion_of_part, ema_decay, fuse, loss_of
+from app.train.step import FurtherLoss, criterion_of_part, ema_decay, fuse, loss_of, unwritten_inputs
 from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
 
 
@@ -209,9 +209,7 @@ class Trainer(DetectionTrainer):
         if self.device.type == "cpu":
             return images / 255
         images = images.to(self.device, non_blocking=True)
-        dtype = torch.float16 if self.amp else torch.float32
-        out = torch.empty(images.shape, dtype=dtype, device=self.device, memory_format=torch.channels_last)
-        return torch.div(images, 255.0, out=out)
+        return torch.div(images, 255.0, out=unwritten_inputs(images.shape, self.device, self.amp))
 
     def read_from(self, epoch: int, batch: int) -> None:
         """The train loader begins anew at a batch of an epoch, both counted from 0."""

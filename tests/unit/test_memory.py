@@ -33,7 +33,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "proc"
 
 
-def test_without_cgroups_it_is_the_machines(proc: Path, tmp_path: Path) -> None:
+def test_without_cgroups_it_is_the_machines(proc: Path) -> None:
     (proc / "self" / "cgroup").write_text("0::/user.slice\n")
     assert available_bytes() == 20 * GIB
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.core.command_line import seconds, seconds_or_0
+from app.core.command_line import count, seconds, seconds_or_0
 
 if TYPE_CHECKING:  # --help answers without it
     from app.core.run import RunRoot
@@ -17,26 +17,26 @@ BENCHES = ("step", "train", "epoch", "loader", "agreement", "eval", "profile", "
 def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
     stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
-    stage.add_argument("--batch", type=int, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
-    stage.add_argument("--rounds", type=int, help="step, train, loader, eval: turns of every arm (default: 7, 2, 5, 3)")
-    stage.add_argument("--steps", type=int, help="step: steps of a turn (default: 5); agreement: of a training (300)")
-    stage.add_argument("--epochs", type=int, default=3, help="train: epochs of a turn (default: %(default)s)")
+    stage.add_argument("--batch", type=count, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
+    stage.add_argument("--rounds", type=count, help="step, train, loader, eval: turns of every arm (default: 7, 2, 5, 3)")
+    stage.add_argument("--steps", type=count, help="step: steps of a turn (default: 5); agreement: of a training (300)")
+    stage.add_argument("--epochs", type=count, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
-    stage.add_argument("--images", type=int, help="eval: repeat images to so many, for time; rehearsal: score so many")
+    stage.add_argument("--images", type=count, help="eval: repeat images to so many, for time; rehearsal: score so many")
     of_arms = "train, agreement, stability: some of its arms (stability: scheme files too); rehearsal: parts"
     stage.add_argument("--arms", nargs="+", help=of_arms)
     stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")
     until_end = "stability: seconds until it saves and ends, 0 shows"
     stage.add_argument("--for-s", type=seconds_or_0, default=86400, help=until_end)
-    stage.add_argument("--until", type=int, help="stability: show the arms as of this epoch (default: their last)")
+    stage.add_argument("--until", type=count, help="stability: show the arms as of this epoch (default: their last)")
     stage.add_argument("--with", dest="files", type=Path, nargs="+", default=[], help="stability: rows of other calls")
-    stage.add_argument("--jobs", type=int, default=4, help="stability: trainings at a time (default: 4)")
-    stage.add_argument("--kills", type=int, default=50, help="soak: kill -9 at random times (default: 50)")
+    stage.add_argument("--jobs", type=count, default=4, help="stability: trainings at a time (default: 4)")
+    stage.add_argument("--kills", type=count, default=50, help="soak: kill -9 at random times (default: 50)")
     stage.add_argument("--seed", type=int, default=0, help="soak: of these times (default: 0)")
     stage.add_argument("--draw-s", type=seconds, default=60, help="rehearsal: seconds to draw in (default: 60)")
     stage.add_argument("--train-s", type=seconds, default=240, help="rehearsal: of training FP16 (default: 240)")
-    stage.add_argument("--n-train", type=int, help="rehearsal: images to draw at most (default: COCO's 118,287)")
-    stage.add_argument("--n-val", type=int, help="rehearsal: val images to draw (default: COCO's 5,000)")
+    stage.add_argument("--n-train", type=count, help="rehearsal: images to draw at most (default: COCO's 118,287)")
+    stage.add_argument("--n-val", type=count, help="rehearsal: val images to draw (default: COCO's 5,000)")
 
 
 def run(args: argparse.Namespace, run: RunRoot) -> None:

@@ -53,6 +53,14 @@ def not_empty(text: str) -> str:
     return text
 
 
+def count(text: str) -> int:
+    """How often or how many; argparse says what is wrong with a text that is no whole number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is too few: give 1 or more")
+    return number
+
+
 def seconds(text: str) -> float:
     """A time that work may take; argparse says what is wrong with a text that is no number."""
     number = float(text)

@@ -378,6 +378,10 @@ ARGUMENTS = [
         "the following arguments are required: --weights: --help lists the arguments",
     ),
     Argument(
+        "no turn of a bench", ("bench", "train", "--rounds", "0"),
+        "argument --rounds: '0' is too few: give 1 or more: --help lists the arguments",
+    ),
+    Argument(
         "time without an end", ("estimate", "--for-s", "inf"),
         "argument --for-s: 'inf' is no time: give a number of seconds above 0: --help lists the arguments",
     ),

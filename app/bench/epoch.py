@@ -6,6 +6,7 @@ Times of an epoch of COCO 2017 are computed from these: batches and val images s
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from app.train.validator import HeldOut
 log = logging.getLogger(__name__)
 N_WARM_UPS = 3  # steps before any clock starts: kernels are compiled, the graph is captured
 N_STEPS = 20  # of the step alone, and at least of the loop
+N_ENDS = 3  # of an epoch: validation, health, checkpoint; medians count
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,23 @@ def measure(config: Config, run: RunRoot) -> EpochCost:
         loop.timed("loader", lambda: list(islice(map(len, loader), n_batches)))
         loop.timed("loop", lambda: [loop.step(batch) for batch in islice(loader, n_batches)])
         loop.state.batch_in_epoch = 1  # a validation belongs to an epoch of some batches
-        loop.validate()  # the first draws the images of BatchNorm
-        loop.timed("validate", loop.validate)
-        loop.timed("examine", loop._examine)
-        loop.timed("save", loop.save)
+        loop.validate()  # compiles kernels, and draws the images of BatchNorm
+        loop.seconds |= {"score": [], "reestimate": []}
+        for _ in range(N_ENDS):
+            loop.timed("validate", loop.validate)
+            loop.timed("examine", loop._examine)
+            loop.timed("save", loop.save)
     finally:
         loop.monitor.close()
         trainer.close()
-    seconds = loop.seconds
-    score_s, reestimate_s = seconds["score"][-1], seconds["reestimate"][-1]
+    validations = zip(*(loop.seconds[part] for part in ("validate", "score", "reestimate")), strict=True)
+    loop.seconds["copy"] = [whole_s - score_s - reestimate_s for whole_s, score_s, reestimate_s in validations]
+    seconds = {part: statistics.median(times) for part, times in loop.seconds.items()}
     n_val = read_json(run.provenance, "data")["splits"]["val"]["n_images"]
     return EpochCost(
-        config.train.batch, n_val, seconds["loader"][0] / n_batches, seconds["step"][0] / N_STEPS,
-        seconds["loop"][0] / n_batches, score_s / len(STATES) / n_val, reestimate_s,
-        seconds["validate"][0] - score_s - reestimate_s, seconds["examine"][0], seconds["save"][0],
+        config.train.batch, n_val, seconds["loader"] / n_batches, seconds["step"] / N_STEPS,
+        seconds["loop"] / n_batches, seconds["score"] / len(STATES) / n_val, seconds["reestimate"], seconds["copy"],
+        seconds["examine"], seconds["save"],
     )  # fmt: skip
 
 

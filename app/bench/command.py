@@ -18,11 +18,11 @@ def add_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("what", nargs="?", choices=BENCHES, default="step")
     stage.add_argument("--device", help="the same as --set train.device=...; cuda means GPU 0")
     stage.add_argument("--batch", type=count, nargs="+", default=[16, 32, 64], help="default: 16 32 64")
-    stage.add_argument("--rounds", type=count, help="step, train, loader, eval: turns of every arm (default: 7, 2, 5, 3)")
+    stage.add_argument("--rounds", type=count, help="step, train, loader, eval: turns of an arm (default: 7, 2, 5, 3)")
     stage.add_argument("--steps", type=count, help="step: steps of a turn (default: 5); agreement: of a training (300)")
     stage.add_argument("--epochs", type=count, default=3, help="train: epochs of a turn (default: %(default)s)")
     stage.add_argument("--onnx", type=Path, help="eval: this file instead of the run's baseline")
-    stage.add_argument("--images", type=count, help="eval: repeat images to so many, for time; rehearsal: score so many")
+    stage.add_argument("--images", type=count, help="eval: repeat images to so many; rehearsal: score so many")
     of_arms = "train, agreement, stability: some of its arms (stability: scheme files too); rehearsal: parts"
     stage.add_argument("--arms", nargs="+", help=of_arms)
     stage.add_argument("--seeds", type=int, nargs="+", help="stability (default: 0 1, and all of --with)")

@@ -253,7 +253,7 @@ class Loop:
         return health.columns
 
     def _score(self, held_out: HeldOut) -> dict[str, dict[str, float]]:
-        return self.trainer.score(held_out, self.state.loss_names)
+        return self.trainer.score(held_out)
 
     def _reestimate(self, model: nn.Module) -> None:
         self.trainer.reestimate(model, self.bn_images.after(self.state.epoch), self.graph.enabled)

@@ -39,7 +39,11 @@ class Targets:
     block: int
 
     def to(self, device: torch.device) -> Targets:
-        return Targets(self.table.to(device), self.starts.to(device), self.block)
+        """The same on a device; the host does not wait for a GPU."""
+        if device.type == "cpu":
+            return self
+        table, starts = (part.pin_memory().to(device, non_blocking=True) for part in (self.table, self.starts))
+        return Targets(table, starts, self.block)
 
 
 def targets_of(labels: dict[str, torch.Tensor], n_images: int, size_px: tuple[int, int]) -> Targets | None:

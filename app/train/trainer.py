@@ -32,7 +32,7 @@ from app.train.loader import COLOURS, CocoDataset, dataset_of, limit_wait, train
 from app.train.processes import ALONE, Ranks
 from app.train.replay import reestimate_by_replay
 from app.train.step import FurtherLoss, criterion_of_part, ema_decay, fuse, loss_of, unwritten_inputs
-from app.train.validator import AT, HeldOut, KernelValidator, Validator, without_one2many
+from app.train.validator import HeldOut, KernelValidator, Validator, without_one2many
 
 
 class Trainer(DetectionTrainer):
@@ -72,8 +72,6 @@ class Trainer(DetectionTrainer):
         # a second pass of writes over all activations.
         cast(Any, torch.utils.deterministic).fill_uninitialized_memory = False
         self.palette: Palette | None = None  # set where the GPU gives the images their colours
-        self.held_out: Any = None  # the weights that the validator scores
-        self.epoch = 0  # the validator compares it with the last one, where it would draw plots
 
     def set_up(self) -> None:
         """Builds network, EMA, loaders, optimizer, scaler and validator.
@@ -176,17 +174,15 @@ class Trainer(DetectionTrainer):
         with autocast(self.amp, device=self.device.type):
             return loss_of(model, batch, beside)
 
-    def score(self, held_out: HeldOut, loss_names: list[str]) -> dict[str, dict[str, float]]:
+    def score(self, held_out: HeldOut) -> dict[str, dict[str, float]]:
         """The numbers of Ultralytics' validator by set of weights; AP is that of the one2one head, losses are val/*."""
-        self.held_out = held_out
-        zero = torch.zeros((), device=self.device)
-        names = [f"{term}{AT}{name}" for term in loss_names for name in held_out.set_names]
-        self.loss_items = dict.fromkeys(names, zero)  # what validation counts from
+        validator = self.validator
+        validator.device, validator.data = self.device, self.data
+        validator.args.quantize = 16 if self.amp and self.device.type != "cpu" else None
         meter = Meter(f"{self.config.label} validation", len(self.test_loader), "batches")
-        self.validator.callbacks["on_val_batch_end"] = [lambda validator: meter.update()]
         try:
             with without_one2many(held_out.model) if is_installed(held_out) else nullcontext():
-                return self.validator(self)
+                return validator.score(held_out, meter.update)
         finally:
             meter.close()
 

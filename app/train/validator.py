@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.metrics import DetMetrics
+from ultralytics.utils.torch_utils import autocast, smart_inference_mode
 
 from app.core.results import AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES
 from app.train.batches import LABELS
 from app.train.match import Targets, match, targets_of
 
 AT = "@"  # between a number's name and the name of its weights
+N_AHEAD = 2  # batches by which the host is ahead of the GPU at most: the images of each lie in pinned memory until then
 Weights = dict[str, torch.Tensor]
 
 
@@ -117,27 +120,45 @@ class Validator(DetectionValidator):
         first_batch: detections of the last set on the first batch, and that batch, for TensorBoard.
     """
 
+    device: Any
     metrics_of: dict[str, DetMetrics]
     first_batch: tuple[list[dict[str, torch.Tensor]], dict[str, Any]]
 
-    def __call__(self, trainer: Any) -> dict[str, dict[str, float]]:
-        """Numbers of Ultralytics' validator, with five decimals, by set of weights; losses are named val/*."""
-        flat = super().__call__(trainer)
-        results: dict[str, dict[str, float]] = {name: {} for name in self.metrics_of}
-        for key, value in flat.items():
-            number, _, name = key.rpartition(AT)
-            results[name][number] = value
-        return results
+    @smart_inference_mode()
+    def score(self, held_out: HeldOut, after_batch: Callable[[], None]) -> dict[str, dict[str, float]]:
+        """Numbers of Ultralytics' validator, with five decimals, by set of weights; losses are named val/*.
 
-    def get_model(self, model: Any, trainer: Any = None) -> Any:
-        return trainer.held_out
+        As BaseValidator.__call__ in a training (engine/validator.py, 8.4.190), whose clocks wait for the GPU eight
+        times a batch. Here the host fetches and launches the next batches meanwhile.
+        """
+        held_out.eval()
+        held_out.end2end = self.args.nms is False
+        self.init_metrics(held_out)
+        sums: dict[str, torch.Tensor] = {}
+        scored: deque[torch.cuda.Event] = deque()
+        for number, loaded in enumerate(self.dataloader):
+            self.batch_i = number
+            batch = self.preprocess(loaded)
+            with autocast(self.args.quantize == 16, device=self.device.type):
+                preds = held_out(batch["img"])
+                for term, value in held_out.loss(batch, preds)[1].items():
+                    sums.setdefault(f"val/{term}", torch.zeros((), device=self.device)).add_(value)
+            self.update_metrics(self.postprocess(preds), batch)
+            if self.device.type == "cuda":
+                keep_pace(scored, self.device)
+            after_batch()
+        numbers: dict[str, Any] = self.get_stats()
+        self.print_results()
+        numbers |= {name: total.cpu() / len(self.dataloader) for name, total in sums.items()}
+        results: dict[str, dict[str, float]] = {name: {} for name in self.metrics_of}
+        for key, value in numbers.items():
+            number, _, name = key.rpartition(AT)
+            results[name][number] = round(float(value), 5)
+        return results
 
     def init_metrics(self, model: Any) -> None:
         super().init_metrics(model)
         self.metrics_of = {name: DetMetrics(model.names) for name in model.set_names}
-
-    def gather_stats(self) -> None:
-        """Nothing to gather: of several ranks, rank 0 validates alone."""
 
     def postprocess(self, preds: dict[str, Any]) -> dict[str, list[dict[str, torch.Tensor]]]:
         return {name: self.detections(output) for name, output in preds.items()}
@@ -185,6 +206,13 @@ class Validator(DetectionValidator):
             super().print_results()
 
 
+def keep_pace(scored: deque[torch.cuda.Event], device: torch.device) -> None:
+    """Marks the end of a batch's work for the GPU, and waits until it has passed the mark of N_AHEAD batches before."""
+    scored.append(torch.cuda.current_stream(device).record_event())
+    if len(scored) > N_AHEAD:
+        scored.popleft().synchronize()
+
+
 def class_aps(metrics: DetMetrics) -> dict[str, float]:
     """AP_FREQUENT and AP_COMMONEST of processed metrics; empty where no class has enough objects."""
     counts, aps = cast(Any, metrics.nt_per_class)[metrics.ap_class_index], cast(Any, metrics.box.ap)
@@ -205,24 +233,26 @@ class _Matched:
 
 
 class KernelValidator(Validator):
-    """Matches the detections of a whole batch and all sets of weights on the GPU; nothing waits for the result.
+    """Matches the detections of a whole batch and all sets of weights on the GPU, without waiting for the result.
 
     An image with more objects than the kernel takes sends its batch to Ultralytics' own matching.
     """
 
-    device: Any
+    thresholds: torch.Tensor  # of the IoU, on the device
     labels: dict[str, torch.Tensor]  # of the batch, on the CPU
-    targets: Targets | None
+    targets: Targets | None  # of the batch, on the device
     matched: list[_Matched]
 
     def init_metrics(self, model: Any) -> None:
         super().init_metrics(model)
+        self.thresholds = self.iouv.to(self.device)
         self.matched = []
 
     def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.labels = {key: batch[key] for key in LABELS}
         n_images, _, height, width = batch["img"].shape
-        self.targets = targets_of(self.labels, n_images, (height, width))
+        targets = targets_of(self.labels, n_images, (height, width))
+        self.targets = targets and targets.to(self.device)
         batch = super().preprocess(batch)
         batch["img"] = batch["img"].contiguous(memory_format=torch.channels_last)  # the layout of the convolutions
         return batch
@@ -240,7 +270,7 @@ class KernelValidator(Validator):
             self.first_batch = (self.detections(preds[list(preds)[-1]]), batch)
         self.seen += len(batch["img"])
         every = torch.cat(list(preds.values())).float()
-        right = match(every, self.targets.to(every.device), self.iouv.to(every.device), self.args.conf)
+        right = match(every, self.targets, self.thresholds, self.args.conf)
         found = torch.cat([every[..., 4:], right[..., None]], 2)  # float32 holds ten bits exactly
         by_set = found.view(len(preds), -1, found.shape[-1])
         classes, images = self.labels["cls"].view(-1).numpy(), self.labels["batch_idx"].numpy()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import DetMetrics
 
 from app.train.train import train
-from app.train.validator import HeldOut, class_aps, tensors_of, without_one2many
+from app.train.validator import N_AHEAD, HeldOut, class_aps, keep_pace, tensors_of, without_one2many
 from tests.support.random_boxes import labels
 from tests.support.scripted import PLAIN, box_of, read_table, reading, solid, write_coco
 from tests.support.settle import settle
@@ -97,6 +99,21 @@ def test_scores_and_losses_of_known_detections(tmp_path: Path, runs_dir: Path, m
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_host_is_two_batches_ahead_of_the_gpu_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited_for: list[int] = []
+    numbers = iter(range(5))
+
+    def record_event() -> Any:
+        number = next(numbers)
+        return SimpleNamespace(synchronize=lambda: waited_for.append(number))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=record_event))
+    scored: Any = deque()
+    for n_launched in range(1, 6):
+        keep_pace(scored, torch.device("cuda:1"))
+        assert waited_for == list(range(n_launched - N_AHEAD))
 
 
 def test_a_held_out_model_gives_what_each_set_of_weights_gives() -> None:

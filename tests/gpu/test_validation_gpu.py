@@ -19,7 +19,7 @@ from app.quant.model import load_checkpoint
 from app.train.bn_images import BnImages
 from app.train.train import train
 from app.train.trainer import Trainer
-from app.train.validation import LOSSES, Scores, score_states
+from app.train.validation import Scores, score_states
 from app.train.validator import KernelValidator
 from tests.support.matching import bits_by_kernel, bits_by_ultralytics, scene
 
@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 SMOKE = Path(__file__).parents[2] / "conf" / "smoke.yaml"
-LOSS_NAMES = [name.removeprefix("val/") for name in LOSSES]
 # Without autocast, and without TF32, both differ in the last bits of float32. With autocast, PyTorch's layers round to
 # float16 between BatchNorm and SiLU, and Ultralytics' loss computes in float16: a detection or two changes sides among
 # the 64 images.
@@ -63,7 +62,7 @@ def scored(variant: str, run: RunRoot, amp: bool, kernels: bool) -> Scores:
         state: Any = SimpleNamespace(net=trainer.model, ema=trainer.ema)
         return score_states(
             state,
-            lambda held_out: trainer.score(held_out, LOSS_NAMES),
+            trainer.score,
             lambda model: trainer.reestimate(model, images, replays=kernels),
         )
     finally:

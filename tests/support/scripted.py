@@ -19,7 +19,7 @@ from ultralytics.nn.tasks import DetectionModel
 from app.coco.categories import CATEGORIES
 from app.quant.model import load_checkpoint
 from app.train.nonfinite import Watch
-from app.train.validator import Validator
+from app.train.validator import HeldOut, Validator
 
 SIZE_WH = (64, 32)  # px of every image; letterboxed to 64 x 64 it has 16 rows of padding above and below
 # Without augmentation, learning-rate warm-up and EMA ramp; an optimizer step a batch.
@@ -165,8 +165,7 @@ def scripted(results: list[dict[str, float]]) -> Iterator[list[Validation]]:
     left = iter(results)
     done: list[Validation] = []
 
-    def validate(self: Any, trainer: Any = None, model: Any = None) -> dict[str, dict[str, float]]:
-        held_out = self.get_model(model, trainer)
+    def score(self: Any, held_out: HeldOut, after_batch: Any) -> dict[str, dict[str, float]]:
         batches = list(self.dataloader)
         numbers = [number_of(file) for batch in batches for file in batch["im_file"]]
         self.names, self.first_batch = held_out.names, (detections(batches[0]), {**batches[0]})
@@ -179,7 +178,7 @@ def scripted(results: list[dict[str, float]]) -> Iterator[list[Validation]]:
         return given
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Validator, "__call__", validate)
+        patch.setattr(Validator, "score", score)
         yield done
     assert next(left, None) is None, "fewer validations than results"
 

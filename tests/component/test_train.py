@@ -164,7 +164,7 @@ def test_validation_scores_the_one2one_head(runs_dir: Path, monkeypatch: pytest.
 
     def spy(self: Loop) -> dict[str, float]:
         result = validate(self)
-        seen.append((self.trainer.held_out.end2end, self.trainer.held_out.training))
+        seen.append((self.scored_model.end2end, self.scored_model.training))
         return result
 
     monkeypatch.setattr(Loop, "validate", spy)

@@ -164,7 +164,10 @@ class Trainer(DetectionTrainer):
 
     def get_validator(self) -> Validator:
         kind = KernelValidator if is_installed(self.model) else Validator
-        return kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
+        validator = kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
+        validator.device, validator.data = self.device, self.data
+        validator.args.quantize = 16 if self.amp and self.device.type == "cuda" else None  # autocast
+        return validator
 
     def forward(
         self, model: Any, batch: dict[str, Any], beside: FurtherLoss | None = None
@@ -176,13 +179,10 @@ class Trainer(DetectionTrainer):
 
     def score(self, held_out: HeldOut) -> dict[str, dict[str, float]]:
         """The numbers of Ultralytics' validator by set of weights; AP is that of the one2one head, losses are val/*."""
-        validator = self.validator
-        validator.device, validator.data = self.device, self.data
-        validator.args.quantize = 16 if self.amp and self.device.type != "cpu" else None
         meter = Meter(f"{self.config.label} validation", len(self.test_loader), "batches")
         try:
             with without_one2many(held_out.model) if is_installed(held_out) else nullcontext():
-                return validator.score(held_out, meter.update)
+                return self.validator.score(held_out, meter.update)
         finally:
             meter.close()
 

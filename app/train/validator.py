@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from app.train.batches import LABELS
 from app.train.match import Targets, match, targets_of
 
 AT = "@"  # between a number's name and the name of its weights
-N_AHEAD = 2  # batches by which the host is ahead of the GPU at most: the images of each lie in pinned memory until then
+N_AHEAD = 2  # batches that the GPU may not have finished when the host fetches the next: each keeps pinned memory
 Weights = dict[str, torch.Tensor]
 
 
@@ -63,21 +63,21 @@ class HeldOut(nn.Module):
             cast(Any, torch)._foreach_copy_(own, weights)
         torch.clear_autocast_cache()  # it may hold the last set in float16
 
-    def forward(self, images: torch.Tensor, augment: bool = False) -> dict[str, Any]:
+    def forward(self, images: torch.Tensor) -> dict[str, Any]:
         """Outputs of the model in eval mode, by set of weights."""
         outputs = {}
         for name in self.set_names:
             self.take(name)
-            outputs[name] = self.model(images, augment=augment)
+            outputs[name] = self.model(images)
         return outputs
 
-    def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> tuple[None, dict[str, torch.Tensor]]:
+    def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Terms of the loss as 'term@set'."""
         terms = {}
         for name, output in outputs.items():
             for term, value in self.model.loss(batch, output)[1].items():
                 terms[f"{term}{AT}{name}"] = value
-        return None, terms
+        return terms
 
     # --- what Ultralytics' validator asks a model for ---
 
@@ -128,21 +128,25 @@ class Validator(DetectionValidator):
     def score(self, held_out: HeldOut, after_batch: Callable[[], None]) -> dict[str, dict[str, float]]:
         """Numbers of Ultralytics' validator, with five decimals, by set of weights; losses are named val/*.
 
-        As BaseValidator.__call__ in a training (engine/validator.py, 8.4.190), whose clocks wait for the GPU eight
-        times a batch. Here the host fetches and launches the next batches meanwhile.
+        It computes what BaseValidator.__call__ does in a training (engine/validator.py, 8.4.190). That one times four
+        parts of every batch, for which the host waits for the GPU eight times, and launches nothing meanwhile.
+
+        Args:
+            held_out: what is scored, on the validator's device.
+            after_batch: is called after each batch.
         """
         held_out.eval()
         held_out.end2end = self.args.nms is False
         self.init_metrics(held_out)
-        sums: dict[str, torch.Tensor] = {}
+        sums: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         scored: deque[torch.cuda.Event] = deque()
         for number, loaded in enumerate(self.dataloader):
             self.batch_i = number
             batch = self.preprocess(loaded)
             with autocast(self.args.quantize == 16, device=self.device.type):
                 preds = held_out(batch["img"])
-                for term, value in held_out.loss(batch, preds)[1].items():
-                    sums.setdefault(f"val/{term}", torch.zeros((), device=self.device)).add_(value)
+                for term, value in held_out.loss(batch, preds).items():
+                    sums[f"val/{term}"] += value
             self.update_metrics(self.postprocess(preds), batch)
             if self.device.type == "cuda":
                 keep_pace(scored, self.device)

@@ -480,7 +480,7 @@ def test_the_results_page_shows_what_length_and_size_change(printed: dict[str, l
     last = {key: measures["AP_frequent"][3] for key, measures in shares.items()}
     page = (REPO_DIR / "docs" / "results.md").read_text().replace("\n ", "")
     assert f"of 60 epochs w4a16 has {of_five[OF_60]} of FP16, of 120 epochs {of_five[OF_120]} with the same" in page
-    assert f"the last one alone has {last[OF_60]} and {last[OF_120]}" in page
+    assert f"last one alone has {last[OF_60]} and {last[OF_120]}" in page
     assert f"YOLOv10s, 60 epochs, has {of_five[LARGER]} (8 seeds)" in page
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from ultralytics.cfg import get_cfg
+from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.metrics import DetMetrics
 
 from app.train.train import train
-from app.train.validator import N_AHEAD, HeldOut, class_aps, keep_pace, tensors_of, without_one2many
+from app.train.validator import N_AHEAD, HeldOut, Validator, class_aps, keep_pace, tensors_of, without_one2many
 from tests.support.random_boxes import labels
 from tests.support.scripted import PLAIN, box_of, read_table, reading, solid, write_coco
 from tests.support.settle import settle
@@ -98,6 +99,79 @@ def test_scores_and_losses_of_known_detections(tmp_path: Path, runs_dir: Path, m
     assert [float(row[f"val/{name}_loss"]) for name in ("box", "cls", "dfl")] == pytest.approx(terms, abs=ROUNDED)
 
 
+class Batches(list[list[int]]):
+    """A loader of batches of images, by their numbers, without processes."""
+
+    dataset = VAL
+
+    def __iter__(self) -> Iterator[Any]:
+        for numbers in list.__iter__(self):
+            images = torch.stack([torch.full((3, 64, 96), level_of(number), dtype=torch.uint8) for number in numbers])
+            boxes = [
+                ((x + w / 2 + 16) / 96, (y + h / 2 + 16) / 64, w / 96, h / 64) for x, y, w, h in map(box_of, numbers)
+            ]
+            yield {
+                "img": images, "cls": torch.tensor(numbers).view(-1, 1).float(), "bboxes": torch.tensor(boxes),
+                "batch_idx": torch.arange(len(numbers)).float(), "im_file": ["a.jpg"] * len(numbers),
+                "ori_shape": [(64, 96)] * len(numbers), "ratio_pad": [None] * len(numbers),
+            }  # fmt: skip
+
+
+class StockHeldOut(HeldOut):
+    """What Ultralytics' validator asks a model for."""
+
+    def forward(self, images: torch.Tensor, augment: bool = False) -> dict[str, Any]:
+        assert not augment
+        return super().forward(images)
+
+    def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> Any:
+        return None, super().loss(batch, outputs)
+
+
+class StockValidator(Validator):
+    """With the pass of Ultralytics' own validator."""
+
+    def get_model(self, model: Any, trainer: Any = None) -> Any:
+        return trainer.held_out
+
+    def gather_stats(self) -> None:
+        pass
+
+
+def test_the_pass_computes_what_ultralytics_own_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a network in training mode and two batches; a term of the loss follows from images and weights."""
+    weight = next(iter(network(0).state_dict()))
+
+    def predict(self: Any, images: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return given(images), self.state_dict()[weight].sum()
+
+    def lose(self: Any, batch: dict[str, Any], preds: Any) -> tuple[None, dict[str, torch.Tensor]]:
+        return None, {"box_loss": batch["img"].mean() + preds[1]}
+
+    sets = {"raw": tensors_of(network(1)), "ema": tensors_of(network(2))}
+    held_out, stock_held_out = (kind(network(9).train(), sets) for kind in (HeldOut, StockHeldOut))
+    monkeypatch.setattr(DetectionModel, "predict", predict)
+    monkeypatch.setattr(DetectionModel, "loss", lose)
+    options = {"plots": False, "nms": False}
+    stock = StockValidator(Batches([[4, 5, 6, 7], [8]]), tmp_path, get_cfg(overrides=options))
+    trainer = SimpleNamespace(
+        held_out=stock_held_out, device=torch.device("cpu"), data={}, amp=False, world_size=1, epoch=0, epochs=2,
+        loss_items={f"box_loss@{name}": torch.zeros(()) for name in sets},
+        stopper=SimpleNamespace(possible_stop=False),
+        label_loss_items=lambda items, prefix: {f"{prefix}/{name}": value for name, value in items.items()},
+    )  # fmt: skip
+    expected = DetectionValidator.__call__(stock, trainer)
+    ours = Validator(Batches([[4, 5, 6, 7], [8]]), tmp_path, get_cfg(overrides=options))
+    ours.device, ours.data = torch.device("cpu"), {}
+    n_batches: list[int] = []
+    results = ours.score(held_out, lambda: n_batches.append(1))
+    assert {f"{key}@{name}": value for name, numbers in results.items() for key, value in numbers.items()} == expected
+    assert results["raw"]["metrics/mAP50(B)"] == pytest.approx(PERFECT * 0.5, abs=ROUNDED)
+    assert results["raw"]["val/box_loss"] != results["ema"]["val/box_loss"]
+    assert (len(n_batches), ours.seen, stock.seen) == (2, 5, 5)
+    assert (held_out.model.training, held_out.end2end) == (False, True)
+
+
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +198,7 @@ def test_a_held_out_model_gives_what_each_set_of_weights_gives() -> None:
     held_out.end2end = True
     with torch.inference_mode():
         outputs = held_out(images)
-        terms = held_out.loss(batch, outputs)[1]
+        terms = held_out.loss(batch, outputs)
         for name, model in models.items():
             model.end2end = True
             expected = model.eval()(images)

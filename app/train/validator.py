@@ -121,6 +121,7 @@ class Validator(DetectionValidator):
     """
 
     device: Any
+    dataloader: Any
     metrics_of: dict[str, DetMetrics]
     first_batch: tuple[list[dict[str, torch.Tensor]], dict[str, Any]]
 
@@ -212,7 +213,9 @@ class Validator(DetectionValidator):
 
 def keep_pace(scored: deque[torch.cuda.Event], device: torch.device) -> None:
     """Marks the end of a batch's work for the GPU, and waits until it has passed the mark of N_AHEAD batches before."""
-    scored.append(torch.cuda.current_stream(device).record_event())
+    mark = torch.cuda.Event()
+    mark.record(torch.cuda.current_stream(device))
+    scored.append(mark)
     if len(scored) > N_AHEAD:
         scored.popleft().synchronize()
 

@@ -176,17 +176,23 @@ def test_the_pass_computes_what_ultralytics_own_does(tmp_path: Path, monkeypatch
 
 
 def test_the_host_is_two_batches_ahead_of_the_gpu_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded_on: list[str] = []
     waited_for: list[int] = []
-    numbers = iter(range(5))
 
-    def record_event() -> Any:
-        number = next(numbers)
-        return SimpleNamespace(synchronize=lambda: waited_for.append(number))
+    class Event:
+        def record(self, stream: str) -> None:
+            self.number = len(recorded_on)
+            recorded_on.append(stream)
 
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=record_event))
+        def synchronize(self) -> None:
+            waited_for.append(self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     scored: Any = deque()
     for n_launched in range(1, 6):
         keep_pace(scored, torch.device("cuda:1"))
+        assert recorded_on == ["stream of cuda:1"] * n_launched
         assert waited_for == list(range(n_launched - N_AHEAD))
 
 

@@ -164,7 +164,7 @@ class Trainer(DetectionTrainer):
 
     def get_validator(self) -> Validator:
         kind = KernelValidator if is_installed(self.model) else Validator
-        validator = kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args), _callbacks=self.callbacks)
+        validator = kind(self.test_loader, save_dir=self.save_dir, args=deepcopy(self.args))
         validator.device, validator.data = self.device, self.data
         validator.args.quantize = 16 if self.amp and self.device.type == "cuda" else None  # autocast
         return validator

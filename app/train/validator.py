@@ -21,7 +21,6 @@ from app.core.results import AP_COMMONEST, AP_FREQUENT, FREQUENT_BOXES
 from app.train.batches import LABELS
 from app.train.match import Targets, match, targets_of
 
-AT = "@"  # between a number's name and the name of its weights
 N_AHEAD = 2  # batches that the GPU may not have finished when the host fetches the next: each keeps pinned memory
 Weights = dict[str, torch.Tensor]
 
@@ -71,12 +70,12 @@ class HeldOut(nn.Module):
             outputs[name] = self.model(images)
         return outputs
 
-    def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Terms of the loss as 'term@set'."""
+    def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> dict[tuple[str, str], torch.Tensor]:
+        """Terms of the loss by set of weights and name."""
         terms = {}
         for name, output in outputs.items():
             for term, value in self.model.loss(batch, output)[1].items():
-                terms[f"{term}{AT}{name}"] = value
+                terms[name, term] = value
         return terms
 
     # --- what Ultralytics' validator asks a model for ---
@@ -139,27 +138,24 @@ class Validator(DetectionValidator):
         held_out.eval()
         held_out.end2end = self.args.nms is False
         self.init_metrics(held_out)
-        sums: defaultdict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
+        sums: defaultdict[tuple[str, str], torch.Tensor] = defaultdict(lambda: torch.zeros((), device=self.device))
         scored: deque[torch.cuda.Event] = deque()
         for number, loaded in enumerate(self.dataloader):
             self.batch_i = number
             batch = self.preprocess(loaded)
             with autocast(self.args.quantize == 16, device=self.device.type):
                 preds = held_out(batch["img"])
-                for term, value in held_out.loss(batch, preds).items():
-                    sums[f"val/{term}"] += value
+                for key, value in held_out.loss(batch, preds).items():
+                    sums[key] += value
             self.update_metrics(self.postprocess(preds), batch)
             if self.device.type == "cuda":
                 keep_pace(scored, self.device)
             after_batch()
-        numbers: dict[str, Any] = self.get_stats()
+        results = self.get_stats()
         self.print_results()
-        numbers |= {name: total.cpu() / len(self.dataloader) for name, total in sums.items()}
-        results: dict[str, dict[str, float]] = {name: {} for name in self.metrics_of}
-        for key, value in numbers.items():
-            number, _, name = key.rpartition(AT)
-            results[name][number] = round(float(value), 5)
-        return results
+        for (name, term), total in sums.items():
+            results[name][f"val/{term}"] = float(total.cpu() / len(self.dataloader))
+        return {name: {key: round(value, 5) for key, value in numbers.items()} for name, numbers in results.items()}
 
     def init_metrics(self, model: Any) -> None:
         super().init_metrics(model)
@@ -194,15 +190,15 @@ class Validator(DetectionValidator):
         self.device = device
         return prepared
 
-    def get_stats(self) -> dict[str, float]:
-        """Numbers as 'number@set'. The sets' precision-recall curves are independent, and NumPy lets go of the lock."""
+    def get_stats(self) -> dict[str, dict[str, float]]:
+        """Numbers by set. The sets' precision-recall curves are independent, and NumPy lets go of the lock."""
         with ThreadPoolExecutor(len(self.metrics_of)) as pool:
             list(pool.map(DetMetrics.process, self.metrics_of.values()))
         stats = {}
         for name, metrics in self.metrics_of.items():
             metrics.clear_stats()
-            for key, value in {**metrics.results_dict, **class_aps(metrics)}.items():
-                stats[f"{key}{AT}{name}"] = value
+            numbers = {**metrics.results_dict, **class_aps(metrics)}
+            stats[name] = {key: float(value) for key, value in numbers.items()}
         return stats
 
     def print_results(self) -> None:
@@ -284,7 +280,7 @@ class KernelValidator(Validator):
         once_an_image = np.unique(np.stack([images, classes], 1), axis=0)[:, 1]
         self.matched.append(_Matched(by_set.to("cpu", non_blocking=True), classes, once_an_image))
 
-    def get_stats(self) -> dict[str, float]:
+    def get_stats(self) -> dict[str, dict[str, float]]:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the last copies
         for batch in self.matched:

@@ -125,7 +125,7 @@ class StockHeldOut(HeldOut):
         return super().forward(images)
 
     def loss(self, batch: dict[str, Any], outputs: dict[str, Any]) -> Any:
-        return None, super().loss(batch, outputs)
+        return None, {f"{term}@{name}": value for (name, term), value in super().loss(batch, outputs).items()}
 
 
 class StockValidator(Validator):
@@ -136,6 +136,14 @@ class StockValidator(Validator):
 
     def gather_stats(self) -> None:
         pass
+
+    def get_stats(self) -> Any:
+        return flat(super().get_stats())
+
+
+def flat(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Numbers as 'number@set', in the form that Ultralytics' pass takes and gives."""
+    return {f"{key}@{name}": value for name, numbers in results.items() for key, value in numbers.items()}
 
 
 def test_the_pass_computes_what_ultralytics_own_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +173,7 @@ def test_the_pass_computes_what_ultralytics_own_does(tmp_path: Path, monkeypatch
     ours.device, ours.data = torch.device("cpu"), {}
     n_batches: list[int] = []
     results = ours.score(held_out, lambda: n_batches.append(1))
-    assert {f"{key}@{name}": value for name, numbers in results.items() for key, value in numbers.items()} == expected
+    assert flat(results) == expected
     assert results["raw"]["metrics/mAP50(B)"] == pytest.approx(PERFECT * 0.5, abs=ROUNDED)
     assert results["raw"]["val/box_loss"] != results["ema"]["val/box_loss"]
     assert (len(n_batches), ours.seen, stock.seen) == (2, 5, 5)
@@ -210,7 +218,7 @@ def test_a_held_out_model_gives_what_each_set_of_weights_gives() -> None:
             expected = model.eval()(images)
             assert torch.equal(outputs[name][0], expected[0])
             for term, value in model.loss(batch, expected)[1].items():
-                assert torch.equal(terms.pop(f"{term}@{name}"), value)
+                assert torch.equal(terms.pop((name, term)), value)
     assert not terms
     held_out.take("raw")
     for key, value in models["raw"].state_dict().items():
